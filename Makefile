@@ -1,0 +1,42 @@
+# The verbs of the project; continuous integration uses the same.
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+DATA ?= data
+CONFIG ?= training/configs/mnist.toml
+
+.PHONY: setup serve train test lint bench clean
+
+serve: $(VENV)/.serve
+	$(PYTHON) -m service
+
+setup: $(VENV)/.test
+
+train: $(VENV)/.test
+	$(PYTHON) -m training fit $(CONFIG) --data $(DATA) --out models
+
+test: lint
+	$(PYTHON) -m pytest
+
+lint: $(VENV)/.test
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+bench: $(VENV)/.test
+	$(PYTHON) -m benchmarks.latency
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+
+# An environment is made once, completed when what it depends on changes, and left alone otherwise.
+$(VENV)/bin/python:
+	python3 -m venv $(VENV)
+
+$(VENV)/.serve: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable '.[train,test]'
+	@touch $@ $(VENV)/.serve

@@ -1,0 +1,60 @@
+"""`python -m service`, also installed as `vae-serve`."""
+
+from __future__ import annotations
+
+import socket
+import sys
+
+import uvicorn
+
+from service.app import create_app, open_repository
+from service.config import Settings, read_settings
+from service.errors import StartError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Serve until stopped; 1 with one line where that cannot begin."""
+    try:
+        settings = read_settings(sys.argv[1:] if arguments is None else arguments)
+        listener = listen(settings)
+        repository = open_repository(settings)
+    except StartError as error:
+        print(f"vae-serve: {error}", file=sys.stderr)
+        return 1
+    host, port = listener.getsockname()[:2]
+    print(welcome(f"http://{host}:{port}", list(repository.models)), flush=True)
+    config = uvicorn.Config(
+        create_app(settings, repository),
+        log_level="info",
+        access_log=settings.access_log,
+        server_header=False,
+        timeout_graceful_shutdown=round(settings.timeout_s),
+    )
+    uvicorn.Server(config).run([listener])
+    return 0
+
+
+def listen(settings: Settings) -> socket.socket:
+    """The port, taken before the models are opened, so that a taken one is told at once.
+
+    Raises: StartError.
+    """
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    except OSError as error:
+        raise StartError(
+            f"cannot listen on {settings.host}:{settings.port} ({error.strerror}); set VAE_PORT or VAE_HOST"
+        ) from error
+
+
+def welcome(url: str, models: list[str]) -> str:
+    """What to try first."""
+    return (
+        f"serving {', '.join(models)} on {url}   (documentation: {url}/docs)\n"
+        f"try: curl -s -X POST '{url}/v1/sample?count=16&seed=7' -H 'Accept: image/png' -o digits.png"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""The application: one repository, one batcher, the routes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+
+from service import __version__, problems
+from service.batcher import Batcher
+from service.config import Settings
+from service.errors import ServiceError
+from service.operation import Context
+from service.repository import Repository
+from service.routes import OPERATIONS, add_operations
+from service.routes.health import health_router
+from service.routes.metrics import metrics_router
+from service.routes.models import models_router
+from service.session import cpu_count, execution_provider
+from service.telemetry import Telemetry
+
+
+def open_repository(settings: Settings) -> Repository:
+    """Every model checked, opened and warmed.
+
+    Raises: StartError.
+    """
+    provider = execution_provider(settings.execution_provider)
+    threads = settings.threads or cpu_count()
+    return Repository.open(settings.models, settings.default_model, provider, threads, settings.max_rows)
+
+
+def create_app(settings: Settings, repository: Repository | None = None) -> FastAPI:
+    """The whole service around a repository (None opens the one that the settings name).
+
+    Raises: StartError.
+    """
+    repository = repository or open_repository(settings)
+    telemetry = Telemetry()
+    batcher = Batcher(
+        max_rows=settings.max_rows,
+        queue_rows=settings.queue_rows,
+        linger_ms=settings.linger_ms,
+        inline_s=settings.inline_us / 1e6,
+        observe=telemetry.batch,
+    )
+    telemetry.watch(batcher)
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await batcher.close()
+
+    app = FastAPI(
+        title="VAE service",
+        version=__version__,
+        summary="Variational auto-encoders over HTTP: encode, decode, reconstruct, denoise, sample.",
+        lifespan=lifespan,
+    )
+    add_operations(app, Context(settings, repository, batcher, telemetry))
+    for router in (
+        models_router(repository, OPERATIONS),
+        health_router(repository, batcher),
+        metrics_router(telemetry),
+    ):
+        app.include_router(router)
+    app.add_exception_handler(ServiceError, _service_problem)
+    app.add_exception_handler(HTTPException, _http_problem)
+    return app
+
+
+async def _service_problem(_request: Request, error: Exception) -> Response:
+    status, _, content, headers = problems.describe(error)
+    return Response(content, status, headers, problems.MEDIA_TYPE)
+
+
+async def _http_problem(request: Request, error: Exception) -> Response:
+    """Paths and methods that nobody serves."""
+    assert isinstance(error, HTTPException)
+    codes = {
+        404: ("not_found", f"nothing is at {request.url.path}; see /docs"),
+        405: ("method_not_allowed", "see /docs"),
+    }
+    code, detail = codes.get(error.status_code, ("http_error", str(error.detail)))
+    content = problems.problem(error.status_code, code, detail)
+    return Response(content, error.status_code, error.headers, problems.MEDIA_TYPE)

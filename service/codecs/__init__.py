@@ -1,0 +1,33 @@
+"""Wire formats, one a file; a new one is one file and one line here.
+
+A reader turns a body into a `Payload`; a writer turns an answer's arrays into a body. Nobody here knows HTTP.
+"""
+
+from __future__ import annotations
+
+from service.codecs import image, multipart, npy, raw, structured
+from service.codecs.payload import Answer, Intake, Payload, Reader, Writer
+
+READERS: dict[str, Reader] = {
+    "application/json": structured.read,
+    "application/x-npy": npy.read,
+    "application/octet-stream": raw.read,
+    "image/png": image.read,
+    "image/jpeg": image.read,
+    "image/webp": image.read,
+    "multipart/form-data": multipart.read,
+}
+"""By the media type of the request. The order is that of the documentation."""
+
+WRITERS: dict[str, Writer] = {
+    "application/json": structured.write,
+    "application/x-npy": npy.write,
+    "application/octet-stream": raw.write,
+    "image/png": image.write,
+}
+"""By the media type of the answer, the first one being the one for callers without a wish."""
+
+ANSWERS_IN = {"image/jpeg": "image/png", "image/webp": "image/png", "multipart/form-data": "image/png"}
+"""What answers a request in a form that no writer has."""
+
+__all__ = ["ANSWERS_IN", "READERS", "WRITERS", "Answer", "Intake", "Payload", "Reader", "Writer"]

@@ -1,0 +1,51 @@
+"""image/png, image/jpeg, image/webp in; image/png out. The file's own magic bytes decide, not the header."""
+
+from __future__ import annotations
+
+import io
+
+from PIL import Image
+
+from service.codecs.payload import Answer, Intake, Payload, images_only
+from service.errors import TooLarge, Unreadable
+from service.pixels import Pixels, to_array, to_image
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+
+
+def read(body: bytes, _content_type: str, intake: Intake) -> Payload:
+    """One picture as (1, c, h, w)."""
+    return Payload(parse(body, intake)[None])
+
+
+def parse(body: bytes, intake: Intake) -> Pixels:
+    """A picture file as (c, h, w) in [0, 1], of its own size.
+
+    Raises: Unreadable for no picture, a broken one, or an operation that takes none; TooLarge before decoding.
+    """
+    if not intake.is_images:
+        raise Unreadable(f"this operation takes {intake.name}, not pictures; send JSON, npy or raw float32")
+    try:
+        with Image.open(io.BytesIO(body), formats=FORMATS) as picture:
+            _check_size(picture, intake)
+            return to_array(picture, intake.shape[0])
+    except TooLarge:
+        raise
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
+        raise Unreadable(f"the picture cannot be read ({str(error)[:120]}); send a whole PNG, JPEG or WebP") from error
+
+
+def _check_size(picture: Image.Image, intake: Intake) -> None:
+    width, height = picture.size
+    if width * height > intake.max_pixels:
+        raise TooLarge(f"{width} x {height} pixels are above VAE_MAX_PIXELS ({intake.max_pixels})")
+
+
+def write(answer: Answer) -> bytes | None:
+    """A PNG; several rows become one sheet."""
+    images = images_only(answer)
+    if images is None or images.shape[1] not in (1, 3, 4):
+        return None
+    file = io.BytesIO()
+    to_image(images).save(file, "PNG", compress_level=1)
+    return file.getvalue()

@@ -1,0 +1,54 @@
+"""multipart/form-data: a picture or .npy in the field `file`, a mask in `mask`, options in fields of their names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numpy.typing import NDArray
+from python_multipart import FormParser
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import parse_options_header
+
+from service.codecs import image, npy
+from service.codecs.payload import Intake, Payload
+from service.errors import Unreadable
+
+
+def read(body: bytes, content_type: str, intake: Intake) -> Payload:
+    """The form's file as an array."""
+    fields, files = _parse(body, content_type)
+    if "file" not in files:
+        raise Unreadable("the form has no file in the field `file`; with curl: -F file=@digit.png")
+    mask = _array(files["mask"], intake)[:, :1] if "mask" in files else None
+    return Payload(_array(files["file"], intake), mask, fields)
+
+
+def _array(content: bytes, intake: Intake) -> NDArray[Any]:
+    return npy.parse(content) if content.startswith(npy.MAGIC) else image.parse(content, intake)[None]
+
+
+def _parse(body: bytes, content_type: str) -> tuple[dict[str, Any], dict[str, bytes]]:
+    _, parameters = parse_options_header(content_type)
+    fields: dict[str, Any] = {}
+    files: dict[str, bytes] = {}
+
+    def on_field(field: Any) -> None:
+        fields[field.field_name.decode()] = (field.value or b"").decode()
+
+    def on_file(file: Any) -> None:
+        file.file_object.seek(0)
+        files[file.field_name.decode()] = file.file_object.read()
+
+    try:
+        parser = FormParser(
+            "multipart/form-data",
+            on_field,
+            on_file,
+            boundary=parameters.get(b"boundary"),
+            config={"MAX_MEMORY_FILE_SIZE": len(body) + 1},  # never to disk: the body is in memory already
+        )
+        parser.write(body)
+        parser.finalize()
+    except (FormParserError, UnicodeDecodeError, ValueError) as error:
+        raise Unreadable(f"the form cannot be read ({error})") from error
+    return fields, files

@@ -1,0 +1,106 @@
+"""What passes between a codec and an operation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.errors import InvalidShape
+from service.pixels import Pixels
+
+
+@dataclass(frozen=True)
+class Intake:
+    """What the operation takes: the array's name, the shape of one row, and how large a picture may be."""
+
+    name: str
+    shape: tuple[int, ...]
+    max_pixels: int
+
+    @property
+    def is_images(self) -> bool:
+        """Whether picture files make sense."""
+        return self.name == "images"
+
+
+class Payload(NamedTuple):
+    """A body read: the array as it was sent, an optional mask beside it, and the options it named."""
+
+    array: NDArray[Any] | None
+    mask: NDArray[Any] | None = None
+    options: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an operation gives: arrays by name, each with one row a row, and what it took to make them."""
+
+    outputs: dict[str, NDArray[np.float32]]
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+Reader = Callable[[bytes, str, Intake], Payload]
+"""(body, whole content type, what is wanted) -> Payload; raises Unreadable, InvalidShape, TooLarge."""
+Writer = Callable[[Answer], bytes | None]
+"""None where the format cannot hold this answer."""
+
+
+def single_array(answer: Answer) -> NDArray[np.float32] | None:
+    """The one array of a binary answer: several outputs of one shape are stacked along axis 1, in their order."""
+    arrays = list(answer.outputs.values())
+    if len(arrays) == 1:
+        return np.ascontiguousarray(arrays[0])
+    shapes = {array.shape for array in arrays}
+    return np.stack(arrays, 1) if len(shapes) == 1 else None
+
+
+def images_only(answer: Answer) -> Pixels | None:
+    """The images of an answer that has nothing else."""
+    return answer.outputs["images"] if set(answer.outputs) == {"images"} else None
+
+
+def as_rows(array: NDArray[Any], shape: tuple[int, ...], name: str) -> NDArray[np.float32]:
+    """Float32 rows (n, *shape) from (n, *shape), one bare row, or, for one channel, the same without the channel axis.
+
+    A view where the array already is what is wanted.
+    Raises: InvalidShape naming both shapes.
+    """
+    if array.dtype.kind != "f":
+        array = _floats(array, name)
+    wanted = [shape, shape[1:]] if len(shape) == 3 and shape[0] == 1 else [shape]
+    for row in wanted:
+        if array.shape == row or (array.ndim == len(row) + 1 and array.shape[1:] == row):
+            rows = array.reshape(-1, *shape)
+            if len(rows) == 0:
+                raise InvalidShape(f"{name} has no rows; send at least one")
+            return np.ascontiguousarray(rows, np.float32)
+    raise InvalidShape(
+        f"{name} has shape {tuple(array.shape)}; the model takes (n, {', '.join(map(str, shape))})"
+        + ("; fit=resize, pad or crop brings images to its size" if name == "images" else "")
+    )
+
+
+def as_images(array: NDArray[Any], channels: int, name: str) -> Pixels:
+    """Float32 (n, channels, h, w) of any size from the same forms as `as_rows`.
+
+    Raises: InvalidShape.
+    """
+    axes = array.ndim
+    if channels == 1 and axes in (2, 3):
+        array = array.reshape(-1, 1, *array.shape[-2:])
+    elif axes == 3 and array.shape[0] == channels:
+        array = array[None]
+    if array.ndim != 4 or array.shape[1] != channels or 0 in array.shape:
+        raise InvalidShape(f"{name} has shape {tuple(array.shape)}; the model takes (n, {channels}, height, width)")
+    return np.ascontiguousarray(array, np.float32)
+
+
+def _floats(array: NDArray[Any], name: str) -> NDArray[Any]:
+    if array.dtype.kind not in "iub":
+        raise InvalidShape(f"{name} must be a rectangular array of numbers, not of {array.dtype}")
+    return array.astype(np.float32)

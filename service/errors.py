@@ -1,0 +1,97 @@
+"""What can go wrong, named after what the caller sees; no HTTP in here."""
+
+from __future__ import annotations
+
+
+class ServiceError(Exception):
+    """The root. `code` is stable: clients may branch on it. The message names the fix."""
+
+    code = "error"
+
+
+class StartError(ServiceError):
+    """The service cannot start; printed as one line."""
+
+    code = "cannot_start"
+
+
+class Unreadable(ServiceError):
+    """The body is not what its media type says."""
+
+    code = "unreadable_body"
+
+
+class UnknownModel(ServiceError):
+    """No such model or version is served."""
+
+    code = "unknown_model"
+
+
+class UnsupportedMediaType(ServiceError):
+    """No codec reads this body."""
+
+    code = "unsupported_media_type"
+
+
+class NotAcceptable(ServiceError):
+    """No codec writes this answer in a form the caller accepts."""
+
+    code = "not_acceptable"
+
+
+class TooLarge(ServiceError):
+    """The request is above a limit; the message names the setting that raises it."""
+
+    code = "too_large"
+
+
+class InvalidShape(ServiceError):
+    """An array of another shape than the model's."""
+
+    code = "invalid_shape"
+
+
+class InvalidValue(ServiceError):
+    """A number outside the range, or not a number."""
+
+    code = "invalid_value"
+
+
+class InvalidOption(ServiceError):
+    """An unknown option, or a value it does not take."""
+
+    code = "invalid_option"
+
+
+class UnsupportedOperation(ServiceError):
+    """The model was exported without what this operation needs."""
+
+    code = "unsupported_operation"
+
+
+class Overloaded(ServiceError):
+    """The queue is full. `retry_after_s` is how long it should take to drain."""
+
+    code = "overloaded"
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class NotReady(ServiceError):
+    """The service is stopping, or its engine has failed."""
+
+    code = "not_ready"
+
+
+class DeadlinePassed(ServiceError):
+    """The caller's time ran out before the work began."""
+
+    code = "deadline_passed"
+
+
+class InferenceFailed(ServiceError):
+    """A batch failed. The cause is logged, not told."""
+
+    code = "inference_failed"

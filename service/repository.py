@@ -1,0 +1,197 @@
+"""models/ to served models: digests checked, graphs opened, golden vectors replayed, warmed."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from service import manifest as manifests
+from service.batcher import Arrays
+from service.errors import StartError, UnknownModel
+from service.manifest import Manifest, ManifestError
+from service.session import Session
+from service.vae import Compute, decode_rows, denoise_rows, encode_rows, reconstruct_rows
+
+TIMINGS = 3
+
+
+@dataclass(eq=False)
+class ModelProgram:
+    """A program of one model. `timing` is (seconds of one row, seconds of each further row), None while unmeasured."""
+
+    model: str
+    operation: str
+    weight: int
+    compute: Compute
+    timing: tuple[float, float] | None = None
+
+    def run(self, *arrays: Any) -> Arrays:
+        """Compute the rows."""
+        return self.compute(*arrays)
+
+    def cost_s(self, rows: int) -> float:
+        """From the warm-up's measurement; unmeasured is dear."""
+        return math.inf if self.timing is None else self.timing[0] + (rows - 1) * self.timing[1]
+
+    def measure(self, rows: int, *row: Any) -> None:
+        """Time one row and `rows` of them, each the best of a few."""
+        batch = tuple(np.repeat(array[:1], rows, axis=0) for array in row)
+        one, many = (min(self._time(arrays) for _ in range(TIMINGS)) for arrays in (tuple(a[:1] for a in row), batch))
+        self.timing = (one, max(0.0, many - one) / max(1, rows - 1))
+
+    def _time(self, arrays: Arrays) -> float:
+        started = time.perf_counter()
+        self.compute(*arrays)
+        return time.perf_counter() - started
+
+
+@dataclass(eq=False)
+class Model:
+    """One version, ready to serve."""
+
+    manifest: Manifest
+    graphs: Mapping[str, Session]
+    programs: dict[tuple[Any, ...], ModelProgram] = field(default_factory=dict)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """(c, h, w)."""
+        return tuple(self.manifest.input_shape)
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """The shape of one latent."""
+        return tuple(self.manifest.latent_shape)
+
+    def plan(self, operation: str, rows: Any, draws: int = 0, *choices: Any) -> ModelProgram:
+        """The program that computes `operation` with these static choices; always the same object for the same ones."""
+        key = (operation, draws, *choices)
+        program = self.programs.get(key)
+        if program is None:
+            compute = rows(self.graphs, *choices)
+            program = ModelProgram(self.manifest.name, operation, max(1, draws), compute)
+            self.programs[key] = program
+        return program
+
+    def replay(self, golden: Mapping[str, Any]) -> None:
+        """Run every graph on its golden rows, singly and together.
+
+        Raises: StartError naming the graph that answers otherwise on this machine.
+        """
+        for name, graph in self.manifest.graphs.items():
+            rows = [golden[f"{name}/{key}"] for key in graph.inputs]
+            for size in (1, len(rows[0])):
+                answers = self.graphs[name](*(row[:size] for row in rows))
+                for key, answer in zip(graph.outputs, answers, strict=True):
+                    error = float(np.abs(answer - golden[f"{name}/{key}"][:size]).max())
+                    if not error <= self.manifest.golden.tolerance:
+                        raise StartError(
+                            f"model {self.manifest.name} version {self.manifest.version}: {name} is off its golden "
+                            f"vectors by {error:.2g} (at most {self.manifest.golden.tolerance:g}) on this machine"
+                        )
+
+    def warm(self, golden: Mapping[str, Any], max_rows: int) -> None:
+        """Run and time the programs that requests without options need."""
+        x, z = golden["encoder/x"], golden["decoder/z"]
+        self.plan("encode", encode_rows).measure(max_rows, x)
+        self.plan("decode", decode_rows).measure(max_rows, z)
+        self.plan("reconstruct", reconstruct_rows).measure(max_rows, x)
+        if "recognition" in self.graphs:
+            seen = [golden[f"recognition/{key}"] for key in ("y", "mask", "level")]
+            for estimated in (None, 0):
+                self.plan("denoise", denoise_rows, 0, estimated).measure(max_rows, *seen)
+
+
+class Repository:
+    """The models that are served, by name and version."""
+
+    def __init__(self, models: dict[str, dict[str, Model]], default: str) -> None:
+        self.models = models
+        self.default = default
+
+    @classmethod
+    def open(cls, folder: Path, default: str, provider: str, threads: int, max_rows: int) -> Repository:
+        """Open every version below `folder`.
+
+        Raises: StartError, in one line, for a missing or empty folder, a version that cannot be served, an unknown
+        default.
+        """
+        if not folder.is_dir():
+            raise StartError(f"no model repository {folder.resolve()}; set VAE_MODELS, or train one")
+        models: dict[str, dict[str, Model]] = {}
+        for path in sorted(folder.glob("*/*/"), key=lambda path: (path.parent.name, version_key(path.name))):
+            if not (path.name.startswith(".") or path.parent.name.startswith(".")):
+                model = open_model(path, provider, threads, max_rows)
+                models.setdefault(path.parent.name, {})[path.name] = model
+        if not models:
+            raise StartError(f"{folder.resolve()} holds no model; expected <name>/<version>/{manifests.FILE_NAME}")
+        default = default or next(iter(models))
+        if default not in models:
+            raise StartError(f"VAE_DEFAULT_MODEL is {default!r}, but the models are {', '.join(models)}")
+        return cls(models, default)
+
+    def find(self, name: str | None, version: str | None) -> Model:
+        """A model by name (None: the default) and version (None: the latest).
+
+        Raises: UnknownModel.
+        """
+        versions = self.models.get(self.default if name is None else name)
+        if versions is None:
+            raise UnknownModel(f"no model {name!r:.80}; the models are {', '.join(self.models)}")
+        if version is None:
+            return next(reversed(versions.values()))
+        if version not in versions:
+            raise UnknownModel(f"model {name} has no version {version!r:.80}; it has {', '.join(versions)}")
+        return versions[version]
+
+
+def version_key(version: str) -> list[tuple[int, int | str]]:
+    """Orders versions as a person would: 2 before 10, 1.9 before 1.10."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", version) if part]
+
+
+def open_model(folder: Path, provider: str, threads: int, max_rows: int) -> Model:
+    """Read, check, open, replay and warm one version.
+
+    Raises: StartError.
+    """
+    try:
+        manifest = manifests.read(folder)
+    except ManifestError as error:
+        raise StartError(str(error)) from error
+    if (manifest.name, manifest.version) != (folder.parent.name, folder.name):
+        raise StartError(f"{folder} holds version {manifest.version} of {manifest.name}; name the folders after them")
+    content = {name: _checked(folder, graph.file, graph.sha256) for name, graph in manifest.graphs.items()}
+    golden_content = _checked(folder, manifest.golden.file, manifest.golden.sha256)
+    try:
+        graphs = {name: Session(graph, provider, threads) for name, graph in content.items()}
+        with np.load(io.BytesIO(golden_content), allow_pickle=False) as file:
+            golden = dict(file)
+        model = Model(manifest, graphs)
+        model.replay(golden)
+        model.warm(golden, max_rows)
+    except StartError:
+        raise
+    except Exception as error:
+        raise StartError(f"{folder} cannot be opened: {error}") from error
+    return model
+
+
+def _checked(folder: Path, file: str, sha256: str) -> bytes:
+    """A file's content, read once, so that what was digested is what is opened."""
+    path = folder / file
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise StartError(f"{path}: {error.strerror}; export the model again") from error
+    if manifests.digest(content) != sha256:
+        raise StartError(f"{path} does not match the SHA-256 in its manifest; it was changed after the export")
+    return content

@@ -1,0 +1,81 @@
+"""Endpoints, one a file; a new operation is one file and one line here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+
+from service import problems
+from service.codecs import READERS, WRITERS
+from service.operation import Context, Operation, OperationRoute, endpoint
+from service.routes.decode import decode
+from service.routes.denoise import denoise
+from service.routes.encode import encode
+from service.routes.reconstruct import reconstruct
+from service.routes.sample import sample
+
+OPERATIONS = (encode, decode, reconstruct, denoise, sample)
+"""In the order of the documentation."""
+
+PATHS = (
+    ("/v1/models/{model}/versions/{version}", ("model", "version")),
+    ("/v1/models/{model}", ("model",)),
+    ("/v1", ()),
+)
+
+
+def add_operations(app: FastAPI, context: Context) -> None:
+    """Every operation for the default model, for a named one, and for a version of it."""
+    for prefix, path_names in reversed(PATHS):
+        for operation in OPERATIONS:
+            app.router.add_api_route(
+                f"{prefix}/{operation.name}",
+                endpoint(operation, context, path_names),
+                methods=["POST"],
+                route_class_override=OperationRoute,
+                operation_id="_".join((operation.name, *path_names)),
+                summary=operation.summary,
+                description=operation.description,
+                tags=[operation.name],
+                responses={200: _answers(operation), **problems.documented()},
+                openapi_extra=_bodies(operation),
+            )
+
+
+def _bodies(operation: Operation) -> dict[str, Any]:
+    """The request body for OpenAPI, in every form that the operation reads."""
+    forms: dict[str, Any] = {
+        "application/json": {"schema": _object(operation), "example": operation.example},
+    }
+    if operation.takes:
+        pictures = [form for form in READERS if form.startswith("image/")] if operation.takes == "images" else []
+        for form in ("application/x-npy", "application/octet-stream", *pictures):
+            forms[form] = {"schema": {"type": "string", "format": "binary"}}
+        file = {"type": "string", "format": "binary", "description": "a picture or an .npy file"}
+        form_schema = {"type": "object", "required": ["file"], "properties": {"file": file}}
+        forms["multipart/form-data"] = {"schema": form_schema}
+    return {"requestBody": {"required": operation.takes is not None, "content": forms}}
+
+
+def _object(operation: Operation) -> dict[str, Any]:
+    schema = operation.options.model_json_schema()
+    properties = dict(schema.get("properties", {}))
+    if operation.takes:
+        properties = {operation.takes: {"type": "array", "items": {}}, **properties}
+        return {
+            "type": "object",
+            "required": [operation.takes],
+            "properties": properties,
+            "additionalProperties": False,
+        }
+    return {"type": "object", "properties": properties, "additionalProperties": False}
+
+
+def _answers(operation: Operation) -> dict[str, Any]:
+    content: dict[str, Any] = {"application/json": {"example": operation.answer}}
+    pictures = "images" in operation.answer
+    for form in WRITERS:
+        if form != "application/json" and (pictures or not form.startswith("image/")):
+            content[form] = {"schema": {"type": "string", "format": "binary"}}
+    return {"description": "The answer, in the form that Accept asks for", "content": content}

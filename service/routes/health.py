@@ -1,0 +1,27 @@
+"""GET health: is the process alive, should it get requests."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Response
+from fastapi.responses import JSONResponse
+
+from service.batcher import Batcher
+from service.errors import NotReady
+from service.repository import Repository
+
+
+def health_router(repository: Repository, batcher: Batcher) -> APIRouter:
+    """Routes of one application."""
+    router = APIRouter(prefix="/health", tags=["health"])
+
+    @router.get("/live", summary="Whether the process answers")
+    async def live() -> dict[str, bool]:
+        return {"live": True}
+
+    @router.get("/ready", summary="Whether every model is warmed and the engine runs", responses={503: {}})
+    async def ready() -> Response:
+        if not (repository.models and batcher.healthy):
+            raise NotReady("no model is loaded" if not repository.models else "the engine has stopped")
+        return JSONResponse({"ready": True, "models": list(repository.models)})
+
+    return router

@@ -1,0 +1,49 @@
+"""GET models: what is served, as a person wants to know it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from service.operation import Operation
+from service.repository import Model, Repository
+
+
+def models_router(repository: Repository, operations: tuple[Operation, ...]) -> APIRouter:
+    """Routes of one application."""
+    router = APIRouter(prefix="/v1/models", tags=["models"])
+
+    def describe(model: Model) -> dict[str, Any]:
+        manifest = model.manifest
+        return {
+            "model": manifest.name,
+            "version": manifest.version,
+            "versions": list(repository.models[manifest.name]),
+            "default": manifest.name == repository.default,
+            "input_shape": manifest.input_shape,
+            "value_range": manifest.value_range,
+            "latent_shape": manifest.latent_shape,
+            "latent_dim": manifest.latent_dim,
+            "likelihood": manifest.likelihood,
+            "prior": manifest.prior,
+            "dataset": manifest.dataset,
+            "operations": [operation.name for operation in operations if operation.offered_by(model)],
+            "quality": manifest.quality,
+            "training": manifest.training,
+            "fingerprint": manifest.fingerprint,
+        }
+
+    @router.get("", summary="Every model, at its latest version")
+    async def all_models() -> dict[str, Any]:
+        return {"models": [describe(repository.find(name, None)) for name in repository.models]}
+
+    @router.get("/{model}", summary="One model at its latest version")
+    async def one_model(model: str) -> dict[str, Any]:
+        return describe(repository.find(model, None))
+
+    @router.get("/{model}/versions/{version}", summary="One version of a model")
+    async def one_version(model: str, version: str) -> dict[str, Any]:
+        return describe(repository.find(model, version))
+
+    return router

@@ -1,0 +1,24 @@
+"""POST reconstruct: images through the posterior and back."""
+
+from __future__ import annotations
+
+from service import vae
+from service.operation import DrawOptions, Inputs, Operation
+from service.repository import Model
+from service.vae import Result, Submit
+
+
+async def _run(model: Model, submit: Submit, inputs: Inputs, options: DrawOptions) -> Result:
+    return await vae.reconstruct(model.plan, submit, model.latent_shape, inputs.rows, options.draws, options.seed)
+
+
+reconstruct = Operation(
+    name="reconstruct",
+    summary="Images as the model sees them",
+    description="The decoder's mean at the posterior's mean or, with `draws`, averaged over draws of the posterior.",
+    options=DrawOptions,
+    run=_run,
+    takes="images",
+    example={"images": ["<base64 of a PNG>"]},
+    answer={"images": [[[[0.0, 0.9], [0.1, 0.0]]]]},
+)

@@ -1,0 +1,44 @@
+"""POST sample: images from the prior."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from service import vae
+from service.latent import MAX_SEED
+from service.operation import Inputs, Operation, Options
+from service.repository import Model
+from service.vae import Result, Submit
+
+
+class SampleOptions(Options):
+    """What to draw."""
+
+    count: Annotated[int, Field(ge=1)] = 1
+    """How many images."""
+    seed: Annotated[int | None, Field(ge=0, le=MAX_SEED)] = None
+    """Seed of the draws; the answer names the one it used. More images never change the first ones."""
+    temperature: Annotated[float, Field(ge=0, le=10)] = 1.0
+    """Standard deviation of the latents; 1 is the prior, less is more typical."""
+    latents: bool = False
+    """Whether the answer holds the latents too."""
+
+
+async def _run(model: Model, submit: Submit, _inputs: Inputs, options: SampleOptions) -> Result:
+    return await vae.sample(
+        model.plan, submit, model.latent_shape, options.count, options.seed, options.temperature, options.latents
+    )
+
+
+sample = Operation(
+    name="sample",
+    summary="New images",
+    description="E[x|z] for z drawn from the prior. Options in the query string or as JSON; no body is needed.",
+    options=SampleOptions,
+    run=_run,
+    takes=None,
+    example={"count": 1, "seed": 7},
+    answer={"images": [[[[0.0, 0.9], [0.1, 0.0]]]], "seed": 7},
+)

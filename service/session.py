@@ -1,0 +1,74 @@
+"""The only file that imports onnxruntime: execution providers, threads, running a graph."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from service.errors import StartError
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+ERROR_SEVERITY = 3
+
+
+def execution_provider(wanted: str) -> str:
+    """`auto`, `cpu` or `cuda` to onnxruntime's name of the provider.
+
+    Raises: StartError where CUDA is asked for and this onnxruntime has none.
+    """
+    available = ort.get_available_providers()
+    if wanted == "auto":
+        wanted = "cuda" if PROVIDERS["cuda"] in available else "cpu"
+    if PROVIDERS[wanted] not in available:
+        raise StartError(
+            f"VAE_EXECUTION_PROVIDER is {wanted} but this onnxruntime offers {', '.join(available)}; install the `gpu` "
+            "extra on a machine with CUDA, or set it to auto or cpu"
+        )
+    return PROVIDERS[wanted]
+
+
+def cpu_count(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """CPUs this process may use: its affinity, cut by the container's quota (cgroup v2 or v1), rounded up."""
+    allowed = len(os.sched_getaffinity(0))
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try:
+            words = " ".join((cgroup / name).read_text() for name in names).split()
+            quota, period = words[:2]
+            if quota not in ("max", "-1"):
+                return max(1, min(allowed, math.ceil(int(quota) / int(period))))
+        except (OSError, ValueError):
+            continue
+    return allowed
+
+
+class Session:
+    """One graph, opened: numpy arrays in, numpy arrays out, in the order the graph names them."""
+
+    def __init__(self, graph: bytes, provider: str, threads: int) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = ERROR_SEVERITY
+        # A thread that spins while idle takes a core from whoever has work.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # The arena keeps the largest batch's memory for ever; malloc gives it back.
+        options.enable_cpu_mem_arena = False
+        fallback = [] if provider == PROVIDERS["cpu"] else [PROVIDERS["cpu"]]
+        self._session = ort.InferenceSession(graph, options, providers=[provider, *fallback])
+        if self._session.get_providers()[0] != provider:
+            raise StartError(
+                f"onnxruntime could not open {provider} and fell back; see its log for the missing library"
+            )
+        self.inputs = [tensor.name for tensor in self._session.get_inputs()]
+        self.outputs = [tensor.name for tensor in self._session.get_outputs()]
+
+    def __call__(self, *arrays: NDArray[Any]) -> tuple[NDArray[np.float32], ...]:
+        """Run the graph on float32 arrays, one an input, sharing their first axis."""
+        feed = dict(zip(self.inputs, arrays, strict=True))
+        return tuple(self._session.run(self.outputs, feed))

@@ -1,0 +1,167 @@
+"""The operations, as pure composition over a model's graphs.
+
+Each operation has two halves. A program is what travels through the batcher as one trip: arrays of rows in, arrays of
+rows out, no randomness. Around it, a function draws the request's noise, submits, and names what comes back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service import latent
+from service.batcher import Arrays, Program, Trip
+
+Rows = NDArray[np.float32]
+Graph = Callable[..., tuple[Rows, ...]]
+Graphs = Mapping[str, Graph]
+Compute = Callable[..., Arrays]
+Submit = Callable[[Program, Arrays], Awaitable[Trip]]
+Plan = Callable[..., Program]
+"""(operation, how its rows are computed, draws, further static choices) -> the program, made once a model."""
+
+FAMILIES = ("gaussian", "salt-and-pepper", "masking")
+"""Noise families in the order of the columns of a level."""
+
+
+class Result(NamedTuple):
+    """Outputs by name, one row a row; what else is worth saying; where the time went."""
+
+    outputs: dict[str, Rows]
+    about: dict[str, Any]
+    trip: Trip
+
+
+# Programs: (graphs, static choices...) -> a function from arrays of rows to arrays of rows.
+
+
+def encode_rows(graphs: Graphs) -> Compute:
+    """x -> mean, log_var."""
+    return graphs["encoder"]
+
+
+def decode_rows(graphs: Graphs) -> Compute:
+    """z -> E[x|z]."""
+    return graphs["decoder"]
+
+
+def reconstruct_rows(graphs: Graphs) -> Compute:
+    """x[, eps (n, L, *latent)] -> the decoder's mean, at the posterior's mean or averaged over L draws of it."""
+
+    def compute(x: Rows, *eps: Rows) -> Arrays:
+        mean, log_var = graphs["encoder"](x)
+        decoded = _decode_draws(graphs, _latents(mean, log_var, eps))
+        return (decoded.mean(1),)
+
+    return compute
+
+
+def denoise_rows(graphs: Graphs, estimated: int | None) -> Compute:
+    """y, mask, level[, eps] -> restored, variance, level: recognise, decode, fuse with what was seen.
+
+    Over draws, the mean of the restored images and, by the law of total variance, the variance around it.
+    estimated: the column of the level to estimate from y first, or None.
+    """
+
+    def compute(y: Rows, mask: Rows, level: Rows, *eps: Rows) -> Arrays:
+        if estimated is not None:
+            (guess,) = graphs["noise_level"](y, mask)
+            level = np.zeros_like(level)
+            level[:, estimated] = guess[:, estimated]
+        mean, log_var = graphs["recognition"](y, mask, level)
+        decoded = _decode_draws(graphs, _latents(mean, log_var, eps))
+        draws = decoded.shape[1]
+        seen = [np.repeat(array, draws, axis=0) for array in (y, mask, level)]
+        fused = graphs["fusion"](decoded.reshape(-1, *decoded.shape[2:]), *seen)
+        restored, variance = (array.reshape(decoded.shape) for array in fused)
+        return restored.mean(1), variance.mean(1) + restored.var(1), level
+
+    return compute
+
+
+def _latents(mean: Rows, log_var: Rows, eps: tuple[Rows, ...]) -> Rows:
+    return latent.posterior_draws(mean, log_var, eps[0]) if eps else mean[:, None]
+
+
+def _decode_draws(graphs: Graphs, z: Rows) -> Rows:
+    """(n, L, *latent) -> (n, L, c, h, w)."""
+    (decoded,) = graphs["decoder"](z.reshape(-1, *z.shape[2:]))
+    return decoded.reshape(*z.shape[:2], *decoded.shape[1:])
+
+
+# Operations: what a request does around its one trip.
+
+
+async def encode(plan: Plan, submit: Submit, shape: tuple[int, ...], x: Rows, draws: int, seed: int | None) -> Result:
+    """mean and log_var of q(z|x); with draws, latents (n, L, *latent) from it."""
+    trip = await submit(plan("encode", encode_rows), (x,))
+    mean, log_var = trip.arrays
+    outputs = {"mean": mean, "log_var": log_var}
+    if not draws:
+        return Result(outputs, {}, trip)
+    seed = latent.fresh_seed() if seed is None else seed
+    eps = latent.standard_normal(seed, len(x), (draws, *shape))
+    return Result({**outputs, "latents": latent.posterior_draws(mean, log_var, eps)}, {"seed": seed}, trip)
+
+
+async def decode(plan: Plan, submit: Submit, z: Rows) -> Result:
+    """E[x|z]."""
+    trip = await submit(plan("decode", decode_rows), (z,))
+    return Result({"images": trip.arrays[0]}, {}, trip)
+
+
+async def reconstruct(
+    plan: Plan, submit: Submit, shape: tuple[int, ...], x: Rows, draws: int, seed: int | None
+) -> Result:
+    """The decoder's mean at the posterior's mean, or averaged over draws."""
+    noise, about = _noise(len(x), draws, shape, seed)
+    trip = await submit(plan("reconstruct", reconstruct_rows, draws), (x, *noise))
+    return Result({"images": trip.arrays[0]}, about, trip)
+
+
+async def sample(
+    plan: Plan, submit: Submit, shape: tuple[int, ...], count: int, seed: int | None, temperature: float, latents: bool
+) -> Result:
+    """Images from the prior: E[x|z] for z ~ N(0, temperature^2 I)."""
+    seed = latent.fresh_seed() if seed is None else seed
+    z = np.float32(temperature) * latent.standard_normal(seed, count, shape)
+    trip = await submit(plan("decode", decode_rows), (z,))
+    outputs = {"images": trip.arrays[0], **({"latents": z} if latents else {})}
+    return Result(outputs, {"seed": seed}, trip)
+
+
+async def denoise(
+    plan: Plan,
+    submit: Submit,
+    shape: tuple[int, ...],
+    y: Rows,
+    mask: Rows | None,
+    family: str,
+    level: float | None,
+    draws: int,
+    seed: int | None,
+    uncertainty: bool,
+) -> Result:
+    """E[x|y] under the noise; level None is estimated from each image. With uncertainty, the posterior's std too."""
+    column = FAMILIES.index(family) if family in FAMILIES else None
+    levels = np.zeros((len(y), len(FAMILIES)), np.float32)
+    if column is not None and level is not None:
+        levels[:, column] = level
+    seen = np.ones_like(y) if mask is None else mask
+    noise, about = _noise(len(y), draws, shape, seed)
+    program = plan("denoise", denoise_rows, draws, column if level is None else None)
+    trip = await submit(program, (y * seen, seen, levels, *noise))
+    restored, variance, used = trip.arrays
+    outputs = {"images": restored, **({"std": np.sqrt(variance)} if uncertainty else {})}
+    return Result(outputs, {**about, **({} if column is None else {"level": used[:, column]})}, trip)
+
+
+def _noise(rows: int, draws: int, shape: tuple[int, ...], seed: int | None) -> tuple[Arrays, dict[str, Any]]:
+    """The request's eps (n, L, *latent) and the seed it came from; nothing where nothing is drawn."""
+    if not draws:
+        return (), {}
+    seed = latent.fresh_seed() if seed is None else seed
+    return (latent.standard_normal(seed, rows, (draws, *shape)),), {"seed": seed}

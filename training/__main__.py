@@ -1,0 +1,98 @@
+"""The trainer's command line: `python -m training`, also installed as `vae-train`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from training import pipeline
+from training.config import load
+from training.datasets.mnist import download
+from training.errors import TrainingError
+
+INTERRUPTED = 130
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; 0 when done, 1 with one line where it cannot be, 130 when interrupted."""
+    options = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        options.command(options)
+    except TrainingError as error:
+        print(f"vae-train: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("vae-train: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vae-train", description="Train variational auto-encoders and export them.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    fit = _run_command(commands, "fit", "train, evaluate and export one run; an interrupted one is resumed", _fit)
+    evaluate = _run_command(commands, "evaluate", "print what a trained run is worth, in nats per image", _evaluate)
+    export = _run_command(commands, "export", "write a trained run as a model version", _export)
+    for command in (fit, export):
+        command.add_argument("--out", type=Path, default=Path("models"), help="model repository (%(default)s)")
+        command.add_argument("--replace", action="store_true", help="overwrite the version if it exists")
+    fit.add_argument("--fresh", action="store_true", help="discard the run's checkpoints first")
+    for command in (fit, evaluate, export):
+        command.add_argument("--draws", type=int, help="importance samples an image, instead of the TOML's")
+        command.add_argument("--images", type=int, help="evaluate on a seeded random subset of the test images")
+    fetch = commands.add_parser("download", help="fetch a data set")
+    fetch.add_argument("dataset", choices=["mnist"])
+    fetch.add_argument("--data", type=Path, required=True, help="directory to fetch into")
+    fetch.set_defaults(command=lambda options: download(options.data))
+    return parser
+
+
+def _run_command(commands, name: str, help: str, command) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]  # noqa: A002, ANN001
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help)
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="the run's TOML")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="where the data set lies (%(default)s)")
+    parser.add_argument("--run", type=Path, help="folder for checkpoints and log (runs/<name>)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _workshop(options: argparse.Namespace) -> pipeline.Workshop:
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    run = load(options.config)
+    changes = {key: value for key in ("draws", "images") if (value := getattr(options, key)) is not None}
+    run = run.model_copy(update={"evaluation": run.evaluation.model_copy(update=changes)})
+    folder = options.run or Path("runs") / run.name
+    return pipeline.Workshop.open(run, options.data, folder, pipeline.device(options.device))
+
+
+def _fit(options: argparse.Namespace) -> None:
+    workshop = _workshop(options)
+    if options.fresh:
+        workshop.clear()
+    print(f"wrote {workshop.fit(options.out, replace=options.replace)}")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    print(json.dumps(_workshop(options).evaluate(), indent=2))
+
+
+def _export(options: argparse.Namespace) -> None:
+    print(f"wrote {_workshop(options).export(options.out, replace=options.replace)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""Fully connected encoder and decoder: the paper's networks, with any number of hidden layers."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Literal
+
+from torch import Tensor, nn
+
+from training.strict import Strict
+
+ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "softplus": nn.Softplus, "silu": nn.SiLU}
+
+
+class Mlp(Strict):
+    """Hidden layers of the given widths, encoder first; the decoder runs through them backwards.
+
+    Source: Kingma and Welling (2013), appendix C.
+    """
+
+    architecture: Literal["mlp"]
+    hidden: tuple[int, ...] = (500,)
+    activation: Literal["tanh", "relu", "softplus", "silu"] = "tanh"
+
+    def encoder(self, shape: tuple[int, int, int], latent_dim: int) -> nn.Module:
+        """x (n, *shape) -> mean, log_var (n, latent_dim)."""
+        body = self._layers((math.prod(shape), *self.hidden))
+        return MlpEncoder(nn.Sequential(nn.Flatten(), *body), self.hidden[-1], latent_dim)
+
+    def decoder(self, latent_dim: int, shape: tuple[int, int, int]) -> nn.Module:
+        """z (n, latent_dim) -> parameters of p(x|z) (n, *shape)."""
+        body = self._layers((latent_dim, *reversed(self.hidden)))
+        return nn.Sequential(*body, nn.Linear(self.hidden[0], math.prod(shape)), nn.Unflatten(1, shape))
+
+    def _layers(self, widths: tuple[int, ...]) -> list[nn.Module]:
+        activation = ACTIVATIONS[self.activation]
+        return [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), activation())]
+
+
+class MlpEncoder(nn.Module):
+    """A body and a head for mean and log_var; log_var starts at 0, so q(z|x) starts at unit variance."""
+
+    def __init__(self, body: nn.Module, width: int, latent_dim: int) -> None:
+        super().__init__()
+        self.body = body
+        self.mean = nn.Linear(width, latent_dim)
+        self.log_var = nn.Linear(width, latent_dim)
+        nn.init.zeros_(self.log_var.weight)
+        nn.init.zeros_(self.log_var.bias)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (n, c, h, w) -> mean, log_var (n, d)."""
+        features = self.body(x)
+        return self.mean(features), self.log_var(features)

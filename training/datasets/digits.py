@@ -1,0 +1,29 @@
+"""scikit-learn's bundled 8 x 8 digits: no file, no download; for tests and first steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from sklearn.datasets import load_digits
+
+from training.datasets.images import ImageSet, split_off, to_uint8
+from training.strict import Strict
+
+
+class Digits(Strict):
+    """1,797 images of 8 x 8 with 17 grey levels, split at random by `seed`."""
+
+    dataset: Literal["digits"]
+    validation: float = 0.1
+    test: float = 0.2
+    seed: int = 0
+
+    def load(self, root: Path) -> ImageSet:  # noqa: ARG002  # as every data set
+        """The three splits; `root` is not read."""
+        values, _ = load_digits(return_X_y=True)
+        images = torch.from_numpy(to_uint8(values / 16.0, "digits").reshape(-1, 1, 8, 8))
+        rest, test = split_off(images, self.test, self.seed)
+        train, validation = split_off(rest, self.validation, self.seed)
+        return ImageSet(train, validation, test)

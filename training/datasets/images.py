@@ -1,0 +1,64 @@
+"""Images in memory: one uint8 tensor a split, indexed by the training loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from training.errors import DataError
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Three splits of one data set, each (n, c, h, w) uint8; 255 stands for 1."""
+
+    train: Tensor
+    validation: Tensor
+    test: Tensor
+
+    def __post_init__(self) -> None:
+        for split in (self.train, self.validation, self.test):
+            if split.dtype != torch.uint8 or split.ndim != 4 or len(split) == 0:
+                raise DataError(
+                    f"a split must be uint8 (n, c, h, w) with n > 0, not {split.dtype} {tuple(split.shape)}"
+                )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(c, h, w) of one image."""
+        _, channels, height, width = self.train.shape
+        return channels, height, width
+
+
+def to_uint8(values: NDArray[np.floating], source: str) -> NDArray[np.uint8]:
+    """Grey levels in [0, 1] to 0..255.
+
+    Raises: DataError, naming `source`, where a value is outside [0, 1] or not a number.
+    """
+    low, high = values.min(), values.max()
+    if not (low >= 0.0 and high <= 1.0):
+        raise DataError(f"{source} has values from {low:g} to {high:g}; they must lie in [0, 1], so rescale them first")
+    return np.rint(values * 255.0).astype(np.uint8)
+
+
+def split_off(images: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """(rest, part): a seeded random part of at least one image, in the order of the file."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    size = max(1, round(fraction * len(images)))
+    part, rest = order[:size].sort().values, order[size:].sort().values
+    return images[rest], images[part]
+
+
+def as_float(images: Tensor) -> Tensor:
+    """uint8 to float32 in [0, 1]."""
+    return images.float() / 255.0
+
+
+def binarise(images: Tensor, generator: torch.Generator) -> Tensor:
+    """A fresh draw of Bernoulli(images / 255) for every pixel, exact: P(r < x) = x / 255 for r uniform on 0..254."""
+    r = torch.empty_like(images).random_(0, 255, generator=generator)
+    return (r < images).float()

@@ -1,0 +1,31 @@
+"""What stops a run, each with a name and a message that says what to do."""
+
+from __future__ import annotations
+
+
+class TrainingError(Exception):
+    """The root: the command line prints its message as one line and exits with 1."""
+
+
+class ConfigError(TrainingError):
+    """The TOML cannot be used."""
+
+
+class DataError(TrainingError):
+    """The data are missing, unreadable or outside [0, 1]."""
+
+
+class DivergedError(TrainingError):
+    """The bound is no longer a number."""
+
+
+class DiskError(TrainingError):
+    """A file cannot be written."""
+
+
+class CheckpointError(TrainingError):
+    """There is no checkpoint, or it belongs to other settings."""
+
+
+class ExportError(TrainingError):
+    """The exported graphs do not compute what the trained model computes."""

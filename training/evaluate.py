@@ -1,0 +1,153 @@
+"""What a trained model is worth, in nats per image with standard errors, and in decibels after corruption."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from training.datasets import as_float, binarise
+from training.elbo import elbo, importance_log_likelihood
+from training.errors import CheckpointError
+from training.model import VAE
+from training.restoration import BernoulliFusion, Observation, Recognition, corrupt
+from training.trainer import keyed_generator, read_checkpoint, write_checkpoint
+
+BLOCK = 100  # images scored between two looks at the clock
+DECODES = 2000  # rows decoded at once
+RESTORED = 200  # test images that are corrupted and restored
+CHECKED_LEVELS = {
+    "gaussian": (0.02, 0.05, 0.1, 0.25, 0.5, 0.6),
+    "salt_and_pepper": (0.1, 0.3),
+    "masking": (0.25, 0.5),
+}
+
+
+@torch.inference_mode()
+def likelihood(
+    model: VAE, images: Tensor, draws: int, seed: int, partial: Path, dynamic: bool
+) -> dict[str, float | int | str]:
+    """Test ELBO and importance-sampled log p(x) in nats per image, with standard errors over images.
+
+    `images` uint8 (n, c, h, w), binarised by `seed` (dynamic) or, for the ELBO alone, left grey: a grey level has no
+    probability under a Bernoulli pixel, so an importance-weighted "likelihood" of it would be none.
+    Progress is kept in `partial`, so that an interrupted evaluation goes on where it was.
+    """
+    identity = {"draws": draws, "seed": seed, "images": len(images), "weights": _fingerprint(model)}
+    columns = _resume(partial, identity)
+    progress = tqdm(total=len(images), initial=len(columns) * BLOCK, desc="evaluating", unit="image")
+    try:
+        for index in range(len(columns), math.ceil(len(images) / BLOCK)):
+            block = images[index * BLOCK : (index + 1) * BLOCK]
+            columns.append(_score(model, block, draws, keyed_generator(images.device, seed, 2, index), dynamic))
+            progress.update(len(block))
+    finally:
+        progress.close()
+        write_checkpoint(partial, {"identity": identity, "columns": columns})
+    return _summary(torch.cat(columns, 1), draws, seed, dynamic)
+
+
+def _score(model: VAE, images: Tensor, draws: int, generator: torch.Generator, dynamic: bool) -> Tensor:
+    """(2, n): ELBO with one draw, importance-weighted bound with `draws`; grey images have only the first."""
+    x = binarise(images, generator) if dynamic else as_float(images)
+    latent_dim = model.posterior(x[:1]).mean.shape[1]
+
+    def noise(k: int, rows: int) -> Tensor:
+        return torch.randn(k, rows, latent_dim, generator=generator, device=x.device)
+
+    bound = elbo(model, x, noise(1, len(x))).elbo
+    if not dynamic:
+        return torch.stack([bound, torch.full_like(bound, math.nan)])
+    rows = max(1, DECODES // draws)
+    scores = [
+        torch.stack([importance_log_likelihood(model, part, noise(k, len(part))) + math.log(k) for k in _chunks(draws)])
+        for part in x.split(rows)
+    ]
+    return torch.stack([bound, torch.cat([torch.logsumexp(s, 0) for s in scores]) - math.log(draws)])
+
+
+def _chunks(draws: int) -> Iterator[int]:
+    for start in range(0, draws, DECODES):
+        yield min(DECODES, draws - start)
+
+
+def _summary(columns: Tensor, draws: int, seed: int, dynamic: bool) -> dict[str, float | int | str]:
+    means = columns.double().mean(1).tolist()
+    errors = (columns.double().std(1) / math.sqrt(columns.shape[1])).tolist()
+    summary: dict[str, float | int | str] = {
+        "images": columns.shape[1],
+        "seed": seed,
+        "binarisation": "dynamic" if dynamic else "none (grey levels)",
+        "test_elbo_nats": round(means[0], 3),
+        "test_elbo_standard_error_nats": round(errors[0], 3),
+    }
+    if dynamic:
+        summary |= {
+            "test_nll_nats": round(-means[1], 3),
+            "test_nll_standard_error_nats": round(errors[1], 3),
+            "importance_samples": draws,
+        }
+    return summary
+
+
+def _resume(partial: Path, identity: dict[str, Any]) -> list[Tensor]:
+    try:
+        columns: list[Tensor] = read_checkpoint(partial, identity, torch.device("cpu"))["columns"]
+    except CheckpointError:
+        return []
+    return columns
+
+
+def _fingerprint(model: VAE) -> float:
+    return float(sum(p.double().abs().sum() for p in model.parameters()))
+
+
+@torch.inference_mode()
+def restoration(
+    vae: VAE, recognition: Recognition, fusion: BernoulliFusion, images: Tensor, seed: int
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Mean PSNR in dB (data range 1) of seeded test images before and after, by family and level.
+
+    Also `worse`: the share of images whose error grew, and `auto_db`: the PSNR when the level has to be estimated.
+    """
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:RESTORED]
+    x = as_float(images[order.to(images.device)])
+    table: dict[str, dict[str, dict[str, float]]] = {}
+    for column, (family, levels) in enumerate(CHECKED_LEVELS.items()):
+        for value in levels:
+            level = torch.zeros(len(x), len(CHECKED_LEVELS), device=x.device)
+            level[:, column] = value
+            y = corrupt(x, level, keyed_generator(x.device, seed, 3, column))
+            mask = torch.ones_like(x)
+            estimate = torch.zeros_like(level)
+            estimate[:, column] = recognition.log_level(y, mask).mean[:, column].exp()
+            known = denoise(vae, recognition, fusion, Observation(y, mask, level))
+            unknown = denoise(vae, recognition, fusion, Observation(y, mask, estimate))
+            table.setdefault(family, {})[str(value)] = _decibels(x, y, known, unknown)
+    return table
+
+
+def denoise(vae: VAE, recognition: Recognition, fusion: BernoulliFusion, seen: Observation) -> Tensor:
+    """What the service answers by default: recognise, decode at the posterior's mean, fuse with what is seen."""
+    x_mean = vae.likelihood.mean(vae.decode(recognition.posterior(seen).mean))
+    restored: Tensor = fusion(x_mean, *seen)[0]
+    return restored
+
+
+def _decibels(x: Tensor, y: Tensor, known: Tensor, unknown: Tensor) -> dict[str, float]:
+    def psnr(image: Tensor) -> Tensor:
+        return -10.0 * (image - x).square().flatten(1).mean(1).clamp(min=1e-12).log10()
+
+    before, after = psnr(y), psnr(known)
+    figures = {
+        "noisy_db": before.mean(),
+        "restored_db": after.mean(),
+        "auto_db": psnr(unknown).mean(),
+        "worse": (after < before).float().mean(),
+    }
+    return {name: round(float(value), 3) for name, value in figures.items()}

@@ -1,0 +1,238 @@
+"""From a trained model to a version in the model repository: ONNX graphs, golden vectors, manifest; all or nothing."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from torch import Tensor, nn
+
+from service.manifest import FILE_NAME, SCHEMA_VERSION, File, Golden, Graph, Manifest, digest, is_plain_name
+from training.errors import DiskError, ExportError
+from training.model import VAE
+from training.restoration import BernoulliFusion, Observation, Recognition
+
+PARITY = 1e-5  # between torch and onnxruntime, on the machine that exports
+GOLDEN_TOLERANCE = 1e-3  # for whatever execution provider serves it later: TF32 keeps about three digits
+GOLDEN_ROWS = 4
+GOLDEN_FILE = "golden.npz"
+
+
+@dataclass(frozen=True)
+class Exportable:
+    """One graph: a module, rows to run it on, and the names of what goes in and out."""
+
+    module: nn.Module
+    rows: tuple[Tensor, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+class Decode(nn.Module):
+    """z -> E[x|z]."""
+
+    def __init__(self, vae: VAE) -> None:
+        super().__init__()
+        self.decoder, self.likelihood = vae.decoder, vae.likelihood
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(n, d) -> (n, c, h, w)."""
+        return self.likelihood.mean(self.decoder(z))
+
+
+class Recognise(nn.Module):
+    """y, mask, level -> mean, log_var of q(z | y, mask, level)."""
+
+    def __init__(self, recognition: Recognition) -> None:
+        super().__init__()
+        self.recognition = recognition
+
+    def forward(self, y: Tensor, mask: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, c, h, w), (n, c, h, w), (n, 3) -> (n, d), (n, d)."""
+        return self.recognition.posterior(Observation(y, mask, level))
+
+
+class EstimateLevel(nn.Module):
+    """y, mask -> the level of each noise family, were it the one at work."""
+
+    def __init__(self, recognition: Recognition) -> None:
+        super().__init__()
+        self.recognition = recognition
+
+    def forward(self, y: Tensor, mask: Tensor) -> Tensor:
+        """(n, c, h, w), (n, c, h, w) -> (n, 3)."""
+        return self.recognition.log_level(y, mask).mean.exp()
+
+
+@torch.no_grad()
+def exportables(
+    vae: VAE, x: Tensor, restoration: tuple[Recognition, BernoulliFusion] | None, seen: Observation
+) -> dict[str, Exportable]:
+    """Everything the service needs, with golden rows: clean images `x` and what is `seen` of them after corruption."""
+    mean, _ = vae.posterior(x)
+    graphs = {
+        "encoder": Exportable(vae.encoder, (x,), ("x",), ("mean", "log_var")),
+        "decoder": Exportable(Decode(vae), (mean,), ("z",), ("x_mean",)),
+    }
+    if restoration is not None:
+        recognition, fusion = restoration
+        x_mean = Decode(vae)(recognition.posterior(seen).mean)
+        graphs |= {
+            "recognition": Exportable(Recognise(recognition), tuple(seen), ("y", "mask", "level"), ("mean", "log_var")),
+            "noise_level": Exportable(EstimateLevel(recognition), (seen.y, seen.mask), ("y", "mask"), ("level",)),
+            "fusion": Exportable(fusion, (x_mean, *seen), ("x_mean", "y", "mask", "level"), ("restored", "variance")),
+        }
+    return graphs
+
+
+def export(
+    graphs: dict[str, Exportable],
+    models: Path,
+    name: str,
+    version: str,
+    about: dict[str, Any],
+    *,
+    replace: bool = False,
+) -> Path:
+    """Write models/<name>/<version>/ and give its path. `about` fills the rest of the manifest.
+
+    Each graph is reloaded with onnxruntime and compared with torch. The folder appears in one step, whole, or not at
+    all.
+    Raises: ExportError where a graph differs by more than 1e-5, holds a random operator or has external data, or where
+    the version exists; DiskError.
+    """
+    target = version_folder(models, name, version, replace=replace)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _staged(target) as folder:
+            golden: dict[str, np.ndarray] = {}
+            entries = {graph: _write_graph(graph, one, folder, golden) for graph, one in graphs.items()}
+            manifest = Manifest(
+                schema_version=SCHEMA_VERSION,
+                name=name,
+                version=version,
+                graphs=entries,
+                golden=_write_golden(folder, golden),
+                **about,
+            )
+            (folder / FILE_NAME).write_text(manifest.to_json())
+    except OSError as error:
+        raise DiskError(f"cannot write {target} ({error}); make room and export again") from error
+    return target
+
+
+def version_folder(models: Path, name: str, version: str, *, replace: bool) -> Path:
+    """Where the version goes.
+
+    Raises: ExportError for a name that is not plain or a version that exists and is not to be replaced.
+    """
+    for part in (name, version):
+        if not is_plain_name(part):
+            raise ExportError(f"{part!r} is not a plain name: lower-case letters, digits, '.', '_' and '-' only")
+    target = models / name / version
+    if target.exists() and not replace:
+        raise ExportError(f"{target} exists; choose another version in the TOML or pass --replace")
+    return target
+
+
+@contextmanager
+def _staged(target: Path) -> Iterator[Path]:
+    """A hidden folder beside `target` that takes its place when the block ends well, and vanishes when not."""
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield folder
+        folder.chmod(0o755)
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+            target.rename(old / target.name)
+            folder.rename(target)
+            shutil.rmtree(old)
+        else:
+            folder.rename(target)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _write_graph(name: str, graph: Exportable, folder: Path, golden: dict[str, np.ndarray]) -> Graph:
+    module = graph.module.eval().cpu()
+    rows = tuple(row.detach().cpu().contiguous() for row in graph.rows)
+    content = to_onnx(module, rows, graph.inputs, graph.outputs)
+    _check_graph(name, content)
+    with torch.no_grad():
+        answers = _tuple(module(*rows))
+    _check_parity(name, content, rows, answers)
+    golden |= {f"{name}/{key}": row.numpy() for key, row in zip(graph.inputs, rows, strict=True)}
+    golden |= {f"{name}/{key}": row.numpy() for key, row in zip(graph.outputs, answers, strict=True)}
+    file = f"{name}.onnx"
+    (folder / file).write_bytes(content)
+    shapes = [{key: list(row.shape[1:]) for key, row in zip(keys, tensors, strict=True)}
+              for keys, tensors in ((graph.inputs, rows), (graph.outputs, answers))]  # fmt: skip
+    return Graph(file=file, sha256=digest(content), inputs=shapes[0], outputs=shapes[1])
+
+
+def to_onnx(module: nn.Module, rows: tuple[Tensor, ...], inputs: tuple[str, ...], outputs: tuple[str, ...]) -> bytes:
+    """One self-contained ONNX graph with a dynamic first axis `n`."""
+    # Names are given for shape sizes of 2 and more: torch.export takes a size of 1 for a constant.
+    batch = torch.export.Dim("n", min=1, max=2**20)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter warns of its own deprecations
+        program = torch.onnx.export(
+            module,
+            rows,
+            dynamo=True,
+            input_names=inputs,
+            output_names=outputs,
+            dynamic_shapes=tuple({0: batch} for _ in rows),
+            external_data=False,
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model_proto
+    for node in model.graph.node:
+        del node.metadata_props[:]  # where on this machine's disk the code stood
+    return model.SerializeToString()
+
+
+def _check_graph(name: str, content: bytes) -> None:
+    model = onnx.load_model_from_string(content)
+    onnx.checker.check_model(model)
+    random = {node.op_type for node in model.graph.node if "Random" in node.op_type or node.op_type == "Bernoulli"}
+    if random:
+        raise ExportError(f"{name} draws random numbers inside the graph ({', '.join(random)}); feed noise as an input")
+    if any(tensor.external_data for tensor in model.graph.initializer):
+        raise ExportError(f"{name} keeps weights outside its file")
+
+
+def _check_parity(name: str, content: bytes, rows: tuple[Tensor, ...], answers: tuple[Tensor, ...]) -> None:
+    session = ort.InferenceSession(content, providers=["CPUExecutionProvider"])
+    names = [tensor.name for tensor in session.get_inputs()]
+    for size in (1, len(rows[0])):
+        found = session.run(None, {key: row[:size].numpy() for key, row in zip(names, rows, strict=True)})
+        for key, mine, theirs in zip(session.get_outputs(), answers, found, strict=True):
+            difference = float(np.abs(mine[:size].numpy() - theirs).max())
+            if not difference <= PARITY:
+                raise ExportError(f"{name}.{key.name} differs from torch by {difference:.2g} (at most {PARITY:g})")
+
+
+def _write_golden(folder: Path, arrays: dict[str, np.ndarray]) -> Golden:
+    path = folder / GOLDEN_FILE
+    np.savez_compressed(path, **{key: array[:GOLDEN_ROWS] for key, array in arrays.items()})  # type: ignore[arg-type]
+    entry = File(GOLDEN_FILE, digest(path.read_bytes()))
+    return Golden(entry.file, entry.sha256, rows=GOLDEN_ROWS, tolerance=GOLDEN_TOLERANCE)
+
+
+def _tuple(value: Any) -> tuple[Tensor, ...]:
+    return tuple(value) if isinstance(value, tuple) else (value,)

@@ -1,0 +1,30 @@
+"""Bernoulli p(x|z): the decoder gives one logit a pixel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+class Bernoulli:
+    """Independent Bernoulli pixels; `parameters` are logits shaped like the image.
+
+    For grey levels x in [0, 1] `log_prob` is the expectation of the log-likelihood over the binarisations
+    b ~ Bernoulli(x); its exponential is not a density of x, so it may enter a bound but never an importance weight.
+    """
+
+    name = "bernoulli"
+
+    def log_prob(self, parameters: Tensor, x: Tensor) -> Tensor:
+        """log p(x|z) in nats, summed over channels and pixels: (..., c, h, w) -> (...).
+
+        Source: Kingma and Welling (2013), appendix C.1, equation 11.
+        """
+        x = x.expand(parameters.shape)
+        losses = functional.binary_cross_entropy_with_logits(parameters, x, reduction="none")
+        return -losses.flatten(-3).sum(-1)
+
+    def mean(self, parameters: Tensor) -> Tensor:
+        """E[x|z] in [0, 1]."""
+        return torch.sigmoid(parameters)

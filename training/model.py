@@ -1,0 +1,57 @@
+"""The variational auto-encoder: q(z|x), p(z) and p(x|z) as separate, named things."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from training.gaussian import DiagonalGaussian
+
+
+class Likelihood(Protocol):
+    """p(x|z), given what the decoder puts out."""
+
+    name: str
+
+    def log_prob(self, parameters: Tensor, x: Tensor) -> Tensor:
+        """log p(x|z) in nats: (..., c, h, w) -> (...)."""
+
+    def mean(self, parameters: Tensor) -> Tensor:
+        """E[x|z], shaped like x."""
+
+
+class Prior(Protocol):
+    """p(z)."""
+
+    name: str
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log p(z) in nats: (..., d) -> (...)."""
+
+    def kl(self, posterior: DiagonalGaussian) -> Tensor:
+        """KL(posterior || prior) in nats: (..., d) -> (...)."""
+
+
+class VAE(nn.Module):
+    """A recognition model q(z|x), a generative model p(z) p(x|z).
+
+    Source: Kingma and Welling (2013), section 3.
+    """
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, likelihood: Likelihood, prior: Prior) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        self.likelihood = likelihood
+        self.prior = prior
+
+    def posterior(self, x: Tensor) -> DiagonalGaussian:
+        """q(z|x): x (n, c, h, w) -> mean and log_var (n, d), in float32."""
+        mean, log_var = self.encoder(x)
+        return DiagonalGaussian(mean.float(), log_var.float())
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Parameters of p(x|z): z (..., d) -> (..., c, h, w), in float32."""
+        flat: Tensor = self.decoder(z.flatten(0, -2)).float()
+        return flat.unflatten(0, z.shape[:-1])

@@ -1,0 +1,137 @@
+"""A run from its TOML to a model version: data, stages, evaluation, export."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training.config import Run
+from training.datasets import ImageSet, as_float
+from training.errors import ConfigError
+from training.evaluate import likelihood, restoration
+from training.export import GOLDEN_ROWS, export, exportables, version_folder
+from training.model import VAE
+from training.restoration import BernoulliFusion, Observation, Recognition, calibrate, simulate
+from training.stages import restoration_stage, trained_recognition, trained_vae, vae_stage
+from training.trainer import keyed_generator, stage_seconds, train
+
+
+def device(wanted: str) -> torch.device:
+    """`auto`, `cpu` or `cuda`.
+
+    Raises: ConfigError where CUDA is asked for and there is none.
+    """
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda, but torch finds no CUDA device; use --device cpu")
+    return torch.device(wanted)
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """A run, its data in memory, and the folder of its checkpoints."""
+
+    run: Run
+    images: ImageSet
+    folder: Path
+    device: torch.device
+
+    @classmethod
+    def open(cls, run: Run, data: Path, folder: Path, device: torch.device) -> Workshop:
+        """Load the data onto the device.
+
+        Raises: DataError.
+        """
+        images = run.data.load(data)
+        placed = ImageSet(*(split.to(device) for split in (images.train, images.validation, images.test)))
+        return cls(run, placed, folder, device)
+
+    def clear(self) -> None:
+        """Discard checkpoints, partial evaluations and log."""
+        for path in self.folder.glob("*"):
+            if path.suffix in {".pt", ".jsonl", ".part"}:
+                path.unlink()
+
+    def fit(self, models: Path, *, replace: bool = False) -> Path:
+        """Train what is not trained yet, evaluate, export; the new version's folder.
+
+        Raises: TrainingError, by its cause.
+        """
+        version_folder(models, self.run.name, self.run.version, replace=replace)
+        train(vae_stage(self.run, self.images.shape, self.device), self.images.train, self.folder)
+        if self.run.restoration is not None:
+            stage = restoration_stage(self.run, self.vae(), self.images.shape, self.device)
+            train(stage, self.images.train, self.folder)
+        return self.export(models, replace=replace)
+
+    def vae(self) -> VAE:
+        """The trained model."""
+        return trained_vae(self.run, self.images.shape, self.folder, self.device)
+
+    def restorer(self, vae: VAE) -> tuple[Recognition, BernoulliFusion] | None:
+        """The trained recognition model of corrupted images and its fusion, where the run has one."""
+        if self.run.restoration is None:
+            return None
+        recognition = trained_recognition(self.run, self.images.shape, self.folder, self.device)
+        held_out = as_float(self.images.validation)
+        return recognition, calibrate(recognition, vae, held_out, keyed_generator(self.device, self.run.seed, 4))
+
+    def evaluate(self) -> dict[str, Any]:
+        """Measured test figures, with everything that is needed to repeat them."""
+        vae, settings, test = self.vae(), self.run.evaluation, self.images.test
+        if settings.images is not None and settings.images < len(test):
+            order = torch.randperm(len(test), generator=torch.Generator().manual_seed(self.run.seed))
+            test = test[order[: settings.images].to(test.device)]
+        partial = self.folder / "evaluation.pt"
+        quality: dict[str, Any] = likelihood(
+            vae, test, settings.draws, self.run.seed, partial, dynamic=self.run.binarise
+        )
+        restorer = self.restorer(vae)
+        if restorer is not None:
+            quality["restoration"] = restoration(vae, *restorer, self.images.test, self.run.seed)
+        return quality
+
+    def export(self, models: Path, *, replace: bool = False) -> Path:
+        """Evaluate and write the model version.
+
+        Raises: ExportError, DiskError, CheckpointError.
+        """
+        version_folder(models, self.run.name, self.run.version, replace=replace)
+        vae = self.vae()
+        x, seen = self._golden_rows()
+        graphs = exportables(vae, x, self.restorer(vae), seen)
+        about = {
+            "input_shape": list(self.images.shape),
+            "value_range": [0.0, 1.0],
+            "latent_shape": [self.run.model.latent_dim],
+            "likelihood": self.run.model.likelihood,
+            "prior": self.run.model.prior,
+            "dataset": self.run.data.dataset,
+            "training": self._training(),
+            "quality": self.evaluate(),
+        }
+        return export(graphs, models, self.run.name, self.run.version, about, replace=replace)
+
+    def _golden_rows(self) -> tuple[Tensor, Observation]:
+        x = as_float(self.images.test[:GOLDEN_ROWS])
+        rows = x.repeat(-(-GOLDEN_ROWS // len(x)), 1, 1, 1)[:GOLDEN_ROWS]
+        return rows, simulate(rows, keyed_generator(self.device, self.run.seed, 5))
+
+    def _training(self) -> dict[str, Any]:
+        seconds = stage_seconds(self.folder)
+        return {
+            "settings": self.run.model_dump(mode="json", exclude={"name", "version", "evaluation"}, exclude_none=True),
+            "train_images": len(self.images.train),
+            "seconds": seconds,
+            "device": self.device.type,
+            "cpus": os.cpu_count(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        }
