@@ -52,6 +52,7 @@ class _Job:
     arrays: Arrays
     rows: int
     future: asyncio.Future[Trip]
+    load: int
     arrived: float
     deadline: float | None
     taken: int = 0
@@ -76,7 +77,8 @@ class _Batch(NamedTuple):
 class Batcher:
     """One engine: a lane a program, one batch at a time.
 
-    max_rows: rows in a batch. queue_rows: rows that may wait; above it a request is refused at once.
+    max_rows: rows in a batch. queue_rows: rows that may wait; above it a request is refused at once. A request
+    of more than a batch counts as one batch: it takes turns, so that is what it keeps a newcomer waiting.
     linger_ms: how long the first arrival waits for company; 0 is never. inline_s: batches that cost less than this run
     in the event loop. observe: called with (program, rows, queue_s of each part, inference_s) after each batch.
     """
@@ -115,11 +117,12 @@ class Batcher:
         Raises: Overloaded, DeadlinePassed, NotReady, InferenceFailed.
         """
         rows = len(arrays[0])
-        self._admit(rows)
+        load = min(rows, self.max_rows)
+        self._admit(load)
         loop = asyncio.get_running_loop()
-        job = _Job(arrays, rows, loop.create_future(), self._clock(), deadline)
+        job = _Job(arrays, rows, loop.create_future(), load, self._clock(), deadline)
         self._lanes.setdefault(program, deque()).append(job)
-        self.queued_rows += rows
+        self.queued_rows += load
         self._schedule(loop, self.linger_s)
         return await job.future
 
@@ -137,10 +140,10 @@ class Batcher:
         """How long what waits should take, from the measured rate."""
         return self.queued_rows * self._row_s
 
-    def _admit(self, rows: int) -> None:
+    def _admit(self, load: int) -> None:
         if not self.healthy:
             raise NotReady("the engine has stopped; send the request to another instance")
-        if self.queued_rows and self.queued_rows + rows > self.queue_rows:
+        if self.queued_rows + load > self.queue_rows and self.queued_rows:
             raise Overloaded(
                 f"{self.queued_rows} rows wait already and VAE_QUEUE_ROWS is {self.queue_rows}; try again later",
                 self.retry_after_s(),
@@ -185,7 +188,7 @@ class Batcher:
         while lane and rows < capacity:
             job = lane.popleft()
             if job.future.done() or self._expired(job, now):
-                self.queued_rows -= job.rows - job.taken
+                self.queued_rows -= job.load
                 continue
             start = job.taken
             job.taken = min(job.rows, start + capacity - rows)
@@ -194,7 +197,8 @@ class Batcher:
             rows += job.taken - start
             if job.taken < job.rows:
                 unfinished.append(job)
-        self.queued_rows -= rows
+            else:
+                self.queued_rows -= job.load
         lane.extend(unfinished)
         return _Batch(program, parts, rows)
 

@@ -39,7 +39,7 @@ class Settings(BaseSettings):
     max_rows: Annotated[int, Field(ge=1)] = 64
     """Rows in one batch."""
     queue_rows: Annotated[int, Field(ge=1)] = 4096
-    """Rows that may wait; above it requests are answered 503."""
+    """Rows that may wait, a request of many batches counting as one; above it requests are answered 503."""
     linger_ms: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """How long the first row waits for company; 0 is never, and usually best."""
     inline_us: Annotated[float, Field(ge=0)] = 500.0
@@ -52,7 +52,7 @@ class Settings(BaseSettings):
     """Rows in one request, sampled rows included; those above max_rows are run in several batches."""
     max_draws: Annotated[int, Field(ge=1)] = 64
     """Posterior draws a row may ask for."""
-    max_pixels: Annotated[int, Field(ge=1)] = 16 * 2**20
+    max_pixels: Annotated[int, Field(ge=1, le=89_478_485)] = 16 * 2**20
     """Pixels in one PNG, JPEG or WebP, checked before it is decoded."""
     access_log: bool = False
     """Whether every request is logged."""

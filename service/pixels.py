@@ -37,14 +37,14 @@ def to_array(image: Image.Image, channels: int) -> Pixels:
 def fit(images: Pixels, size: tuple[int, int], how: Fit) -> Pixels:
     """(n, c, h, w) to (n, c, *size): `resize` stretches, `pad` keeps all and fills with 0, `crop` fills and cuts.
 
-    Bicubic, smoothed before shrinking; what it overshoots is cut to the range of the input.
+    Bicubic, smoothed before shrinking; what it overshoots is cut to the range of the input and 0.
     """
     height, width = size
     planes = [
         _fit_plane(Image.fromarray(plane), (width, height), how) for plane in images.reshape(-1, *images.shape[2:])
     ]
     fitted = np.stack(planes).reshape(*images.shape[:2], height, width)
-    return np.clip(fitted, images.min(), images.max())
+    return np.clip(fitted, min(0.0, images.min()), images.max())
 
 
 def _fit_plane(plane: Image.Image, size: tuple[int, int], how: Fit) -> NDArray[Any]:

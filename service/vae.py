@@ -156,7 +156,8 @@ async def denoise(
     trip = await submit(program, (y * seen, seen, levels, *noise))
     restored, variance, used = trip.arrays
     outputs = {"images": restored, **({"std": np.sqrt(variance)} if uncertainty else {})}
-    return Result(outputs, {**about, **({} if column is None else {"level": used[:, column]})}, trip)
+    found = {} if column is None else {"level": np.ascontiguousarray(used[:, column])}
+    return Result(outputs, {**about, **found}, trip)
 
 
 def _noise(rows: int, draws: int, shape: tuple[int, ...], seed: int | None) -> tuple[Arrays, dict[str, Any]]:

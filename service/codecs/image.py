@@ -31,6 +31,8 @@ def parse(body: bytes, intake: Intake) -> Pixels:
             return to_array(picture, intake.shape[0])
     except TooLarge:
         raise
+    except Image.DecompressionBombError as error:  # above Pillow's own limit, which no setting of ours passes
+        raise TooLarge(f"the picture is above VAE_MAX_PIXELS ({intake.max_pixels})") from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
         raise Unreadable(f"the picture cannot be read ({str(error)[:120]}); send a whole PNG, JPEG or WebP") from error
 

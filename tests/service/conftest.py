@@ -1,0 +1,64 @@
+"""The service in process, around a model that the trainer has just made."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import uvicorn
+from fastapi import FastAPI
+from numpy.typing import NDArray
+
+from service.app import create_app
+from service.config import Settings
+from service.repository import Model, Repository
+from service.session import Session
+
+Graph = Callable[..., tuple[NDArray[np.float32], ...]]
+
+
+@contextmanager
+def serving(app: FastAPI) -> Iterator[str]:
+    """Serve in a thread; gives the URL, and stops in an orderly way."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="session")
+def client(digits_models: Path) -> Iterator[httpx.Client]:
+    """A client of the whole application, served by uvicorn on loopback."""
+    with serving(create_app(Settings(models=digits_models, max_rows=8))) as url, httpx.Client(base_url=url) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def model(digits_models: Path) -> Model:
+    """The model behind the client, opened a second time."""
+    return Repository.open(digits_models, "", "CPUExecutionProvider", 1, 8).find("digits", None)
+
+
+@pytest.fixture(scope="session")
+def graphs(digits_models: Path) -> dict[str, Graph]:
+    """The model's graphs, run without the service."""
+    folder = next((digits_models / "digits").iterdir())
+    return {path.stem: Session(path.read_bytes(), "CPUExecutionProvider", 1) for path in folder.glob("*.onnx")}
+
+
+@pytest.fixture(scope="session")
+def images() -> NDArray[np.float32]:
+    """Three images of the model's size; their grey levels are whole 255ths, so that a PNG holds them exactly."""
+    levels = np.random.default_rng(3).integers(0, 256, (3, 1, 8, 8))
+    return (levels / 255.0).astype(np.float32)
