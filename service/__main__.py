@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import sys
 
@@ -14,6 +15,8 @@ from service.errors import StartError
 
 def main(arguments: list[str] | None = None) -> int:
     """Serve until stopped; 1 with one line where that cannot begin."""
+    # Until uvicorn listens to it, and after: a container's first process ignores signals it has no handler for.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         settings = read_settings(sys.argv[1:] if arguments is None else arguments)
         listener = listen(settings)
@@ -22,7 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"vae-serve: {error}", file=sys.stderr)
         return 1
     host, port = listener.getsockname()[:2]
-    print(welcome(f"http://{host}:{port}", list(repository.models)), flush=True)
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104  # an address one can type
+    print(welcome(f"http://{shown}:{port}", list(repository.models)), flush=True)
     config = uvicorn.Config(
         create_app(settings, repository),
         log_level="info",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import tempfile
 import warnings
@@ -14,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +22,9 @@ from service.manifest import FILE_NAME, SCHEMA_VERSION, File, Golden, Graph, Man
 from training.errors import DiskError, ExportError
 from training.model import VAE
 from training.restoration import BernoulliFusion, Observation, Recognition
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as in service/session.py
+import onnxruntime as ort  # after the line above
 
 PARITY = 1e-5  # between torch and onnxruntime, on the machine that exports
 GOLDEN_TOLERANCE = 1e-3  # for whatever execution provider serves it later: TF32 keeps about three digits
@@ -114,7 +117,6 @@ def export(
     """
     target = version_folder(models, name, version, replace=replace)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         with _staged(target) as folder:
             golden: dict[str, np.ndarray] = {}
             entries = {graph: _write_graph(graph, one, folder, golden) for graph, one in graphs.items()}
@@ -135,7 +137,8 @@ def export(
 def version_folder(models: Path, name: str, version: str, *, replace: bool) -> Path:
     """Where the version goes.
 
-    Raises: ExportError for a name that is not plain or a version that exists and is not to be replaced.
+    Raises: ExportError for a name that is not plain or a version that exists and is not to be replaced; DiskError
+    where nothing can be written there.
     """
     for part in (name, version):
         if not is_plain_name(part):
@@ -143,6 +146,11 @@ def version_folder(models: Path, name: str, version: str, *, replace: bool) -> P
     target = models / name / version
     if target.exists() and not replace:
         raise ExportError(f"{target} exists; choose another version in the TOML or pass --replace")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=target.parent).close()
+    except OSError as error:
+        raise DiskError(f"cannot write into {target.parent} ({error.strerror}); choose another --out") from error
     return target
 
 

@@ -1,0 +1,98 @@
+# Targets: `service` (the default, no torch), `train` and `gpu` (gigabytes each, built only when asked for).
+# Needs BuildKit, which skips the stages that a target does not use.
+
+FROM python:3.11-slim AS build
+# For a mirror, or for CPU wheels of torch in `train`; empty means pip's own default.
+ARG PIP_INDEX_URL=""
+ARG PIP_EXTRA_INDEX_URL=""
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+WORKDIR /src
+# pip stays outside, so that what is shipped has none.
+RUN python -m venv --without-pip /venv
+COPY pyproject.toml constraints.txt ./
+# Dependencies are installed before the code, so that a change of code does not fetch them again.
+RUN python <<EOF
+import pathlib, tomllib
+
+project = tomllib.loads(pathlib.Path("pyproject.toml").read_text())["project"]
+service, extras = project["dependencies"], project["optional-dependencies"]
+# The CUDA build takes the place of onnxruntime, at its version, and brings CUDA's libraries.
+pin = next(line for line in pathlib.Path("constraints.txt").read_text().split() if line.startswith("onnxruntime=="))
+gpu = [line for line in service if line != "onnxruntime"] + [pin.replace("==", "-gpu[cuda,cudnn]==")]
+for name, lines in {"service": service, "train": service + extras["train"], "gpu": gpu}.items():
+    pathlib.Path(name + ".txt").write_text("\n".join(lines) + "\n")
+EOF
+# The image has no compiler: a package without a wheel is told as such.
+ENV INSTALL="pip --python /venv/bin/python install --constraint constraints.txt --only-binary :all:"
+
+FROM build AS wheel
+COPY README.md LICENSE ./
+COPY service service
+COPY training training
+RUN pip wheel --no-deps --wheel-dir /wheel .
+
+FROM build AS service-venv
+RUN $INSTALL --requirement service.txt
+COPY --from=wheel /wheel /wheel
+# The wheel also holds the trainer, whose command could only fail without torch.
+RUN $INSTALL --no-deps /wheel/*.whl && rm -r /venv/lib/python3.11/site-packages/training /venv/bin/vae-train
+
+FROM build AS gpu-venv
+RUN $INSTALL --requirement gpu.txt
+COPY --from=wheel /wheel /wheel
+RUN $INSTALL --no-deps /wheel/*.whl && rm -r /venv/lib/python3.11/site-packages/training /venv/bin/vae-train
+
+FROM build AS train-venv
+RUN $INSTALL --requirement train.txt
+COPY --from=wheel /wheel /wheel
+RUN $INSTALL --no-deps /wheel/*.whl
+
+FROM build AS models
+COPY models /models
+# Readable by the container's user, whatever umask they were checked out with.
+RUN chmod -R a+rX,go-w /models
+
+# What every target runs on.
+FROM python:3.11-slim AS runtime
+# /tmp may be the only place that can be written. onnxruntime reports its use to its maker, and keeps a device id on
+# disk, unless told otherwise before it is imported.
+ENV PATH=/venv/bin:$PATH HOME=/tmp PYTHONUNBUFFERED=1 ORT_DISABLE_TELEMETRY=1
+WORKDIR /
+
+# What both kinds of service share.
+FROM runtime AS serving
+COPY --from=models /models /models
+# Reachable from outside the container; what is published of it, and where, is the engine's business.
+ENV VAE_HOST=0.0.0.0 VAE_MODELS=/models
+EXPOSE 8000
+# Not through urllib, which would ask a proxy that the environment names.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --start-interval=1s --retries=3 CMD \
+    ["python", "-ISc", "import http.client as h, os; c = h.HTTPConnection('127.0.0.1', int(os.environ.get('VAE_PORT', 8000)), timeout=4); c.request('GET', '/health/ready'); raise SystemExit(c.getresponse().status != 200)"]
+CMD ["vae-serve"]
+
+FROM runtime AS train
+COPY --from=train-venv /venv /venv
+COPY training/configs /configs
+# Any user may keep checkpoints in /runs, where the trainer looks by default; torch asks for the user's name.
+RUN mkdir -m 1777 /runs
+ENV USER=trainer PYTHONDONTWRITEBYTECODE=1
+USER 10001:10001
+ENTRYPOINT ["vae-train"]
+CMD ["--help"]
+
+FROM serving AS gpu
+COPY --from=gpu-venv /venv /venv
+# CUDA's libraries came as Python packages, where the linker does not look by itself.
+RUN find /venv -type d -path '*/nvidia/*/lib' > /etc/ld.so.conf.d/nvidia.conf && ldconfig
+RUN python -c "import http.client, service.__main__"
+ENV PYTHONDONTWRITEBYTECODE=1 VAE_EXECUTION_PROVIDER=cuda
+USER 10001:10001
+
+FROM serving AS service
+COPY --from=service-venv /venv /venv
+# pip has compiled the packages; this compiles the part of the standard library that they import, since the base image
+# has none of it compiled and the running container can keep nothing.
+RUN python -c "import http.client, service.__main__"
+ENV PYTHONDONTWRITEBYTECODE=1
+# By number, so that Kubernetes' runAsNonRoot can tell.
+USER 10001:10001

@@ -1,0 +1,92 @@
+"""The service as a process: how it starts, refuses to start, and stops."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+CLEAN = {key: value for key, value in os.environ.items() if not key.startswith("VAE_")}
+
+
+@contextmanager
+def running(**settings: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`python -m service` with settings; gives the process and its URL, and ends it whatever happens."""
+    environment = {**CLEAN, "VAE_PORT": "0", **settings}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "service"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        found = re.search(r"http://[\d.]+:\d+", process.stdout.readline())
+        assert found, process.communicate(timeout=10)
+        yield process, found.group()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def refused(*flags: str, **settings: str) -> str:
+    """What `python -m service` says when it cannot start."""
+    done = subprocess.run(
+        [sys.executable, "-m", "service", *flags], cwd=ROOT, env={**CLEAN, "VAE_PORT": "0", **settings},
+        capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert done.stdout == ""
+    return done.stderr
+
+
+def test_it_serves_and_stops_in_good_order(digits_models: Path) -> None:
+    """It prints its URL and a line to try; that line works; SIGTERM ends it with 0."""
+    with running(VAE_MODELS=str(digits_models)) as (process, url):
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        command = re.search(r"curl .*", line)
+        assert command
+        assert f"{url}/v1/sample" in command.group()
+        sample = httpx.post(f"{url}/v1/sample?count=16&seed=7", headers={"accept": "image/png"}, timeout=30)
+        assert sample.content.startswith(b"\x89PNG")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"VAE_MODELS": "/nowhere"}, "no model repository /nowhere"),
+        ({"VAE_MODLES": "x"}, "did you mean VAE_MODELS?"),
+        ({"VAE_EXECUTION_PROVIDER": "cuda"}, "this onnxruntime offers"),
+        ({"VAE_MAX_ROWS": "many"}, "VAE_MAX_ROWS"),
+    ],
+)
+def test_what_it_cannot_start_with_is_one_clear_line(settings: dict[str, str], says: str) -> None:
+    """Not a traceback, and not zero."""
+    line = refused(**settings)
+    assert says in line
+    assert line.count("\n") == 1
+
+
+def test_a_taken_port_is_one_clear_line(digits_models: Path) -> None:
+    """Told before any model is opened."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        line = refused(VAE_MODELS=str(digits_models), VAE_PORT=str(port))
+    assert f"cannot listen on 127.0.0.1:{port}" in line
+    assert line.count("\n") == 1
+
+
+def test_a_misspelt_flag_is_refused() -> None:
+    """By name."""
+    assert "--prot" in refused("--prot", "1")

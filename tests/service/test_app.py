@@ -1,0 +1,97 @@
+"""What is not an operation: models, health, metrics, documentation."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from service.app import create_app
+from service.config import Settings
+from service.repository import Repository
+
+OPERATIONS = ["encode", "decode", "reconstruct", "denoise", "sample"]
+
+
+def test_models_are_described_for_people(client: httpx.Client) -> None:
+    """Shapes, range, prior, likelihood, operations, measured quality, fingerprint."""
+    listed = client.get("/v1/models").json()["models"]
+    (one,) = listed
+    assert one == client.get("/v1/models/digits").json() == client.get("/v1/models/digits/versions/1").json()
+    assert one["input_shape"] == [1, 8, 8]
+    assert one["latent_dim"] == 8
+    assert one["operations"] == OPERATIONS
+    assert one["quality"]["test_elbo_nats"] < 0
+    assert len(one["fingerprint"]) == 16
+
+
+def test_an_unknown_model_is_a_problem(client: httpx.Client) -> None:
+    """With the names there are."""
+    response = client.get("/v1/models/nobody")
+    assert (response.status_code, response.json()["code"]) == (404, "unknown_model")
+    assert "digits" in response.json()["detail"]
+
+
+def test_health(client: httpx.Client) -> None:
+    """Alive and ready."""
+    assert client.get("/health/live").json() == {"live": True}
+    assert client.get("/health/ready").json() == {"ready": True, "models": ["digits"]}
+
+
+def test_ready_is_false_without_models_or_engine() -> None:
+    """Zero models are not ready, and neither is a service that is stopping."""
+
+    async def scenario() -> None:
+        app = create_app(Settings(), Repository({}, ""))
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as empty:
+            response = await empty.get("/health/ready")
+            assert (response.status_code, response.json()["code"]) == (503, "not_ready")
+
+    asyncio.run(scenario())
+
+
+def test_metrics_count_requests_rows_and_batches(client: httpx.Client) -> None:
+    """By model, operation and outcome; labels are bounded."""
+    client.post("/v1/sample?count=3")
+    client.post("/v1/sample?count=0")
+    client.post("/v1/models/nobody-at-all/sample")
+    text = client.get("/metrics").text
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    outcomes = {s.labels["outcome"] for s in families["vae_requests"].samples if s.labels["operation"] == "sample"}
+    assert {"ok", "invalid_option", "unknown_model"} <= outcomes
+    assert "nobody-at-all" not in text
+    assert {"vae_rows", "vae_queue_seconds", "vae_inference_seconds", "vae_batch_rows", "vae_queued_rows"} <= set(
+        families
+    )
+
+
+def test_every_endpoint_is_documented_with_an_example(client: httpx.Client) -> None:
+    """OpenAPI names bodies, options, answers and problems of every operation on every path."""
+    paths = client.get("/openapi.json").json()["paths"]
+    for operation in OPERATIONS:
+        for prefix in ("/v1", "/v1/models/{model}", "/v1/models/{model}/versions/{version}"):
+            post = paths[f"{prefix}/{operation}"]["post"]
+            assert "example" in post["requestBody"]["content"]["application/json"]
+            assert "example" in post["responses"]["200"]["content"]["application/json"]
+            assert {"400", "404", "406", "413", "415", "422", "500", "503", "504"} <= set(post["responses"])
+    denoise = {p["name"]: p for p in paths["/v1/denoise"]["post"]["parameters"]}
+    assert set(denoise) == {"fit", "draws", "seed", "noise", "level", "quality", "uncertainty"}
+    assert all(parameter["description"] for parameter in denoise.values())
+    assert client.get("/docs").status_code == 200
+
+
+def test_a_service_whose_engine_has_stopped_says_so(digits_models: Path) -> None:
+    """Readiness and requests are 503 with Retry-After."""
+
+    async def scenario() -> None:
+        app = create_app(Settings(models=digits_models))
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as one:
+            async with app.router.lifespan_context(app):
+                assert (await one.get("/health/ready")).status_code == 200
+            for response in (await one.get("/health/ready"), await one.post("/v1/sample")):
+                assert (response.status_code, response.json()["code"]) == (503, "not_ready")
+                assert int(response.headers["retry-after"]) > 0
+
+    asyncio.run(scenario())
