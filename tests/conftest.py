@@ -12,6 +12,8 @@ from training.config import load
 from training.pipeline import Workshop
 
 CONFIGS = Path(__file__).parent.parent / "training" / "configs"
+# Threads of small operations wait for each other by spinning: on cores that have other work, fifteen times slower.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,287 @@
+"""The artefact: graphs that compute what torch computes, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from torch import Tensor, nn
+
+from service import manifest
+from training.architectures import Architecture
+from training.architectures.conv import Conv
+from training.architectures.mlp import Mlp
+from training.errors import DiskError, ExportError
+from training.export import PARITY, Exportable, export, exportables
+from training.likelihoods.bernoulli import Bernoulli
+from training.model import VAE
+from training.priors.standard_normal import StandardNormal
+from training.restoration import BernoulliFusion, Recognition, simulate
+
+LATENT_DIM = 4
+ABOUT: dict[str, Any] = {
+    "input_shape": [1, 7, 5],
+    "value_range": [0.0, 1.0],
+    "latent_shape": [LATENT_DIM],
+    "likelihood": "bernoulli",
+    "prior": "standard_normal",
+    "dataset": "digits",
+    "training": {"seed": 1},
+    "quality": {"test_nll_nats": 84.2},
+}
+MLP = Mlp(architecture="mlp", hidden=(16, 8), activation="silu")
+CONV = Conv(architecture="conv", channels=(4, 6), blocks=1, head=3)
+
+
+def scrambled(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Every parameter moved, so that no layer that starts at zero hides a difference."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return module
+
+
+def graphs_of(architecture: Architecture, shape: tuple[int, int, int], *, restores: bool) -> dict[str, Exportable]:
+    """Everything that a trained run would export, with weights of no meaning."""
+    torch.manual_seed(3)
+    channels, height, width = shape
+    vae = VAE(
+        architecture.encoder(shape, LATENT_DIM),
+        architecture.decoder(LATENT_DIM, shape),
+        Bernoulli(),
+        StandardNormal(),
+    )
+    recognition = Recognition(
+        architecture.encoder((2 * channels + 3, height, width), LATENT_DIM),
+        architecture.encoder((2 * channels, height, width), 3),
+    )
+    scrambled(vae)
+    scrambled(recognition)
+    x = torch.rand(4, *shape)
+    seen = simulate(x, torch.Generator().manual_seed(4))
+    return exportables(vae.eval(), x, (recognition.eval(), BernoulliFusion()) if restores else None, seen)
+
+
+def rows_like(graph: Exportable, size: int) -> tuple[Tensor, ...]:
+    """Other rows than those it was exported with, as many as asked for."""
+    generator = torch.Generator().manual_seed(size)
+    return tuple(torch.rand(size, *row.shape[1:], generator=generator) for row in graph.rows)
+
+
+def largest_difference(path: Path, graph: Exportable, rows: tuple[Tensor, ...]) -> float:
+    """Between onnxruntime and torch, over every output."""
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    found = session.run(list(graph.outputs), dict(zip(graph.inputs, (r.numpy() for r in rows), strict=True)))
+    with torch.no_grad():
+        answer = graph.module(*rows)
+    expected = answer if isinstance(answer, tuple) else (answer,)
+    return max(float(np.abs(f - e.numpy()).max()) for f, e in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "shape", "restores"),
+    [(MLP, (1, 7, 5), True), (CONV, (3, 33, 20), True), (CONV, (1, 28, 28), False)],
+    ids=["mlp-1x7x5", "conv-3x33x20", "conv-1x28x28"],
+)
+def test_graphs_compute_what_torch_computes(
+    architecture: Architecture, shape: tuple[int, int, int], restores: bool, tmp_path: Path
+) -> None:
+    """At batches of 1, 3 and 64 every graph is within 1e-5 of torch, holds no random operator and no file beside it."""
+    graphs = graphs_of(architecture, shape, restores=restores)
+    folder = export(graphs, tmp_path, "tiny", "1", {**ABOUT, "input_shape": list(shape)})
+    written = manifest.read(folder)
+    assert set(written.graphs) == set(graphs)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        ["manifest.json", *(entry.file for entry in written.files())]
+    )
+    for name, graph in graphs.items():
+        for size in (1, 3, 64):
+            difference = largest_difference(folder / f"{name}.onnx", graph, rows_like(graph, size))
+            assert difference <= PARITY, f"{name}, {size} rows"
+        model = onnx.load_model(folder / f"{name}.onnx", load_external_data=False)
+        assert not [node.op_type for node in model.graph.node if "Random" in node.op_type]
+        assert not any(tensor.external_data for tensor in model.graph.initializer)
+        entry = written.graphs[name]
+        assert list(entry.inputs) == list(graph.inputs)
+        assert entry.inputs == {key: list(row.shape[1:]) for key, row in zip(graph.inputs, graph.rows, strict=True)}
+
+
+def test_manifest_answers_for_every_file(digits_models: Path) -> None:
+    """What the pipeline writes, the service's reader reads: every digest matches its file."""
+    folder = digits_models / "digits" / "1"
+    written = manifest.read(folder)
+    assert set(written.graphs) == {"encoder", "decoder", "recognition", "noise_level", "fusion"}
+    for entry in written.files():
+        assert manifest.digest((folder / entry.file).read_bytes()) == entry.sha256
+    assert manifest.parse(written.to_json().encode()) == written
+    assert (written.input_shape, written.latent_shape, written.dataset) == ([1, 8, 8], [8], "digits")
+
+
+def test_golden_vectors_are_what_the_graphs_answer(digits_models: Path) -> None:
+    """The golden inputs, replayed, give the golden outputs within 1e-5."""
+    folder = digits_models / "digits" / "1"
+    written = manifest.read(folder)
+    with np.load(folder / written.golden.file, allow_pickle=False) as golden:
+        for name, graph in written.graphs.items():
+            session = ort.InferenceSession(folder / graph.file, providers=["CPUExecutionProvider"])
+            feed = {key: golden[f"{name}/{key}"] for key in graph.inputs}
+            assert {len(rows) for rows in feed.values()} == {written.golden.rows}
+            for key, found in zip(graph.outputs, session.run(list(graph.outputs), feed), strict=True):
+                np.testing.assert_allclose(found, golden[f"{name}/{key}"], atol=PARITY, rtol=0)
+
+
+def test_measured_figures_and_settings_travel_along(digits_models: Path) -> None:
+    """The manifest is valid JSON for everyone, and says how the model was trained and what it is worth."""
+    text = (digits_models / "digits" / "1" / "manifest.json").read_text()
+
+    def refuse(constant: str) -> None:
+        pytest.fail(f"{constant} is not JSON")
+
+    content = json.loads(text, parse_constant=refuse)
+    assert content["training"]["settings"]["train"]["batch_size"] == 50
+    assert content["training"]["seconds"].keys() == {"vae", "restoration"}
+    quality = content["quality"]
+    assert quality["test_elbo_standard_error_nats"] > 0.0
+    # An importance-weighted bound is the tighter one.
+    assert -quality["test_nll_nats"] > quality["test_elbo_nats"]
+
+
+class Restless(nn.Module):
+    """Answers differently every time."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X and how often it was asked."""
+        self.calls += 1
+        return x + self.calls
+
+
+class Noisy(nn.Module):
+    """Draws noise inside the graph."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X and noise."""
+        return x + 1e-9 * torch.randn_like(x)
+
+
+class Dropping(nn.Module):
+    """Drops at random although it is in eval mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X with half of it gone."""
+        return x * torch.bernoulli(torch.full_like(x, 0.5))
+
+
+class NotANumber(nn.Module):
+    """Answers NaN."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """0 / 0."""
+        return (x - x) / (x - x)
+
+
+class Broken(nn.Module):
+    """Cannot be run at all."""
+
+    def forward(self, _x: Tensor) -> Tensor:
+        """Never."""
+        raise RuntimeError("this module is broken")
+
+
+def one_graph(module: nn.Module) -> dict[str, Exportable]:
+    """A version of one graph called decoder."""
+    return {"decoder": Exportable(module, (torch.rand(4, 3),), ("z",), ("x_mean",))}
+
+
+@pytest.mark.parametrize("fake", [Restless, Noisy, Dropping, NotANumber])
+def test_graph_that_is_not_the_module_is_refused(fake: type[nn.Module], tmp_path: Path) -> None:
+    """A graph that differs from torch, draws at random or answers NaN is an ExportError naming it; nothing is left."""
+    with pytest.raises(ExportError, match="decoder"):
+        export(one_graph(fake()), tmp_path / "models", "tiny", "1", ABOUT)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not list((tmp_path / "models" / "tiny").iterdir())
+
+
+def test_any_exception_leaves_nothing_behind(tmp_path: Path) -> None:
+    """An error nobody foresaw, after one graph is written, leaves no half version either."""
+    graphs = {**one_graph(nn.Linear(3, 2)), "encoder": Exportable(Broken(), (torch.rand(4, 3),), ("x",), ("mean",))}
+    with pytest.raises(Exception, match="broken"):
+        export(graphs, tmp_path, "tiny", "1", ABOUT)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+class Stopped(nn.Module):
+    """Somebody presses Ctrl-C while it is exported."""
+
+    def forward(self, _x: Tensor) -> Tensor:
+        """Never."""
+        raise KeyboardInterrupt
+
+
+def test_existing_version_survives_all_but_a_good_replacement(tmp_path: Path) -> None:
+    """Without `replace` an existing version is refused; a bad replacement leaves it; a good one takes its place."""
+    first = export(one_graph(nn.Linear(3, 2)), tmp_path, "tiny", "1", ABOUT)
+    before = {path.name: path.read_bytes() for path in first.iterdir()}
+
+    def now() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in first.iterdir()}
+
+    with pytest.raises(ExportError, match="--replace"):
+        export(one_graph(nn.Linear(3, 2)), tmp_path, "tiny", "1", ABOUT)
+    assert now() == before
+    with pytest.raises(ExportError):
+        export(one_graph(NotANumber()), tmp_path, "tiny", "1", ABOUT, replace=True)
+    assert now() == before
+    with pytest.raises(KeyboardInterrupt):
+        export(one_graph(Stopped()), tmp_path, "tiny", "1", ABOUT, replace=True)
+    assert now() == before
+    replaced = export(one_graph(nn.Linear(3, 5)), tmp_path, "tiny", "1", ABOUT, replace=True)
+    assert replaced == first
+    assert now()["decoder.onnx"] != before["decoder.onnx"]
+    assert [path.name for path in (tmp_path / "tiny").iterdir()] == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "version"), [("../up", "1"), ("Upper", "1"), ("ok", ".hidden"), ("ok", ""), ("a/b", "1")]
+)
+def test_name_that_is_not_plain_is_refused(name: str, version: str, tmp_path: Path) -> None:
+    """A name that leads elsewhere, or that the service would not list, is an ExportError naming it."""
+    with pytest.raises(ExportError, match="plain name"):
+        export(one_graph(nn.Linear(3, 2)), tmp_path, name, version, ABOUT)
+    assert not list(tmp_path.iterdir())
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """No file of this process grows beyond `size` bytes: a write past it fails, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+    """A write that fails is a DiskError naming the version; the half-written folder is gone."""
+    graphs = one_graph(nn.Linear(3, 50_000))
+    with files_of_at_most(100_000), pytest.raises(DiskError, match="tiny/1"):
+        export(graphs, tmp_path, "tiny", "1", ABOUT)
+    assert not list((tmp_path / "tiny").iterdir())
+
+
+def test_repository_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    """A repository below a file, where no folder can be, is a DiskError."""
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(DiskError, match="file"):
+        export(one_graph(nn.Linear(3, 2)), tmp_path / "file" / "models", "tiny", "1", ABOUT)

@@ -1,0 +1,277 @@
+"""Corruption with the statistics it is named after, and a fusion that is Bayes' rule where that is known."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from training.likelihoods.bernoulli import Bernoulli
+from training.model import VAE
+from training.priors.standard_normal import StandardNormal
+from training.restoration import (
+    FAMILY_ODDS,
+    SHARE_RANGES,
+    SIGMA_RANGE,
+    BernoulliFusion,
+    Observation,
+    Recognition,
+    calibrate,
+    corrupt,
+    simulate,
+)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    """Randomness of its own."""
+    return torch.Generator().manual_seed(seed)
+
+
+def levels(sigma: float = 0.0, flip: float = 0.0, masking: float = 0.0, n: int = 1) -> Tensor:
+    """(n, 3), the same level for every image."""
+    return torch.tensor([[sigma, flip, masking]]).expand(n, -1)
+
+
+GREY = torch.full((4, 1, 250, 250), 0.5)
+
+
+def within(share: float, p: float, n: int = GREY.numel()) -> bool:
+    """Whether a share of n is within four standard errors of p."""
+    return abs(share - p) < 4.0 * math.sqrt(p * (1.0 - p) / n) + 1e-6
+
+
+@pytest.mark.parametrize("sigma", [0.02, 0.1, 0.5])
+def test_gaussian_noise_has_its_standard_deviation(sigma: float) -> None:
+    """The residual has mean 0 and standard deviation sigma, within four standard errors, and is not cut."""
+    residual = (corrupt(GREY, levels(sigma, n=4), seeded()) - GREY).double()
+    n = GREY.numel()
+    assert abs(float(residual.mean())) < 4.0 * sigma / math.sqrt(n)
+    assert abs(float(residual.std()) - sigma) < 4.0 * sigma / math.sqrt(2.0 * n)
+
+
+@pytest.mark.parametrize("flip", [0.1, 0.6])
+def test_salt_and_pepper_flips_its_share(flip: float) -> None:
+    """A share of the pixels is replaced, by 0 and 1 as often; all others are exactly what they were."""
+    y = corrupt(GREY, levels(flip=flip, n=4), seeded())
+    assert within(float((y == 0.0).double().mean()), flip / 2.0)
+    assert within(float((y == 1.0).double().mean()), flip / 2.0)
+    assert set(y.unique().tolist()) == {0.0, 0.5, 1.0}
+
+
+@pytest.mark.parametrize("masking", [0.25, 0.9])
+def test_masking_noise_blackens_its_share(masking: float) -> None:
+    """A share of the pixels becomes 0; all others are exactly what they were."""
+    y = corrupt(GREY, levels(masking=masking, n=4), seeded())
+    assert within(float((y == 0.0).double().mean()), masking)
+    assert set(y.unique().tolist()) == {0.0, 0.5}
+
+
+def test_level_zero_is_no_corruption() -> None:
+    """With every level 0 the image comes back bit for bit."""
+    x = torch.rand(3, 1, 7, 5, generator=seeded())
+    assert torch.equal(corrupt(x, levels(n=3), seeded(1)), x)
+
+
+def test_level_and_clip_are_each_image_s_own() -> None:
+    """One image is left alone, the next is noisy, the last is noisy and cut to [0, 1]."""
+    x = torch.rand(3, 1, 50, 50, generator=seeded())
+    level = torch.tensor([[0.0, 0.0, 0.0], [0.5, 0.0, 0.0], [0.5, 0.0, 0.0]])
+    clip = torch.tensor([False, False, True]).view(3, 1, 1, 1)
+    first, second, third = corrupt(x, level, seeded(1), clip)
+    assert torch.equal(first, x[0])
+    assert float(second.min()) < 0.0
+    assert float(second.max()) > 1.0
+    assert (float(third.min()), float(third.max())) == (0.0, 1.0)
+
+
+def test_simulation_has_the_stated_odds() -> None:
+    """Families as often as stated, one an image; levels in range; a third lose pixels, which are 0 in y."""
+    n = 20_000
+    x = torch.rand(n, 1, 6, 5, generator=seeded())
+    seen = simulate(x, seeded(1))
+    present = seen.level > 0.0
+    assert int(present.sum(1).max()) == 1
+    for share, odds in zip(present.double().mean(0).tolist(), FAMILY_ODDS, strict=False):
+        assert within(share, odds, n)
+    for column, (low, high) in zip(seen.level.T, (SIGMA_RANGE, *SHARE_RANGES), strict=True):
+        used = column[column > 0.0]
+        assert low * 0.999 <= float(used.min())
+        assert float(used.max()) <= high * 1.001
+    assert set(seen.mask.unique().tolist()) == {0.0, 1.0}
+    assert float(seen.y[seen.mask == 0.0].abs().max()) == 0.0
+    lossy = float((seen.mask.flatten(1).min(1).values == 0.0).double().mean())
+    assert 0.29 < lossy < 0.34
+    untouched = ~present.any(1) & (seen.mask.flatten(1).min(1).values == 1.0)
+    assert torch.equal(seen.y[untouched].clamp(0.0, 1.0), x[untouched])
+
+
+# Fusion
+
+
+def fusion(c: float = -1.0, d: float = -6.0, logit: float = -5.0) -> BernoulliFusion:
+    """Pixel variance exp(c) m (1 - m) + exp(d), weight of anything sigmoid(logit), whatever the level."""
+    module = BernoulliFusion()
+    module.coefficients.data.zero_()
+    module.coefficients.data[0] = torch.tensor([c, d, logit])
+    return module.requires_grad_(requires_grad=False)
+
+
+FUSIONS = [fusion(), fusion(0.5, -2.0, 3.0), fusion(-8.0, -14.0, -20.0)]
+
+
+def pixels(n: int = 40) -> tuple[Tensor, Tensor]:
+    """What the decoder says and what is seen, the ends of the scale among it: (n, 1, 6, 5) each, in [0, 1]."""
+    x_mean, y = torch.rand(2, n, 1, 6, 5, generator=seeded(5))
+    return x_mean, torch.where(torch.rand(y.shape, generator=seeded(6)) < 0.3, y.round(), y)
+
+
+ALL_LEVELS = [
+    levels(),
+    levels(0.02),
+    levels(0.6),
+    levels(flip=0.3),
+    levels(masking=0.5),
+    levels(flip=1.0),
+    levels(flip=0.3, masking=0.5),
+    levels(0.1, flip=0.3),
+]
+
+
+@pytest.mark.parametrize("module", FUSIONS, ids=["start", "vague", "sure"])
+@pytest.mark.parametrize("level", ALL_LEVELS, ids=lambda level: str(level.tolist()))
+def test_restored_is_an_image_with_a_variance(level: Tensor, module: BernoulliFusion) -> None:
+    """Every pixel is in [0, 1], every variance is at least 0; where nothing is seen it is the decoder's pixel."""
+    x_mean, y = pixels()
+    x_mean[0] = x_mean[0].round()
+    mask = (torch.rand(y.shape, generator=seeded(7)) < 0.7).float()
+    restored, variance = module(x_mean, y * mask, mask, level.expand(len(y), -1))
+    assert float(restored.min()) >= 0.0
+    assert float(restored.max()) <= 1.0
+    assert float(variance.min()) >= 0.0
+    assert bool(variance.isfinite().all())
+    assert torch.equal(restored[mask == 0.0], x_mean[mask == 0.0])
+
+
+@pytest.mark.parametrize("module", FUSIONS, ids=["start", "vague", "sure"])
+def test_clean_observation_is_returned(module: BernoulliFusion) -> None:
+    """As sigma goes to 0 the answer goes to y, whatever the decoder says: at 0 it is y, and nothing is uncertain."""
+    x_mean, y = pixels()
+    ones = torch.ones_like(y)
+    errors = [float((module(x_mean, y, ones, levels(s, n=len(y)))[0] - y).abs().max()) for s in (1e-2, 1e-4, 0.0)]
+    assert errors[0] >= errors[1] >= errors[2]
+    assert errors[2] < 1e-6
+    assert float(module(x_mean, y, ones, levels(n=len(y)))[1].max()) < 1e-6
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.3])
+def test_fusion_is_the_gaussian_posterior(sigma: float) -> None:
+    """With no weight on `anything` it is conjugate: m + v / (v + s^2) (y - m), variance v s^2 / (v + s^2)."""
+    x_mean, y = pixels()
+    restored, variance = fusion(-1.0, -6.0, -1000.0)(x_mean, y, torch.ones_like(y), levels(sigma, n=len(y)))
+    v = math.exp(-1.0) * x_mean * (1.0 - x_mean) + math.exp(-6.0)
+    torch.testing.assert_close(restored, x_mean + v / (v + sigma**2) * (y - x_mean), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(variance, v * sigma**2 / (v + sigma**2), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("flip", "masking"), [(0.1, 0.0), (0.6, 0.0), (0.0, 0.5), (0.3, 0.4)])
+def test_replaced_pixels_follow_bayes_rule(flip: float, masking: float) -> None:
+    """Of a binary image, x ~ Bernoulli(m), the answer is P(x = 1 | y) by enumeration of all that can have happened."""
+    m = torch.linspace(0.05, 0.95, 19).view(1, 1, 1, -1)
+    level = levels(flip=flip, masking=masking)
+    for seen in (0.0, 1.0):
+
+        def chance(x: float, seen: float = seen) -> float:
+            """P(y = seen | x): flipped or not, then masked or not."""
+            after_flip = {value: (1.0 - flip) * (value == x) + 0.5 * flip for value in (0.0, 1.0)}
+            return (1.0 - masking) * after_flip[seen] + masking * (seen == 0.0)
+
+        if max(chance(0.0), chance(1.0)) == 0.0:
+            continue
+        expected = m * chance(1.0) / (m * chance(1.0) + (1.0 - m) * chance(0.0))
+        restored, _ = fusion()(m, torch.full_like(m, seen), torch.ones_like(m), level)
+        torch.testing.assert_close(restored, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("level", [levels(flip=0.5), levels(masking=0.5), levels(flip=0.9, masking=0.9)], ids=str)
+def test_certain_pixels_are_kept(level: Tensor) -> None:
+    """A pixel strictly between 0 and 1 cannot have been replaced: it is kept exactly, and is certain."""
+    x_mean, y = torch.rand(2, 10, 1, 6, 5, generator=seeded(8))
+    y = y.clamp(0.01, 0.99)
+    restored, variance = fusion()(x_mean, y, torch.ones_like(y), level.expand(10, -1))
+    torch.testing.assert_close(restored, y)
+    assert float(variance.abs().max()) < 1e-6
+
+
+# Calibration
+
+
+class Constant(nn.Module):
+    """A recognition network that always says the same."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Zeros."""
+        return torch.zeros(len(x), 1), torch.zeros(len(x), 1)
+
+
+class Says(nn.Module):
+    """A decoder that always gives the same logits."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(n, 1) -> (n, c, h, w)."""
+        return self.logits.expand(len(z), *self.logits.shape)
+
+
+def calibrated(logits: Tensor, x: Tensor) -> BernoulliFusion:
+    """The fusion of a decoder that always says `logits`, fitted on x."""
+    vae = VAE(Constant(), Says(logits), Bernoulli(), StandardNormal())
+    return calibrate(Recognition(Constant(), Constant()), vae, x, seeded(9))
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.2, 0.5])
+def test_calibrated_fusion_is_as_good_as_one_can_be(sigma: float) -> None:
+    """Pixels are N(1/2, 0.1^2), the decoder says 1/2: on new images the error is v s^2 / (v + s^2) within 8 %."""
+    v = 0.1**2
+    x = 0.5 + 0.1 * torch.randn(300, 1, 8, 8, generator=seeded(10))
+    module = calibrated(torch.zeros(1, 8, 8), x)
+    new = 0.5 + 0.1 * torch.randn(300, 1, 8, 8, generator=seeded(11))
+    seen = Observation(corrupt(new, levels(sigma, n=300), seeded(12)), torch.ones_like(new), levels(sigma, n=300))
+    restored, _ = module(torch.full_like(new, 0.5), *seen)
+    error = float((restored - new).square().mean())
+    assert error == pytest.approx(v * sigma**2 / (v + sigma**2), rel=0.08)
+
+
+def test_pixels_that_are_always_white_do_not_spoil_the_calibration() -> None:
+    """Where the decoder is exactly right the fit would drive a variance to 0; what comes out is still an image."""
+    logits = torch.zeros(1, 8, 8)
+    logits[:, :4] = 60.0
+    x = torch.ones(200, 1, 8, 8)
+    x[:, :, 4:] = torch.rand(200, 1, 4, 8, generator=seeded(13))
+    module = calibrated(logits, x)
+    assert bool(module.coefficients.isfinite().all())
+    assert not module.coefficients.requires_grad
+    x_mean = logits.sigmoid().expand_as(x)
+    for sigma in (0.0, 0.015, 0.3, 0.8):
+        y = corrupt(x, levels(sigma, n=200), seeded(14))
+        restored, variance = module(x_mean, y, torch.ones_like(y), levels(sigma, n=200))
+        assert bool(restored.isfinite().all())
+        assert bool((variance >= 0.0).all())
+
+
+def test_recognition_sees_observation_mask_and_level() -> None:
+    """The network is given y, mask and a constant plane a level; the level's network y and mask alone."""
+
+    class Summing(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            planes = x.mean((2, 3))
+            return planes, torch.zeros_like(planes)
+
+    seen = Observation(torch.full((2, 1, 4, 3), 0.25), torch.ones(2, 1, 4, 3), torch.tensor([[0.1, 0.2, 0.3]] * 2))
+    recognition = Recognition(Summing(), Summing())
+    torch.testing.assert_close(recognition.posterior(seen).mean[1], torch.tensor([0.25, 1.0, 0.1, 0.2, 0.3]))
+    torch.testing.assert_close(recognition.log_level(seen.y, seen.mask).mean[0], torch.tensor([0.25, 1.0]))

@@ -1,0 +1,308 @@
+"""The loop: resumed bit for bit wherever it is broken off, and stopped with a named cause."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from training.config import Run
+from training.elbo import Bound
+from training.errors import CheckpointError, DiskError, DivergedError
+from training.stages import trained_vae, vae_stage
+from training.trainer import Stage, keyed_generator, train
+
+CPU = torch.device("cpu")
+SHAPE = (1, 4, 4)
+STEPS = 210
+
+
+def run(**train_settings: Any) -> Run:
+    """A run of 210 steps of 20 images, 7 a epoch, in a fraction of a second."""
+    return Run.model_validate(
+        {
+            "name": "tiny",
+            "seed": 3,
+            "data": {"dataset": "digits"},
+            "model": {"latent_dim": 2, "network": {"architecture": "mlp", "hidden": [8]}},
+            "train": {"epochs": 30, "batch_size": 20, "warmup_steps": 50, "kl_warmup_steps": 60, **train_settings},
+        }
+    )
+
+
+def stage(**train_settings: Any) -> Stage:
+    """The run's first stage, its weights fresh."""
+    return vae_stage(run(**train_settings), SHAPE, CPU)
+
+
+def failing(stage: Stage, call: int, what: Callable[[Bound], Bound]) -> Stage:
+    """The same stage, but at its n-th minibatch something happens to the bound."""
+    calls = iter(range(1, 10**6))
+
+    def objective(module: Any, images: Tensor, generator: torch.Generator) -> Bound:
+        bound = stage.objective(module, images, generator)
+        return what(bound) if next(calls) >= call else bound
+
+    return dataclasses.replace(stage, objective=objective)
+
+
+def interrupt(_bound: Bound) -> Bound:
+    """Ctrl-C."""
+    raise KeyboardInterrupt
+
+
+def become_nan(bound: Bound) -> Bound:
+    """The bound is no longer a number, nor are its gradients."""
+    return Bound(bound.log_likelihood * math.nan, bound.kl)
+
+
+def state(folder: Path) -> dict[str, Any]:
+    """The checkpoint in a folder."""
+    content: dict[str, Any] = torch.load(folder / "vae.pt", weights_only=True)
+    return content
+
+
+def assert_same_bits(found: Any, expected: Any) -> None:
+    """Equal all the way down, tensors bit for bit."""
+    if isinstance(expected, Tensor):
+        assert torch.equal(found, expected)
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for key in expected.keys() - {"seconds"}:
+            assert_same_bits(found[key], expected[key])
+    elif isinstance(expected, list):
+        for mine, theirs in zip(found, expected, strict=True):
+            assert_same_bits(mine, theirs)
+    else:
+        assert found == expected
+
+
+@pytest.fixture(scope="session")
+def images() -> Tensor:
+    """147 grey images: seven minibatches of 20 and a rest."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (147, *SHAPE), generator=generator).to(torch.uint8)
+
+
+@pytest.fixture(scope="session")
+def unbroken(images: Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing has interrupted."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    train(stage(), images, folder)
+    return folder
+
+
+def test_training_raises_the_bound_and_logs_it(unbroken: Path) -> None:
+    """Each line of log.jsonl is JSON with the bound, which is its likelihood less its KL; the last is of the end."""
+    lines = [json.loads(line) for line in (unbroken / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [100, 200, STEPS]
+    for line in lines:
+        assert line["stage"] == "vae"
+        assert line["elbo"] == pytest.approx(line["log_likelihood"] - line["kl"], abs=1e-4)
+        assert line["kl"] >= 0.0
+        assert line["seconds"] > 0.0
+    # 16 fair coins cost 16 log 2 = 11.09 nats: that is where it starts.
+    assert lines[-1]["elbo"] > lines[0]["elbo"] > -16 * math.log(2.0) - 1.0
+    assert lines[-1]["epoch"] == 30
+
+
+def test_same_seed_gives_the_same_bits(unbroken: Path, images: Tensor, tmp_path: Path) -> None:
+    """Two runs of the same settings end in the same weights, whatever was drawn before."""
+    torch.rand(7)
+    train(stage(), images, tmp_path)
+    assert_same_bits(state(tmp_path), state(unbroken))
+
+
+@pytest.mark.parametrize("steps", [[1], [8], [101], [STEPS], [57, 3, 90]], ids=str)
+def test_interrupted_run_is_resumed_bit_for_bit(
+    steps: list[int], unbroken: Path, images: Tensor, tmp_path: Path
+) -> None:
+    """Broken off in a minibatch, once or several times, it ends in the same weights, averages and moments."""
+    for step in steps:
+        with pytest.raises(KeyboardInterrupt):
+            train(failing(stage(), step, interrupt), images, tmp_path)
+    assert state(tmp_path)["step"] == sum(step - 1 for step in steps)
+    train(stage(), images, tmp_path)
+    assert_same_bits(state(tmp_path), state(unbroken))
+
+
+@contextmanager
+def signal_after_step(number: int) -> Iterator[None]:
+    """Ctrl-C at the worst moment: the weights have moved, their average and the step's number have not."""
+    steps = iter(range(1, 10**6))
+
+    def hook(*_: Any) -> None:
+        if next(steps) == number:
+            signal.raise_signal(signal.SIGINT)
+
+    handle = register_optimizer_step_post_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("step", [2, 77, STEPS])
+def test_interrupt_within_a_step_is_resumed_bit_for_bit(
+    step: int, unbroken: Path, images: Tensor, tmp_path: Path
+) -> None:
+    """A signal that arrives between the optimiser's step and the end of ours does not make one step count twice."""
+    with pytest.raises(KeyboardInterrupt), signal_after_step(step):
+        train(stage(), images, tmp_path)
+    train(stage(), images, tmp_path)
+    assert_same_bits(state(tmp_path), state(unbroken))
+
+
+def test_killed_run_is_resumed_bit_for_bit(unbroken: Path, images: Tensor, tmp_path: Path) -> None:
+    """A kill leaves an older checkpoint, a longer log and half a new checkpoint; it still ends in the same weights."""
+    with pytest.raises(KeyboardInterrupt):
+        train(failing(stage(), 50, interrupt), images, tmp_path)
+    older = (tmp_path / "vae.pt").read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        train(failing(stage(), 80, interrupt), images, tmp_path)
+    newer = (tmp_path / "vae.pt").read_bytes()
+    (tmp_path / "vae.pt").write_bytes(older)
+    (tmp_path / "vae.pt.part").write_bytes(newer[: len(newer) // 2])
+    train(stage(), images, tmp_path)
+    assert_same_bits(state(tmp_path), state(unbroken))
+    assert not (tmp_path / "vae.pt.part").exists()
+
+
+def test_finished_run_is_left_alone(images: Tensor, tmp_path: Path) -> None:
+    """Training again what is trained computes nothing and changes nothing."""
+    train(stage(), images, tmp_path)
+    before = (tmp_path / "vae.pt").read_bytes()
+    train(failing(stage(), 1, interrupt), images, tmp_path)
+    assert (tmp_path / "vae.pt").read_bytes() == before
+
+
+def test_noise_of_a_step_is_a_function_of_its_key() -> None:
+    """The same key draws the same numbers; another seed, purpose or step draws others."""
+    keys = [(1, 0, 0), (1, 0, 1), (1, 1, 0), (2, 0, 0), (0, 0, 0), (0, 1, 1), (1, 2), (2, 1)]
+    draws = {tuple(torch.rand(4, generator=keyed_generator(CPU, *key)).tolist()) for key in keys * 2}
+    assert len(draws) == len(keys)
+
+
+def test_nan_bound_stops_the_run_and_the_last_good_checkpoint_stays(images: Tensor, tmp_path: Path) -> None:
+    """A NaN is a DivergedError naming the settings to lower; the checkpoint from before it is untouched."""
+    with pytest.raises(KeyboardInterrupt):
+        train(failing(stage(), 50, interrupt), images, tmp_path)
+    before = (tmp_path / "vae.pt").read_bytes()
+    with pytest.raises(DivergedError, match="learning_rate") as caught:
+        train(failing(stage(), 30, become_nan), images, tmp_path)
+    assert "vae.pt" in str(caught.value)
+    assert (tmp_path / "vae.pt").read_bytes() == before
+
+
+def test_absurd_learning_rate_diverges_by_name(images: Tensor, tmp_path: Path) -> None:
+    """Weights that fly off to infinity are a DivergedError, and are not kept as a checkpoint."""
+    settings = {"learning_rate": 1e30, "gradient_norm": 1e30, "warmup_steps": 0}
+    with pytest.raises(DivergedError, match=r"lower learning_rate \(1e\+30\)"):
+        train(stage(**settings), images, tmp_path)
+    assert not (tmp_path / "vae.pt").exists()
+
+
+def test_infinite_bound_does_not_replace_the_last_good_checkpoint(images: Tensor, tmp_path: Path) -> None:
+    """A bound of minus infinity whose weights are still numbers is no good checkpoint either."""
+
+    def become_infinite(bound: Bound) -> Bound:
+        return Bound(bound.log_likelihood - math.inf, bound.kl)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(failing(stage(), 50, interrupt), images, tmp_path)
+    before = (tmp_path / "vae.pt").read_bytes()
+    with pytest.raises(DivergedError, match="-inf"):
+        train(failing(stage(), 30, become_infinite), images, tmp_path)
+    assert (tmp_path / "vae.pt").read_bytes() == before
+
+
+def test_checkpoint_of_other_settings_is_refused(images: Tensor, tmp_path: Path) -> None:
+    """The message names which settings changed, and what to do."""
+    with pytest.raises(KeyboardInterrupt):
+        train(failing(stage(), 20, interrupt), images, tmp_path)
+    with pytest.raises(CheckpointError, match=r"other settings \(train\).*--fresh"):
+        train(stage(batch_size=21), images, tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None], ids=["empty", "text", "cut"])
+def test_unreadable_checkpoint_is_named(content: bytes | None, unbroken: Path, images: Tensor, tmp_path: Path) -> None:
+    """A file that is no checkpoint is a CheckpointError naming it, and is not overwritten."""
+    path = tmp_path / "vae.pt"
+    whole = (unbroken / "vae.pt").read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError, match=r"(?s)vae\.pt.*delete it") as caught:
+        train(stage(), images, tmp_path)
+    assert "\n" not in str(caught.value)  # the command line promises one line
+    assert path.read_bytes() == before
+
+
+def test_foreign_checkpoint_is_named(images: Tensor, tmp_path: Path) -> None:
+    """A file that torch can read but that this trainer did not write is a CheckpointError too."""
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "vae.pt")
+    with pytest.raises(CheckpointError, match=r"vae\.pt"):
+        train(stage(), images, tmp_path)
+
+
+def test_missing_and_unfinished_checkpoints_are_named(images: Tensor, tmp_path: Path) -> None:
+    """Evaluating or exporting what is not trained is a CheckpointError that says what to run."""
+    with pytest.raises(CheckpointError, match="python -m training fit"):
+        trained_vae(run(), SHAPE, tmp_path, CPU)
+    with pytest.raises(KeyboardInterrupt):
+        train(failing(stage(), 20, interrupt), images, tmp_path)
+    with pytest.raises(CheckpointError, match="unfinished"):
+        trained_vae(run(), SHAPE, tmp_path, CPU)
+
+
+def test_trained_weights_are_the_moving_average(unbroken: Path) -> None:
+    """What is evaluated and exported is the average, not the last weights; it needs no gradients."""
+    model = trained_vae(run(), SHAPE, unbroken, CPU)
+    averaged = state(unbroken)["averaged"]
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, averaged[f"module.{name}"])
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not model.training
+
+
+def test_full_disk_leaves_the_old_checkpoint_whole(unbroken: Path, images: Tensor, tmp_path: Path) -> None:
+    """A checkpoint that finds no room is a DiskError naming it; the old one is whole and is resumed from later."""
+    with pytest.raises(KeyboardInterrupt):
+        train(failing(stage(), 50, interrupt), images, tmp_path)
+    before = (tmp_path / "vae.pt").read_bytes()
+    (tmp_path / "vae.pt.part").symlink_to("/dev/full")
+    with pytest.raises(DiskError, match=r"vae\.pt.*make room"):
+        train(stage(), images, tmp_path)
+    assert (tmp_path / "vae.pt").read_bytes() == before
+    train(stage(), images, tmp_path)
+    assert_same_bits(state(tmp_path), state(unbroken))
+
+
+def test_log_that_finds_no_room_is_named(images: Tensor, tmp_path: Path) -> None:
+    """A full disk under log.jsonl is a DiskError naming it."""
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    with pytest.raises(DiskError, match=r"log\.jsonl"):
+        train(stage(), images, tmp_path)
+
+
+def test_folder_that_cannot_be_made_is_named(images: Tensor, tmp_path: Path) -> None:
+    """A run's folder below a file, where none can be, is a DiskError naming it."""
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(DiskError, match="file"):
+        train(stage(), images, tmp_path / "file" / "run")
+
+
+def test_fewer_images_than_a_minibatch_still_train(tmp_path: Path) -> None:
+    """Three images and a batch_size of 20: every epoch is one step of three."""
+    few = torch.full((3, *SHAPE), 200, dtype=torch.uint8)
+    train(stage(), few, tmp_path)
+    assert state(tmp_path)["step"] == 30
