@@ -11,9 +11,8 @@ from pydantic import Field, ValidationError
 from training.architectures import Architecture
 from training.datasets import Dataset
 from training.errors import ConfigError
-from training.strict import Strict
+from training.strict import Positive, Strict
 
-Positive = Annotated[int, Field(gt=0)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ from torch import Tensor
 
 from training.config import Run
 from training.datasets import ImageSet, as_float
-from training.errors import ConfigError
+from training.errors import CheckpointError, ConfigError, DiskError
 from training.evaluate import likelihood, restoration
 from training.export import GOLDEN_ROWS, export, exportables, version_folder
 from training.model import VAE
@@ -32,6 +35,27 @@ def device(wanted: str) -> torch.device:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda, but torch finds no CUDA device; use --device cpu")
     return torch.device(wanted)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a second trainer out of a run's folder; the lock ends with the process, however it ends.
+
+    Raises: CheckpointError where another has it, DiskError where the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / "lock").open("w")
+    except OSError as error:
+        raise DiskError(f"cannot write into {folder} ({error.strerror}); choose another --run") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise CheckpointError(
+                f"another process trains in {folder}; wait for it, or choose another --run"
+            ) from error
+        yield
 
 
 @dataclass(frozen=True)
@@ -65,11 +89,12 @@ class Workshop:
         Raises: TrainingError, by its cause.
         """
         version_folder(models, self.run.name, self.run.version, replace=replace)
-        train(vae_stage(self.run, self.images.shape, self.device), self.images.train, self.folder)
-        if self.run.restoration is not None:
-            stage = restoration_stage(self.run, self.vae(), self.images.shape, self.device)
-            train(stage, self.images.train, self.folder)
-        return self.export(models, replace=replace)
+        with locked(self.folder):
+            train(vae_stage(self.run, self.images.shape, self.device), self.images.train, self.folder)
+            if self.run.restoration is not None:
+                stage = restoration_stage(self.run, self.vae(), self.images.shape, self.device)
+                train(stage, self.images.train, self.folder)
+            return self.export(models, replace=replace)
 
     def vae(self) -> VAE:
         """The trained model."""

@@ -7,18 +7,21 @@ from fastapi.responses import JSONResponse
 
 from service.batcher import Batcher
 from service.errors import NotReady
+from service.problems import documented, example
 from service.repository import Repository
+
+READY = {**example({"ready": True, "models": ["mnist"]}), 503: documented()[503]}
 
 
 def health_router(repository: Repository, batcher: Batcher) -> APIRouter:
     """Routes of one application."""
     router = APIRouter(prefix="/health", tags=["health"])
 
-    @router.get("/live", summary="Whether the process answers")
+    @router.get("/live", summary="Whether the process answers", responses=example({"live": True}))
     async def live() -> dict[str, bool]:
         return {"live": True}
 
-    @router.get("/ready", summary="Whether every model is warmed and the engine runs", responses={503: {}})
+    @router.get("/ready", summary="Whether every model is warmed and the engine runs", responses=READY)
     async def ready() -> Response:
         if not (repository.models and batcher.healthy):
             raise NotReady("no model is loaded" if not repository.models else "the engine has stopped")

@@ -7,7 +7,26 @@ from typing import Any
 from fastapi import APIRouter
 
 from service.operation import Operation
+from service.problems import example
 from service.repository import Model, Repository
+
+EXAMPLE = {
+    "model": "mnist",
+    "version": "1",
+    "versions": ["1"],
+    "default": True,
+    "input_shape": [1, 28, 28],
+    "value_range": [0.0, 1.0],
+    "latent_shape": [40],
+    "latent_dim": 40,
+    "likelihood": "bernoulli",
+    "prior": "standard_normal",
+    "dataset": "mnist",
+    "operations": ["encode", "decode", "reconstruct", "denoise", "sample"],
+    "quality": {"test_nll_nats": 84.5, "importance_samples": 1000, "images": 10000},
+    "training": {"seconds": {"vae": 1552.5}},
+    "fingerprint": "0123456789abcdef",
+}
 
 
 def models_router(repository: Repository, operations: tuple[Operation, ...]) -> APIRouter:
@@ -34,15 +53,15 @@ def models_router(repository: Repository, operations: tuple[Operation, ...]) -> 
             "fingerprint": manifest.fingerprint,
         }
 
-    @router.get("", summary="Every model, at its latest version")
+    @router.get("", summary="Every model, at its latest version", responses=example({"models": [EXAMPLE]}))
     async def all_models() -> dict[str, Any]:
         return {"models": [describe(repository.find(name, None)) for name in repository.models]}
 
-    @router.get("/{model}", summary="One model at its latest version")
+    @router.get("/{model}", summary="One model at its latest version", responses=example(EXAMPLE))
     async def one_model(model: str) -> dict[str, Any]:
         return describe(repository.find(model, None))
 
-    @router.get("/{model}/versions/{version}", summary="One version of a model")
+    @router.get("/{model}/versions/{version}", summary="One version of a model", responses=example(EXAMPLE))
     async def one_version(model: str, version: str) -> dict[str, Any]:
         return describe(repository.find(model, version))
 

@@ -79,6 +79,10 @@ def test_every_endpoint_is_documented_with_an_example(client: httpx.Client) -> N
     denoise = {p["name"]: p for p in paths["/v1/denoise"]["post"]["parameters"]}
     assert set(denoise) == {"fit", "draws", "seed", "noise", "level", "quality", "uncertainty"}
     assert all(parameter["description"] for parameter in denoise.values())
+    for path, methods in paths.items():
+        if "get" in methods:
+            (content,) = (form for form in methods["get"]["responses"]["200"]["content"].values() if "example" in form)
+            assert content["example"], path
     assert client.get("/docs").status_code == 200
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
 from training.architectures.mlp import MlpEncoder
-from training.strict import Strict
+from training.strict import Positive, Strict, Widths
 
 
 class Conv(Strict):
@@ -20,9 +21,9 @@ class Conv(Strict):
     """
 
     architecture: Literal["conv"]
-    channels: tuple[int, ...] = (24, 48)
-    blocks: int = 1
-    head: int = 12
+    channels: Widths = (24, 48)
+    blocks: Annotated[int, Field(ge=0)] = 1
+    head: Positive = 12
 
     def encoder(self, shape: tuple[int, int, int], latent_dim: int) -> nn.Module:
         """x (n, *shape) -> mean, log_var (n, latent_dim)."""

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from training.strict import Strict
+from training.strict import Strict, Widths
 
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "softplus": nn.Softplus, "silu": nn.SiLU}
 
@@ -20,7 +20,7 @@ class Mlp(Strict):
     """
 
     architecture: Literal["mlp"]
-    hidden: tuple[int, ...] = (500,)
+    hidden: Widths = (500,)
     activation: Literal["tanh", "relu", "softplus", "silu"] = "tanh"
 
     def encoder(self, shape: tuple[int, int, int], latent_dim: int) -> nn.Module:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from sklearn.datasets import load_digits
 
-from training.datasets.images import ImageSet, split_off, to_uint8
+from training.datasets.images import ImageSet, Share, split_off, to_uint8
 from training.strict import Strict
 
 
@@ -16,8 +16,8 @@ class Digits(Strict):
     """1,797 images of 8 x 8 with 17 grey levels, split at random by `seed`."""
 
     dataset: Literal["digits"]
-    validation: float = 0.1
-    test: float = 0.2
+    validation: Share = 0.1
+    test: Share = 0.2
     seed: int = 0
 
     def load(self, root: Path) -> ImageSet:  # noqa: ARG002  # as every data set

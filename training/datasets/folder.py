@@ -12,9 +12,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from service.pixels import fit, to_array
-from training.datasets.images import ImageSet, split_off, to_uint8
+from training.datasets.images import ImageSet, Share, split_off, to_uint8
 from training.errors import DataError
-from training.strict import Strict
+from training.strict import Positive, Strict
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".ppm"}
 CHANNELS = {"L": 1, "RGB": 3}
@@ -29,12 +29,12 @@ class Folder(Strict):
     """
 
     dataset: Literal["folder"]
-    height: int
-    width: int
+    height: Positive
+    width: Positive
     mode: Literal["L", "RGB"] = "RGB"
     fit: Literal["crop", "pad", "resize"] = "crop"
-    validation: float = 0.05
-    test: float = 0.1
+    validation: Share = 0.05
+    test: Share = 0.1
     seed: int = 0
 
     def load(self, root: Path) -> ImageSet:

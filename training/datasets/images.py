@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor
 
 from training.errors import DataError
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+"""The part of a data set that a split takes."""
 
 
 @dataclass(frozen=True)

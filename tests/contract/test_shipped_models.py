@@ -1,0 +1,134 @@
+"""The models under models/, as they are shipped and served; their figures on real digits."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from service.app import create_app
+from service.config import Settings
+from service.repository import Repository
+from training.datasets.mnist import read_images
+
+MODELS = Path(__file__).parent.parent.parent / "models"
+LARGEST = 12 * 2**20
+Rows = NDArray[np.float32]
+RAW = {"content-type": "application/octet-stream", "accept": "application/octet-stream"}
+
+
+@pytest.fixture(scope="module")
+def repository() -> Repository:
+    """The shipped repository: digests checked, golden vectors replayed, warmed."""
+    return Repository.open(MODELS, "", "CPUExecutionProvider", 2, 64)
+
+
+@pytest.fixture(scope="module")
+def digits(real_data: Path) -> Rows:
+    """200 seeded MNIST test images."""
+    images = read_images(real_data, "t10k-images-idx3-ubyte").numpy()
+    chosen = np.random.default_rng(2013).permutation(len(images))[:200]
+    return (images[chosen] / 255.0).astype(np.float32)
+
+
+@asynccontextmanager
+async def client(repository: Repository) -> AsyncIterator[httpx.AsyncClient]:
+    """The application around the shipped models."""
+    transport = httpx.ASGITransport(create_app(Settings(), repository))
+    async with httpx.AsyncClient(transport=transport, base_url="http://x") as one:
+        yield one
+
+
+def denoised(repository: Repository, y: Rows, options: str) -> Rows:
+    """What the service answers."""
+
+    async def scenario() -> bytes:
+        async with client(repository) as one:
+            response = await one.post(f"/v1/denoise?{options}", content=y.astype(np.float32).tobytes(), headers=RAW)
+            assert response.status_code == 200, response.text
+            return response.content
+
+    return np.frombuffer(asyncio.run(scenario()), "<f4").reshape(y.shape)
+
+
+def psnr(image: Rows, clean: Rows) -> Rows:
+    """Decibels of each image, data range 1."""
+    decibels: Rows = -10.0 * np.log10(np.square(image - clean).reshape(len(clean), -1).mean(1))
+    return decibels
+
+
+def test_the_shipped_models_say_what_they_are_worth(repository: Repository) -> None:
+    """mnist is the default, with at least 20 latents and the likelihood it was shipped for; both are small."""
+    mnist, flat = repository.find(None, None).manifest, repository.find("mnist-2d", None).manifest
+    assert mnist.name == "mnist"
+    assert mnist.latent_dim is not None
+    assert mnist.latent_dim >= 20
+    assert flat.latent_dim == 2
+    assert mnist.quality["test_nll_nats"] <= 86.7
+    assert mnist.quality["importance_samples"] >= 1000
+    assert mnist.quality["images"] == 10_000
+    assert mnist.quality["binarisation"] == "dynamic"
+    for name, version in (("mnist", mnist.version), ("mnist-2d", flat.version)):
+        assert sum(path.stat().st_size for path in (MODELS / name / version).iterdir()) <= LARGEST
+
+
+@pytest.mark.parametrize(("sigma", "least"), [(0.1, 28.3), (0.25, 23.2), (0.5, 20.0)])
+@pytest.mark.parametrize("told", [True, False])
+def test_denoising_reaches_its_figures(
+    repository: Repository, digits: Rows, sigma: float, least: float, *, told: bool
+) -> None:
+    """PSNR on 200 seeded digits under unclipped Gaussian noise, with the level told and (within 0.3 dB) estimated."""
+    y = digits + np.random.default_rng(7).normal(0.0, sigma, digits.shape)
+    restored = denoised(repository, y, f"level={sigma}" if told else "level=auto")
+    assert psnr(restored, digits).mean() >= least - (0.0 if told else 0.3)
+
+
+@pytest.mark.parametrize("sigma", [0.02, 0.04, 0.08, 0.15, 0.3, 0.45, 0.6])
+def test_denoising_makes_no_image_worse(repository: Repository, digits: Rows, sigma: float) -> None:
+    """Not one of the 200, at any level, against the noisy image cut to [0, 1]."""
+    y = digits + np.random.default_rng(8).normal(0.0, sigma, digits.shape)
+    restored = denoised(repository, y, f"level={sigma}")
+    assert np.all(psnr(restored, digits) >= psnr(np.clip(y, 0, 1), digits))
+
+
+@pytest.mark.parametrize("family", ["salt-and-pepper", "masking"])
+def test_denoising_handles_spoilt_pixels(repository: Repository, digits: Rows, family: str) -> None:
+    """With 30 % of the pixels replaced, every image gains, by 8 dB or more on average."""
+    rng = np.random.default_rng(9)
+    replacement = rng.integers(0, 2, digits.shape) if family == "salt-and-pepper" else np.zeros(digits.shape)
+    y = np.where(rng.random(digits.shape) < 0.3, replacement, digits)
+    restored = denoised(repository, y, f"noise={family}")
+    gain = psnr(restored, digits) - psnr(y, digits)
+    assert gain.min() > 0
+    assert gain.mean() > (8 if family == "salt-and-pepper" else 4)
+
+
+def test_samples_look_like_digits(repository: Repository, digits: Rows) -> None:
+    """Ink and contrast of samples from the prior are those of digits, within a quarter."""
+
+    async def scenario() -> bytes:
+        async with client(repository) as one:
+            return (await one.post("/v1/sample?count=500&seed=1", headers={"accept": RAW["accept"]})).content
+
+    samples = np.frombuffer(asyncio.run(scenario()), "<f4").reshape(-1, 784)
+    real = digits.reshape(-1, 784)
+    assert samples.mean() == pytest.approx(real.mean(), rel=0.25)
+    assert samples.std() == pytest.approx(real.std(), rel=0.25)
+
+
+def test_a_digit_comes_back_as_itself(repository: Repository, digits: Rows) -> None:
+    """Reconstruction is nearer to its own digit than to any other of the 200, for nearly all of them."""
+
+    async def scenario() -> bytes:
+        async with client(repository) as one:
+            return (await one.post("/v1/reconstruct", content=digits.tobytes(), headers=RAW)).content
+
+    again = np.frombuffer(asyncio.run(scenario()), "<f4").reshape(200, 1, 784)
+    nearest = np.square(again - digits.reshape(1, 200, 784)).sum(2).argmin(1)
+    assert (nearest == np.arange(200)).mean() > 0.98
