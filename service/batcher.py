@@ -19,9 +19,12 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from service.errors import DeadlinePassed, InferenceFailed, NotReady, Overloaded
+from service.errors import CallerGone, DeadlinePassed, InferenceFailed, NotReady, Overloaded
 
 Arrays = tuple[NDArray[Any], ...]
+
+PROBE_AFTER_S = 0.005
+"""A request that has waited this long is asked whether its caller is still there before it is computed."""
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +58,7 @@ class _Job:
     load: int
     arrived: float
     deadline: float | None
+    gone: Callable[[], bool] | None
     taken: int = 0
     queue_s: float | None = None
     inference_s: float = 0.0
@@ -110,17 +114,25 @@ class Batcher:
         """Whether it takes work."""
         return self.failure is None and self._closed is None
 
-    async def submit(self, program: Program, arrays: Arrays, deadline: float | None = None) -> Trip:
+    async def submit(
+        self,
+        program: Program,
+        arrays: Arrays,
+        *,
+        deadline: float | None = None,
+        gone: Callable[[], bool] | None = None,
+    ) -> Trip:
         """Run `program` over the rows of `arrays`, beside whoever else is waiting.
 
         deadline: on this batcher's clock; work that has not begun by then is not begun.
-        Raises: Overloaded, DeadlinePassed, NotReady, InferenceFailed.
+        gone: whether the caller has left; asked before work that has waited a while is begun.
+        Raises: Overloaded, DeadlinePassed, CallerGone, NotReady, InferenceFailed.
         """
         rows = len(arrays[0])
         load = min(rows, self.max_rows)
         self._admit(load)
         loop = asyncio.get_running_loop()
-        job = _Job(arrays, rows, loop.create_future(), load, self._clock(), deadline)
+        job = _Job(arrays, rows, loop.create_future(), load, self._clock(), deadline, gone)
         self._lanes.setdefault(program, deque()).append(job)
         self.queued_rows += load
         self._schedule(loop, self.linger_s)
@@ -187,7 +199,7 @@ class Batcher:
         unfinished: list[_Job] = []
         while lane and rows < capacity:
             job = lane.popleft()
-            if job.future.done() or self._expired(job, now):
+            if job.future.done() or self._pointless(job, now):
                 self.queued_rows -= job.load
                 continue
             start = job.taken
@@ -202,11 +214,13 @@ class Batcher:
         lane.extend(unfinished)
         return _Batch(program, parts, rows)
 
-    def _expired(self, job: _Job, now: float) -> bool:
-        if job.deadline is None or now < job.deadline:
-            return False
-        job.future.set_exception(DeadlinePassed("the request's time ran out while it waited; nothing was computed"))
-        return True
+    def _pointless(self, job: _Job, now: float) -> bool:
+        """Whether nobody would read the answer; the job's future then says why."""
+        if job.deadline is not None and now >= job.deadline:
+            job.future.set_exception(DeadlinePassed("the request's time ran out while it waited for its turn"))
+        elif job.gone is not None and now - job.arrived > PROBE_AFTER_S and job.gone():
+            job.future.set_exception(CallerGone("the caller hung up"))
+        return job.future.done()
 
     def _compute(self, batch: _Batch) -> tuple[Arrays | None, float]:
         """The batch's arrays and seconds; None where the program failed, which is logged."""

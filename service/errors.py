@@ -91,6 +91,12 @@ class DeadlinePassed(ServiceError):
     code = "deadline_passed"
 
 
+class CallerGone(ServiceError):
+    """The caller hung up while its request waited; nobody reads this but the log and the metrics."""
+
+    code = "caller_gone"
+
+
 class InferenceFailed(ServiceError):
     """A batch failed. The cause is logged, not told."""
 

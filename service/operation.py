@@ -151,7 +151,8 @@ class OperationApp:
             body = await read_body(receive, headers, self.context.settings.max_body_bytes)
             if body is None:
                 return
-            status, content, answered = await self._answer(model, scope["query_string"], headers, body)
+            submit = self._submit(headers, receive)
+            status, content, answered = await self._answer(model, scope["query_string"], headers, body, submit)
             outcome, rows = "ok", answered.rows
             head = answered.headers
         except Exception as error:  # noqa: BLE001  # the one place where errors become answers
@@ -165,14 +166,14 @@ class OperationApp:
         await send({"type": "http.response.body", "body": content})
 
     async def _answer(
-        self, model: Model, query: bytes, headers: dict[bytes, bytes], body: bytes
+        self, model: Model, query: bytes, headers: dict[bytes, bytes], body: bytes, submit: Submit
     ) -> tuple[int, bytes, Answered]:
         content_type = headers.get(b"content-type", b"").decode("latin-1")
         form = media_type(content_type, body, self.operation)
         payload = self._read(form, content_type, body, model)
         options = self._options(query, payload.options)
         inputs = self._inputs(model, payload, options)
-        result = await self.operation.run(model, self._submit(headers), inputs, options)
+        result = await self.operation.run(model, submit, inputs, options)
         rows = len(next(iter(result.outputs.values())))
         about = {"model": model.manifest.name, "version": model.manifest.version, **result.about}
         accept = headers.get(b"accept", b"*/*").decode("latin-1")
@@ -253,14 +254,15 @@ class OperationApp:
         if rows > limit:
             raise TooLarge(f"{rows} rows in one request, draws counted; VAE_MAX_REQUEST_ROWS is {limit}")
 
-    def _submit(self, headers: dict[bytes, bytes]) -> Submit:
+    def _submit(self, headers: dict[bytes, bytes], receive: Receive) -> Submit:
         seconds = self.context.settings.timeout_s
         wished = headers.get(b"x-timeout-ms")
         if wished is not None:
             if not wished.isdigit() or int(wished) == 0:
                 raise InvalidOption("X-Timeout-Ms must be a whole number of milliseconds above 0")
             seconds = min(seconds, int(wished) / 1000.0)
-        return partial(self.context.batcher.submit, deadline=time.monotonic() + seconds)
+        gone = partial(disconnected, receive)
+        return partial(self.context.batcher.submit, deadline=time.monotonic() + seconds, gone=gone)
 
     def _write(self, answer: Answer, accept: str, form: str | None) -> tuple[str, bytes]:
         """The first acceptable form that can hold the answer."""
@@ -327,6 +329,17 @@ async def read_body(receive: Receive, headers: dict[bytes, bytes], limit: int) -
         chunks.append(chunk)
         more = message.get("more_body", False)
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+def disconnected(receive: Receive) -> bool:
+    """Whether the caller has hung up: one step of ASGI's receive, which says so at once or would wait."""
+    step: Any = receive()
+    try:
+        step.send(None)
+    except StopIteration as done:
+        return bool(done.value["type"] == "http.disconnect")
+    step.close()
+    return False
 
 
 def _body_too_large(limit: int) -> TooLarge:

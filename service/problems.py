@@ -15,6 +15,7 @@ log = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
 INTERNAL = 500
+CLIENT_CLOSED_REQUEST = 499  # as nginx logs it; it reaches nobody
 STATUS: dict[type[errors.ServiceError], int] = {
     errors.Unreadable: 400,
     errors.UnknownModel: 404,
@@ -25,6 +26,7 @@ STATUS: dict[type[errors.ServiceError], int] = {
     errors.InvalidValue: 422,
     errors.InvalidOption: 422,
     errors.UnsupportedOperation: 422,
+    errors.CallerGone: CLIENT_CLOSED_REQUEST,
     errors.InferenceFailed: INTERNAL,
     errors.Overloaded: 503,
     errors.NotReady: 503,
@@ -70,6 +72,8 @@ def documented() -> dict[int | str, dict[str, Any]]:
     """Every status an operation may answer with, for OpenAPI."""
     codes: dict[int, list[str]] = {}
     for kind, status in STATUS.items():
+        if status == CLIENT_CLOSED_REQUEST:
+            continue
         codes.setdefault(status, []).append(kind.code)
     schema = {
         "type": "object",

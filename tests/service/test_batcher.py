@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from service.batcher import Arrays, Batcher, Trip
-from service.errors import DeadlinePassed, InferenceFailed, NotReady, Overloaded
+from service.batcher import PROBE_AFTER_S, Arrays, Batcher, Trip
+from service.errors import CallerGone, DeadlinePassed, InferenceFailed, NotReady, Overloaded
 
 IN_LOOP, IN_THREAD = 0.0, 1.0
 
@@ -173,6 +174,24 @@ def test_a_passed_deadline_is_not_computed() -> None:
         answers = await asyncio.gather(late, engine.submit(program, rows(2), deadline=101.0), return_exceptions=True)
         assert isinstance(answers[0], DeadlinePassed)
         assert program.batches == [[2]]
+
+    asyncio.run(scenario())
+
+
+def test_a_caller_that_hung_up_is_not_computed() -> None:
+    """Work that waited behind a batch is dropped when its caller is gone; who is still there is served."""
+
+    async def scenario() -> None:
+        program = Doubler(IN_THREAD, during=lambda _: time.sleep(2 * PROBE_AFTER_S))
+        engine = batcher()
+        first = asyncio.create_task(engine.submit(program, rows(1)))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        gone = engine.submit(program, rows(2), gone=lambda: True)
+        here = engine.submit(program, rows(3), gone=lambda: False)
+        answers = await asyncio.gather(first, gone, here, return_exceptions=True)
+        assert isinstance(answers[1], CallerGone)
+        assert program.batches == [[1], [3]]
 
     asyncio.run(scenario())
 
