@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from service.manifest import digest
 from training.datasets import as_float, binarise
 from training.elbo import elbo, importance_log_likelihood
 from training.errors import CheckpointError
@@ -38,13 +39,20 @@ def likelihood(
     probability under a Bernoulli pixel, so an importance-weighted "likelihood" of it would be none.
     Progress is kept in `partial`, so that an interrupted evaluation goes on where it was.
     """
-    identity = {"draws": draws, "seed": seed, "images": len(images), "weights": _fingerprint(model)}
+    identity = {
+        "draws": draws,
+        "seed": seed,
+        "dynamic": dynamic,
+        "images": digest(images.cpu().numpy().tobytes()),
+        "weights": _fingerprint(model),
+    }
     columns = _resume(partial, identity)
     progress = tqdm(total=len(images), initial=len(columns) * BLOCK, desc="evaluating", unit="image")
     try:
         for index in range(len(columns), math.ceil(len(images) / BLOCK)):
             block = images[index * BLOCK : (index + 1) * BLOCK]
-            columns.append(_score(model, block, draws, keyed_generator(images.device, seed, 2, index), dynamic))
+            generator = keyed_generator(images.device, seed, 2, index)
+            columns.append(_score(model, block, draws, generator, dynamic).cpu())
             progress.update(len(block))
     finally:
         progress.close()
@@ -77,21 +85,21 @@ def _chunks(draws: int) -> Iterator[int]:
 
 
 def _summary(columns: Tensor, draws: int, seed: int, dynamic: bool) -> dict[str, float | int | str]:
+    n = columns.shape[1]
     means = columns.double().mean(1).tolist()
-    errors = (columns.double().std(1) / math.sqrt(columns.shape[1])).tolist()
     summary: dict[str, float | int | str] = {
-        "images": columns.shape[1],
+        "images": n,
         "seed": seed,
         "binarisation": "dynamic" if dynamic else "none (grey levels)",
         "test_elbo_nats": round(means[0], 3),
-        "test_elbo_standard_error_nats": round(errors[0], 3),
     }
     if dynamic:
-        summary |= {
-            "test_nll_nats": round(-means[1], 3),
-            "test_nll_standard_error_nats": round(errors[1], 3),
-            "importance_samples": draws,
-        }
+        summary |= {"test_nll_nats": round(-means[1], 3), "importance_samples": draws}
+    if n > 1:
+        errors = (columns.double().std(1) / math.sqrt(n)).tolist()
+        summary["test_elbo_standard_error_nats"] = round(errors[0], 3)
+        if dynamic:
+            summary["test_nll_standard_error_nats"] = round(errors[1], 3)
     return summary
 
 

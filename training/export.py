@@ -163,9 +163,14 @@ def _staged(target: Path) -> Iterator[Path]:
         folder.chmod(0o755)
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-            target.rename(old / target.name)
-            folder.rename(target)
-            shutil.rmtree(old)
+            aside = target.rename(old / target.name)
+            try:
+                folder.rename(target)
+            except BaseException:
+                aside.rename(target)
+                raise
+            finally:
+                shutil.rmtree(old)
         else:
             folder.rename(target)
     except BaseException:

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -60,10 +63,30 @@ def train(stage: Stage, images: Tensor, folder: Path) -> float:
     loop = _Loop(stage, images, folder)
     loop.restore()
     try:
-        loop.run()
-    finally:
+        with deferred_interrupts() as interrupted:
+            loop.run(interrupted)
+    except DivergedError:
+        raise  # what diverged is no good checkpoint
+    except BaseException:
         loop.save()
+        raise
+    loop.save()
     return loop.seconds
+
+
+@contextmanager
+def deferred_interrupts() -> Iterator[Callable[[], bool]]:
+    """SIGINT and SIGTERM wait for the end of a step, so that a checkpoint never holds half of one."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    seen: list[int] = []
+    before = {number: signal.signal(number, lambda n, _: seen.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Loop:
@@ -82,7 +105,7 @@ class _Loop:
         self.optimiser = torch.optim.Adam(self.parameters, lr=settings.learning_rate, fused=True)
         self.averaged = AveragedModel(stage.module, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))
 
-    def run(self) -> None:
+    def run(self, interrupted: Callable[[], bool]) -> None:
         progress = tqdm(
             total=self.steps * self.batch_size,
             initial=self.step * self.batch_size,
@@ -92,9 +115,12 @@ class _Loop:
         )
         started, saved = time.monotonic() - self.seconds, time.monotonic()
         means = _Means()
-        with progress, _appending(self.log_path) as log:
+        log = _Log(self.log_path)
+        with progress, log.file:
             while self.step < self.steps:
                 means.add(self._advance())
+                if interrupted():
+                    raise KeyboardInterrupt
                 self.seconds = time.monotonic() - started
                 progress.update(self.batch_size)
                 if self.step % LOG_STEPS == 0 or self.step == self.steps:
@@ -145,11 +171,7 @@ class _Loop:
             "seconds": round(self.seconds, 2),
             **record,
         }
-        try:
-            log.write(json.dumps(line) + "\n")
-            log.flush()
-        except OSError as error:
-            raise _disk_error(self.log_path, error) from error
+        log.write(line)
 
     def save(self) -> None:
         """Write the whole state; weights that are no longer numbers are not worth it: the last good ones stay."""
@@ -169,7 +191,10 @@ class _Loop:
 
     def restore(self) -> None:
         """Take up the checkpoint, if there is one."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _disk_error(self.path.parent, error) from error
         if not self.path.exists():
             return
         state = read_checkpoint(self.path, self.stage.identity, self.images.device)
@@ -211,7 +236,9 @@ def read_checkpoint(path: Path, identity: dict[str, Any], device: torch.device) 
     try:
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises whatever its readers raise
-        raise CheckpointError(f"{path} cannot be read ({error}); delete it to start again") from error
+        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}); delete it to start again") from error
+    if not isinstance(state, dict) or "identity" not in state:
+        raise CheckpointError(f"{path} is no checkpoint of this trainer; delete it to start again")
     if state["identity"] != identity:
         changed = [key for key in identity if state["identity"].get(key) != identity[key]]
         raise CheckpointError(
@@ -236,7 +263,9 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 def stage_seconds(folder: Path) -> dict[str, float]:
     """How long each finished stage in `folder` trained, in seconds."""
-    states = {path.stem: torch.load(path, weights_only=True) for path in sorted(folder.glob("*.pt"))}
+    states = {
+        path.stem: torch.load(path, map_location="cpu", weights_only=True) for path in sorted(folder.glob("*.pt"))
+    }
     return {name: round(state["seconds"], 1) for name, state in states.items() if state.get("finished")}
 
 
@@ -254,11 +283,22 @@ def read_averaged(path: Path, identity: dict[str, Any], module: Module) -> Modul
     return module.eval().requires_grad_(False)
 
 
-def _appending(path: Path) -> Any:
-    try:
-        return path.open("a")
-    except OSError as error:
-        raise _disk_error(path, error) from error
+class _Log:
+    """Lines appended to a file; unbuffered, so that closing it has nothing left to fail on."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise _disk_error(path, error) from error
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One line."""
+        try:
+            self.file.write(json.dumps(record).encode() + b"\n")
+        except OSError as error:
+            raise _disk_error(self.path, error) from error
 
 
 def _disk_error(path: Path, error: Exception) -> DiskError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import zlib
 from pathlib import Path
 from typing import Literal
 
@@ -58,7 +59,7 @@ def _parse(path: Path, md5: str) -> Tensor:
     raw = path.read_bytes()
     try:
         content = gzip.decompress(raw) if path.suffix == ".gz" else raw
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be unpacked ({error}); fetch it again") from error
     found = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if found != md5:
