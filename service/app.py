@@ -11,8 +11,8 @@ from starlette.exceptions import HTTPException
 from service import __version__, problems
 from service.batcher import Batcher
 from service.config import Settings
+from service.endpoint import Context
 from service.errors import ServiceError
-from service.operation import Context
 from service.repository import Repository
 from service.routes import OPERATIONS, add_operations
 from service.routes.health import health_router

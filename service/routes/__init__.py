@@ -8,7 +8,8 @@ from fastapi import FastAPI
 
 from service import problems
 from service.codecs import READERS, WRITERS
-from service.operation import Context, Operation, OperationRoute, endpoint
+from service.endpoint import Context, OperationRoute, endpoint
+from service.operation import Operation
 from service.routes.decode import decode
 from service.routes.denoise import denoise
 from service.routes.encode import encode

@@ -50,6 +50,6 @@ denoise = Operation(
     takes="images",
     example={"images": ["<base64 of a PNG>"], "noise": "gaussian", "level": 0.25},
     answer={"images": [[[[0.0, 0.9], [0.1, 0.0]]]], "level": [0.25]},
-    bounded=False,
+    observed=True,
     needs=("recognition", "noise_level", "fusion"),
 )

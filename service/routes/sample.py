@@ -8,7 +8,7 @@ from pydantic import Field
 
 from service import vae
 from service.latent import MAX_SEED
-from service.operation import Inputs, Operation, Options
+from service.operation import Operation, Options
 from service.repository import Model
 from service.vae import Result, Submit
 
@@ -26,7 +26,7 @@ class SampleOptions(Options):
     """Whether the answer holds the latents too."""
 
 
-async def _run(model: Model, submit: Submit, _inputs: Inputs, options: SampleOptions) -> Result:
+async def _run(model: Model, submit: Submit, _inputs: None, options: SampleOptions) -> Result:
     return await vae.sample(
         model.plan, submit, model.latent_shape, options.count, options.seed, options.temperature, options.latents
     )

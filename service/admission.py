@@ -1,0 +1,90 @@
+"""What may enter a batch: shape, count and range, checked against the manifest before anything is computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.codecs import Payload
+from service.codecs.payload import as_images, as_rows
+from service.errors import InvalidOption, InvalidShape, InvalidValue, TooLarge
+from service.operation import Inputs, Operation, Rows
+from service.pixels import fit
+from service.repository import Model
+
+OBSERVED_MARGIN = 10.0
+"""How many widths of the value range an observed, noisy value may lie outside it."""
+
+
+def admit(operation: Operation, model: Model, payload: Payload, options: Any, max_rows: int) -> Inputs | None:
+    """The payload as rows of the model's shape; None for an operation that takes nothing.
+
+    max_rows: rows a request may have, draws counted.
+    Raises: InvalidShape, TooLarge, InvalidValue, InvalidOption.
+    """
+    if operation.takes is None:
+        check_count(options.count, max_rows)
+        return None
+    if payload.array is None:
+        raise InvalidShape(f'the body lacks "{operation.takes}"')
+    rows = _shaped(payload.array, operation.row_shape(model), operation.takes, options, max_rows)
+    check_count(len(rows) * options.multiplicity, max_rows)
+    check_range(rows, *_bounds(operation, model), operation.takes)
+    if payload.mask is None:
+        return Inputs(rows)
+    if not operation.observed:
+        raise InvalidOption(f"{operation.name} takes no mask")
+    return Inputs(rows, _mask(payload.mask, model, options, len(rows)))
+
+
+def _shaped(array: NDArray[Any], shape: tuple[int, ...], name: str, options: Any, max_rows: int) -> Rows:
+    """Rows of that shape, brought there where the caller says how."""
+    how = getattr(options, "fit", None)
+    if how is None:
+        return as_rows(array, shape, name)
+    images = as_images(array, shape[0], name)
+    check_count(len(images), max_rows)
+    return images if images.shape[1:] == shape else fit(images, (shape[1], shape[2]), how)
+
+
+def _mask(array: NDArray[Any], model: Model, options: Any, rows: int) -> Rows:
+    """1 where seen, for every channel; one mask for all rows, or one a row."""
+    mask = _shaped(array, (1, *model.input_shape[1:]), "mask", options, rows)
+    check_range(mask, 0.0, 1.0, "mask")
+    if len(mask) not in (1, rows):
+        raise InvalidShape(f"{len(mask)} masks for {rows} images; send one, or one an image")
+    return np.broadcast_to((mask >= 0.5).astype(np.float32), (rows, *model.input_shape))
+
+
+def _bounds(operation: Operation, model: Model) -> tuple[float, float]:
+    if operation.takes == "latents":
+        return -np.inf, np.inf
+    low, high = model.manifest.value_range
+    margin = OBSERVED_MARGIN * (high - low) if operation.observed else 0.0
+    return low - margin, high + margin
+
+
+def check_count(rows: int, limit: int) -> None:
+    """Refuse more rows than one request may have.
+
+    Raises: TooLarge.
+    """
+    if rows > limit:
+        raise TooLarge(f"{rows} rows in one request, draws counted; VAE_MAX_REQUEST_ROWS is {limit}")
+
+
+def check_range(array: Rows, low: float, high: float, name: str) -> None:
+    """Refuse NaN, infinity and what lies outside [low, high]; min and max carry a NaN along.
+
+    Raises: InvalidValue.
+    """
+    least, most = array.min(), array.max()
+    finite = np.isfinite(least) and np.isfinite(most)
+    if finite and least >= low and most <= high:
+        return
+    if not finite:
+        raise InvalidValue(f"{name} holds NaN or infinity; every value must be a finite number")
+    advice = "; divide 8-bit values by 255" if most > 1.0 and name == "images" else ""
+    raise InvalidValue(f"{name} has values from {least:g} to {most:g}; they must lie in [{low:g}, {high:g}]{advice}")
