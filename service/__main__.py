@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import sys
+import tempfile
+from typing import Any
 
 import uvicorn
+from uvicorn.supervisors import Multiprocess
 
 from service.app import create_app, open_repository
 from service.config import Settings, read_settings
 from service.errors import StartError
+from service.telemetry import SHARED_FOLDER
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,15 +32,32 @@ def main(arguments: list[str] | None = None) -> int:
     host, port = listener.getsockname()[:2]
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104  # an address one can type
     print(welcome(f"http://{shown}:{port}", list(repository.models)), flush=True)
-    config = uvicorn.Config(
-        create_app(settings, repository),
+    if settings.workers > 1:
+        del repository  # it was opened to see that it can be; every worker opens its own
+        supervise(settings, listener)
+    else:
+        uvicorn.Server(server_config(settings, create_app(settings, repository))).run([listener])
+    return 0
+
+
+def server_config(settings: Settings, app: Any, **more: Any) -> uvicorn.Config:
+    """How uvicorn serves, in one process or in several."""
+    return uvicorn.Config(
+        app,
         log_level="info",
         access_log=settings.access_log,
         server_header=False,
         timeout_graceful_shutdown=round(settings.timeout_s),
+        **more,
     )
-    uvicorn.Server(config).run([listener])
-    return 0
+
+
+def supervise(settings: Settings, listener: socket.socket) -> None:
+    """Serve in several processes on one port; one that dies is replaced. Their metrics are added up in a folder."""
+    with tempfile.TemporaryDirectory(prefix="vae-metrics-") as folder:
+        os.environ |= settings.to_environment() | {SHARED_FOLDER: folder}
+        config = server_config(settings, "service.app:create_worker_app", factory=True, workers=settings.workers)
+        Multiprocess(config, [listener]).run()
 
 
 def listen(settings: Settings) -> socket.socket:

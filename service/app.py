@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 
 from service import __version__, problems
 from service.batcher import Batcher
-from service.config import Settings
+from service.config import Settings, read_settings
 from service.endpoint import Context
 from service.errors import ServiceError
 from service.repository import Repository
@@ -28,7 +28,7 @@ def open_repository(settings: Settings) -> Repository:
     Raises: StartError.
     """
     provider = execution_provider(settings.execution_provider)
-    threads = settings.threads or cpu_count()
+    threads = settings.threads or max(1, cpu_count() // settings.workers)
     return Repository.open(settings.models, settings.default_model, provider, threads, settings.max_rows)
 
 
@@ -44,9 +44,10 @@ def create_app(settings: Settings, repository: Repository | None = None) -> Fast
         queue_rows=settings.queue_rows,
         linger_ms=settings.linger_ms,
         inline_s=settings.inline_us / 1e6,
-        observe=telemetry.batch,
+        observe=lambda program, rows, queue_s, inference_s: telemetry.batch(
+            program, rows, queue_s, inference_s, batcher.queued_rows
+        ),
     )
-    telemetry.watch(batcher)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -69,6 +70,11 @@ def create_app(settings: Settings, repository: Repository | None = None) -> Fast
     app.add_exception_handler(ServiceError, _service_problem)
     app.add_exception_handler(HTTPException, _http_problem)
     return app
+
+
+def create_worker_app() -> FastAPI:
+    """The service of one of several worker processes; settings come by the environment."""
+    return create_app(read_settings())
 
 
 async def _service_problem(_request: Request, error: Exception) -> Response:

@@ -34,8 +34,10 @@ class Settings(BaseSettings):
     """Port to listen on; 0 takes a free one."""
     execution_provider: Literal["auto", "cpu", "cuda"] = "auto"
     """Where models run; `auto` is CUDA where this onnxruntime has it, else the CPU."""
+    workers: Annotated[int, Field(ge=1, le=256)] = 1
+    """Processes that serve; each has its own models and batches. One that dies is replaced."""
     threads: Annotated[int, Field(ge=0)] = 0
-    """Threads a model may use; 0 takes the CPUs of this process, or of its container's quota."""
+    """Threads a model may use; 0 shares the CPUs of this machine, or of the container's quota, among the workers."""
     max_rows: Annotated[int, Field(ge=1)] = 64
     """Rows in one batch."""
     queue_rows: Annotated[int, Field(ge=1)] = 4096
@@ -56,6 +58,10 @@ class Settings(BaseSettings):
     """Pixels in one PNG, JPEG or WebP, checked before it is decoded."""
     access_log: bool = False
     """Whether every request is logged."""
+
+    def to_environment(self) -> dict[str, str]:
+        """The same settings as environment variables, for worker processes."""
+        return {PREFIX + name.upper(): str(value) for name, value in self.model_dump(mode="json").items()}
 
 
 def read_settings(arguments: list[str] | None = None) -> Settings:

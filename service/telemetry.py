@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import re
 from functools import cache
+from pathlib import Path
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+    multiprocess,
+)
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from service.batcher import Batcher
-
 MEDIA_TYPE = CONTENT_TYPE_LATEST
+SHARED_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+"""Where prometheus_client keeps the metrics of several processes; set before it is imported."""
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -19,6 +30,8 @@ class Telemetry:
     """Metrics of one application. Label values are bounded: models and operations that are served, codes of ours."""
 
     def __init__(self) -> None:
+        disable_created_metrics()  # a second series for each, that nobody asks for
+        forget_the_dead()
         self.registry = CollectorRegistry()
         labels = ("model", "operation")
         self._requests = Counter(
@@ -36,16 +49,15 @@ class Telemetry:
             "vae_inference_seconds", "Time of a batch", labels, buckets=SECONDS, registry=self.registry
         )
         self._batch_rows = Histogram("vae_batch_rows", "Rows in a batch", labels, buckets=ROWS, registry=self.registry)
+        # In several processes the gauges of those that live are added up, as all counters are.
+        self._queued = Gauge(
+            "vae_queued_rows", "Rows that wait", registry=self.registry, multiprocess_mode="livesum"
+        )  # fmt: skip
         self._request_child = cache(self._requests.labels)
         self._rows_child = cache(self._rows.labels)
         self._batch_children = cache(
             lambda *values: [metric.labels(*values) for metric in (self._queue, self._inference, self._batch_rows)]
         )
-
-    def watch(self, batcher: Batcher) -> None:
-        """Publish the batcher's state as gauges."""
-        queued = Gauge("vae_queued_rows", "Rows that wait", registry=self.registry)
-        queued.set_function(lambda: batcher.queued_rows)
 
     def request(self, model: str, operation: str, outcome: str, rows: int) -> None:
         """Count one request."""
@@ -53,8 +65,9 @@ class Telemetry:
         if rows:
             self._rows_child(model, operation).inc(rows)
 
-    def batch(self, program: Any, rows: int, queue_s: list[float], inference_s: float) -> None:
-        """Record one batch; the batcher's observer."""
+    def batch(self, program: Any, rows: int, queue_s: list[float], inference_s: float, queued_rows: int) -> None:
+        """Record one batch, and what waits behind it."""
+        self._queued.set(queued_rows)
         queue, inference, batch_rows = self._batch_children(program.model, program.operation)
         for seconds in queue_s:
             queue.observe(seconds)
@@ -62,10 +75,23 @@ class Telemetry:
         batch_rows.observe(rows)
 
     def exposition(self) -> bytes:
-        """All metrics in Prometheus' text format."""
-        return generate_latest(self.registry)
+        """All metrics in Prometheus' text format, summed over the workers where there are several."""
+        if SHARED_FOLDER not in os.environ:
+            return generate_latest(self.registry)
+        registry = CollectorRegistry()
+        multiprocess.MultiProcessCollector(registry)
+        return generate_latest(registry)
 
 
 def server_timing(queue_s: float, inference_s: float) -> str:
     """The Server-Timing header; durations in milliseconds."""
     return f"queue;dur={queue_s * 1e3:.3f}, inference;dur={inference_s * 1e3:.3f}"
+
+
+def forget_the_dead() -> None:
+    """Drop the gauges of workers that no longer run."""
+    folder = os.environ.get(SHARED_FOLDER)
+    for path in Path(folder).glob("gauge_live*.db") if folder else ():
+        found = re.search(r"_(\d+)\.db$", path.name)
+        if found and not Path(f"/proc/{found.group(1)}").exists():
+            multiprocess.mark_process_dead(int(found.group(1)))

@@ -8,33 +8,16 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import httpx
 import pytest
 
+StartService = Callable[..., AbstractContextManager[tuple[subprocess.Popen[str], str]]]
 ROOT = Path(__file__).parent.parent.parent
 CLEAN = {key: value for key, value in os.environ.items() if not key.startswith("VAE_")}
-
-
-@contextmanager
-def running(**settings: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """`python -m service` with settings; gives the process and its URL, and ends it whatever happens."""
-    environment = {**CLEAN, "VAE_PORT": "0", **settings}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "service"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True,
-    )  # fmt: skip
-    try:
-        assert process.stdout is not None
-        found = re.search(r"http://[\d.]+:\d+", process.stdout.readline())
-        assert found, process.communicate(timeout=10)
-        yield process, found.group()
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def refused(*flags: str, **settings: str) -> str:
@@ -48,9 +31,9 @@ def refused(*flags: str, **settings: str) -> str:
     return done.stderr
 
 
-def test_it_serves_and_stops_in_good_order(digits_models: Path) -> None:
+def test_it_serves_and_stops_in_good_order(start_service: StartService, digits_models: Path) -> None:
     """It prints its URL and a line to try; that line works; SIGTERM ends it with 0."""
-    with running(VAE_MODELS=str(digits_models)) as (process, url):
+    with start_service(VAE_MODELS=str(digits_models)) as (process, url):
         assert process.stdout is not None
         line = process.stdout.readline()
         command = re.search(r"curl .*", line)
