@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -85,8 +86,9 @@ class Manifest:
         return [*self.graphs.values(), self.golden]
 
     def to_json(self) -> str:
-        """The manifest as text."""
-        return json.dumps(asdict(self), indent=2, sort_keys=False) + "\n"
+        """The manifest as text; shapes stand on one line, as a person would write them."""
+        text = json.dumps(asdict(self), indent=2)
+        return re.sub(r"\[[^\[\]{}\"]*\]", lambda found: "".join(found.group().split()).replace(",", ", "), text) + "\n"
 
 
 def read(folder: Path) -> Manifest:
