@@ -32,7 +32,7 @@ def test_two_epochs_are_worth_serving(real_data: Path, tmp_path: Path) -> None:
     """After two epochs the bound is far above that of independent pixels (-206 nats), and the service reconstructs."""
     folder = Workshop.open(RUN, real_data, tmp_path / "run", torch.device("cpu")).fit(tmp_path / "models")
     quality = json.loads((folder / "manifest.json").read_text())["quality"]
-    assert quality["test_elbo_nats"] > -140
+    assert quality["test_elbo_nats"] > -160
     assert quality["test_elbo_nats"] < -quality["test_nll_nats"] < -84
     x = (read_images(real_data, "t10k-images-idx3-ubyte")[:100].numpy() / 255).astype("<f4")
 
