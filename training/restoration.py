@@ -22,6 +22,7 @@ FAMILIES = ("gaussian", "salt_and_pepper", "masking")
 SIGMA_RANGE = (0.015, 0.8)
 SHARE_RANGES = ((0.02, 0.6), (0.05, 0.9))
 SMALLEST_ERROR = 1e-6  # 60 dB: an image restored that well need not get better
+SHRINKAGE = 1e-5
 FAMILY_ODDS = (0.64, 0.14, 0.12, 0.10)
 """How often each family is simulated; the last is none at all."""
 
@@ -127,20 +128,31 @@ class BernoulliFusion(nn.Module):
     Under Gaussian noise the pixel's density given z is a mixture: N(mean, c mean (1 - mean) + d), and with a small
     weight anything in [0, 1], so that a stroke that the decoder missed is believed, not erased. c, d and the weight are
     quadratics in log sigma, fitted on held-out images (`calibrate`). Under salt and pepper, or masking noise, a pixel
-    is kept with the odds that the decoder gives to what is seen. Where mask is 0 nothing is seen.
+    is kept with the odds that the decoder gives to what is seen, times those of a clean pixel to be exactly 0 or 1.
+    Where mask is 0 nothing is seen.
     """
+
+    lowest: Tensor
+    highest: Tensor
+    extremes: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         start = torch.zeros(3, 3)
         start[0] = torch.tensor([-1.0, -6.0, -5.0])
         self.coefficients = nn.Parameter(start)
+        # log c, log d, logit: variances between a thousandth of a grey level and that of any image in [0, 1].
+        self.register_buffer("lowest", torch.tensor([-14.0, -14.0, -20.0]), persistent=False)
+        # How often a clean pixel is exactly 0, and exactly 1, where the decoder's mean says dark, and bright.
+        self.register_buffer("extremes", torch.ones(2), persistent=False)
+        self.register_buffer("highest", torch.tensor([1.4, -1.4, 20.0]), persistent=False)
 
     def pixel_prior(self, x_mean: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
         """Variance of the pixel around the decoder's mean, and the logit of the weight of `anything`."""
         log_sigma = level[:, :1].clamp(*SIGMA_RANGE).log()
         powers = torch.cat([torch.ones_like(log_sigma), log_sigma, log_sigma.square()], 1)
-        c, d, logit = ((powers @ self.coefficients)[:, i, None, None, None] for i in range(3))
+        values = (powers @ self.coefficients).clamp(self.lowest, self.highest)
+        c, d, logit = (values[:, i, None, None, None] for i in range(3))
         return c.exp() * x_mean * (1.0 - x_mean) + d.exp(), logit
 
     def forward(self, x_mean: Tensor, y: Tensor, mask: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,7 +160,7 @@ class BernoulliFusion(nn.Module):
         sigma, flip, masking = (level[:, i, None, None, None] for i in range(3))
         variance, logit = self.pixel_prior(x_mean, level)
         gaussian, gaussian_variance = _fuse_gaussian(x_mean, variance, logit, y, sigma.square())
-        kept = _keep_probability(x_mean, y, flip, masking)
+        kept = _keep_probability(x_mean, y, flip, masking, self.extremes)
         replaced = kept * y + (1.0 - kept) * x_mean
         replaced_variance = (1.0 - kept) * (variance + kept * (y - x_mean).square())
         switched = (flip + masking) > 0.0
@@ -167,10 +179,11 @@ def _fuse_gaussian(mean: Tensor, variance: Tensor, logit: Tensor, y: Tensor, noi
     return (1.0 - anything) * near + anything * far, fused_variance
 
 
-def _keep_probability(x_mean: Tensor, y: Tensor, flip: Tensor, masking: Tensor) -> Tensor:
+def _keep_probability(x_mean: Tensor, y: Tensor, flip: Tensor, masking: Tensor, extremes: Tensor) -> Tensor:
     """P(the pixel is what it was | what is seen): certain strictly between 0 and 1."""
     bright, dark = (y >= 1.0).float(), (y <= 0.0).float()
-    kept = (1.0 - flip) * (1.0 - masking) * torch.where(bright > 0.0, x_mean, 1.0 - x_mean)
+    as_it_was = torch.where(bright > 0.0, extremes[1] * x_mean, extremes[0] * (1.0 - x_mean))
+    kept = (1.0 - flip) * (1.0 - masking) * as_it_was
     replaced = bright * 0.5 * flip * (1.0 - masking) + dark * (masking + 0.5 * flip * (1.0 - masking))
     return torch.where(replaced > 0.0, kept / (kept + replaced).clamp(min=1e-12), 1.0)
 
@@ -182,18 +195,23 @@ def calibrate(recognition: Recognition, vae: VAE, x: Tensor, generator: torch.Ge
     likelihood of the residuals would not do: pixels that are exactly 0 make it unbounded as the variance goes to 0.
     """
     fusion = BernoulliFusion().to(x.device)
+    start = fusion.coefficients.detach().clone()
     low, high = SIGMA_RANGE
     sigma = low * (high / low) ** torch.rand(len(x), generator=generator, device=x.device)
     level = functional.pad(sigma[:, None], (0, 2))
     seen = Observation(corrupt(x, level, generator), torch.ones_like(x), level)
     with torch.no_grad():
         x_mean = vae.likelihood.mean(vae.decode(recognition.posterior(seen).mean))
+    said = torch.stack([(1.0 - x_mean).mean(), x_mean.mean()]).clamp(min=1e-6)
+    fusion.extremes.copy_((torch.stack([(x <= 0.0).float().mean(), (x >= 1.0).float().mean()]) / said).clamp(max=1.0))
     optimiser = torch.optim.LBFGS(fusion.parameters(), max_iter=200, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimiser.zero_grad()
         restored, _ = fusion(x_mean, *seen)
-        value = ((restored - x).square().flatten(1).mean(1) + SMALLEST_ERROR).log().mean()
+        error = ((restored - x).square().flatten(1).mean(1) + SMALLEST_ERROR).log().mean()
+        # What the images leave open stays near the start.
+        value = error + SHRINKAGE * (fusion.coefficients - start).square().sum()
         value.backward()
         return value
 

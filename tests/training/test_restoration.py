@@ -275,3 +275,17 @@ def test_recognition_sees_observation_mask_and_level() -> None:
     recognition = Recognition(Summing(), Summing())
     torch.testing.assert_close(recognition.posterior(seen).mean[1], torch.tensor([0.25, 1.0, 0.1, 0.2, 0.3]))
     torch.testing.assert_close(recognition.log_level(seen.y, seen.mask).mean[0], torch.tensor([0.25, 1.0]))
+
+
+@pytest.mark.parametrize("coefficient", [-1e3, 1e3])
+def test_fusion_is_finite_wherever_calibration_ends(coefficient: float) -> None:
+    """Whatever the fit of an untrained model gives, and however sure its decoder is, the answer is a number."""
+    fusion = BernoulliFusion().requires_grad_(False)
+    fusion.coefficients.fill_(coefficient)
+    x_mean = torch.tensor([0.0, 0.5, 1.0]).view(1, 1, 1, 3).expand(4, 1, 1, 3)
+    y = torch.tensor([-0.3, 0.4, 1.7]).view(1, 1, 1, 3).expand(4, 1, 1, 3)
+    level = torch.tensor([[0.02, 0, 0], [0.7, 0, 0], [0, 0.3, 0], [0, 0, 0]])
+    restored, variance = fusion(x_mean, y, torch.ones_like(y), level)
+    assert restored.isfinite().all()
+    assert variance.isfinite().all()
+    assert (variance >= 0).all()
