@@ -53,8 +53,9 @@ def reconstruct_rows(graphs: Graphs) -> Compute:
 
     def compute(x: Rows, *eps: Rows) -> Arrays:
         mean, log_var = graphs["encoder"](x)
-        decoded = _decode_draws(graphs, _latents(mean, log_var, eps))
-        return (decoded.mean(1),)
+        if not eps:
+            return graphs["decoder"](mean)
+        return (_decode_draws(graphs, latent.posterior_draws(mean, log_var, eps[0])).mean(1),)
 
     return compute
 
@@ -72,7 +73,8 @@ def denoise_rows(graphs: Graphs, estimated: int | None) -> Compute:
             level = np.zeros_like(level)
             level[:, estimated] = guess[:, estimated]
         mean, log_var = graphs["recognition"](y, mask, level)
-        decoded = _decode_draws(graphs, _latents(mean, log_var, eps))
+        z = latent.posterior_draws(mean, log_var, eps[0]) if eps else mean[:, None]
+        decoded = _decode_draws(graphs, z)
         draws = decoded.shape[1]
         seen = [np.repeat(array, draws, axis=0) for array in (y, mask, level)]
         fused = graphs["fusion"](decoded.reshape(-1, *decoded.shape[2:]), *seen)
@@ -80,10 +82,6 @@ def denoise_rows(graphs: Graphs, estimated: int | None) -> Compute:
         return restored.mean(1), variance.mean(1) + restored.var(1), level
 
     return compute
-
-
-def _latents(mean: Rows, log_var: Rows, eps: tuple[Rows, ...]) -> Rows:
-    return latent.posterior_draws(mean, log_var, eps[0]) if eps else mean[:, None]
 
 
 def _decode_draws(graphs: Graphs, z: Rows) -> Rows:

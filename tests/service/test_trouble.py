@@ -1,0 +1,100 @@
+"""What callers hear when the service, not the request, is the trouble."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from service.app import create_app
+from service.config import Settings
+from service.repository import Model, Repository
+
+RAW = {"content-type": "application/octet-stream", "accept": "application/octet-stream"}
+ONE = np.zeros((1, 8), "<f4").tobytes()
+LARGE = np.zeros((16384, 8), "<f4").tobytes()
+
+
+@asynccontextmanager
+async def client(settings: Settings, repository: Repository | None = None) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(create_app(settings, repository))
+    async with httpx.AsyncClient(transport=transport, base_url="http://x", headers=RAW, timeout=60) as one:
+        yield one
+
+
+def decode(one: httpx.AsyncClient, body: bytes, **headers: str) -> Coroutine[Any, Any, httpx.Response]:
+    return one.post("/v1/decode", content=body, headers={**RAW, **headers})
+
+
+def test_a_full_queue_is_503_with_a_time_to_come_back(digits_models: Path) -> None:
+    """What was accepted is answered; what was refused says which setting and when."""
+
+    async def scenario() -> None:
+        async with client(Settings(models=digits_models, max_rows=8, queue_rows=8)) as one:
+            answers = await asyncio.gather(decode(one, LARGE), *(decode(one, ONE) for _ in range(20)))
+        refused = [answer for answer in answers if answer.status_code != 200]
+        assert answers[0].status_code == 200
+        assert len(answers[0].content) == 16384 * 64 * 4
+        assert refused
+        for answer in refused:
+            assert (answer.status_code, answer.json()["code"]) == (503, "overloaded")
+            assert "VAE_QUEUE_ROWS" in answer.json()["detail"]
+            assert int(answer.headers["retry-after"]) >= 1
+
+    asyncio.run(scenario())
+
+
+def test_a_passed_deadline_is_504(digits_models: Path) -> None:
+    """A caller that gives its request a millisecond behind thirty larger ones is told that it ran out."""
+
+    async def scenario() -> None:
+        async with client(Settings(models=digits_models, max_rows=8)) as one:
+            large = [asyncio.create_task(decode(one, LARGE[: 512 * 32])) for _ in range(30)]
+            await asyncio.sleep(0.05)
+            late = await decode(one, ONE, **{"x-timeout-ms": "1"})
+            assert (late.status_code, late.json()["code"]) == (504, "deadline_passed")
+            assert {answer.status_code for answer in await asyncio.gather(*large)} == {200}
+
+    asyncio.run(scenario())
+
+
+def test_a_failing_model_is_500_without_its_secrets(digits_models: Path) -> None:
+    """The cause is for the log; the next model's callers do not notice."""
+    good = Repository.open(digits_models, "", "CPUExecutionProvider", 1, 8).find("digits", None)
+
+    def failing(*_: Any) -> Any:
+        raise RuntimeError("a secret path")
+
+    bad = Model(good.manifest, {**good.graphs, "decoder": failing})  # type: ignore[dict-item]
+    both = Repository({"good": {"1": good}, "bad": {"1": bad}}, "good")
+
+    async def scenario() -> None:
+        async with client(Settings(), both) as one:
+            failed = await one.post("/v1/models/bad/decode", content=ONE)
+            assert (failed.status_code, failed.json()["code"]) == (500, "inference_failed")
+            assert "secret" not in failed.text
+            assert (await one.post("/v1/models/good/decode", content=ONE)).status_code == 200
+
+    asyncio.run(scenario())
+
+
+def test_a_bug_is_500_with_an_id_and_nothing_else(digits_models: Path) -> None:
+    """Whatever breaks outside a batch is a problem like every other, and is logged under its id."""
+
+    class Confused(Repository):
+        def find(self, _name: str | None, _version: str | None) -> Model:
+            """Never."""
+            raise ZeroDivisionError("a secret path")
+
+    async def scenario() -> None:
+        async with client(Settings(models=digits_models), Confused({}, "")) as one:
+            answer = await decode(one, ONE)
+            assert (answer.status_code, answer.json()["code"]) == (500, "internal_error")
+            assert "secret" not in answer.text
+
+    asyncio.run(scenario())
