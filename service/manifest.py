@@ -52,8 +52,9 @@ class Manifest:
     """One version of one model.
 
     Shapes are without the batch axis: `input_shape` (c, h, w), `latent_shape` (d,) or any other. `graphs` always has
-    `encoder` (x -> mean, log_var) and `decoder` (z -> x_mean); every further ability is one more graph. `training` and
-    `quality` are for people: settings and measured figures with their units in the keys.
+    `encoder` (x -> mean, log_var) and `decoder` (z -> x_mean); every further ability is one more graph.
+    `noise_families` names the columns of the level that the graphs of denoising take or give; empty without them.
+    `training` and `quality` are for people: settings and measured figures with their units in the keys.
     """
 
     schema_version: int
@@ -65,6 +66,7 @@ class Manifest:
     likelihood: str
     prior: str
     dataset: str
+    noise_families: list[str]
     graphs: dict[str, Graph]
     golden: Golden
     training: dict[str, Any]
@@ -168,6 +170,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "float": _is_number,
     "str": lambda value: isinstance(value, str),
     "list[int]": _is_shape,
+    "list[str]": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
     "list[float]": lambda value: isinstance(value, list) and all(map(_is_number, value)),
     "dict[str, Any]": lambda value: isinstance(value, dict),
     "dict[str, Graph]": lambda value: isinstance(value, dict),

@@ -23,9 +23,6 @@ Submit = Callable[[Program, Arrays], Awaitable[Trip]]
 Plan = Callable[..., Program]
 """(operation, how its rows are computed, draws, further static choices) -> the program, made once a model."""
 
-FAMILIES = ("gaussian", "salt-and-pepper", "masking")
-"""Noise families in the order of the columns of a level."""
-
 
 class Result(NamedTuple):
     """Outputs by name, one row a row; what else is worth saying; where the time went."""
@@ -137,15 +134,18 @@ async def denoise(
     shape: tuple[int, ...],
     y: Rows,
     mask: Rows | None,
-    family: str,
+    column: int | None,
+    columns: int,
     level: float | None,
     draws: int,
     seed: int | None,
     uncertainty: bool,
 ) -> Result:
-    """E[x|y] under the noise; level None is estimated from each image. With uncertainty, the posterior's std too."""
-    column = FAMILIES.index(family) if family in FAMILIES else None
-    levels = np.zeros((len(y), len(FAMILIES)), np.float32)
+    """E[x|y] under the noise family in that column of the level (None: no noise), of `columns` in all.
+
+    A level of None is estimated from each image. With uncertainty, the posterior's standard deviation too.
+    """
+    levels = np.zeros((len(y), columns), np.float32)
     if column is not None and level is not None:
         levels[:, column] = level
     seen = np.ones_like(y) if mask is None else mask

@@ -24,7 +24,7 @@ DECODES = 2000  # rows decoded at once
 RESTORED = 200  # test images that are corrupted and restored
 CHECKED_LEVELS = {
     "gaussian": (0.02, 0.05, 0.1, 0.25, 0.5, 0.6),
-    "salt_and_pepper": (0.1, 0.3),
+    "salt-and-pepper": (0.1, 0.3),
     "masking": (0.25, 0.5),
 }
 

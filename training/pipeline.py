@@ -20,7 +20,7 @@ from training.errors import CheckpointError, ConfigError, DiskError
 from training.evaluate import likelihood, restoration
 from training.export import GOLDEN_ROWS, export, exportables, version_folder
 from training.model import VAE
-from training.restoration import BernoulliFusion, Observation, Recognition, calibrate, simulate
+from training.restoration import FAMILIES, BernoulliFusion, Observation, Recognition, calibrate, simulate
 from training.stages import restoration_stage, trained_recognition, trained_vae, vae_stage
 from training.trainer import keyed_generator, stage_seconds, train
 
@@ -139,6 +139,7 @@ class Workshop:
             "likelihood": self.run.model.likelihood,
             "prior": self.run.model.prior,
             "dataset": self.run.data.dataset,
+            "noise_families": [] if self.run.restoration is None else list(FAMILIES),
             "training": self._training(),
             "quality": self.evaluate(),
         }

@@ -17,7 +17,7 @@ from training.elbo import Bound, bound_under
 from training.gaussian import DiagonalGaussian
 from training.model import VAE
 
-FAMILIES = ("gaussian", "salt_and_pepper", "masking")
+FAMILIES = ("gaussian", "salt-and-pepper", "masking")
 """Noise families in the order of the level's columns: standard deviation, share of flipped, share of zeroed pixels."""
 SIGMA_RANGE = (0.015, 0.8)
 SHARE_RANGES = ((0.02, 0.6), (0.05, 0.9))

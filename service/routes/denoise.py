@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from service import vae
+from service.errors import InvalidOption
 from service.operation import DrawOptions, Inputs, Operation
 from service.repository import Model
 from service.vae import Result, Submit
@@ -32,12 +33,20 @@ async def _run(model: Model, submit: Submit, inputs: Inputs, options: DenoiseOpt
         model.latent_shape,
         inputs.rows,
         inputs.mask,
-        options.noise,
+        None if options.noise == "none" else _column(model, options.noise),
+        len(model.manifest.noise_families),
         None if options.level == "auto" else options.level,
         options.draws,
         options.seed,
         options.uncertainty,
     )
+
+
+def _column(model: Model, noise: str) -> int:
+    families = model.manifest.noise_families
+    if noise not in families:
+        raise InvalidOption(f"noise is {noise}, but model {model.manifest.name} knows {', '.join(families)} and none")
+    return families.index(noise)
 
 
 denoise = Operation(

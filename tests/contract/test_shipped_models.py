@@ -132,3 +132,22 @@ def test_a_digit_comes_back_as_itself(repository: Repository, digits: Rows) -> N
     again = np.frombuffer(asyncio.run(scenario()), "<f4").reshape(200, 1, 784)
     nearest = np.square(again - digits.reshape(1, 200, 784)).sum(2).argmin(1)
     assert (nearest == np.arange(200)).mean() > 0.98
+
+
+def test_an_answer_never_depends_on_its_batch_mates(repository: Repository) -> None:
+    """Bit for bit: every program of every shipped model, at every batch size, first and last row."""
+    rng = np.random.default_rng(0)
+    for model in (repository.find("mnist", None), repository.find("mnist-2d", None)):
+        for program in model.programs.values():
+            shapes = {
+                "decode": [model.latent_shape],
+                "denoise": [model.input_shape, model.input_shape, (3,)],
+            }.get(program.operation, [model.input_shape])
+            rows = [rng.random((64, *shape), np.float32) for shape in shapes]
+            first = program.run(*(array[:1] for array in rows))
+            for size in range(1, 65):
+                batch = program.run(*(array[:size] for array in rows))
+                last = program.run(*(array[size - 1 : size] for array in rows))
+                for together, alone, single in zip(batch, first, last, strict=True):
+                    assert np.array_equal(together[:1], alone)
+                    assert np.array_equal(together[-1:], single)

@@ -100,15 +100,3 @@ def test_warm_programs_know_their_cost(model: Model) -> None:
     program = model.programs["reconstruct", 0]
     assert 0 < program.cost_s(1) <= program.cost_s(8) < 1
     assert model.programs.get(("reconstruct", 3)) is None
-
-
-def test_an_answer_never_depends_on_its_batch_mates(model: Model) -> None:
-    """Bit for bit, at every place of every batch size."""
-    rng = np.random.default_rng(0)
-    for program in model.programs.values():
-        if program.operation == "encode":
-            rows = rng.random((16, 1, 8, 8), np.float32)
-            alone = [program.run(rows[k : k + 1]) for k in range(16)]
-            for size in range(1, 17):
-                for array, parts in zip(program.run(rows[:size]), zip(*alone, strict=True), strict=True):
-                    assert np.array_equal(array, np.concatenate(parts[:size]))

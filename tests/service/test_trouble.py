@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -96,5 +97,22 @@ def test_a_bug_is_500_with_an_id_and_nothing_else(digits_models: Path) -> None:
             answer = await decode(one, ONE)
             assert (answer.status_code, answer.json()["code"]) == (500, "internal_error")
             assert "secret" not in answer.text
+
+    asyncio.run(scenario())
+
+
+def test_a_noise_that_a_model_was_not_trained_for_is_refused_by_name(digits_models: Path) -> None:
+    """What a model knows is said by its manifest, not by the service."""
+    full = Repository.open(digits_models, "", "CPUExecutionProvider", 1, 8).find("digits", None)
+    manifest = dataclasses.replace(full.manifest, noise_families=["gaussian", "rain", "masking"])
+    repository = Repository({"digits": {"1": Model(manifest, full.graphs)}}, "digits")
+
+    async def scenario() -> None:
+        async with client(Settings(), repository) as one:
+            body = np.zeros((1, 64), "<f4").tobytes()
+            refused = await one.post("/v1/denoise?noise=salt-and-pepper", content=body)
+            assert (refused.status_code, refused.json()["code"]) == (422, "invalid_option")
+            assert "gaussian, rain, masking and none" in refused.json()["detail"]
+            assert (await one.post("/v1/denoise?noise=masking", content=body)).status_code == 200
 
     asyncio.run(scenario())

@@ -147,5 +147,5 @@ def test_decibels_of_corrupted_images_are_those_of_the_noise() -> None:
         assert row["noisy_db"] == pytest.approx(-20.0 * math.log10(sigma), abs=0.1)
         assert 0.0 <= row["worse"] <= 1.0
     # A tenth of the pixels is 0 or 1, each 1/2 away from grey: an error of 0.1 / 4.
-    assert table["salt_and_pepper"]["0.1"]["noisy_db"] == pytest.approx(-10.0 * math.log10(0.1 / 4.0), abs=0.1)
+    assert table["salt-and-pepper"]["0.1"]["noisy_db"] == pytest.approx(-10.0 * math.log10(0.1 / 4.0), abs=0.1)
     assert table["masking"]["0.5"]["noisy_db"] == pytest.approx(-10.0 * math.log10(0.5 * 0.502**2), abs=0.1)

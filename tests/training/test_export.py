@@ -35,6 +35,7 @@ ABOUT: dict[str, Any] = {
     "likelihood": "bernoulli",
     "prior": "standard_normal",
     "dataset": "digits",
+    "noise_families": ["gaussian", "salt-and-pepper", "masking"],
     "training": {"seed": 1},
     "quality": {"test_nll_nats": 84.2},
 }
