@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from service.manifest import digest
 from training.config import Run
 from training.datasets import ImageSet, as_float
 from training.errors import CheckpointError, ConfigError, DiskError
@@ -80,7 +81,7 @@ class Workshop:
     def clear(self) -> None:
         """Discard checkpoints, partial evaluations and log."""
         for path in self.folder.glob("*"):
-            if path.suffix in {".pt", ".jsonl", ".part"}:
+            if path.suffix in {".pt", ".jsonl", ".part", ".sha256"}:
                 path.unlink()
 
     def fit(self, models: Path, *, replace: bool = False) -> Path:
@@ -90,6 +91,7 @@ class Workshop:
         """
         version_folder(models, self.run.name, self.run.version, replace=replace)
         with locked(self.folder):
+            self._check_images()
             train(vae_stage(self.run, self.images.shape, self.device), self.images.train, self.folder)
             if self.run.restoration is not None:
                 stage = restoration_stage(self.run, self.vae(), self.images.shape, self.device)
@@ -144,6 +146,19 @@ class Workshop:
             "quality": self.evaluate(),
         }
         return export(graphs, models, self.run.name, self.run.version, about, replace=replace)
+
+    def _check_images(self) -> None:
+        """Checkpoints go on only with the images they were begun with."""
+        path = self.folder / "images.sha256"
+        found = digest(self.images.train.cpu().numpy().tobytes())
+        try:
+            if not path.exists():
+                path.write_text(found)
+            known = path.read_text()
+        except OSError as error:
+            raise DiskError(f"cannot write {path} ({error.strerror}); make room and run again") from error
+        if known != found:
+            raise CheckpointError(f"{self.folder} was trained on other images; use --fresh or another --run")
 
     def _golden_rows(self) -> tuple[Tensor, Observation]:
         x = as_float(self.images.test[:GOLDEN_ROWS])
