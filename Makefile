@@ -24,7 +24,7 @@ lint: $(VENV)/.test
 	$(PYTHON) -m mypy
 
 bench: $(VENV)/.test
-	$(PYTHON) -m benchmarks.latency
+	$(PYTHON) -m benchmarks.serving
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

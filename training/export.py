@@ -117,6 +117,7 @@ def export(
     """
     target = version_folder(models, name, version, replace=replace)
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with _staged(target) as folder:
             golden: dict[str, np.ndarray] = {}
             entries = {graph: _write_graph(graph, one, folder, golden) for graph, one in graphs.items()}
@@ -146,11 +147,9 @@ def version_folder(models: Path, name: str, version: str, *, replace: bool) -> P
     target = models / name / version
     if target.exists() and not replace:
         raise ExportError(f"{target} exists; choose another version in the TOML or pass --replace")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=target.parent).close()
-    except OSError as error:
-        raise DiskError(f"cannot write into {target.parent} ({error.strerror}); choose another --out") from error
+    nearest = next(folder for folder in target.absolute().parents if folder.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise DiskError(f"cannot write into {nearest}; choose another --out")
     return target
 
 

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import uvicorn
 
-from service import manifest
-from service.session import Session
+from benchmarks.peers.model import Model
 
 
 def main(folder: str, port: int) -> None:
-    """Serve reconstruct of raw float32 rows."""
-    model = manifest.read(Path(folder))
-    encoder, decoder = (
-        Session((Path(folder) / model.graphs[name].file).read_bytes(), "CPUExecutionProvider", 1)
-        for name in ("encoder", "decoder")
-    )
+    """Serve reconstruct of raw float32 rows, or of JSON."""
+    model = Model(folder)
 
     async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            return
-        body = (await receive())["body"]
-        (images,) = decoder(encoder(np.frombuffer(body, "<f4").reshape(-1, *model.input_shape))[0])
-        content = images.tobytes()
+        body = b""
+        while True:
+            message = await receive()
+            body = body + message["body"] if body else message["body"]
+            if not message.get("more_body"):
+                break
+        if scope["path"] == "/json":
+            content = orjson.dumps({"images": model(orjson.loads(body)["images"])}, option=orjson.OPT_SERIALIZE_NUMPY)
+        else:
+            content = model(np.frombuffer(body, "<f4")).tobytes()
         headers = [(b"content-length", b"%d" % len(content))]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": content})

@@ -1,0 +1,122 @@
+"""Open-loop load: requests arrive by a Poisson process, whether or not the server has answered the earlier ones."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from typing import Any
+
+import numpy as np
+import uvloop
+
+from benchmarks.bodies import Body
+from benchmarks.measure import Measure
+
+MAX_CONNECTIONS = 1024
+DEADLINE_S = 1.0
+"""An answer later than this after its request was due is of no use to anybody, and counts as failed."""
+SHORT_S = 2e-5
+"""What is due sooner than this is sent now."""
+
+
+def run(port: int, body: Body, rate: float, seconds: float) -> Measure:
+    """Offer `rate` requests a second; latency counts from when a request was due, not from when it could be sent."""
+    told = body._replace(headers={**body.headers, "x-timeout-ms": str(round(DEADLINE_S * 1000))})
+    return uvloop.run(_Load(port, told.wire(), rate, seconds).run())
+
+
+class _Load:
+    def __init__(self, port: int, wire: bytes, rate: float, seconds: float) -> None:
+        self.port, self.wire, self.seconds = port, wire, seconds
+        gaps = np.random.default_rng(0).exponential(1.0 / rate, max(1, int(rate * seconds)))
+        self.due = np.cumsum(gaps).tolist()
+        self.alarm = asyncio.Event()
+        self.idle: list[_Connection] = []
+        self.connections: list[_Connection] = []
+        self.answers: list[tuple[int, float, float]] = []
+
+    async def run(self) -> Measure:
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGALRM, self.alarm.set)
+        for _ in range(64):
+            await self._open()
+        started = loop.time() + 0.05
+        self.end = started + self.due[-1]
+        for offset in self.due:
+            await asyncio.sleep(0)
+            await self._until(started + offset)
+            await self._send(started + offset)
+        await asyncio.sleep(DEADLINE_S)
+        for connection in self.connections:
+            connection.transport.abort()
+        return self._measure()
+
+    async def _until(self, moment: float) -> None:
+        """Wait by the system's timer: the event loop's own is a millisecond coarse, and polling takes a core."""
+        wait = moment - asyncio.get_running_loop().time()
+        if wait > SHORT_S:
+            self.alarm.clear()
+            signal.setitimer(signal.ITIMER_REAL, wait)
+            await self.alarm.wait()
+
+    async def _send(self, due: float) -> None:
+        if not self.idle and len(self.connections) < MAX_CONNECTIONS:
+            await self._open()
+        if self.idle:
+            self.idle.pop().send(due)
+
+    async def _open(self) -> None:
+        loop = asyncio.get_running_loop()
+        _, connection = await loop.create_connection(lambda: _Connection(self), "127.0.0.1", self.port)
+        self.connections.append(connection)
+        self.idle.append(connection)
+
+    def _measure(self) -> Measure:
+        good = [late for status, late, _ in self.answers if status == 200 and late <= DEADLINE_S]
+        refused = [late for status, late, _ in self.answers if status == 503]
+        span = self.due[-1]
+        # What a server finishes after the last arrival is its backlog, not a rate that it can keep.
+        kept = sum(status == 200 and late <= DEADLINE_S and came <= self.end for status, late, came in self.answers)
+        return Measure(
+            kept / span,
+            percentile_ms(good, 50),
+            percentile_ms(good, 99),
+            failures=len(self.due) - len(good) - len(refused),
+            offered=len(self.due) / span,
+            refused=len(refused),
+            refused_p99_ms=percentile_ms(refused, 99),
+        )
+
+
+def percentile_ms(seconds: list[float], percent: float) -> float:
+    """In milliseconds; 0 of nothing."""
+    return float(np.percentile(seconds, percent) * 1e3) if seconds else 0.0
+
+
+class _Connection(asyncio.Protocol):
+    """One request at a time; what comes back is counted, not read."""
+
+    def __init__(self, load: _Load) -> None:
+        self.load, self.due, self.missing, self.head = load, 0.0, 0, b""
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def send(self, due: float) -> None:
+        self.due, self.head, self.missing = due, b"", -1
+        self.transport.write(self.load.wire)
+
+    def data_received(self, data: bytes) -> None:
+        if self.missing < 0:
+            self.head += data
+            end = self.head.find(b"\r\n\r\n")
+            if end < 0:
+                return
+            length = int(self.head[:end].lower().split(b"\r\ncontent-length:")[1].split(b"\r\n")[0])
+            self.missing = length - (len(self.head) - end - 4)
+        else:
+            self.missing -= len(data)
+        if self.missing == 0:
+            now = asyncio.get_running_loop().time()
+            self.load.answers.append((int(self.head[9:12]), now - self.due, now))
+            self.load.idle.append(self)

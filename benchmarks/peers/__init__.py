@@ -1,0 +1,1 @@
+"""`python -m benchmarks.peers.<name> <model folder> <port>` serves reconstruct on loopback until it is ended."""

@@ -1,0 +1,90 @@
+"""The servers that are compared, by name; a new one is a program and its requirements in peers/, and one entry here.
+
+Nothing in peers/ may import this: those programs run in environments that have the peer and onnxruntime alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from benchmarks import bodies
+from benchmarks.bodies import Form
+
+
+@dataclass(frozen=True)
+class Peer:
+    """What it is called, whether it has an environment of its own, and the forms it reads.
+
+    package: its distribution, for the version in the table; None is this project's own environment.
+    lacks: for the forms it does not read, why.
+    """
+
+    title: str
+    package: str | None
+    forms: dict[str, Form]
+    lacks: dict[str, str] = field(default_factory=dict)
+    python: str | None = None
+
+
+def many(one: Form) -> dict[str, Form]:
+    """A binary form takes any number of rows."""
+    return {"binary": one, "rows32": one, "rows256": one}
+
+
+OIP = "/v2/models/vae/infer"
+
+PEERS = {
+    "ours": Peer(
+        "this service",
+        None,
+        {
+            "json": bodies.json("/v1/reconstruct"),
+            **many(bodies.raw("/v1/reconstruct")),
+            "npy1024": bodies.npy("/v1/reconstruct"),
+            "png": bodies.png("/v1/reconstruct"),
+        },
+    ),
+    "bare": Peer(
+        "bare ASGI, no batching",
+        None,
+        {"json": bodies.json("/json"), **many(bodies.raw("/raw"))},
+        {"png": "it is the least that serves tensors"},
+    ),
+    "triton": Peer(
+        "Triton (pytriton, Python back end)",
+        "nvidia-pytriton",
+        {"json": bodies.oip(OIP), **many(bodies.oip_binary(OIP))},
+        {"png": "no picture type"},
+        python="/usr/bin/python3",  # its binary back end is linked with Debian's own Python
+    ),
+    "fastapi": Peer(
+        "FastAPI, pydantic lists",
+        "fastapi",
+        {"json": bodies.json("/reconstruct", flat=True)},
+        {"binary": "the tutorial's way is JSON", "png": "the tutorial's way is JSON"},
+    ),
+    "mlserver": Peer(
+        "MLServer, adaptive batching",
+        "mlserver",
+        {"json": bodies.oip(OIP)},
+        {"binary": "no binary tensors over REST", "png": "no picture type over REST"},
+    ),
+    "bentoml": Peer(
+        "BentoML, adaptive batching",
+        "bentoml",
+        {"json": bodies.json("/images"), "png": bodies.png_form("/picture", "image")},
+        {"binary": "arrays travel as JSON, or pickled between its own services"},
+    ),
+    "litserve": Peer(
+        "LitServe, batches within 1 ms",
+        "litserve",
+        {"json": bodies.json_one("/predict", "image")},
+        {"binary": "reads JSON and forms only", "png": "reads JSON and forms only"},
+    ),
+    "ray": Peer(
+        "Ray Serve, @serve.batch",
+        "ray",
+        {"json": bodies.json("/json"), **many(bodies.raw("/raw"))},
+        {"png": "no picture type"},
+    ),
+}

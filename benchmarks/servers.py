@@ -1,0 +1,138 @@
+"""A server process: started, asked until it answers, weighed, ended with all that it started."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import random
+import signal
+import socket
+import subprocess
+import time
+import uuid
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+from benchmarks.bodies import Body
+
+MARK = "BENCH_SERVER"
+START_LIMIT_S = 90.0
+STOP_LIMIT_S = 8.0
+
+
+class StartFailed(Exception):
+    """The server did not answer in time; the message is the end of its log."""
+
+
+class Server:
+    """A process on loopback, and its descendants, known by a mark in their environment.
+
+    start_s: seconds from starting the process to its first right answer.
+    """
+
+    def __init__(self, command: list[str], folder: Path, probe: Body, log: Path) -> None:
+        """Start it and wait for the answer to `probe`.
+
+        Raises: StartFailed.
+        """
+        self.port, self._mark, self._log = _free_port(), uuid.uuid4().hex, log
+        environment = {**os.environ, MARK: self._mark, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"}
+        started = time.perf_counter()
+        with log.open("w") as file:
+            self._process = subprocess.Popen(
+                [*command, str(folder.absolute()), str(self.port)], env=environment, stdout=file, stderr=file
+            )
+        try:
+            self._await(probe, started + START_LIMIT_S)
+        except BaseException:
+            self.stop()
+            raise
+        self.start_s = time.perf_counter() - started
+
+    def memory_mib(self) -> float:
+        """Resident memory of all its processes, what they share counted once."""
+        return sum(_resident_kib(pid) for pid in self._pids()) / 1024.0
+
+    def stop(self) -> None:
+        """End it and whatever it started, asking first."""
+        pids = self._pids()
+        self._process.terminate()
+        end = time.perf_counter() + STOP_LIMIT_S
+        while any(map(_alive, pids)) and time.perf_counter() < end:
+            self._process.poll()
+            time.sleep(0.05)
+        for pid in pids | self._pids():
+            _kill(pid)
+        self._process.wait()
+
+    def _await(self, probe: Body, end: float) -> None:
+        while time.perf_counter() < end:
+            if self._process.poll() is not None:
+                break
+            if _answers(self.port, probe):
+                return
+            time.sleep(0.02)
+        lines = self._log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
+        raise StartFailed(f"no right answer; its log ends: {lines[-1][:200]}")
+
+    def _pids(self) -> set[int]:
+        """Those that carry the mark, and their children: a process that renames itself overwrites its environment."""
+        wanted = f"{MARK}={self._mark}".encode()
+        entries = [entry for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+        found = {int(entry.name) for entry in entries if wanted in _read(entry / "environ").split(b"\0")}
+        parents = {int(entry.name): _parent(entry) for entry in entries}
+        while more := {pid for pid, parent in parents.items() if parent in found} - found:
+            found |= more
+        return found
+
+
+def _answers(port: int, probe: Body) -> bool:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    try:
+        connection.request("POST", probe.path, probe.content, probe.headers)
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def _read(file: Path) -> bytes:
+    """What a file of /proc says; nothing where the process has gone."""
+    try:
+        return file.read_bytes()
+    except OSError:
+        return b""
+
+
+def _parent(entry: Path) -> int:
+    fields = _read(entry / "stat").rpartition(b")")[2].split()
+    return int(fields[1]) if fields else 0
+
+
+def _alive(pid: int) -> bool:
+    fields = _read(Path(f"/proc/{pid}/stat")).rpartition(b")")[2].split()
+    return bool(fields) and fields[0] != b"Z"
+
+
+def _resident_kib(pid: int) -> int:
+    lines = _read(Path(f"/proc/{pid}/smaps_rollup")).splitlines()
+    return next((int(line.split()[1]) for line in lines if line.startswith(b"Pss:")), 0)
+
+
+def _kill(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _free_port() -> int:
+    """A port of loopback that nobody listens on, nor on the two after it: some servers take more than one.
+
+    Below the ports that connections are given, so that none of the load's own can be in the way.
+    """
+    while True:
+        port = random.randrange(20_000, 30_000)  # noqa: S311  # no secret
+        with suppress(OSError), ExitStack() as stack:
+            for one in range(port, port + 3):
+                stack.enter_context(socket.create_server(("127.0.0.1", one)))
+            return port

@@ -1,0 +1,145 @@
+"""The service beside its peers: `make bench`. One round starts each server in turn and puts the same loads on it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import asdict
+from fnmatch import fnmatch
+from itertools import product
+from pathlib import Path
+
+from benchmarks import arrivals, bodies, closed, models, report
+from benchmarks.bodies import Body
+from benchmarks.environments import HERE, InstallFailed, ignored_home, prepare
+from benchmarks.measure import Measure
+from benchmarks.roster import PEERS, Peer
+from benchmarks.servers import Server, StartFailed
+from benchmarks.workloads import CAPACITY, OPEN, ROWS, WORKLOADS, Workload
+
+WARM_S = 1
+
+
+def main() -> None:
+    """Install, measure, write docs/results/serving.md and .png."""
+    options = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server at work is ended too
+    closed.check()
+    home = ignored_home()
+    models.write(home / "models")
+    found = report.Findings(settings={"rounds": options.rounds, "seconds": options.seconds})
+    pythons = environments(options.peers, found)
+    chosen = [one for one in WORKLOADS if any(fnmatch(one.name, pattern) for pattern in options.workloads)]
+    for turn in range(options.rounds):
+        for model in dict.fromkeys(one.model for one in chosen):
+            mine = [one for one in chosen if one.model == model]
+            alone(home / "models" / model / "1", mine, options.seconds, found)
+            # Another order every round, so that nobody is always behind the same neighbour.
+            for name in rotated([name for name in pythons if able(name, mine)], turn):
+                measure(name, pythons[name], home / "models" / model / "1", mine, options.seconds, found)
+    (home / "serving.json").write_text(json.dumps(asdict(found)))
+    report.write(found, home / "serving.json", options.out)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--peers", type=commas, default=list(PEERS), help=", ".join(PEERS))
+    parser.add_argument("--workloads", type=commas, default=["*"], help="patterns such as mlp-*-64,conv-binary-*")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=int, default=5, help="of one load")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/serving.md"))
+    options = parser.parse_args()
+    if unknown := set(options.peers) - PEERS.keys():
+        parser.error(f"no peer {', '.join(unknown)}; there are {', '.join(PEERS)}")
+    return options
+
+
+def commas(text: str) -> list[str]:
+    """a,b -> [a, b]."""
+    return text.split(",")
+
+
+def able(name: str, chosen: list[Workload]) -> bool:
+    """Whether the peer can do any of it."""
+    return any(one.body in PEERS[name].forms for one in chosen)
+
+
+def rotated(names: list[str], turn: int) -> list[str]:
+    """The list, begun elsewhere."""
+    start = turn * 3 % len(names)
+    return names[start:] + names[:start]
+
+
+def environments(names: list[str], found: report.Findings) -> dict[str, str]:
+    """The Python of every peer that can be installed; why not, of the others."""
+    pythons = {}
+    for name in names:
+        peer = PEERS[name]
+        requirements = HERE / "peers" / f"{name}.txt"
+        try:
+            pythons[name] = (
+                prepare(name, requirements, peer.python or sys.executable) if peer.package else sys.executable
+            )
+        except InstallFailed as error:
+            found.note(f"{peer.title}: not installed ({error})")
+    return pythons
+
+
+def measure(name: str, python: str, folder: Path, chosen: list[Workload], seconds: int, found: report.Findings) -> None:
+    """One server through its loads; one that fails leaves a note."""
+    peer, home = PEERS[name], ignored_home()
+    command = [python, "-m", f"benchmarks.peers.{name}"]
+    try:
+        server = Server(command, folder, make(peer, "json"), home / f"{name}.log")
+    except StartFailed as error:
+        found.note(f"{peer.title}: does not start ({error})")
+        return
+    try:
+        found.start_s.setdefault(name, []).append(server.start_s)
+        closed.run(server.port, make(peer, "json"), 64, WARM_S)
+        capacity: dict[str, float] = {}
+        for workload in chosen:
+            if workload.body in peer.forms:
+                one = load(server, peer, workload, seconds, capacity)
+                found.add(workload.name, name, one)
+                print(f"{peer.title:36} {workload.title:32} {one.rate:9.1f}/s {one.p50_ms:8.2f} ms", flush=True)
+        found.memory_mib.setdefault(name, []).append(server.memory_mib())
+    except (OSError, subprocess.SubprocessError) as error:
+        found.note(f"{peer.title}: broke off under load ({error!r:.150})")
+    finally:
+        server.stop()
+
+
+def load(server: Server, peer: Peer, workload: Workload, seconds: int, capacity: dict[str, float]) -> Measure:
+    """One load; what CAPACITY connections reach is the capacity that open loops are measured against."""
+    body = make(peer, workload.body)
+    if workload.load not in OPEN:
+        one = closed.run(server.port, body, int(workload.load), seconds)
+        if workload.load == CAPACITY:
+            capacity[workload.body] = one.rate
+        return one
+    if workload.body not in capacity:
+        capacity[workload.body] = closed.run(server.port, body, int(CAPACITY), seconds).rate
+    return arrivals.run(server.port, body, OPEN[workload.load] * capacity[workload.body], seconds)
+
+
+def make(peer: Peer, body: str) -> Body:
+    """The request in the peer's own form."""
+    return peer.forms[body](bodies.images(ROWS[body]))
+
+
+def alone(folder: Path, chosen: list[Workload], seconds: int, found: report.Findings) -> None:
+    """onnxruntime without a server, for bodies of many rows: the ceiling."""
+    for workload, rows in product(chosen, (256, 1024)):
+        if workload.body in (f"rows{rows}", f"npy{rows}") and workload.load == "1":
+            command = [sys.executable, "-m", "benchmarks.peers.model", str(folder), str(rows), str(seconds)]
+            said = subprocess.run(command, check=True, capture_output=True, text=True, timeout=seconds + 60)
+            found.add(workload.name, report.ALONE, Measure(float(said.stdout) / rows))
+
+
+if __name__ == "__main__":
+    main()
