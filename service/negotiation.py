@@ -48,9 +48,10 @@ def write(answer: Answer, accept: str, form: str | None) -> tuple[str, bytes]:
 def acceptable(accept: str, form: str | None) -> tuple[str, ...]:
     """The forms that a caller accepts, best first; where it does not care, that of its request comes first."""
     like_request = ANSWERS_IN.get(form or JSON, form or JSON)
-    refused = {wish for wish, quality in _wishes(accept) if quality <= 0.0}
+    wishes = _wishes(accept)
+    refused = {wish for wish, quality in wishes if quality <= 0.0}
     found: list[str] = []
-    for wish, quality in sorted(_wishes(accept), key=lambda entry: -entry[1]):
+    for wish, quality in sorted(wishes, key=lambda entry: -entry[1]):
         if quality > 0.0:
             found += [one for one in (like_request, *WRITERS) if one in WRITERS and _matches(wish, one)]
     return tuple(dict.fromkeys(one for one in found if one not in refused))

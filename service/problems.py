@@ -90,8 +90,3 @@ def documented() -> dict[int | str, dict[str, Any]]:
         status: {"description": f"{TITLES[status]}: {', '.join(names)}", "content": {MEDIA_TYPE: {"schema": schema}}}
         for status, names in sorted(codes.items())
     }
-
-
-def example(answer: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
-    """An answer with status 200, for OpenAPI."""
-    return {200: {"content": {"application/json": {"example": answer}}}}

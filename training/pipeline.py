@@ -112,7 +112,11 @@ class Workshop:
 
     def evaluate(self) -> dict[str, Any]:
         """Measured test figures, with everything that is needed to repeat them."""
-        vae, settings, test = self.vae(), self.run.evaluation, self.images.test
+        vae = self.vae()
+        return self._quality(vae, self.restorer(vae))
+
+    def _quality(self, vae: VAE, restorer: tuple[Recognition, BernoulliFusion] | None) -> dict[str, Any]:
+        settings, test = self.run.evaluation, self.images.test
         if settings.images is not None and settings.images < len(test):
             order = torch.randperm(len(test), generator=torch.Generator().manual_seed(self.run.seed))
             test = test[order[: settings.images].to(test.device)]
@@ -120,7 +124,6 @@ class Workshop:
         quality: dict[str, Any] = likelihood(
             vae, test, settings.draws, self.run.seed, partial, dynamic=self.run.binarise
         )
-        restorer = self.restorer(vae)
         if restorer is not None:
             quality["restoration"] = restoration(vae, *restorer, self.images.test, self.run.seed)
         return quality
@@ -132,8 +135,9 @@ class Workshop:
         """
         version_folder(models, self.run.name, self.run.version, replace=replace)
         vae = self.vae()
+        restorer = self.restorer(vae)
         x, seen = self._golden_rows()
-        graphs = exportables(vae, x, self.restorer(vae), seen)
+        graphs = exportables(vae, x, restorer, seen)
         about = {
             "input_shape": list(self.images.shape),
             "value_range": [0.0, 1.0],
@@ -143,7 +147,7 @@ class Workshop:
             "dataset": self.run.data.dataset,
             "noise_families": [] if self.run.restoration is None else list(FAMILIES),
             "training": self._training(),
-            "quality": self.evaluate(),
+            "quality": self._quality(vae, restorer),
         }
         return export(graphs, models, self.run.name, self.run.version, about, replace=replace)
 

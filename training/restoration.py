@@ -143,9 +143,9 @@ class BernoulliFusion(nn.Module):
         self.coefficients = nn.Parameter(start)
         # log c, log d, logit: variances between a thousandth of a grey level and that of any image in [0, 1].
         self.register_buffer("lowest", torch.tensor([-14.0, -14.0, -1e4]), persistent=False)
+        self.register_buffer("highest", torch.tensor([1.4, -1.4, 1e4]), persistent=False)
         # How often a clean pixel is exactly 0, and exactly 1, where the decoder's mean says dark, and bright.
         self.register_buffer("extremes", torch.ones(2), persistent=False)
-        self.register_buffer("highest", torch.tensor([1.4, -1.4, 1e4]), persistent=False)
 
     def pixel_prior(self, x_mean: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
         """Variance of the pixel around the decoder's mean, and the logit of the weight of `anything`."""

@@ -54,8 +54,8 @@ def keyed_generator(device: torch.device, *key: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(mixed)
 
 
-def train(stage: Stage, images: Tensor, folder: Path) -> float:
-    """Train to the end of the last epoch, from the checkpoint in `folder` if there is one; give the seconds it took.
+def train(stage: Stage, images: Tensor, folder: Path) -> None:
+    """Train to the end of the last epoch, from the checkpoint in `folder` if there is one.
 
     `images` is uint8 (n, c, h, w) on the module's device. Writes `<stage>.pt` and appends to `log.jsonl` in `folder`.
     Raises: DivergedError, DiskError, CheckpointError; KeyboardInterrupt passes after a checkpoint is written.
@@ -71,7 +71,6 @@ def train(stage: Stage, images: Tensor, folder: Path) -> float:
         loop.save()
         raise
     loop.save()
-    return loop.seconds
 
 
 @contextmanager

@@ -7,8 +7,9 @@ from fastapi.responses import JSONResponse
 
 from service.batcher import Batcher
 from service.errors import NotReady
-from service.problems import documented, example
+from service.problems import documented
 from service.repository import Repository
+from service.routes.examples import example
 
 READY = {**example({"ready": True, "models": ["mnist"]}), 503: documented()[503]}
 

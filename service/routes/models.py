@@ -7,8 +7,8 @@ from typing import Any
 from fastapi import APIRouter
 
 from service.operation import Operation
-from service.problems import example
 from service.repository import Model, Repository
+from service.routes.examples import example
 
 EXAMPLE = {
     "model": "mnist",

@@ -1,0 +1,10 @@
+"""Examples of answers, for OpenAPI."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def example(answer: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
+    """An answer with status 200."""
+    return {200: {"content": {"application/json": {"example": answer}}}}
