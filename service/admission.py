@@ -18,15 +18,15 @@ OBSERVED_MARGIN = 10.0
 """How many widths of the value range an observed, noisy value may lie outside it."""
 
 
-def admit(operation: Operation, model: Model, payload: Payload, options: Any, max_rows: int) -> Inputs | None:
-    """The payload as rows of the model's shape; None for an operation that takes nothing.
+def admit(operation: Operation, model: Model, payload: Payload, options: Any, max_rows: int) -> Inputs:
+    """The payload as rows of the model's shape.
 
     max_rows: rows a request may have, draws counted.
     Raises: InvalidShape, TooLarge, InvalidValue, InvalidOption.
     """
     if operation.takes is None:
         check_count(options.count, max_rows)
-        return None
+        return Inputs(np.empty((options.count, 0), np.float32))
     if payload.array is None:
         raise InvalidShape(f'the body lacks "{operation.takes}"')
     rows = _shaped(payload.array, operation.row_shape(model), operation.takes, options, max_rows)
@@ -80,6 +80,8 @@ def check_range(array: Rows, low: float, high: float, name: str) -> None:
 
     Raises: InvalidValue.
     """
+    if low == 0.0 and array.view(np.uint32).max() <= np.float32(high).view(np.uint32):
+        return  # one pass for what nearly all send: as bits, negative numbers, NaN and infinity are above all others
     least, most = array.min(), array.max()
     finite = np.isfinite(least) and np.isfinite(most)
     if finite and least >= low and most <= high:

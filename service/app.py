@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
 
 from service import __version__, problems
 from service.batcher import Batcher
@@ -14,12 +16,26 @@ from service.config import Settings, read_settings
 from service.endpoint import Context
 from service.errors import ServiceError
 from service.repository import Repository
+from service.route import Shortcut
 from service.routes import OPERATIONS, add_operations
 from service.routes.health import health_router
 from service.routes.metrics import metrics_router
 from service.routes.models import models_router
 from service.session import cpu_count, execution_provider
 from service.telemetry import Telemetry
+
+
+class Service(FastAPI):
+    """FastAPI, with a shortcut to the operations inside whatever middleware is added."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """Added middleware, then the shortcut, then FastAPI's own."""
+        added, self.user_middleware = self.user_middleware, []
+        app: ASGIApp = Shortcut(super().build_middleware_stack(), self.router.routes)
+        self.user_middleware = added
+        for middleware in reversed(added):
+            app = middleware.cls(app, *middleware.args, **middleware.kwargs)
+        return app
 
 
 def open_repository(settings: Settings) -> Repository:
@@ -38,27 +54,28 @@ def create_app(settings: Settings, repository: Repository | None = None) -> Fast
     Raises: StartError.
     """
     repository = repository or open_repository(settings)
-    telemetry = Telemetry()
+    telemetry = Telemetry(lambda: (batcher.queued_rows, batcher.running))
     batcher = Batcher(
         max_rows=settings.max_rows,
         queue_rows=settings.queue_rows,
         linger_ms=settings.linger_ms,
         inline_s=settings.inline_us / 1e6,
-        observe=lambda program, rows, queue_s, inference_s: telemetry.batch(
-            program, rows, queue_s, inference_s, batcher.queued_rows
-        ),
+        observe=telemetry.batch,
     )
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        gc.collect()
+        gc.freeze()  # what was made at the start is never garbage, and looking through it stops everybody for long
         yield
         await batcher.close()
 
-    app = FastAPI(
+    app = Service(
         title="VAE service",
         version=__version__,
         summary="Variational auto-encoders over HTTP: encode, decode, reconstruct, denoise, sample.",
         lifespan=lifespan,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # asked for at every request; ours is /metrics
     )
     add_operations(app, Context(settings, repository, batcher, telemetry))
     for router in (

@@ -2,7 +2,8 @@
 
 A lone caller never waits: there is no timer. What arrives while a batch runs, or in the same turn of the event loop,
 travels together. Cheap batches run in the event loop, the others in one thread. Programs take turns, and so do
-requests too large for one batch, so nobody waits for a stranger's whole request.
+requests too large for one batch, so nobody waits for a stranger's whole request. What cannot be done in time is refused
+before it is queued.
 """
 
 from __future__ import annotations
@@ -11,9 +12,8 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -25,6 +25,11 @@ Arrays = tuple[NDArray[Any], ...]
 
 PROBE_AFTER_S = 0.005
 """A request that has waited this long is asked whether its caller is still there before it is computed."""
+
+RUN_BATCHES = 8
+"""While nobody else waits, the thread goes on with a large request for as many batches before it reports back."""
+IN_TIME = 0.75
+"""A request is queued where what waits before it should take less than this share of its time."""
 
 log = logging.getLogger(__name__)
 
@@ -50,32 +55,72 @@ class Trip(NamedTuple):
     inference_s: float
 
 
-@dataclass(eq=False)
 class _Job:
-    arrays: Arrays
-    rows: int
-    future: asyncio.Future[Trip]
-    load: int
-    arrived: float
-    deadline: float | None
-    gone: Callable[[], bool] | None
-    taken: int = 0
-    queue_s: float | None = None
-    inference_s: float = 0.0
-    pieces: list[Arrays] = field(default_factory=list)
+    """A request in the queue: `taken` of its rows are computed, in `pieces`."""
+
+    __slots__ = (
+        "arrays",
+        "arrived",
+        "deadline",
+        "future",
+        "gone",
+        "inference_s",
+        "load",
+        "pieces",
+        "queue_s",
+        "rows",
+        "taken",
+    )
+
+    def __init__(
+        self,
+        arrays: Arrays,
+        load: int,
+        future: asyncio.Future[Trip],
+        arrived: float,
+        deadline: float | None,
+        gone: Callable[[], bool] | None,
+    ) -> None:
+        self.arrays, self.rows, self.load, self.future = arrays, len(arrays[0]), load, future
+        self.arrived, self.deadline, self.gone = arrived, deadline, gone
+        self.taken, self.queue_s, self.inference_s = 0, 0.0, 0.0
+        self.pieces: list[Arrays] = []
+
+    def cut(self, start: int, stop: int) -> Arrays:
+        """Some of its rows, as views."""
+        return tuple(array[start:stop] for array in self.arrays)
+
+
+class _Part(NamedTuple):
+    job: _Job
+    start: int
+    stop: int
 
 
 class _Batch(NamedTuple):
-    program: Program
-    parts: list[tuple[_Job, int, int]]
-    rows: int
+    """Rows that run together; a lone part may have more than `capacity` of them, which run one batch after another."""
 
-    def stacked(self) -> Arrays:
-        """The parts' rows, one array an input; a lone part is a view."""
-        slices = [tuple(array[start:stop] for array in job.arrays) for job, start, stop in self.parts]
-        if len(slices) == 1:
-            return slices[0]
-        return tuple(np.concatenate(columns) for columns in zip(*slices, strict=True))
+    program: Program
+    parts: list[_Part]
+    capacity: int
+    formed: float
+
+    def stacks(self) -> Iterator[Arrays]:
+        """One batch's arrays after the other; those of a lone part are views."""
+        if len(self.parts) > 1:
+            cuts = [job.cut(start, stop) for job, start, stop in self.parts]
+            yield tuple(np.concatenate(columns) for columns in zip(*cuts, strict=True))
+            return
+        ((job, start, stop),) = self.parts
+        for row in range(start, stop, self.capacity):
+            yield job.cut(row, min(stop, row + self.capacity))
+
+
+class _Done(NamedTuple):
+    """One batch's arrays and seconds; None where the program failed, which is logged."""
+
+    arrays: Arrays | None
+    inference_s: float
 
 
 class Batcher:
@@ -107,12 +152,18 @@ class Batcher:
         self._scheduled: asyncio.Handle | None = None
         self._running: _Batch | None = None
         self._closed: asyncio.Event | None = None
-        self._row_s = 1e-4
+        self._row_s, self._landed = 1e-4, 0.0  # a guess, until something has had to wait
+        self._lone, self._pause = False, False
 
     @property
     def healthy(self) -> bool:
         """Whether it takes work."""
         return self.failure is None and self._closed is None
+
+    @property
+    def running(self) -> int:
+        """Batches in the thread: 0 or 1."""
+        return int(self._running is not None)
 
     async def submit(
         self,
@@ -121,18 +172,25 @@ class Batcher:
         *,
         deadline: float | None = None,
         gone: Callable[[], bool] | None = None,
+        begun: bool = False,
     ) -> Trip:
         """Run `program` over the rows of `arrays`, beside whoever else is waiting.
 
         deadline: on this batcher's clock; work that has not begun by then is not begun.
         gone: whether the caller has left; asked before work that has waited a while is begun.
+        begun: whether it is a further part of an answer that has begun, which a full queue does not refuse.
         Raises: Overloaded, DeadlinePassed, CallerGone, NotReady, InferenceFailed.
         """
-        rows = len(arrays[0])
+        if not self.healthy:
+            raise _stopped()
+        rows, now = len(arrays[0]), self._clock()
+        if self._lone and self._can_run_at_once(program, rows):
+            return self._run_at_once(program, arrays)
         load = min(rows, self.max_rows)
-        self._admit(load)
+        if self.queued_rows and not begun:
+            self._check_room(load, None if deadline is None else deadline - now)
         loop = asyncio.get_running_loop()
-        job = _Job(arrays, rows, loop.create_future(), load, self._clock(), deadline, gone)
+        job = _Job(arrays, load, loop.create_future(), now, deadline, gone)
         self._lanes.setdefault(program, deque()).append(job)
         self.queued_rows += load
         self._schedule(loop, self.linger_s)
@@ -142,24 +200,43 @@ class Batcher:
         """Refuse new work, finish the batch that runs, answer everybody else with NotReady."""
         if self._closed is None:
             self._closed = asyncio.Event()
-            self._fail_waiting(NotReady("the service is stopping; send the request to another instance"))
+            self._fail_waiting()
             if self._running is None:
                 self._closed.set()
         await self._closed.wait()
         self._thread.shutdown(wait=True)
 
-    def retry_after_s(self) -> float:
+    def drain_s(self) -> float:
         """How long what waits should take, from the measured rate."""
         return self.queued_rows * self._row_s
 
-    def _admit(self, load: int) -> None:
-        if not self.healthy:
-            raise NotReady("the engine has stopped; send the request to another instance")
-        if self.queued_rows + load > self.queue_rows and self.queued_rows:
-            raise Overloaded(
-                f"{self.queued_rows} rows wait already and VAE_QUEUE_ROWS is {self.queue_rows}; try again later",
-                self.retry_after_s(),
-            )
+    def _check_room(self, load: int, time_left_s: float | None) -> None:
+        wait_s = self.drain_s()
+        if self.queued_rows + load > self.queue_rows:
+            said = f"{self.queued_rows} rows wait already and VAE_QUEUE_ROWS is {self.queue_rows}"
+        elif time_left_s is not None and wait_s > IN_TIME * time_left_s:
+            said = f"the rows that wait take about {wait_s:.1f} s, too long for the {time_left_s:.1f} s of the request"
+        else:
+            return
+        raise Overloaded(f"{said}; try again later", wait_s)
+
+    def _can_run_at_once(self, program: Program, rows: int) -> bool:
+        """Whether there is nobody to wait for: the last one was alone, and so far, in this turn, this one is."""
+        idle = not (self._pause or self._lanes or self._running or self.linger_s)
+        return idle and rows <= self.max_rows // program.weight and program.cost_s(rows) < self.inline_s
+
+    def _run_at_once(self, program: Program, arrays: Arrays) -> Trip:
+        """What a queue of one would do, without the queue; whoever else comes in this turn of the loop is queued."""
+        self._pause = True
+        asyncio.get_running_loop().call_soon(self._unpause)
+        done = self._run(program, arrays)
+        if done.arrays is None:
+            raise _failed()
+        self._tell(program, len(arrays[0]), [0.0], done.inference_s)
+        return Trip(done.arrays, 0.0, done.inference_s)
+
+    def _unpause(self) -> None:
+        self._pause = False
 
     def _schedule(self, loop: asyncio.AbstractEventLoop, delay_s: float = 0.0) -> None:
         if self._scheduled is None and self._running is None and self._lanes:
@@ -174,8 +251,8 @@ class Batcher:
             if batch is None:
                 return
             self._running = batch
-            if batch.program.cost_s(batch.rows) < self.inline_s:
-                self._land(batch, *self._compute(batch))
+            if batch.program.cost_s(sum(stop - start for _, start, stop in batch.parts)) < self.inline_s:
+                self._land(batch, self._compute(batch))
             else:
                 work = loop.run_in_executor(self._thread, self._compute, batch)
                 work.add_done_callback(lambda done: self._land_from_thread(batch, done))
@@ -183,36 +260,41 @@ class Batcher:
             self._die(error)
 
     def _form(self) -> _Batch | None:
-        """The next program's batch: its jobs in order, a job that does not fit in whole goes to the end of its lane."""
+        """The next program's batch: its jobs in order; nobody is left out because somebody is large."""
         while self._lanes:
             program, lane = self._lanes.popitem(last=False)
-            batch = self._fill(program, lane, max(1, self.max_rows // program.weight))
+            capacity = max(1, self.max_rows // program.weight)
+            now = self._clock()
+            parts = self._fill(lane, capacity, now)
             if lane:
                 self._lanes[program] = lane
-            if batch.rows:
-                return batch
+            elif len(parts) == 1 and not self._lanes:
+                job, start, _ = parts[0]
+                parts = [_Part(job, start, min(job.rows, start + RUN_BATCHES * capacity))]
+            if parts:
+                return _Batch(program, parts, capacity, now)
         return None
 
-    def _fill(self, program: Program, lane: deque[_Job], capacity: int) -> _Batch:
-        now, rows = self._clock(), 0
-        parts: list[tuple[_Job, int, int]] = []
-        unfinished: list[_Job] = []
-        while lane and rows < capacity:
+    def _fill(self, lane: deque[_Job], capacity: int, now: float) -> list[_Part]:
+        parts: list[_Part] = []
+        while lane and capacity:
             job = lane.popleft()
             if job.future.done() or self._pointless(job, now):
-                self.queued_rows -= job.load
+                self._release(job)
                 continue
-            start = job.taken
-            job.taken = min(job.rows, start + capacity - rows)
-            job.queue_s = now - job.arrived if job.queue_s is None else job.queue_s
-            parts.append((job, start, job.taken))
-            rows += job.taken - start
-            if job.taken < job.rows:
-                unfinished.append(job)
-            else:
-                self.queued_rows -= job.load
-        lane.extend(unfinished)
-        return _Batch(program, parts, rows)
+            stop = min(job.rows, job.taken + capacity)
+            if not job.taken:
+                job.queue_s = now - job.arrived
+            if stop == job.rows:
+                self._release(job)
+            parts.append(_Part(job, job.taken, stop))
+            capacity -= stop - job.taken
+        return parts
+
+    def _release(self, job: _Job) -> None:
+        """It takes no more room in the queue."""
+        self.queued_rows -= job.load
+        job.load = 0
 
     def _pointless(self, job: _Job, now: float) -> bool:
         """Whether nobody would read the answer; the job's future then says why."""
@@ -222,67 +304,111 @@ class Batcher:
             job.future.set_exception(CallerGone("the caller hung up"))
         return job.future.done()
 
-    def _compute(self, batch: _Batch) -> tuple[Arrays | None, float]:
-        """The batch's arrays and seconds; None where the program failed, which is logged."""
+    def _compute(self, batch: _Batch) -> list[_Done]:
+        """Batch after batch of it, until somebody else comes."""
+        results: list[_Done] = []
+        for arrays in batch.stacks():
+            if results and (self._lanes or results[-1].arrays is None):
+                break
+            results.append(self._run(batch.program, arrays))
+        return results
+
+    def _run(self, program: Program, arrays: Arrays) -> _Done:
         started = self._clock()
         try:
-            arrays = batch.program.run(*batch.stacked())
-            _check_rows(batch.rows, arrays)
+            found = program.run(*arrays)
+            _check_rows(len(arrays[0]), found)
         except Exception:
-            log.exception("a batch of %d rows failed", batch.rows)
-            return None, self._clock() - started
-        return arrays, self._clock() - started
+            log.exception("a batch of %d rows failed", len(arrays[0]))
+            return _Done(None, self._clock() - started)
+        return _Done(found, self._clock() - started)
 
-    def _land_from_thread(self, batch: _Batch, done: asyncio.Future[tuple[Arrays | None, float]]) -> None:
+    def _land_from_thread(self, batch: _Batch, done: asyncio.Future[list[_Done]]) -> None:
         try:
-            self._land(batch, *done.result())
+            self._land(batch, done.result())
         except Exception as error:  # noqa: BLE001  # as in _turn
             self._die(error)
 
-    def _land(self, batch: _Batch, arrays: Arrays | None, inference_s: float) -> None:
+    def _land(self, batch: _Batch, results: list[_Done]) -> None:
         self._running = None
-        row = 0
-        for job, start, stop in batch.parts:
-            part = arrays and tuple(array[row : row + stop - start] for array in arrays)
-            self._deliver(job, part, inference_s)
-            row += stop - start
-        self._row_s += 0.2 * (inference_s / batch.rows - self._row_s)
-        if self._observe is not None:
-            self._observe(batch.program, batch.rows, [job.queue_s or 0.0 for job, _, _ in batch.parts], inference_s)
+        self._lone = len(batch.parts) == 1
+        self._measure(batch)
+        queue_s = [job.queue_s for job, _, _ in batch.parts]
+        for arrays, inference_s in results:
+            row = 0
+            for job, _, stop in batch.parts:
+                size = min(stop - job.taken, batch.capacity)
+                self._deliver(job, size, arrays and tuple(array[row : row + size] for array in arrays), inference_s)
+                row += size
+            self._tell(batch.program, row, queue_s, inference_s)
+            queue_s = []
+        for job, _, _ in batch.parts:
+            self._put_back(batch.program, job)
         if self._closed is not None:
             self._closed.set()
         self._schedule(asyncio.get_running_loop())
 
-    def _deliver(self, job: _Job, part: Arrays | None, inference_s: float) -> None:
+    def _deliver(self, job: _Job, rows: int, part: Arrays | None, inference_s: float) -> None:
+        job.taken += rows
         if job.future.done():
             return
         if part is None:
-            job.future.set_exception(InferenceFailed("the model failed on this batch; the cause is in the log"))
+            job.future.set_exception(_failed())
             return
         job.inference_s += inference_s
         job.pieces.append(part)
-        if sum(len(piece[0]) for piece in job.pieces) < job.rows:
-            return
-        whole = part if len(job.pieces) == 1 else tuple(map(np.concatenate, zip(*job.pieces, strict=True)))
-        job.future.set_result(Trip(whole, job.queue_s or 0.0, job.inference_s))
+        if job.taken == job.rows:
+            whole = part if len(job.pieces) == 1 else tuple(map(np.concatenate, zip(*job.pieces, strict=True)))
+            job.future.set_result(Trip(whole, job.queue_s, job.inference_s))
+
+    def _put_back(self, program: Program, job: _Job) -> None:
+        """A job with rows left goes to the end of its lane."""
+        if self._closed is not None and not job.future.done():
+            job.future.set_exception(_stopped())
+        if job.future.done():
+            self._release(job)
+        else:
+            self._lanes.setdefault(program, deque()).append(job)
+
+    def _measure(self, batch: _Batch) -> None:
+        """The time a row takes while others wait: what lies between one batch's end and the next one's."""
+        now, last = self._clock(), self._landed
+        self._landed = now
+        if self._lanes:
+            rows = sum(stop - start for _, start, stop in batch.parts)
+            began = max(last, min(job.arrived for job, _, _ in batch.parts))
+            self._row_s += 0.2 * ((now - began) / rows - self._row_s)
+
+    def _tell(self, program: Program, rows: int, queue_s: list[float], inference_s: float) -> None:
+        if self._observe is not None:
+            self._observe(program, rows, queue_s, inference_s)
 
     def _die(self, error: BaseException) -> None:
         log.critical("the batcher failed and takes no more work", exc_info=error)
         self.failure = error
         running, self._running = self._running, None
         for job, _, _ in running.parts if running else []:
-            self._deliver(job, None, 0.0)
-        self._fail_waiting(NotReady("the engine has stopped; send the request to another instance"))
+            if not job.future.done():
+                job.future.set_exception(_failed())
+        self._fail_waiting()
         if self._closed is not None:
             self._closed.set()
 
-    def _fail_waiting(self, error: Exception) -> None:
+    def _fail_waiting(self) -> None:
         for lane in self._lanes.values():
             for job in lane:
+                self._release(job)
                 if not job.future.done():
-                    job.future.set_exception(error)
+                    job.future.set_exception(_stopped())
         self._lanes.clear()
-        self.queued_rows = 0
+
+
+def _failed() -> InferenceFailed:
+    return InferenceFailed("the model failed on this batch; the cause is in the log")
+
+
+def _stopped() -> NotReady:
+    return NotReady("the engine has stopped; send the request to another instance")
 
 
 def _check_rows(rows: int, arrays: Arrays) -> None:

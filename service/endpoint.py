@@ -1,38 +1,36 @@
-"""The route class that serves an operation: FastAPI documents it, a lean ASGI function answers it.
-
-The call does not go through FastAPI's dependency solver, which costs more than the inference.
-"""
+"""What serves an operation: a lean ASGI function from the request's bytes to the answer's."""
 
 from __future__ import annotations
 
-import inspect
+import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
-from fastapi import Path as PathParameter
-from fastapi import Query, Response
-from fastapi.routing import APIRoute
 from pydantic import ValidationError
 from starlette.types import Receive, Scope, Send
 
 from service import problems
 from service.admission import admit
 from service.batcher import Batcher
-from service.codecs import READERS, Answer, Intake, Payload
+from service.codecs import HEADERS, READERS, Answer, Body, Intake, Payload, single_array
 from service.config import Settings
-from service.errors import InvalidOption, TooLarge, UnsupportedMediaType
-from service.negotiation import form_of, write
-from service.operation import Operation
+from service.errors import CallerGone, InvalidOption
+from service.intake import disconnected, read_body
+from service.latent import BLOCK_ROWS
+from service.negotiation import acceptable, form_of, write
+from service.operation import Inputs, Operation
 from service.repository import Model, Repository
 from service.telemetry import Telemetry, server_timing
 from service.vae import Result, Submit
 
 HEADER_NUMBERS = 16
 """Lists longer than this are not repeated in a header."""
+PART_ROWS = 8 * BLOCK_ROWS
+"""Binary answers of more rows are sent in parts of this many, so that they need no more memory."""
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -47,40 +45,27 @@ class Context:
     telemetry: Telemetry
 
 
+class Call(NamedTuple):
+    """One request."""
+
+    model: Model
+    query: bytes
+    headers: dict[bytes, bytes]
+    body: Body
+    submit: Submit
+    gone: Callable[[], bool]
+
+
 class Reply(NamedTuple):
-    """What goes back, and how it is counted."""
+    """What goes back, and how it is counted; `length` bytes in all where a rest follows the content."""
 
     status: int
     headers: Headers
     content: bytes
     outcome: str
     rows: int
-
-
-class OperationRoute(APIRoute):
-    """Documents the endpoint as FastAPI does, serves it as the endpoint's `operation_app` does."""
-
-    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
-        super().__init__(path, endpoint, **options)
-        self.app = endpoint.operation_app  # type: ignore[attr-defined]
-
-
-def endpoint(operation: Operation, context: Context, path_names: tuple[str, ...]) -> Callable[..., Any]:
-    """A function with the signature that FastAPI documents, carrying the application that serves it."""
-
-    async def documented(**_: Any) -> Response:
-        raise AssertionError("served by OperationApp")
-
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    help_texts = {"model": "Name of a model, see /v1/models", "version": "One of its versions"}
-    parameters = [
-        inspect.Parameter(name, keyword, annotation=Annotated[str, PathParameter(description=help_texts[name])])
-        for name in path_names
-    ]
-    parameters.append(inspect.Parameter("options", keyword, annotation=Annotated[operation.options, Query()]))
-    documented.__signature__ = inspect.Signature(parameters, return_annotation=Response)  # type: ignore[attr-defined]
-    documented.operation_app = OperationApp(operation, context)  # type: ignore[attr-defined]
-    return documented
+    length: int = 0
+    rest: AsyncIterator[memoryview] | None = None
 
 
 class OperationApp:
@@ -102,32 +87,93 @@ class OperationApp:
             body = await read_body(receive, headers, self.context.settings.max_body_bytes)
             if body is None:
                 return
-            reply = await self._answer(model, scope["query_string"], headers, body, self._submit(headers, receive))
+            gone = partial(disconnected, receive)
+            call = Call(model, scope["query_string"], headers, body, self._submit(headers, gone), gone)
+            reply = await self._answer(call)
         except Exception as error:  # noqa: BLE001  # the one place where errors become answers
             reply = _refusal(error)
-        self.context.telemetry.request(label, self.operation.name, reply.outcome, reply.rows)
-        head = [*reply.headers, (b"content-length", b"%d" % len(reply.content))]
-        await send({"type": "http.response.start", "status": reply.status, "headers": head})
-        await send({"type": "http.response.body", "body": reply.content})
+        outcome = await self._send(reply, send)
+        self.context.telemetry.request(label, self.operation.name, outcome, reply.rows)
 
-    async def _answer(
-        self, model: Model, query: bytes, headers: dict[bytes, bytes], body: bytes, submit: Submit
-    ) -> Reply:
-        content_type = headers.get(b"content-type", b"").decode("latin-1")
-        accept = headers.get(b"accept", b"*/*").decode("latin-1")
-        settings, operation = self.context.settings, self.operation
-        form = form_of(content_type, body, operation)
+    async def _answer(self, call: Call) -> Reply:
+        content_type = call.headers.get(b"content-type", b"").decode("latin-1")
+        accept = call.headers.get(b"accept", b"*/*").decode("latin-1")
+        model, settings, operation = call.model, self.context.settings, self.operation
+        form = form_of(content_type, call.body, operation)
         intake = Intake(operation.takes or "", operation.row_shape(model), settings.max_pixels)
-        payload = READERS[form](body, content_type, intake) if form else Payload(None)
+        payload = READERS[form](call.body, content_type, intake) if form else Payload(None)
         options = (
-            self._options({**_pairs(query), **payload.options}) if payload.options else self.options_of_query(query)
+            self._options({**_pairs(call.query), **payload.options})
+            if payload.options
+            else self.options_of_query(call.query)
         )
         inputs = admit(operation, model, payload, options, settings.max_request_rows)
-        result = await operation.run(model, submit, inputs, options)
+        if len(inputs.rows) > PART_ROWS:
+            reply = await self._stream(call, inputs, options, acceptable(accept, form)[:1])
+            if reply is not None:
+                return reply
+        result = await operation.run(model, call.submit, inputs, options)
         about = {"model": model.manifest.name, "version": model.manifest.version, **result.about}
         answer_form, content = write(Answer(result.outputs, about), accept, form)
-        rows = len(next(iter(result.outputs.values())))
-        return Reply(200, _headers(answer_form, about, result), content, "ok", rows)
+        return Reply(200, _headers(answer_form, about, result), content, "ok", len(inputs.rows))
+
+    async def _stream(self, call: Call, inputs: Inputs, options: Any, forms: tuple[str, ...]) -> Reply | None:
+        """An answer of many rows, sent part by part; None where its form cannot be, or cannot hold it."""
+        if not forms or forms[0] not in HEADERS:
+            return None
+        first = await self.operation.run(call.model, call.submit, inputs.part(0, PART_ROWS), options)
+        array = single_array(first.outputs)
+        if array is None:
+            return None
+        if "seed" in first.about:
+            options = options.model_copy(update={"seed": first.about["seed"]})
+        about = {"model": call.model.manifest.name, "version": call.model.manifest.version, **first.about}
+        head = HEADERS[forms[0]]((len(inputs.rows), *array.shape[1:]))
+        length = len(head) + len(inputs.rows) * array[0].nbytes
+        headers = _headers(forms[0], about, first, whole=False)
+        return Reply(
+            200, headers, head + array.tobytes(), "ok", len(inputs.rows), length, self._parts(call, inputs, options)
+        )
+
+    async def _parts(self, call: Call, inputs: Inputs, options: Any) -> AsyncIterator[memoryview]:
+        """The second part and those after it; each is sent while the next one is computed."""
+        submit = partial(self.context.batcher.submit, gone=call.gone, begun=True)
+
+        def begin(start: int) -> asyncio.Task[Result]:
+            run = self.operation.run(call.model, submit, inputs.part(start, PART_ROWS), options)
+            return asyncio.ensure_future(run)
+
+        ahead = begin(PART_ROWS)
+        try:
+            for start in range(2 * PART_ROWS, len(inputs.rows) + PART_ROWS, PART_ROWS):
+                result = await ahead
+                if call.gone():
+                    raise CallerGone("the caller hung up")
+                if start < len(inputs.rows):
+                    ahead = begin(start)
+                array = single_array(result.outputs)
+                assert array is not None  # as that of the first part
+                yield array.data.cast("B")
+        finally:
+            ahead.cancel()
+
+    async def _send(self, reply: Reply, send: Send) -> str:
+        """Send it, and say how it came out; an answer that breaks off leaves its connection closed."""
+        length = reply.length or len(reply.content)
+        head = [*reply.headers, (b"content-length", b"%d" % length)]
+        await send({"type": "http.response.start", "status": reply.status, "headers": head})
+        if reply.rest is None:
+            await send({"type": "http.response.body", "body": reply.content})
+            return reply.outcome
+        await send({"type": "http.response.body", "body": reply.content, "more_body": True})
+        sent = len(reply.content)
+        try:
+            async for part in reply.rest:
+                sent += len(part)
+                await send({"type": "http.response.body", "body": part, "more_body": sent < length})
+        except Exception as error:  # noqa: BLE001  # the answer has begun: all that is left is to break it off
+            return problems.describe(error)[1]
+        return reply.outcome
 
     def _options(self, named: Mapping[str, Any]) -> Any:
         try:
@@ -141,7 +187,7 @@ class OperationApp:
             raise InvalidOption(f"draws is {options.multiplicity}, VAE_MAX_DRAWS is {limit}")
         return options
 
-    def _submit(self, headers: dict[bytes, bytes], receive: Receive) -> Submit:
+    def _submit(self, headers: dict[bytes, bytes], gone: Callable[[], bool]) -> Submit:
         """The batcher's submit, with this request's deadline and a way to ask whether its caller is still there."""
         seconds = self.context.settings.timeout_s
         wished = headers.get(b"x-timeout-ms")
@@ -149,46 +195,7 @@ class OperationApp:
             if not wished.isdigit() or int(wished) == 0:
                 raise InvalidOption("X-Timeout-Ms must be a whole number of milliseconds above 0")
             seconds = min(seconds, int(wished) / 1000.0)
-        gone = partial(disconnected, receive)
         return partial(self.context.batcher.submit, deadline=time.monotonic() + seconds, gone=gone)
-
-
-async def read_body(receive: Receive, headers: dict[bytes, bytes], limit: int) -> bytes | None:
-    """The whole body; None where the caller has gone.
-
-    Raises: TooLarge before the rest is read, UnsupportedMediaType for a compressed body.
-    """
-    if headers.get(b"content-encoding", b"identity") != b"identity":
-        raise UnsupportedMediaType("compressed bodies are not read; send it without Content-Encoding")
-    if int(headers.get(b"content-length", b"0")) > limit:
-        raise _body_too_large(limit)
-    chunks, size, more = [], 0, True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        chunk = message.get("body", b"")
-        size += len(chunk)
-        if size > limit:
-            raise _body_too_large(limit)
-        chunks.append(chunk)
-        more = message.get("more_body", False)
-    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
-
-
-def disconnected(receive: Receive) -> bool:
-    """Whether the caller has hung up: one step of ASGI's receive, which says so at once or would wait."""
-    step: Any = receive()
-    try:
-        step.send(None)
-    except StopIteration as done:
-        return bool(done.value["type"] == "http.disconnect")
-    step.close()
-    return False
-
-
-def _body_too_large(limit: int) -> TooLarge:
-    return TooLarge(f"the body is above VAE_MAX_BODY_BYTES ({limit}); send fewer rows, or raise it")
 
 
 def _pairs(query: bytes) -> dict[str, str]:
@@ -202,16 +209,22 @@ def _refusal(error: Exception) -> Reply:
     return Reply(status, head, content, code, 0)
 
 
-def _headers(form: str, about: dict[str, Any], result: Result) -> Headers:
-    head: Headers = [
-        (b"content-type", form.encode()),
-        (b"server-timing", server_timing(result.trip.queue_s, result.trip.inference_s).encode()),
-        (b"x-model", about["model"].encode()),
-        (b"x-model-version", about["version"].encode()),
-        (b"x-outputs", ",".join(result.outputs).encode()),
-    ]
+def _headers(form: str, about: dict[str, Any], result: Result, *, whole: bool = True) -> Headers:
+    timing = server_timing(result.trip.queue_s, result.trip.inference_s if whole else None).encode()
+    head = [*_named(form, about["model"], about["version"], *result.outputs), (b"server-timing", timing)]
     if "seed" in about:
         head.append((b"x-seed", str(about["seed"]).encode()))
     if "level" in about and len(about["level"]) <= HEADER_NUMBERS:
         head.append((b"x-level", ",".join(f"{value:.4g}" for value in about["level"]).encode()))
     return head
+
+
+@lru_cache(1024)
+def _named(form: str, model: str, version: str, *outputs: str) -> Headers:
+    """The headers that are the same for many answers."""
+    return [
+        (b"content-type", form.encode()),
+        (b"x-model", model.encode()),
+        (b"x-model-version", version.encode()),
+        (b"x-outputs", ",".join(outputs).encode()),
+    ]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from service.codecs import ANSWERS_IN, READERS, WRITERS, Answer
+from service.codecs import ANSWERS_IN, READERS, WRITERS, Answer, Body
 from service.errors import NotAcceptable, Unreadable, UnsupportedMediaType
 from service.operation import Operation
 
 JSON = "application/json"
 
 
-def form_of(content_type: str, body: bytes, operation: Operation) -> str | None:
+def form_of(content_type: str, body: Body, operation: Operation) -> str | None:
     """The media type of a body; None where there is no body and none is needed.
 
     Raises: UnsupportedMediaType, Unreadable.

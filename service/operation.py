@@ -47,14 +47,23 @@ class DrawOptions(ImageOptions):
 
 
 class Inputs(NamedTuple):
-    """What an operation runs on: checked rows of the model's shape, and a mask beside them where one was sent."""
+    """What an operation runs on: rows of the model's shape, checked, and a mask where one was sent.
+
+    Rows that are still to be made have nothing in them, shape (n, 0). `first` is the place of the first in the request.
+    """
 
     rows: Rows
     mask: Rows | None = None
+    first: int = 0
+
+    def part(self, start: int, size: int) -> Inputs:
+        """Some of them, as views."""
+        mask = None if self.mask is None else self.mask[start : start + size]
+        return Inputs(self.rows[start : start + size], mask, self.first + start)
 
 
-Run = Callable[[Model, Submit, Any, Any], Awaitable[Result]]
-"""(model, submit, Inputs or None, options) -> Result."""
+Run = Callable[[Model, Submit, Inputs, Any], Awaitable[Result]]
+"""(model, submit, inputs, options) -> Result."""
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 MEDIA_TYPE = CONTENT_TYPE_LATEST
 SHARED_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 """Where prometheus_client keeps the metrics of several processes; set before it is imported."""
+FLUSH_S = 0.1
+"""How long a figure may be on its way to the metrics of another worker's answer."""
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -29,7 +33,8 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 class Telemetry:
     """Metrics of one application. Label values are bounded: models and operations that are served, codes of ours."""
 
-    def __init__(self) -> None:
+    def __init__(self, load: Callable[[], tuple[int, int]]) -> None:
+        """load: rows that wait and batches that run, asked for at every flush."""
         disable_created_metrics()  # a second series for each, that nobody asks for
         forget_the_dead()
         self.registry = CollectorRegistry()
@@ -40,7 +45,7 @@ class Telemetry:
             (*labels, "outcome"),
             registry=self.registry,
         )
-        self._rows = Counter("vae_rows", "Rows answered", labels, registry=self.registry)
+        self._rows = Counter("vae_rows", "Rows by outcome", (*labels, "outcome"), registry=self.registry)
         self._queue = Histogram(
             "vae_queue_seconds", "Wait before a batch, a part of a request each", labels, buckets=SECONDS,
             registry=self.registry,
@@ -50,25 +55,46 @@ class Telemetry:
         )
         self._batch_rows = Histogram("vae_batch_rows", "Rows in a batch", labels, buckets=ROWS, registry=self.registry)
         # In several processes the gauges of those that live are added up, as all counters are.
-        self._queued = Gauge(
-            "vae_queued_rows", "Rows that wait", registry=self.registry, multiprocess_mode="livesum"
-        )  # fmt: skip
+        live = partial(Gauge, registry=self.registry, multiprocess_mode="livesum")
+        self._queued = live("vae_queued_rows", "Rows that wait")
+        self._running = live("vae_running_batches", "Batches that are being computed")
         self._request_child = cache(self._requests.labels)
         self._rows_child = cache(self._rows.labels)
         self._batch_children = cache(
             lambda *values: [metric.labels(*values) for metric in (self._queue, self._inference, self._batch_rows)]
         )
+        self._load = load
+        self._noted: list[Callable[[], None]] = []
 
     def request(self, model: str, operation: str, outcome: str, rows: int) -> None:
         """Count one request."""
+        self._note(partial(self._add_request, model, operation, outcome, rows))
+
+    def batch(self, program: Any, rows: int, queue_s: list[float], inference_s: float) -> None:
+        """Record one batch."""
+        self._note(partial(self._add_batch, program.model, program.operation, rows, queue_s, inference_s))
+
+    def flush(self) -> None:
+        """Add up what was noted; callers' answers do not wait for it."""
+        noted, self._noted = self._noted, []
+        for add in noted:
+            add()
+        queued_rows, running = self._load()
+        self._queued.set(queued_rows)
+        self._running.set(running)
+
+    def _note(self, add: Callable[[], None]) -> None:
+        if not self._noted:
+            asyncio.get_running_loop().call_later(FLUSH_S, self.flush)
+        self._noted.append(add)
+
+    def _add_request(self, model: str, operation: str, outcome: str, rows: int) -> None:
         self._request_child(model, operation, outcome).inc()
         if rows:
-            self._rows_child(model, operation).inc(rows)
+            self._rows_child(model, operation, outcome).inc(rows)
 
-    def batch(self, program: Any, rows: int, queue_s: list[float], inference_s: float, queued_rows: int) -> None:
-        """Record one batch, and what waits behind it."""
-        self._queued.set(queued_rows)
-        queue, inference, batch_rows = self._batch_children(program.model, program.operation)
+    def _add_batch(self, model: str, operation: str, rows: int, queue_s: list[float], inference_s: float) -> None:
+        queue, inference, batch_rows = self._batch_children(model, operation)
         for seconds in queue_s:
             queue.observe(seconds)
         inference.observe(inference_s)
@@ -76,6 +102,7 @@ class Telemetry:
 
     def exposition(self) -> bytes:
         """All metrics in Prometheus' text format, summed over the workers where there are several."""
+        self.flush()
         if SHARED_FOLDER not in os.environ:
             return generate_latest(self.registry)
         registry = CollectorRegistry()
@@ -83,9 +110,10 @@ class Telemetry:
         return generate_latest(registry)
 
 
-def server_timing(queue_s: float, inference_s: float) -> str:
-    """The Server-Timing header; durations in milliseconds."""
-    return f"queue;dur={queue_s * 1e3:.3f}, inference;dur={inference_s * 1e3:.3f}"
+def server_timing(queue_s: float, inference_s: float | None) -> str:
+    """The Server-Timing header; durations in milliseconds, without what is not known yet."""
+    inference = "" if inference_s is None else f", inference;dur={inference_s * 1e3:.3f}"
+    return f"queue;dur={queue_s * 1e3:.3f}{inference}"
 
 
 def forget_the_dead() -> None:

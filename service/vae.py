@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from service import latent
 from service.batcher import Arrays, Program, Trip
+from service.latent import Noise
 
 Rows = NDArray[np.float32]
 Graph = Callable[..., tuple[Rows, ...]]
@@ -90,15 +91,14 @@ def _decode_draws(graphs: Graphs, z: Rows) -> Rows:
 # Operations: what a request does around its one trip.
 
 
-async def encode(plan: Plan, submit: Submit, shape: tuple[int, ...], x: Rows, draws: int, seed: int | None) -> Result:
+async def encode(plan: Plan, submit: Submit, shape: tuple[int, ...], x: Rows, draws: int, noise: Noise) -> Result:
     """mean and log_var of q(z|x); with draws, latents (n, L, *latent) from it."""
     trip = await submit(plan("encode", encode_rows), (x,))
     mean, log_var = trip.arrays
     outputs = {"mean": mean, "log_var": log_var}
     if not draws:
         return Result(outputs, {}, trip)
-    seed = latent.fresh_seed() if seed is None else seed
-    eps = latent.standard_normal(seed, len(x), (draws, *shape))
+    seed, eps = noise.normal(len(x), (draws, *shape))
     return Result({**outputs, "latents": latent.posterior_draws(mean, log_var, eps)}, {"seed": seed}, trip)
 
 
@@ -108,21 +108,19 @@ async def decode(plan: Plan, submit: Submit, z: Rows) -> Result:
     return Result({"images": trip.arrays[0]}, {}, trip)
 
 
-async def reconstruct(
-    plan: Plan, submit: Submit, shape: tuple[int, ...], x: Rows, draws: int, seed: int | None
-) -> Result:
+async def reconstruct(plan: Plan, submit: Submit, shape: tuple[int, ...], x: Rows, draws: int, noise: Noise) -> Result:
     """The decoder's mean at the posterior's mean, or averaged over draws."""
-    noise, about = _noise(len(x), draws, shape, seed)
-    trip = await submit(plan("reconstruct", reconstruct_rows, draws), (x, *noise))
+    eps, about = _eps(noise, len(x), draws, shape)
+    trip = await submit(plan("reconstruct", reconstruct_rows, draws), (x, *eps))
     return Result({"images": trip.arrays[0]}, about, trip)
 
 
 async def sample(
-    plan: Plan, submit: Submit, shape: tuple[int, ...], count: int, seed: int | None, temperature: float, latents: bool
+    plan: Plan, submit: Submit, shape: tuple[int, ...], count: int, temperature: float, latents: bool, noise: Noise
 ) -> Result:
     """Images from the prior: E[x|z] for z ~ N(0, temperature^2 I)."""
-    seed = latent.fresh_seed() if seed is None else seed
-    z = np.float32(temperature) * latent.standard_normal(seed, count, shape)
+    seed, eps = noise.normal(count, shape)
+    z = np.float32(temperature) * eps
     trip = await submit(plan("decode", decode_rows), (z,))
     outputs = {"images": trip.arrays[0], **({"latents": z} if latents else {})}
     return Result(outputs, {"seed": seed}, trip)
@@ -138,8 +136,8 @@ async def denoise(
     columns: int,
     level: float | None,
     draws: int,
-    seed: int | None,
     uncertainty: bool,
+    noise: Noise,
 ) -> Result:
     """E[x|y] under the noise family in that column of the level (None: no noise), of `columns` in all.
 
@@ -149,18 +147,18 @@ async def denoise(
     if column is not None and level is not None:
         levels[:, column] = level
     seen = np.ones_like(y) if mask is None else mask
-    noise, about = _noise(len(y), draws, shape, seed)
+    eps, about = _eps(noise, len(y), draws, shape)
     program = plan("denoise", denoise_rows, draws, column if level is None else None)
-    trip = await submit(program, (y * seen, seen, levels, *noise))
+    trip = await submit(program, (y * seen, seen, levels, *eps))
     restored, variance, used = trip.arrays
     outputs = {"images": restored, **({"std": np.sqrt(variance)} if uncertainty else {})}
     found = {} if column is None else {"level": np.ascontiguousarray(used[:, column])}
     return Result(outputs, {**about, **found}, trip)
 
 
-def _noise(rows: int, draws: int, shape: tuple[int, ...], seed: int | None) -> tuple[Arrays, dict[str, Any]]:
+def _eps(noise: Noise, rows: int, draws: int, shape: tuple[int, ...]) -> tuple[Arrays, dict[str, Any]]:
     """The request's eps (n, L, *latent) and the seed it came from; nothing where nothing is drawn."""
     if not draws:
         return (), {}
-    seed = latent.fresh_seed() if seed is None else seed
-    return (latent.standard_normal(seed, rows, (draws, *shape)),), {"seed": seed}
+    seed, eps = noise.normal(rows, (draws, *shape))
+    return (eps,), {"seed": seed}

@@ -6,7 +6,7 @@ A reader turns a body into a `Payload`; a writer turns an answer's arrays into a
 from __future__ import annotations
 
 from service.codecs import image, multipart, npy, raw, structured
-from service.codecs.payload import Answer, Intake, Payload, Reader, Writer
+from service.codecs.payload import Answer, Body, Header, Intake, Payload, Reader, Writer, binary, single_array
 
 READERS: dict[str, Reader] = {
     "application/json": structured.read,
@@ -19,10 +19,15 @@ READERS: dict[str, Reader] = {
 }
 """By the media type of the request. The order is that of the documentation."""
 
+HEADERS: dict[str, Header] = {
+    "application/x-npy": npy.header,
+    "application/octet-stream": raw.header,
+}
+"""Of the binary forms, whose answers can be sent in parts."""
+
 WRITERS: dict[str, Writer] = {
     "application/json": structured.write,
-    "application/x-npy": npy.write,
-    "application/octet-stream": raw.write,
+    **{form: binary(header) for form, header in HEADERS.items()},
     "image/png": image.write,
 }
 """By the media type of the answer, the first one being the one for callers without a wish."""
@@ -30,4 +35,16 @@ WRITERS: dict[str, Writer] = {
 ANSWERS_IN = {"image/jpeg": "image/png", "image/webp": "image/png", "multipart/form-data": "image/png"}
 """What answers a request in a form that no writer has."""
 
-__all__ = ["ANSWERS_IN", "READERS", "WRITERS", "Answer", "Intake", "Payload", "Reader", "Writer"]
+__all__ = [
+    "ANSWERS_IN",
+    "HEADERS",
+    "READERS",
+    "WRITERS",
+    "Answer",
+    "Body",
+    "Intake",
+    "Payload",
+    "Reader",
+    "Writer",
+    "single_array",
+]

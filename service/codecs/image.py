@@ -6,19 +6,19 @@ import io
 
 from PIL import Image
 
-from service.codecs.payload import Answer, Intake, Payload, images_only
+from service.codecs.payload import Answer, Body, Intake, Payload, images_only
 from service.errors import TooLarge, Unreadable
 from service.pixels import Pixels, to_array, to_image
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 
 
-def read(body: bytes, _content_type: str, intake: Intake) -> Payload:
+def read(body: Body, _content_type: str, intake: Intake) -> Payload:
     """One picture as (1, c, h, w)."""
     return Payload(parse(body, intake)[None])
 
 
-def parse(body: bytes, intake: Intake) -> Pixels:
+def parse(body: Body, intake: Intake) -> Pixels:
     """A picture file as (c, h, w) in [0, 1], of its own size.
 
     Raises: Unreadable for no picture, a broken one, or an operation that takes none; TooLarge before decoding.

@@ -10,11 +10,11 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
 from service.codecs import image, npy
-from service.codecs.payload import Intake, Payload
+from service.codecs.payload import Body, Intake, Payload
 from service.errors import Unreadable
 
 
-def read(body: bytes, content_type: str, intake: Intake) -> Payload:
+def read(body: Body, content_type: str, intake: Intake) -> Payload:
     """The form's file as an array."""
     fields, files = _parse(body, content_type)
     if "file" not in files:
@@ -27,7 +27,7 @@ def _array(content: bytes, intake: Intake) -> NDArray[Any]:
     return npy.parse(content) if content.startswith(npy.MAGIC) else image.parse(content, intake)[None]
 
 
-def _parse(body: bytes, content_type: str) -> tuple[dict[str, Any], dict[str, bytes]]:
+def _parse(body: Body, content_type: str) -> tuple[dict[str, Any], dict[str, bytes]]:
     _, parameters = parse_options_header(content_type)
     fields: dict[str, Any] = {}
     files: dict[str, bytes] = {}
@@ -47,7 +47,7 @@ def _parse(body: bytes, content_type: str) -> tuple[dict[str, Any], dict[str, by
             boundary=parameters.get(b"boundary"),
             config={"MAX_MEMORY_FILE_SIZE": len(body) + 1},  # never to disk: the body is in memory already
         )
-        parser.write(body)
+        parser.write(bytes(body))
         parser.finalize()
     except (FormParserError, UnicodeDecodeError, ValueError) as error:
         raise Unreadable(f"the form cannot be read ({error})") from error

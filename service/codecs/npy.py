@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import io
 import math
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
-from service.codecs.payload import Answer, Intake, Payload, single_array
+from service.codecs.payload import Body, Intake, Payload
 from service.errors import Unreadable
 
 MAGIC = b"\x93NUMPY"
 MAX_HEADER = 4096
 
 
-def read(body: bytes, _content_type: str, _intake: Intake) -> Payload:
+def read(body: Body, _content_type: str, _intake: Intake) -> Payload:
     """A view of the body where it is little-endian, C-ordered; sizes are checked before anything is allocated."""
     return Payload(parse(body))
 
 
-def parse(body: bytes) -> NDArray[Any]:
+def parse(body: Body) -> NDArray[Any]:
     """The array in an .npy file.
 
     Raises: Unreadable for anything but a whole .npy of floats.
@@ -44,11 +45,9 @@ def parse(body: bytes) -> NDArray[Any]:
     return array.reshape(shape, order="F" if fortran else "C")
 
 
-def write(answer: Answer) -> bytes | None:
-    """The answer's array as an .npy file."""
-    array = single_array(answer)
-    if array is None:
-        return None
+@lru_cache(1024)
+def header(shape: tuple[int, ...]) -> bytes:
+    """What comes before the numbers of a float32 array of that shape."""
     file = io.BytesIO()
-    npy_format.write_array(file, array, allow_pickle=False)
+    npy_format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
     return file.getvalue()

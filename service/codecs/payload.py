@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -13,9 +12,11 @@ from numpy.typing import NDArray
 from service.errors import InvalidShape
 from service.pixels import Pixels
 
+FLOAT = np.dtype("<f4")
+"""What travels in binary."""
 
-@dataclass(frozen=True)
-class Intake:
+
+class Intake(NamedTuple):
     """What the operation takes: the array's name, the shape of one row, and how large a picture may be."""
 
     name: str
@@ -36,27 +37,39 @@ class Payload(NamedTuple):
     options: Mapping[str, Any] = MappingProxyType({})
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """What an operation gives: arrays by name, each with one row a row, and what it took to make them."""
 
     outputs: dict[str, NDArray[np.float32]]
-    about: dict[str, Any] = field(default_factory=dict)
+    about: Mapping[str, Any] = MappingProxyType({})
 
 
-Reader = Callable[[bytes, str, Intake], Payload]
+Body = bytes | bytearray
+Reader = Callable[[Body, str, Intake], Payload]
 """(body, whole content type, what is wanted) -> Payload; raises Unreadable, InvalidShape, TooLarge."""
 Writer = Callable[[Answer], bytes | None]
 """None where the format cannot hold this answer."""
+Header = Callable[[tuple[int, ...]], bytes]
+"""Of a binary form: what comes before the numbers of an array of that shape."""
 
 
-def single_array(answer: Answer) -> NDArray[np.float32] | None:
-    """The one array of a binary answer: several outputs of one shape are stacked along axis 1, in their order."""
-    arrays = list(answer.outputs.values())
+def binary(header: Header) -> Writer:
+    """The writer of a form that is a header and then the numbers of one array."""
+
+    def write(answer: Answer) -> bytes | None:
+        array = single_array(answer.outputs)
+        return None if array is None else header(array.shape) + array.tobytes()
+
+    return write
+
+
+def single_array(outputs: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32] | None:
+    """The one array of a binary answer, little-endian: several outputs of one shape are stacked along axis 1."""
+    arrays = list(outputs.values())
     if len(arrays) == 1:
-        return np.ascontiguousarray(arrays[0])
+        return np.ascontiguousarray(arrays[0], FLOAT)
     shapes = {array.shape for array in arrays}
-    return np.stack(arrays, 1) if len(shapes) == 1 else None
+    return np.stack(arrays, 1, dtype=FLOAT) if len(shapes) == 1 else None
 
 
 def images_only(answer: Answer) -> Pixels | None:

@@ -11,11 +11,11 @@ import orjson
 from numpy.typing import NDArray
 
 from service.codecs import image
-from service.codecs.payload import Answer, Intake, Payload
+from service.codecs.payload import Answer, Body, Intake, Payload
 from service.errors import InvalidShape, Unreadable
 
 
-def read(body: bytes, _content_type: str, intake: Intake) -> Payload:
+def read(body: Body, _content_type: str, intake: Intake) -> Payload:
     """{"images" or "latents": nested numbers or base64 pictures, "mask": ..., and any option by its name}."""
     try:
         content = orjson.loads(body or b"{}")

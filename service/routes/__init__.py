@@ -8,8 +8,9 @@ from fastapi import FastAPI
 
 from service import problems
 from service.codecs import READERS, WRITERS
-from service.endpoint import Context, OperationRoute, endpoint
+from service.endpoint import Context
 from service.operation import Operation
+from service.route import OperationRoute, endpoint
 from service.routes.decode import decode
 from service.routes.denoise import denoise
 from service.routes.encode import encode

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from service import vae
 from service.errors import InvalidOption
+from service.latent import Noise
 from service.operation import DrawOptions, Inputs, Operation
 from service.repository import Model
 from service.vae import Result, Submit
@@ -37,8 +38,8 @@ async def _run(model: Model, submit: Submit, inputs: Inputs, options: DenoiseOpt
         len(model.manifest.noise_families),
         None if options.level == "auto" else options.level,
         options.draws,
-        options.seed,
         options.uncertainty,
+        Noise(options.seed, inputs.first),
     )
 
 

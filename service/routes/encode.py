@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from service import vae
+from service.latent import Noise
 from service.operation import DrawOptions, Inputs, Operation
 from service.repository import Model
 from service.vae import Result, Submit
 
 
 async def _run(model: Model, submit: Submit, inputs: Inputs, options: DrawOptions) -> Result:
-    return await vae.encode(model.plan, submit, model.latent_shape, inputs.rows, options.draws, options.seed)
+    noise = Noise(options.seed, inputs.first)
+    return await vae.encode(model.plan, submit, model.latent_shape, inputs.rows, options.draws, noise)
 
 
 encode = Operation(

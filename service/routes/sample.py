@@ -7,8 +7,8 @@ from typing import Annotated
 from pydantic import Field
 
 from service import vae
-from service.latent import MAX_SEED
-from service.operation import Operation, Options
+from service.latent import MAX_SEED, Noise
+from service.operation import Inputs, Operation, Options
 from service.repository import Model
 from service.vae import Result, Submit
 
@@ -26,9 +26,10 @@ class SampleOptions(Options):
     """Whether the answer holds the latents too."""
 
 
-async def _run(model: Model, submit: Submit, _inputs: None, options: SampleOptions) -> Result:
+async def _run(model: Model, submit: Submit, inputs: Inputs, options: SampleOptions) -> Result:
+    noise = Noise(options.seed, inputs.first)
     return await vae.sample(
-        model.plan, submit, model.latent_shape, options.count, options.seed, options.temperature, options.latents
+        model.plan, submit, model.latent_shape, len(inputs.rows), options.temperature, options.latents, noise
     )
 
 

@@ -54,6 +54,14 @@ def values(trip: Trip) -> list[float]:
     return [float(value) for value in trip.arrays[0][:, 0]]
 
 
+async def until(true: Callable[[], bool]) -> None:
+    for _ in range(5000):
+        if true():
+            return
+        await asyncio.sleep(0.001)
+    raise AssertionError
+
+
 async def gather(engine: Batcher, program: Doubler, *requests: Arrays) -> list[Any]:
     return await asyncio.gather(*(engine.submit(program, r) for r in requests), return_exceptions=True)
 
@@ -94,9 +102,8 @@ def test_rows_are_counted_not_requests() -> None:
 
     async def scenario() -> None:
         light, heavy = Doubler(), Doubler(weight=4)
-        engine = batcher()
-        await gather(engine, light, rows(1, 1, 1), rows(2, 2, 2), rows(3, 3, 3))
-        await gather(engine, heavy, rows(1), rows(2), rows(3))
+        await gather(batcher(), light, rows(1, 1, 1), rows(2, 2, 2), rows(3, 3, 3))
+        await gather(batcher(), heavy, rows(1), rows(2), rows(3))
         assert [len(batch) for batch in light.batches] == [8, 1]
         assert [len(batch) for batch in heavy.batches] == [2, 1]
 
@@ -142,6 +149,82 @@ def test_a_full_queue_refuses_at_once_and_computes_nothing() -> None:
         assert answers[1].retry_after_s > 0
         assert [values(answers[k]) for k in (0, 2)] == [[2, 4, 6], [12]]
         assert program.batches == [[1, 2, 3, 6]]
+
+    asyncio.run(scenario())
+
+
+def test_what_cannot_be_done_in_time_is_refused_at_once() -> None:
+    """The rate is measured while there is a backlog; a request is queued where its time allows for what waits."""
+
+    async def scenario() -> None:
+        program = Doubler(IN_THREAD, during=lambda _: time.sleep(0.02))
+        engine = batcher(max_rows=1)
+        waiting = [asyncio.create_task(engine.submit(program, rows(k))) for k in range(20)]
+        await until(lambda: len(program.batches) >= 10)
+        now = time.monotonic()
+        hurried, patient = await asyncio.gather(
+            engine.submit(program, rows(-1), deadline=now + 0.05),
+            engine.submit(program, rows(-2), deadline=now + 5.0),
+            return_exceptions=True,
+        )
+        assert isinstance(hurried, Overloaded)
+        assert 0.05 < hurried.retry_after_s < 1.0
+        assert values(patient) == [-4]
+        await asyncio.gather(*waiting)
+        assert [-1] not in program.batches
+
+    asyncio.run(scenario())
+
+
+def test_a_lone_caller_is_served_at_once_and_a_crowd_together() -> None:
+    """After a lone request the next does not wait for the loop's next turn, unless another came in this one."""
+
+    async def scenario() -> None:
+        program, engine = Doubler(), batcher()
+        await engine.submit(program, rows(1))
+        lone = engine.submit(program, rows(2))
+        with pytest.raises(StopIteration):
+            lone.send(None)
+        await asyncio.sleep(0)
+        crowd = await gather(engine, program, rows(3), rows(4), rows(5))
+        assert program.batches == [[1], [2], [3], [4, 5]]
+        await gather(engine, program, rows(6), rows(7))
+        assert program.batches[4:] == [[6, 7]]
+        assert [values(trip) for trip in crowd] == [[6], [8], [10]]
+
+    asyncio.run(scenario())
+
+
+def test_a_failure_at_once_fails_only_itself() -> None:
+    """As in a queue."""
+
+    async def scenario() -> None:
+        def fail_on_two(arrays: Arrays) -> None:
+            if arrays[0][0, 0] == 2:
+                raise RuntimeError("secret")
+
+        program, engine = Doubler(during=fail_on_two), batcher()
+        await engine.submit(program, rows(1))
+        with pytest.raises(InferenceFailed, match="log"):
+            await engine.submit(program, rows(2))
+        assert values(await engine.submit(program, rows(3))) == [6]
+
+    asyncio.run(scenario())
+
+
+def test_a_large_request_keeps_the_thread_until_somebody_comes() -> None:
+    """Alone, it runs batch after batch in one go; a newcomer is in the next batch but one at the latest."""
+
+    async def scenario() -> None:
+        program = Doubler(IN_THREAD, during=lambda _: time.sleep(0.01))
+        engine = batcher()
+        large = asyncio.create_task(engine.submit(program, rows(*range(100))))
+        await until(lambda: len(program.batches) >= 3)
+        before = len(program.batches)
+        assert values(await engine.submit(program, rows(-1))) == [-2]
+        assert len(program.batches) <= before + 2
+        assert values(await large) == [2.0 * k for k in range(100)]
+        assert max(map(len, program.batches)) == 8
 
     asyncio.run(scenario())
 
