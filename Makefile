@@ -5,7 +5,7 @@ PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint 
 DATA ?= data
 CONFIG ?= training/configs/mnist.toml
 
-.PHONY: setup serve train test lint bench clean
+.PHONY: setup serve train test lint bench endurance clean
 
 serve: $(VENV)/.serve
 	$(PYTHON) -m service
@@ -25,6 +25,9 @@ lint: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(PYTHON) -m benchmarks.serving
+
+endurance: $(VENV)/.test
+	$(PYTHON) -m benchmarks.endurance
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

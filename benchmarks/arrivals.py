@@ -29,7 +29,7 @@ class _Load:
     def __init__(self, port: int, wire: bytes, rate: float, seconds: float) -> None:
         self.port, self.wire, self.seconds = port, wire, seconds
         gaps = np.random.default_rng(0).exponential(1.0 / rate, max(1, int(rate * seconds)))
-        self.due = np.cumsum(gaps).tolist()
+        self.due = (np.cumsum(gaps) * (len(gaps) / rate / gaps.sum())).tolist()  # at that rate exactly
         self.alarm = asyncio.Event()
         self.idle: list[_Connection] = []
         self.connections: list[_Connection] = []

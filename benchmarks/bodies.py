@@ -1,8 +1,9 @@
-"""The same images in every form that some server reads."""
+"""The same images in every form that some server reads, and what it answers to them."""
 
 from __future__ import annotations
 
 import io
+import json as standard_json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,6 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 JSON, RAW, NPY, PNG = "application/json", "application/octet-stream", "application/x-npy", "image/png"
+LEVEL = 0.25
+"""Of the Gaussian noise that a PNG is said to have."""
+GREY = 1.0 / 255.0
 Images = NDArray[np.float32]
 
 
@@ -29,7 +33,15 @@ class Body(NamedTuple):
         return f"POST {self.path} HTTP/1.1\r\n{lines}\r\n".encode() + self.content
 
 
-Form = Callable[[Images], Body]
+class Form(NamedTuple):
+    """How a server is asked about images, and how its answer's numbers are read, in any shape.
+
+    step: what those numbers are rounded to.
+    """
+
+    ask: Callable[[Images], Body]
+    read: Callable[[bytes], Images]
+    step: float = 0.0
 
 
 def images(rows: int) -> Images:
@@ -42,75 +54,85 @@ def images(rows: int) -> Images:
 
 
 def json(path: str, name: str = "images", *, flat: bool = False) -> Form:
-    """{name: nested numbers}; flat is one list of 784 an image."""
+    """{name: nested numbers} both ways; flat is one list of 784 an image."""
 
-    def form(rows: Images) -> Body:
+    def ask(rows: Images) -> Body:
         shaped = rows.reshape(len(rows), -1) if flat else rows
         return Body(path, {"content-type": JSON}, orjson.dumps({name: _numbers(shaped)}))
 
-    return form
+    return Form(ask, lambda content: _array(orjson.loads(content)[name]))
+
+
+def json_to_list(path: str, name: str) -> Form:
+    """{name: nested numbers}, answered by the numbers alone."""
+    return json(path, name)._replace(read=lambda content: _array(orjson.loads(content)))
 
 
 def json_one(path: str, name: str) -> Form:
-    """{name: one image's nested numbers}."""
-    return lambda rows: Body(path, {"content-type": JSON}, orjson.dumps({name: _numbers(rows[0])}))
+    """{name: one image's nested numbers} both ways."""
+    form = json(path, name)
+    return form._replace(ask=lambda rows: Body(path, {"content-type": JSON}, orjson.dumps({name: _numbers(rows[0])})))
 
 
 def raw(path: str) -> Form:
     """Little-endian float32, nothing else."""
-    return lambda rows: Body(path, {"content-type": RAW}, rows.astype("<f4").tobytes())
+    return Form(lambda rows: Body(path, {"content-type": RAW}, rows.astype("<f4").tobytes()), _floats)
 
 
 def npy(path: str) -> Form:
     """numpy's own file."""
 
-    def form(rows: Images) -> Body:
+    def ask(rows: Images) -> Body:
         file = io.BytesIO()
         np.save(file, rows)
         return Body(path, {"content-type": NPY}, file.getvalue())
 
-    return form
+    return Form(ask, lambda content: np.load(io.BytesIO(content)))
 
 
 def png(path: str) -> Form:
-    """The picture as the body."""
-    return lambda rows: Body(path, {"content-type": PNG}, _png(rows))
+    """The picture as the body, its noise's level in the path."""
+    return Form(lambda rows: Body(f"{path}?level={LEVEL}", {"content-type": PNG}, _png(rows)), _pixels, GREY)
 
 
 def png_form(path: str, name: str) -> Form:
-    """The picture as a file of a form."""
+    """The picture as a file of a form, its noise's level as a field."""
 
-    def form(rows: Images) -> Body:
-        head = (
-            f'--part\r\nContent-Disposition: form-data; name="{name}"; filename="a.png"\r\nContent-Type: {PNG}\r\n\r\n'
-        )
-        content = head.encode() + _png(rows) + b"\r\n--part--\r\n"
+    def ask(rows: Images) -> Body:
+        part = "--part\r\nContent-Disposition: form-data; name="
+        level = f'{part}"level"\r\n\r\n{LEVEL}\r\n'
+        head = f'{part}"{name}"; filename="a.png"\r\nContent-Type: {PNG}\r\n\r\n'
+        content = (level + head).encode() + _png(rows) + b"\r\n--part--\r\n"
         return Body(path, {"content-type": "multipart/form-data; boundary=part"}, content)
 
-    return form
+    return Form(ask, _pixels, GREY)
 
 
 def oip(path: str) -> Form:
     """Open Inference Protocol, numbers in JSON."""
 
-    def form(rows: Images) -> Body:
+    def ask(rows: Images) -> Body:
         entry = {**_tensor(rows), "data": _numbers(rows.ravel())}
         return Body(path, {"content-type": JSON}, orjson.dumps({"inputs": [entry]}))
 
-    return form
+    return Form(ask, lambda content: _array(orjson.loads(content)["outputs"][0]["data"]))
 
 
 def oip_binary(path: str) -> Form:
     """Open Inference Protocol, binary tensor data both ways."""
 
-    def form(rows: Images) -> Body:
+    def ask(rows: Images) -> Body:
         entry = {**_tensor(rows), "parameters": {"binary_data_size": rows.nbytes}}
         output = {"name": "x_mean", "parameters": {"binary_data": True}}
         head = orjson.dumps({"inputs": [entry], "outputs": [output]})
         headers = {"content-type": RAW, "inference-header-content-length": str(len(head))}
         return Body(path, headers, head + rows.astype("<f4").tobytes())
 
-    return form
+    def read(content: bytes) -> Images:
+        _, head = standard_json.JSONDecoder().raw_decode(content.decode("latin-1"))
+        return _floats(content[head:])
+
+    return Form(ask, read)
 
 
 def _tensor(rows: Images) -> dict[str, Any]:
@@ -120,6 +142,18 @@ def _tensor(rows: Images) -> dict[str, Any]:
 def _numbers(array: Images) -> Any:
     """Grey levels as people send them: four digits, not the seventeen of a float64."""
     return array.astype(np.float64).round(4).tolist()
+
+
+def _array(numbers: Any) -> Images:
+    return np.array(numbers, np.float32)
+
+
+def _floats(content: bytes) -> Images:
+    return np.frombuffer(content, "<f4")
+
+
+def _pixels(content: bytes) -> Images:
+    return np.asarray(Image.open(io.BytesIO(content), formats=["PNG"]), np.float32) / np.float32(255.0)
 
 
 def _png(rows: Images) -> bytes:

@@ -6,15 +6,18 @@ from pathlib import Path
 
 import torch
 from pydantic import TypeAdapter
+from torch import nn
 
 from training.architectures import Architecture
 from training.export import GOLDEN_ROWS, Exportable, export, exportables
 from training.likelihoods import LIKELIHOODS
 from training.model import VAE
 from training.priors import PRIORS
+from training.restoration import FAMILIES, BernoulliFusion, Recognition, simulate
 
 SHAPE = (1, 28, 28)
 LATENT = 20
+SCATTER = 0.07
 NETWORKS: dict[str, dict[str, object]] = {
     "mlp": {"architecture": "mlp", "hidden": [500]},
     "conv": {"architecture": "conv"},
@@ -28,13 +31,27 @@ def write(repository: Path) -> None:
 
 
 def graphs(name: str) -> dict[str, Exportable]:
-    """Encoder and decoder of one network."""
+    """Everything the service offers of one network, denoising too."""
     torch.manual_seed(0)
     network: Architecture = TypeAdapter(Architecture).validate_python(NETWORKS[name])
     parts = network.encoder(SHAPE, LATENT), network.decoder(LATENT, SHAPE)
-    vae = VAE(*parts, LIKELIHOODS["bernoulli"], PRIORS["standard_normal"]).eval()
-    found: dict[str, Exportable] = exportables(vae, torch.rand(GOLDEN_ROWS, *SHAPE), None, None)  # type: ignore[arg-type]
-    return found
+    vae = VAE(*parts, LIKELIHOODS["bernoulli"], PRIORS["standard_normal"])
+    channels, height, width = SHAPE
+    recognition = Recognition(
+        network.encoder((2 * channels + len(FAMILIES), height, width), LATENT),
+        network.encoder((2 * channels, height, width), len(FAMILIES)),
+    )
+    for part in (vae, recognition.network):
+        scramble(part)
+    x = torch.rand(GOLDEN_ROWS, *SHAPE)
+    seen = simulate(x, torch.Generator().manual_seed(0))
+    return exportables(vae.eval(), x, (recognition.eval(), BernoulliFusion().eval()), seen)
+
+
+def scramble(module: nn.Module) -> None:
+    """Move every weight, so that answers to different images differ, and a wrong one shows."""
+    for parameter in module.parameters():
+        parameter.data += SCATTER * torch.randn(parameter.shape)
 
 
 ABOUT = {
@@ -42,7 +59,7 @@ ABOUT = {
     "value_range": [0.0, 1.0],
     "latent_shape": [LATENT],
     "likelihood": "bernoulli",
-    "noise_families": [],
+    "noise_families": list(FAMILIES),
     "prior": "standard_normal",
     "dataset": "none",
     "training": {},

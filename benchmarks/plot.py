@@ -1,4 +1,4 @@
-"""A plot of the findings; runs in an environment of its own, which has matplotlib and nothing else."""
+"""Plots of the findings; runs in an environment of its own, which has matplotlib and nothing else."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ import json
 import sys
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import matplotlib as mpl
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
+OURS, OTHERS = "#c0392b", "#7f8c8d"
 PANELS = {"mlp-json-64": "JSON, 64 connections", "mlp-binary-64": "Binary, 64 connections",
-          "mlp-png-64": "PNG, 64 connections", "conv-binary-64": "conv, binary, 64 connections"}  # fmt: skip
+          "mlp-png-64": "PNG, denoised, 64 connections", "conv-binary-64": "conv, binary, 64 connections"}  # fmt: skip
 
 
-def main(raw: str, out: str) -> None:
+def serving(found: dict[str, Any]) -> Any:
     """One panel a workload, one bar a server, with the least and the most of the rounds."""
-    measures = json.loads(Path(raw).read_text())["measures"]
+    measures = found["measures"]
     panels = [name for name in PANELS if measures.get(name)]
     figure, axes = plt.subplots(1, max(1, len(panels)), figsize=(3.6 * max(1, len(panels)), 3.4), squeeze=False)
     for axis, name in zip(axes[0], panels, strict=False):
@@ -27,14 +29,32 @@ def main(raw: str, out: str) -> None:
         middle = [median(rates[peer]) for peer in order]
         errors = [[m - min(rates[peer]) for peer, m in zip(order, middle, strict=True)],
                   [max(rates[peer]) - m for peer, m in zip(order, middle, strict=True)]]  # fmt: skip
-        colours = ["#c0392b" if peer == "ours" else "#7f8c8d" for peer in order]
+        colours = [OURS if peer.startswith("ours") else OTHERS for peer in order]
         axis.barh(order, middle, xerr=errors, color=colours, capsize=2)
         axis.set_title(PANELS[name], fontsize=10)
         axis.set_xlabel("requests/s")
+    return figure
+
+
+def endurance(found: dict[str, Any]) -> Any:
+    """Resident memory over time, from zero, so that what looks flat is."""
+    figure, axis = plt.subplots(figsize=(7.2, 3.2))
+    minutes, memory = [moment / 60.0 for moment, _ in found["memory"]], [mib for _, mib in found["memory"]]
+    axis.plot(minutes, memory, color=OURS)
+    axis.set_ylim(0.0, 1.2 * max(memory))
+    axis.set_xlabel("minutes under load")
+    axis.set_ylabel("resident memory, MiB")
+    return figure
+
+
+def main(kind: str, raw: str, out: str) -> None:
+    """One kind of plot of the raw findings."""
+    figure = {"serving": serving, "endurance": endurance}[kind](json.loads(Path(raw).read_text()))
+    for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(out, dpi=130)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    main(*sys.argv[1:])

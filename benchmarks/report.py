@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from statistics import median
 
-from benchmarks.environments import HERE, InstallFailed, prepare, version
-from benchmarks.measure import Measure
+from benchmarks import pages
+from benchmarks.claims import CLAIMS
+from benchmarks.environments import HERE, version
+from benchmarks.findings import ALONE, Findings
 from benchmarks.roster import PEERS
 from benchmarks.workloads import OPEN, WORKLOADS, Workload
 
-ALONE = "alone"
 DASH = "-"
-CLAIMS = [
-    ("JSON, 64 connections", "mlp-json-64", "triton", 2.5),
-    ("JSON, 64 connections", "mlp-json-64", "mlserver", 5.5),
-    ("JSON, 64 connections", "mlp-json-64", "bentoml", 13.0),
-    ("JSON, 64 connections", "mlp-json-64", "litserve", 16.0),
-    ("JSON, 64 connections", "mlp-json-64", "ray", 40.0),
-    ("binary, 64 connections", "mlp-binary-64", "triton", 4.5),
-    ("binary, 64 connections", "mlp-binary-64", "bare", 1.5),
-    ("conv, binary, 64 connections", "conv-binary-64", "bare", 1.3),
-    ("PNG, 64 connections", "mlp-png-64", "bentoml", 4.0),
-    ("1,024 rows as npy", "mlp-npy1024-1", ALONE, 0.8),
-]
-"""What is asked of the service's rate, as a multiple of another's in the same run."""
-
-
 RATES = "Median over the rounds, the least and the most, and the multiple of bare; alone is onnxruntime, no server."
 OPEN_LOOPS = (
     "Requests arrive at random, at a multiple of what the same server did with 16 connections in the same round. Half "
@@ -42,40 +23,9 @@ OPEN_LOOPS = (
 )
 
 
-@dataclass
-class Findings:
-    """Everything one run found, a list entry a round; `measures` by workload, then by peer."""
-
-    settings: dict[str, int]
-    measures: dict[str, dict[str, list[Measure]]] = field(default_factory=dict)
-    start_s: dict[str, list[float]] = field(default_factory=dict)
-    memory_mib: dict[str, list[float]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    def add(self, workload: str, name: str, measure: Measure) -> None:
-        """One more round of a load."""
-        self.measures.setdefault(workload, {}).setdefault(name, []).append(measure)
-
-    def of(self, workload: str, name: str) -> list[Measure]:
-        """Its rounds; empty where the peer cannot do it."""
-        return self.measures.get(workload, {}).get(name, [])
-
-    def note(self, text: str) -> None:
-        """Why something is missing; said at once and in the report."""
-        print(text, flush=True)
-        self.notes.append(text)
-
-
 def write(found: Findings, raw: Path, out: Path) -> None:
-    """The page at `out`, and its plot beside it, made in an environment with matplotlib."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page(found, out.with_suffix(".png").name))
-    try:
-        python = prepare("plot", HERE / "plot.txt")
-        subprocess.run([python, str(HERE / "plot.py"), str(raw), str(out.with_suffix(".png"))], check=True)
-    except (InstallFailed, subprocess.CalledProcessError) as error:
-        print(f"no plot: {error}", file=sys.stderr)
-    print(f"wrote {out}")
+    """The page at `out`, and its plot beside it."""
+    pages.write(page(found, out.with_suffix(".png").name), out, "serving", raw)
 
 
 def page(found: Findings, plot: str) -> str:
@@ -88,7 +38,7 @@ def page(found: Findings, plot: str) -> str:
         setting(found),
         f"![Requests a second]({plot})",
         "## What was asked of it",
-        asked(found),
+        "\n".join(["| | beside | asked | found |", "|---|---|--:|--:|", *(claim.row(found) for claim in CLAIMS)]),
         "## Requests a second",
         RATES,
         matrix(found, names, closed, rate_cell),
@@ -109,43 +59,15 @@ def page(found: Findings, plot: str) -> str:
 def setting(found: Findings) -> str:
     """Machine and settings."""
     return (
-        f"{processor()}, {os.cpu_count()} CPUs shared by server and load; {platform.system()} {platform.release()}, "
-        f"Python {platform.python_version()}. {found.settings['rounds']} rounds, {found.settings['seconds']} s a load; "
-        "every round starts each server anew, one at a time, in another order. One worker a server, one thread for "
-        "onnxruntime, connections kept alive, all on loopback. Closed loops come from wrk (one thread). Every server "
-        "runs the same two ONNX models: mlp is 784-500-20-500-784, conv the residual network of "
-        "`training/architectures/conv.py`; the request is one 28 x 28 image unless rows are named, the operation "
-        "reconstruct. `make bench` makes this page."
+        f"{pages.machine()}, shared by server and load. {found.settings['rounds']} rounds, "
+        f"{found.settings['seconds']} s a load; every round starts each server anew, one at a time, in another order. "
+        "One worker a server where nothing else is said, one thread for onnxruntime, connections kept alive, all on "
+        "loopback. Closed loops come from wrk (one thread). Every server runs the same two ONNX models: mlp is "
+        "784-500-20-500-784, conv the residual network of `training/architectures/conv.py`; the request is one 28 x 28 "
+        "image unless rows are named. A PNG is denoised at level 0.25 and answered as a PNG, everything else is "
+        "reconstructed and answered in its own form. A server counts only while its answer is onnxruntime's, to 1e-3, "
+        "which is looked at before every round. `make bench` makes this page."
     )
-
-
-def processor() -> str:
-    """What /proc/cpuinfo calls it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def asked(found: Findings) -> str:
-    """The claims and what became of them."""
-    lines = ["| | beside | asked | found |", "|---|---|--:|--:|"]
-    for title, workload, other, least in CLAIMS:
-        ratio = ratio_of(found, workload, "ours", other)
-        name = "onnxruntime alone" if other == ALONE else PEERS[other].title
-        lines.append(f"| {title} | {name} | ≥ {least:g} x | {f'{ratio:.2f} x' if ratio else DASH} |")
-    mine, bare = (found.of("mlp-binary-1", name) for name in ("ours", "bare"))
-    if mine and bare:
-        ratio = median(one.p50_ms for one in mine) / median(one.p50_ms for one in bare)
-        lines.append(f"| p50 of one connection, binary | {PEERS['bare'].title} | ≤ 1.25 x | {ratio:.2f} x |")
-    return "\n".join(lines)
-
-
-def ratio_of(found: Findings, workload: str, name: str, other: str) -> float | None:
-    """One's rate over another's, medians of the same run."""
-    mine, theirs = found.of(workload, name), found.of(workload, other)
-    if not mine or not theirs:
-        return None
-    below = median(one.rate for one in theirs)
-    return median(one.rate for one in mine) / below if below else None
 
 
 def matrix(
@@ -166,7 +88,7 @@ def rate_cell(found: Findings, workload: Workload, name: str) -> str:
     failures = sum(one.failures for one in measures)
     lines = [f"**{number(median(rates))}**", f"{number(min(rates))}-{number(max(rates))}"]
     for other, title in (("bare", "x"), (ALONE, "x alone")):
-        ratio = ratio_of(found, workload.name, name, other) if name != other else None
+        ratio = found.ratio(workload.name, name, other) if name != other else None
         lines += [f"{ratio:.2f} {title}"] if ratio else []
     return "<br>".join(lines + ([f"{failures} failed"] if failures else []))
 

@@ -6,9 +6,11 @@ Nothing in peers/ may import this: those programs run in environments that have 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 
 from benchmarks import bodies
 from benchmarks.bodies import Form
+from benchmarks.workloads import Workload
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,8 @@ class Peer:
 
     package: its distribution, for the version in the table; None is this project's own environment.
     lacks: for the forms it does not read, why.
+    program: in peers/, where it is not called as the entry is.
+    only: the pattern of the workloads it is for.
     """
 
     title: str
@@ -24,6 +28,13 @@ class Peer:
     forms: dict[str, Form]
     lacks: dict[str, str] = field(default_factory=dict)
     python: str | None = None
+    program: str | None = None
+    workers: int = 1
+    only: str = "*"
+
+    def takes(self, workload: Workload) -> bool:
+        """Whether it can do it, and is here for it."""
+        return workload.body in self.forms and fnmatch(workload.name, self.only)
 
 
 def many(one: Form) -> dict[str, Form]:
@@ -32,18 +43,16 @@ def many(one: Form) -> dict[str, Form]:
 
 
 OIP = "/v2/models/vae/infer"
+OURS = {
+    "json": bodies.json("/v1/reconstruct"),
+    **many(bodies.raw("/v1/reconstruct")),
+    "npy1024": bodies.npy("/v1/reconstruct"),
+    "png": bodies.png("/v1/denoise"),
+}
 
 PEERS = {
-    "ours": Peer(
-        "this service",
-        None,
-        {
-            "json": bodies.json("/v1/reconstruct"),
-            **many(bodies.raw("/v1/reconstruct")),
-            "npy1024": bodies.npy("/v1/reconstruct"),
-            "png": bodies.png("/v1/reconstruct"),
-        },
-    ),
+    "ours": Peer("this service", None, OURS),
+    "ours2": Peer("this service, two workers", None, OURS, program="ours", workers=2, only="*-binary-64"),
     "bare": Peer(
         "bare ASGI, no batching",
         None,
@@ -72,7 +81,7 @@ PEERS = {
     "bentoml": Peer(
         "BentoML, adaptive batching",
         "bentoml",
-        {"json": bodies.json("/images"), "png": bodies.png_form("/picture", "image")},
+        {"json": bodies.json_to_list("/images", "images"), "png": bodies.png_form("/picture", "image")},
         {"binary": "arrays travel as JSON, or pickled between its own services"},
     ),
     "litserve": Peer(

@@ -8,6 +8,7 @@ import random
 import signal
 import socket
 import subprocess
+import sys
 import time
 import uuid
 from contextlib import ExitStack, suppress
@@ -18,6 +19,9 @@ from benchmarks.bodies import Body
 MARK = "BENCH_SERVER"
 START_LIMIT_S = 90.0
 STOP_LIMIT_S = 8.0
+STARTED = "Application startup complete"
+"""What uvicorn says of every worker that serves."""
+TICKS_S = os.sysconf("SC_CLK_TCK")
 
 
 class StartFailed(Exception):
@@ -30,13 +34,14 @@ class Server:
     start_s: seconds from starting the process to its first right answer.
     """
 
-    def __init__(self, command: list[str], folder: Path, probe: Body, log: Path) -> None:
-        """Start it and wait for the answer to `probe`.
+    def __init__(self, command: list[str], folder: Path, probe: Body, log: Path, workers: int = 1) -> None:
+        """Start it and wait for the answer to `probe`, and where there are several workers, until each of them serves.
 
         Raises: StartFailed.
         """
-        self.port, self._mark, self._log = _free_port(), uuid.uuid4().hex, log
-        environment = {**os.environ, MARK: self._mark, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"}
+        self.port, self._mark, self._log, self._workers = _free_port(), uuid.uuid4().hex, log, workers
+        own = {MARK: self._mark, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1", "BENCH_WORKERS": str(workers)}
+        environment = {**os.environ, **own}
         started = time.perf_counter()
         with log.open("w") as file:
             self._process = subprocess.Popen(
@@ -49,9 +54,30 @@ class Server:
             raise
         self.start_s = time.perf_counter() - started
 
+    def ask(self, body: Body) -> tuple[int, bytes]:
+        """Status and content of one answer.
+
+        Raises: OSError, HTTPException.
+        """
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        try:
+            connection.request("POST", body.path, body.content, body.headers)
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+        finally:
+            connection.close()
+
     def memory_mib(self) -> float:
         """Resident memory of all its processes, what they share counted once."""
-        return sum(_resident_kib(pid) for pid in self._pids()) / 1024.0
+        return sum(_memory_kib(pid, b"Pss:") for pid in self._pids()) / 1024.0
+
+    def resident_mib(self) -> float:
+        """Resident memory of all its processes, whatever else maps the same pages."""
+        return sum(_memory_kib(pid, b"Rss:") for pid in self._pids()) / 1024.0
+
+    def cpu_s(self) -> float:
+        """Processor time that its processes have taken, to a hundredth of a second."""
+        return sum(map(_cpu_ticks, self._pids())) / TICKS_S
 
     def stop(self) -> None:
         """End it and whatever it started, asking first."""
@@ -69,32 +95,42 @@ class Server:
         while time.perf_counter() < end:
             if self._process.poll() is not None:
                 break
-            if _answers(self.port, probe):
+            if self._answers(probe) and self._all_serve():
                 return
             time.sleep(0.02)
         lines = self._log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
         raise StartFailed(f"no right answer; its log ends: {lines[-1][:200]}")
 
+    def _answers(self, probe: Body) -> bool:
+        try:
+            return self.ask(probe)[0] == 200
+        except (OSError, http.client.HTTPException):
+            return False
+
+    def _all_serve(self) -> bool:
+        return self._workers == 1 or self._log.read_text(errors="replace").count(STARTED) >= self._workers
+
     def _pids(self) -> set[int]:
         """Those that carry the mark, and their children: a process that renames itself overwrites its environment."""
         wanted = f"{MARK}={self._mark}".encode()
-        entries = [entry for entry in Path("/proc").iterdir() if entry.name.isdigit()]
-        found = {int(entry.name) for entry in entries if wanted in _read(entry / "environ").split(b"\0")}
-        parents = {int(entry.name): _parent(entry) for entry in entries}
+        everyone = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+        found = {pid for pid in everyone if wanted in _read(Path(f"/proc/{pid}/environ")).split(b"\0")}
+        parents = {pid: _parent(pid) for pid in everyone}
         while more := {pid for pid, parent in parents.items() if parent in found} - found:
             found |= more
         return found
 
 
-def _answers(port: int, probe: Body) -> bool:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-    try:
-        connection.request("POST", probe.path, probe.content, probe.headers)
-        return connection.getresponse().status == 200
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
+def end_when_asked() -> None:
+    """SIGINT and SIGTERM end the program by way of its `finally` blocks; a second one cannot break those off."""
+
+    def leave(*_: object) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        sys.exit(1)
+
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell's background jobs start with it ignored
+        signal.signal(number, leave)
 
 
 def _read(file: Path) -> bytes:
@@ -105,19 +141,29 @@ def _read(file: Path) -> bytes:
         return b""
 
 
-def _parent(entry: Path) -> int:
-    fields = _read(entry / "stat").rpartition(b")")[2].split()
+def _stat(pid: int) -> list[bytes]:
+    """The fields of its stat from the third on, its state; nothing where the process has gone."""
+    return _read(Path(f"/proc/{pid}/stat")).rpartition(b")")[2].split()
+
+
+def _parent(pid: int) -> int:
+    fields = _stat(pid)
     return int(fields[1]) if fields else 0
 
 
 def _alive(pid: int) -> bool:
-    fields = _read(Path(f"/proc/{pid}/stat")).rpartition(b")")[2].split()
+    fields = _stat(pid)
     return bool(fields) and fields[0] != b"Z"
 
 
-def _resident_kib(pid: int) -> int:
+def _cpu_ticks(pid: int) -> int:
+    """User and system time."""
+    return sum(map(int, _stat(pid)[11:13]))
+
+
+def _memory_kib(pid: int, measure: bytes) -> int:
     lines = _read(Path(f"/proc/{pid}/smaps_rollup")).splitlines()
-    return next((int(line.split()[1]) for line in lines if line.startswith(b"Pss:")), 0)
+    return next((int(line.split()[1]) for line in lines if line.startswith(measure)), 0)
 
 
 def _kill(pid: int) -> None:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import subprocess
 import sys
 from dataclasses import asdict
 from fnmatch import fnmatch
+from http.client import HTTPException
 from itertools import product
 from pathlib import Path
 
 from benchmarks import arrivals, bodies, closed, models, report
 from benchmarks.bodies import Body
 from benchmarks.environments import HERE, InstallFailed, ignored_home, prepare
+from benchmarks.findings import ALONE, Findings
 from benchmarks.measure import Measure
 from benchmarks.roster import PEERS, Peer
-from benchmarks.servers import Server, StartFailed
+from benchmarks.servers import Server, StartFailed, end_when_asked
+from benchmarks.truth import Truth, WrongAnswer
 from benchmarks.workloads import CAPACITY, OPEN, ROWS, WORKLOADS, Workload
 
 WARM_S = 1
@@ -26,11 +28,11 @@ WARM_S = 1
 def main() -> None:
     """Install, measure, write docs/results/serving.md and .png."""
     options = parse()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server at work is ended too
+    end_when_asked()
     closed.check()
     home = ignored_home()
     models.write(home / "models")
-    found = report.Findings(settings={"rounds": options.rounds, "seconds": options.seconds})
+    found = Findings(settings={"rounds": options.rounds, "seconds": options.seconds})
     pythons = environments(options.peers, found)
     chosen = [one for one in WORKLOADS if any(fnmatch(one.name, pattern) for pattern in options.workloads)]
     for turn in range(options.rounds):
@@ -65,7 +67,7 @@ def commas(text: str) -> list[str]:
 
 def able(name: str, chosen: list[Workload]) -> bool:
     """Whether the peer can do any of it."""
-    return any(one.body in PEERS[name].forms for one in chosen)
+    return any(map(PEERS[name].takes, chosen))
 
 
 def rotated(names: list[str], turn: int) -> list[str]:
@@ -74,7 +76,7 @@ def rotated(names: list[str], turn: int) -> list[str]:
     return names[start:] + names[:start]
 
 
-def environments(names: list[str], found: report.Findings) -> dict[str, str]:
+def environments(names: list[str], found: Findings) -> dict[str, str]:
     """The Python of every peer that can be installed; why not, of the others."""
     pythons = {}
     for name in names:
@@ -89,12 +91,12 @@ def environments(names: list[str], found: report.Findings) -> dict[str, str]:
     return pythons
 
 
-def measure(name: str, python: str, folder: Path, chosen: list[Workload], seconds: int, found: report.Findings) -> None:
+def measure(name: str, python: str, folder: Path, chosen: list[Workload], seconds: int, found: Findings) -> None:
     """One server through its loads; one that fails leaves a note."""
     peer, home = PEERS[name], ignored_home()
-    command = [python, "-m", f"benchmarks.peers.{name}"]
+    command = [python, "-m", f"benchmarks.peers.{peer.program or name}"]
     try:
-        server = Server(command, folder, make(peer, "json"), home / f"{name}.log")
+        server = Server(command, folder, make(peer, "json"), home / f"{name}.log", peer.workers)
     except StartFailed as error:
         found.note(f"{peer.title}: does not start ({error})")
         return
@@ -102,16 +104,27 @@ def measure(name: str, python: str, folder: Path, chosen: list[Workload], second
         found.start_s.setdefault(name, []).append(server.start_s)
         closed.run(server.port, make(peer, "json"), 64, WARM_S)
         capacity: dict[str, float] = {}
-        for workload in chosen:
-            if workload.body in peer.forms:
-                one = load(server, peer, workload, seconds, capacity)
-                found.add(workload.name, name, one)
-                print(f"{peer.title:36} {workload.title:32} {one.rate:9.1f}/s {one.p50_ms:8.2f} ms", flush=True)
+        for workload in sound(server, peer, folder, [one for one in chosen if peer.takes(one)], found):
+            one = load(server, peer, workload, seconds, capacity)
+            found.add(workload.name, name, one)
+            print(f"{peer.title:36} {workload.title:32} {one.rate:9.1f}/s {one.p50_ms:8.2f} ms", flush=True)
         found.memory_mib.setdefault(name, []).append(server.memory_mib())
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, HTTPException, subprocess.SubprocessError) as error:
         found.note(f"{peer.title}: broke off under load ({error!r:.150})")
     finally:
         server.stop()
+
+
+def sound(server: Server, peer: Peer, folder: Path, chosen: list[Workload], found: Findings) -> list[Workload]:
+    """Those in whose form the server answers what the model does; a note on the others."""
+    truth, right = Truth(str(folder)), set()
+    for body in dict.fromkeys(one.body for one in chosen):
+        try:
+            truth.check(server, body, peer.forms[body], bodies.images(ROWS[body]))
+            right.add(body)
+        except WrongAnswer as error:
+            found.note(f"{peer.title}, {folder.parent.name}, {body}: does not count ({error})")
+    return [one for one in chosen if one.body in right]
 
 
 def load(server: Server, peer: Peer, workload: Workload, seconds: int, capacity: dict[str, float]) -> Measure:
@@ -129,16 +142,16 @@ def load(server: Server, peer: Peer, workload: Workload, seconds: int, capacity:
 
 def make(peer: Peer, body: str) -> Body:
     """The request in the peer's own form."""
-    return peer.forms[body](bodies.images(ROWS[body]))
+    return peer.forms[body].ask(bodies.images(ROWS[body]))
 
 
-def alone(folder: Path, chosen: list[Workload], seconds: int, found: report.Findings) -> None:
+def alone(folder: Path, chosen: list[Workload], seconds: int, found: Findings) -> None:
     """onnxruntime without a server, for bodies of many rows: the ceiling."""
     for workload, rows in product(chosen, (256, 1024)):
         if workload.body in (f"rows{rows}", f"npy{rows}") and workload.load == "1":
             command = [sys.executable, "-m", "benchmarks.peers.model", str(folder), str(rows), str(seconds)]
             said = subprocess.run(command, check=True, capture_output=True, text=True, timeout=seconds + 60)
-            found.add(workload.name, report.ALONE, Measure(float(said.stdout) / rows))
+            found.add(workload.name, ALONE, Measure(float(said.stdout) / rows))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ Arrays = tuple[NDArray[Any], ...]
 PROBE_AFTER_S = 0.005
 """A request that has waited this long is asked whether its caller is still there before it is computed."""
 
-RUN_BATCHES = 8
+RUN_BATCHES = 4
 """While nobody else waits, the thread goes on with a large request for as many batches before it reports back."""
 IN_TIME = 0.75
 """A request is queued where what waits before it should take less than this share of its time."""
@@ -103,7 +103,11 @@ class _Batch(NamedTuple):
     program: Program
     parts: list[_Part]
     capacity: int
-    formed: float
+
+    @property
+    def rows(self) -> int:
+        """All of them."""
+        return sum(stop - start for _, start, stop in self.parts)
 
     def stacks(self) -> Iterator[Arrays]:
         """One batch's arrays after the other; those of a lone part are views."""
@@ -251,9 +255,10 @@ class Batcher:
             if batch is None:
                 return
             self._running = batch
-            if batch.program.cost_s(sum(stop - start for _, start, stop in batch.parts)) < self.inline_s:
+            if batch.program.cost_s(batch.rows) < self.inline_s:
                 self._land(batch, self._compute(batch))
             else:
+                self._running = batch = self._extended(batch)
                 work = loop.run_in_executor(self._thread, self._compute, batch)
                 work.add_done_callback(lambda done: self._land_from_thread(batch, done))
         except Exception as error:  # noqa: BLE001  # a bug here would hang every caller; fail them all instead
@@ -268,12 +273,16 @@ class Batcher:
             parts = self._fill(lane, capacity, now)
             if lane:
                 self._lanes[program] = lane
-            elif len(parts) == 1 and not self._lanes:
-                job, start, _ = parts[0]
-                parts = [_Part(job, start, min(job.rows, start + RUN_BATCHES * capacity))]
             if parts:
-                return _Batch(program, parts, capacity, now)
+                return _Batch(program, parts, capacity)
         return None
+
+    def _extended(self, batch: _Batch) -> _Batch:
+        """The same with more rows of a job that is alone, so that the thread has something to go on with."""
+        if len(batch.parts) > 1 or self._lanes:
+            return batch
+        job, start, _ = batch.parts[0]
+        return batch._replace(parts=[_Part(job, start, min(job.rows, start + RUN_BATCHES * batch.capacity))])
 
     def _fill(self, lane: deque[_Job], capacity: int, now: float) -> list[_Part]:
         parts: list[_Part] = []
@@ -375,9 +384,8 @@ class Batcher:
         now, last = self._clock(), self._landed
         self._landed = now
         if self._lanes:
-            rows = sum(stop - start for _, start, stop in batch.parts)
             began = max(last, min(job.arrived for job, _, _ in batch.parts))
-            self._row_s += 0.2 * ((now - began) / rows - self._row_s)
+            self._row_s += 0.2 * ((now - began) / batch.rows - self._row_s)
 
     def _tell(self, program: Program, rows: int, queue_s: list[float], inference_s: float) -> None:
         if self._observe is not None:

@@ -44,7 +44,7 @@ class Settings(BaseSettings):
     """Rows that may wait, a request of many batches counting as one; above it requests are answered 503."""
     linger_ms: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """How long the first row waits for company; 0 is never, and usually best."""
-    inline_us: Annotated[float, Field(ge=0)] = 500.0
+    inline_us: Annotated[float, Field(ge=0)] = 2000.0
     """Batches that cost less than this many microseconds run in the event loop, the others in a thread."""
     timeout_s: Annotated[float, Field(gt=0)] = 30.0
     """How long a request may wait before it is answered 504; X-Timeout-Ms can only shorten it."""

@@ -22,14 +22,14 @@ from service.errors import CallerGone, InvalidOption
 from service.intake import disconnected, read_body
 from service.latent import BLOCK_ROWS
 from service.negotiation import acceptable, form_of, write
-from service.operation import Inputs, Operation
+from service.operation import Inputs, Operation, Rows
 from service.repository import Model, Repository
 from service.telemetry import Telemetry, server_timing
 from service.vae import Result, Submit
 
 HEADER_NUMBERS = 16
 """Lists longer than this are not repeated in a header."""
-PART_ROWS = 8 * BLOCK_ROWS
+PART_ROWS = 4 * BLOCK_ROWS
 """Binary answers of more rows are sent in parts of this many, so that they need no more memory."""
 
 Headers = list[tuple[bytes, bytes]]
@@ -57,7 +57,7 @@ class Call(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """What goes back, and how it is counted; `length` bytes in all where a rest follows the content."""
+    """What goes back, and how it is counted; `length` bytes in all where parts follow the content."""
 
     status: int
     headers: Headers
@@ -65,7 +65,7 @@ class Reply(NamedTuple):
     outcome: str
     rows: int
     length: int = 0
-    rest: AsyncIterator[memoryview] | None = None
+    parts: AsyncIterator[memoryview] | None = None
 
 
 class OperationApp:
@@ -131,44 +131,39 @@ class OperationApp:
         head = HEADERS[forms[0]]((len(inputs.rows), *array.shape[1:]))
         length = len(head) + len(inputs.rows) * array[0].nbytes
         headers = _headers(forms[0], about, first, whole=False)
-        return Reply(
-            200, headers, head + array.tobytes(), "ok", len(inputs.rows), length, self._parts(call, inputs, options)
-        )
+        parts = self._parts(call, inputs, options, array)
+        return Reply(200, headers, head, "ok", len(inputs.rows), length, parts)
 
-    async def _parts(self, call: Call, inputs: Inputs, options: Any) -> AsyncIterator[memoryview]:
-        """The second part and those after it; each is sent while the next one is computed."""
+    async def _parts(self, call: Call, inputs: Inputs, options: Any, first: Rows) -> AsyncIterator[memoryview]:
+        """The first part and those after it; each is sent while the next one is computed."""
         submit = partial(self.context.batcher.submit, gone=call.gone, begun=True)
-
-        def begin(start: int) -> asyncio.Task[Result]:
+        array: Rows | None = first
+        for start in range(PART_ROWS, len(inputs.rows), PART_ROWS):
             run = self.operation.run(call.model, submit, inputs.part(start, PART_ROWS), options)
-            return asyncio.ensure_future(run)
-
-        ahead = begin(PART_ROWS)
-        try:
-            for start in range(2 * PART_ROWS, len(inputs.rows) + PART_ROWS, PART_ROWS):
-                result = await ahead
-                if call.gone():
-                    raise CallerGone("the caller hung up")
-                if start < len(inputs.rows):
-                    ahead = begin(start)
-                array = single_array(result.outputs)
+            ahead = asyncio.ensure_future(run)
+            try:
                 assert array is not None  # as that of the first part
                 yield array.data.cast("B")
-        finally:
-            ahead.cancel()
+                if call.gone():
+                    raise CallerGone("the caller hung up")
+                array = single_array((await ahead).outputs)
+            finally:
+                ahead.cancel()
+        assert array is not None
+        yield array.data.cast("B")
 
     async def _send(self, reply: Reply, send: Send) -> str:
         """Send it, and say how it came out; an answer that breaks off leaves its connection closed."""
         length = reply.length or len(reply.content)
         head = [*reply.headers, (b"content-length", b"%d" % length)]
         await send({"type": "http.response.start", "status": reply.status, "headers": head})
-        if reply.rest is None:
+        if reply.parts is None:
             await send({"type": "http.response.body", "body": reply.content})
             return reply.outcome
-        await send({"type": "http.response.body", "body": reply.content, "more_body": True})
         sent = len(reply.content)
         try:
-            async for part in reply.rest:
+            await send({"type": "http.response.body", "body": reply.content, "more_body": True})
+            async for part in reply.parts:
                 sent += len(part)
                 await send({"type": "http.response.body", "body": part, "more_body": sent < length})
         except Exception as error:  # noqa: BLE001  # the answer has begun: all that is left is to break it off

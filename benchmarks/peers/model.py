@@ -1,4 +1,4 @@
-"""What every peer computes: onnxruntime with one thread over the two graphs of a model folder, numpy in and out.
+"""What every peer computes: onnxruntime with one thread over the graphs of a model folder, numpy in and out.
 
 Run as a program it is onnxruntime alone: rows a second in batches of the given size, with no server around it.
 """
@@ -16,25 +16,51 @@ import numpy as np
 import onnxruntime as ort  # after the line above
 
 SHAPE = (1, 28, 28)
+NOISES, GAUSSIAN = 3, 0
+"""Columns of a noise level, and the one that Gaussian noise has."""
 
 
 class Model:
     """Reconstruct: (n, 1, 28, 28) -> (n, 1, 28, 28), at the posterior's mean."""
 
     def __init__(self, folder: str) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        providers = ["CPUExecutionProvider"]
-        self._encoder, self._decoder = (
-            ort.InferenceSession(Path(folder, f"{name}.onnx").read_bytes(), options, providers=providers)
-            for name in ("encoder", "decoder")
-        )
+        self._encoder, self._decoder = (graph(folder, name) for name in ("encoder", "decoder"))
 
     def __call__(self, images: Any) -> Any:
         """The images as the model sees them; any shape that has whole images is taken."""
-        rows = np.ascontiguousarray(images, np.float32).reshape(-1, *SHAPE)
-        (mean,) = self._encoder.run(["mean"], {"x": rows})
+        (mean,) = self._encoder.run(["mean"], {"x": as_rows(images)})
         return self._decoder.run(None, {"z": mean})[0]
+
+
+class Denoiser:
+    """Restore under Gaussian noise: (n, 1, 28, 28) -> (n, 1, 28, 28), at the posterior's mean."""
+
+    def __init__(self, folder: str) -> None:
+        names = ("recognition", "decoder", "fusion")
+        self._recognition, self._decoder, self._fusion = (graph(folder, name) for name in names)
+
+    def __call__(self, images: Any, level: Any) -> Any:
+        """The images without their noise, of standard deviation `level`: one number, or one a row."""
+        y = as_rows(images)
+        levels = np.zeros((len(y), NOISES), np.float32)
+        levels[:, GAUSSIAN] = level
+        seen = {"y": y, "mask": np.ones_like(y), "level": levels}
+        (mean,) = self._recognition.run(["mean"], seen)
+        (x_mean,) = self._decoder.run(None, {"z": mean})
+        return self._fusion.run(["restored"], {"x_mean": x_mean, **seen})[0]
+
+
+def graph(folder: str, name: str) -> Any:
+    """One graph of the model, ready to run."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    content = Path(folder, f"{name}.onnx").read_bytes()
+    return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+def as_rows(images: Any) -> Any:
+    """Float32 (n, 1, 28, 28) of whatever has whole images."""
+    return np.ascontiguousarray(images, np.float32).reshape(-1, *SHAPE)
 
 
 def main(folder: str, rows: int, seconds: float) -> None:

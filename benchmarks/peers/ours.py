@@ -1,4 +1,4 @@
-"""The service itself, one worker and one thread."""
+"""The service itself: BENCH_WORKERS workers of one thread each."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ if __name__ == "__main__":
         "VAE_MODELS": str(folder.parent.parent),
         "VAE_DEFAULT_MODEL": folder.parent.name,
         "VAE_THREADS": "1",
-        "VAE_WORKERS": "1",
+        "VAE_WORKERS": os.environ["BENCH_WORKERS"],
     }
     os.execve(sys.executable, [sys.executable, "-m", "service"], os.environ | settings)  # noqa: S606  # no shell wanted

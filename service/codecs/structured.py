@@ -4,28 +4,37 @@ from __future__ import annotations
 
 import base64
 import binascii
+import math
 from typing import Any
 
 import numpy as np
 import orjson
+import simdjson
 from numpy.typing import NDArray
 
 from service.codecs import image
 from service.codecs.payload import Answer, Body, Intake, Payload
 from service.errors import InvalidShape, Unreadable
 
+MOST_AXES = 8
+NUMBERS = "{} must be nested lists of numbers, without text, null, true or false"
+
 
 def read(body: Body, _content_type: str, intake: Intake) -> Payload:
-    """{"images" or "latents": nested numbers or base64 pictures, "mask": ..., and any option by its name}."""
+    """{"images" or "latents": nested numbers or base64 pictures, "mask": ..., and any option by its name}.
+
+    Numbers go from the text to the array without becoming Python's.
+    """
     try:
-        content = orjson.loads(body or b"{}")
-    except orjson.JSONDecodeError as error:
+        content = simdjson.Parser().parse(bytes(body) or b"{}")
+    except (ValueError, RuntimeError) as error:
         raise Unreadable(f"the body is not JSON: {error}") from error
-    if not isinstance(content, dict):
+    if not isinstance(content, simdjson.Object):
         raise Unreadable('the body must be a JSON object such as {"images": [...]}')
-    array = _array(content.pop(intake.name), intake) if intake.name in content else None
-    mask = _numbers(content.pop("mask"), "mask") if "mask" in content else None
-    return Payload(array, mask, content)
+    named = {key: content[key] for key in content}
+    array = _array(named.pop(intake.name), intake) if intake.name in named else None
+    mask = _numbers(named.pop("mask"), "mask") if "mask" in named else None
+    return Payload(array, mask, {name: _plain(value) for name, value in named.items()})
 
 
 def write(answer: Answer) -> bytes:
@@ -36,7 +45,7 @@ def write(answer: Answer) -> bytes:
 
 def _array(value: Any, intake: Intake) -> NDArray[Any]:
     texts = [value] if isinstance(value, str) else value
-    if not (isinstance(texts, list) and texts and isinstance(texts[0], str)):
+    if not (isinstance(texts, list | simdjson.Array) and len(texts) and isinstance(texts[0], str)):
         return _numbers(value, intake.name)
     pictures = [image.parse(_base64(text), intake) for text in texts]
     if len({picture.shape for picture in pictures}) > 1:
@@ -54,12 +63,40 @@ def _base64(text: Any) -> bytes:
         raise Unreadable(f"a string in images is not base64 ({error})") from error
 
 
-def _numbers(value: Any, name: str) -> NDArray[Any]:
-    """Nested lists of numbers; numpy would read text as numbers and None as NaN, so its own choice of type decides."""
+def _numbers(value: Any, name: str) -> NDArray[np.float64]:
+    """Nested lists of numbers, rectangular."""
+    shape = _shape(value)
+    if not shape:
+        raise InvalidShape(NUMBERS.format(name))
+    if not _is_rectangular(value, shape):
+        raise InvalidShape(f"{name} must be a rectangular array of numbers; its rows differ in length")
     try:
-        array = np.array(value)
-    except ValueError as error:
-        raise InvalidShape(f"{name} must be a rectangular array of numbers; its rows differ in length") from error
-    if array.dtype.kind not in "fiu" or array.ndim == 0:
-        raise InvalidShape(f"{name} must be nested lists of numbers, without text, null, true or false")
-    return array
+        numbers = np.frombuffer(value.as_buffer(of_type="d"))
+    except TypeError as error:
+        raise InvalidShape(NUMBERS.format(name)) from error
+    if numbers.size != math.prod(shape):
+        raise InvalidShape(NUMBERS.format(name))
+    return numbers.reshape(shape)
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    """The lengths of the list, of its first entry, of that one's first entry, and so on; no deeper than arrays are."""
+    shape: list[int] = []
+    while isinstance(value, simdjson.Array) and len(shape) < MOST_AXES:
+        shape.append(len(value))
+        value = value[0] if shape[-1] else None
+    return tuple(shape)
+
+
+def _is_rectangular(value: Any, shape: tuple[int, ...]) -> bool:
+    """Whether the lists of a level are all as long as the first one; the innermost entries are not looked at."""
+    if not isinstance(value, simdjson.Array) or len(value) != shape[0]:
+        return False
+    return len(shape) == 1 or all(_is_rectangular(entry, shape[1:]) for entry in value)
+
+
+def _plain(value: Any) -> Any:
+    """As Python has it."""
+    if isinstance(value, simdjson.Object):
+        return value.as_dict()
+    return value.as_list() if isinstance(value, simdjson.Array) else value
