@@ -37,11 +37,11 @@ log = logging.getLogger(__name__)
 class Program(Protocol):
     """A whole operation over rows: every array in and out has one row a request row. Compared by identity."""
 
-    weight: int
-    """What one row counts for against `max_rows`: the draws it is decoded at, or 1."""
-
     def run(self, *arrays: NDArray[Any]) -> Arrays:
         """Compute; a row's answer never depends on the other rows."""
+
+    def batch_rows(self, max_rows: int) -> int:
+        """Rows that a batch of it should have at most: `max_rows`, or fewer where more of them gain nothing."""
 
     def cost_s(self, rows: int) -> float:
         """About how long a batch of `rows` takes, in seconds."""
@@ -227,7 +227,7 @@ class Batcher:
     def _can_run_at_once(self, program: Program, rows: int) -> bool:
         """Whether there is nobody to wait for: the last one was alone, and so far, in this turn, this one is."""
         idle = not (self._pause or self._lanes or self._running or self.linger_s)
-        return idle and rows <= self.max_rows // program.weight and program.cost_s(rows) < self.inline_s
+        return idle and rows <= program.batch_rows(self.max_rows) and program.cost_s(rows) < self.inline_s
 
     def _run_at_once(self, program: Program, arrays: Arrays) -> Trip:
         """What a queue of one would do, without the queue; whoever else comes in this turn of the loop is queued."""
@@ -267,10 +267,9 @@ class Batcher:
     def _form(self) -> _Batch | None:
         """The next program's batch: its jobs in order; nobody is left out because somebody is large."""
         while self._lanes:
+            capacity = next(iter(self._lanes)).batch_rows(self.max_rows)
             program, lane = self._lanes.popitem(last=False)
-            capacity = max(1, self.max_rows // program.weight)
-            now = self._clock()
-            parts = self._fill(lane, capacity, now)
+            parts = self._fill(lane, capacity, self._clock())
             if lane:
                 self._lanes[program] = lane
             if parts:
@@ -337,6 +336,10 @@ class Batcher:
             self._land(batch, done.result())
         except Exception as error:  # noqa: BLE001  # as in _turn
             self._die(error)
+        else:
+            if self._scheduled is not None:  # so that the thread has work while the answers are written
+                self._scheduled.cancel()
+                self._turn()
 
     def _land(self, batch: _Batch, results: list[_Done]) -> None:
         self._running = None

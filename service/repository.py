@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +22,63 @@ from service.session import Session
 from service.vae import Compute, decode_rows, denoise_rows, encode_rows, reconstruct_rows
 
 TIMINGS = 3
+HAND_OVER_S = 2e-4
+"""About what a batch costs beside its computation: the way to the thread and back."""
+WORTH = 1.1
+"""A larger batch must be cheaper a row by this."""
 
 
 @dataclass(eq=False)
 class ModelProgram:
-    """A program of one model. `timing` is (seconds of one row, seconds of each further row), None while unmeasured."""
+    """A program of one model. `weight` is what a row counts for in a batch: the draws it is decoded at, or 1.
+
+    timing: seconds by number of rows, None while unmeasured.
+    """
 
     model: str
     operation: str
     weight: int
     compute: Compute
-    timing: tuple[float, float] | None = None
+    timing: dict[int, float] | None = None
 
     def run(self, *arrays: Any) -> Arrays:
         """Compute the rows."""
         return self.compute(*arrays)
 
+    def batch_rows(self, max_rows: int) -> int:
+        """As few as cost hardly more a row than `max_rows` do: the next batch's HTTP is done while this one runs."""
+        if self.timing is None:
+            return max(1, max_rows // self.weight)
+        return min(max_rows, self._enough)
+
     def cost_s(self, rows: int) -> float:
-        """From the warm-up's measurement; unmeasured is dear."""
-        return math.inf if self.timing is None else self.timing[0] + (rows - 1) * self.timing[1]
+        """From the warm-up's measurements; unmeasured is dear."""
+        if self.timing is None:
+            return math.inf
+        one, further = self._line
+        return one + (rows - 1) * further
 
     def measure(self, rows: int, *row: Any) -> None:
-        """Time one row and `rows` of them, each the best of a few."""
-        batch = tuple(np.repeat(array[:1], rows, axis=0) for array in row)
-        one, many = (min(self._time(arrays) for _ in range(TIMINGS)) for arrays in (tuple(a[:1] for a in row), batch))
-        self.timing = (one, max(0.0, many - one) / max(1, rows - 1))
+        """Time one row, four, sixteen and so on up to `rows`, each the best of a few."""
+        self.timing = {}
+        size = 1
+        while size <= rows:
+            batch = tuple(np.repeat(array[:1], size, axis=0) for array in row)
+            self.timing[size] = min(self._time(batch) for _ in range(TIMINGS))
+            size = min(4 * size, rows) if size < rows else rows + 1
+
+    @cached_property
+    def _line(self) -> tuple[float, float]:
+        """Seconds of one row, and of each further one."""
+        assert self.timing is not None
+        rows, one = max(self.timing), self.timing[1]
+        return one, max(0.0, self.timing[rows] - one) / max(1, rows - 1)
+
+    @cached_property
+    def _enough(self) -> int:
+        assert self.timing is not None
+        a_row = {size: (seconds + HAND_OVER_S) / size for size, seconds in self.timing.items()}
+        return next(size for size in a_row if a_row[size] <= WORTH * min(a_row.values()))
 
     def _time(self, arrays: Arrays) -> float:
         started = time.perf_counter()

@@ -37,6 +37,10 @@ class Doubler:
         self.during(arrays)
         return (2 * arrays[0],)
 
+    def batch_rows(self, max_rows: int) -> int:
+        """As many as weigh what max_rows do."""
+        return max(1, max_rows // self.weight)
+
     def cost_s(self, _rows: int) -> float:
         """As told."""
         return self.cost
