@@ -10,9 +10,9 @@ from torch import nn
 
 from training.architectures import Architecture
 from training.export import GOLDEN_ROWS, Exportable, export, exportables
-from training.likelihoods import LIKELIHOODS
+from training.likelihoods.bernoulli import Bernoulli
 from training.model import VAE
-from training.priors import PRIORS
+from training.priors.standard_normal import StandardNormal
 from training.restoration import FAMILIES, BernoulliFusion, Recognition, simulate
 
 SHAPE = (1, 28, 28)
@@ -35,7 +35,7 @@ def graphs(name: str) -> dict[str, Exportable]:
     torch.manual_seed(0)
     network: Architecture = TypeAdapter(Architecture).validate_python(NETWORKS[name])
     parts = network.encoder(SHAPE, LATENT), network.decoder(LATENT, SHAPE)
-    vae = VAE(*parts, LIKELIHOODS["bernoulli"], PRIORS["standard_normal"])
+    vae = VAE(*parts, Bernoulli(), StandardNormal())
     channels, height, width = SHAPE
     recognition = Recognition(
         network.encoder((2 * channels + len(FAMILIES), height, width), LATENT),

@@ -174,7 +174,9 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "list[float]": lambda value: isinstance(value, list) and all(map(_is_number, value)),
     "dict[str, Any]": lambda value: isinstance(value, dict),
     "dict[str, Graph]": lambda value: isinstance(value, dict),
-    "dict[str, list[int]]": lambda value: isinstance(value, dict) and all(map(_is_shape, value.values())),
+    "dict[str, list[int]]": lambda value: (
+        isinstance(value, dict) and all(shape == [] or _is_shape(shape) for shape in value.values())
+    ),  # [] is one number a row
 }
 
 

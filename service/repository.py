@@ -19,7 +19,7 @@ from service.batcher import Arrays
 from service.errors import StartError, UnknownModel
 from service.manifest import Manifest, ManifestError
 from service.session import Session
-from service.vae import Compute, decode_rows, denoise_rows, encode_rows, reconstruct_rows
+from service.vae import Compute, decode_rows, denoise_rows, encode_rows, reconstruct_rows, sample_rows
 
 TIMINGS = 3
 HAND_OVER_S = 2e-4
@@ -104,6 +104,12 @@ class Model:
         """The shape of one latent."""
         return tuple(self.manifest.latent_shape)
 
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        """The shape of the standard normal noise that one draw from the prior takes."""
+        prior = self.manifest.graphs.get("prior")
+        return self.latent_shape if prior is None else tuple(prior.inputs["eps"])
+
     def plan(self, operation: str, rows: Any, draws: int = 0, *choices: Any) -> ModelProgram:
         """The program that computes `operation` with these static choices; always the same object for the same ones."""
         key = (operation, draws, *choices)
@@ -137,6 +143,7 @@ class Model:
         self.plan("encode", encode_rows).measure(max_rows, x)
         self.plan("decode", decode_rows).measure(max_rows, z)
         self.plan("reconstruct", reconstruct_rows).measure(max_rows, x)
+        self.plan("sample", sample_rows).measure(max_rows, golden["prior/eps"] if "prior" in self.graphs else z)
         if "recognition" in self.graphs:
             seen = [golden[f"recognition/{key}"] for key in ("y", "mask", "level")]
             for estimated in (None, 0):

@@ -46,6 +46,16 @@ def decode_rows(graphs: Graphs) -> Compute:
     return graphs["decoder"]
 
 
+def sample_rows(graphs: Graphs) -> Compute:
+    """eps -> E[x|z], z, where z is drawn from the prior: eps itself where the prior is N(0, I)."""
+
+    def compute(eps: Rows) -> Arrays:
+        (z,) = graphs["prior"](eps) if "prior" in graphs else (eps,)
+        return (*graphs["decoder"](z), z)
+
+    return compute
+
+
 def reconstruct_rows(graphs: Graphs) -> Compute:
     """x[, eps (n, L, *latent)] -> the decoder's mean, at the posterior's mean or averaged over L draws of it."""
 
@@ -118,12 +128,11 @@ async def reconstruct(plan: Plan, submit: Submit, shape: tuple[int, ...], x: Row
 async def sample(
     plan: Plan, submit: Submit, shape: tuple[int, ...], count: int, temperature: float, latents: bool, noise: Noise
 ) -> Result:
-    """Images from the prior: E[x|z] for z ~ N(0, temperature^2 I)."""
+    """Images from the prior: E[x|z] for z of the prior's noise, `shape` a row, scaled by the temperature."""
     seed, eps = noise.normal(count, shape)
-    z = np.float32(temperature) * eps
-    trip = await submit(plan("decode", decode_rows), (z,))
-    outputs = {"images": trip.arrays[0], **({"latents": z} if latents else {})}
-    return Result(outputs, {"seed": seed}, trip)
+    trip = await submit(plan("sample", sample_rows), (np.float32(temperature) * eps,))
+    images, z = trip.arrays
+    return Result({"images": images, **({"latents": z} if latents else {})}, {"seed": seed}, trip)
 
 
 async def denoise(

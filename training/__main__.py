@@ -15,6 +15,7 @@ from training import pipeline
 from training.config import load
 from training.datasets.mnist import download
 from training.errors import TrainingError
+from training.experiments import FIGURES
 
 INTERRUPTED = 130
 
@@ -52,6 +53,15 @@ def _parser() -> argparse.ArgumentParser:
     for command in (fit, evaluate, export):
         command.add_argument("--draws", type=int, help="importance samples an image, instead of the TOML's")
         command.add_argument("--images", type=int, help="evaluate on a seeded random subset of the test images")
+    figure = commands.add_parser("figure", help="repeat a figure of the paper; an interrupted one is resumed")
+    figure.add_argument("number", type=int, choices=FIGURES)
+    figure.add_argument("--data", type=Path, default=Path("data"), help="where the data sets lie (%(default)s)")
+    figure.add_argument("--runs", type=Path, default=Path("runs"), help="folder for checkpoints (%(default)s)")
+    figure.add_argument("--out", type=Path, default=Path("docs/results"), help="for PNG and CSV (%(default)s)")
+    figure.add_argument("--samples", type=lambda text: int(float(text)), default=10_000_000, help="seen by every curve")
+    figure.add_argument("--only", default="*", help="pattern of the curves to train, such as mnist-20-*")
+    figure.add_argument("--threads", type=int, help="CPU threads")
+    figure.set_defaults(command=_figure)
     fetch = commands.add_parser("download", help="fetch a data set")
     fetch.add_argument("dataset", choices=["mnist"])
     fetch.add_argument("--data", type=Path, required=True, help="directory to fetch into")
@@ -68,6 +78,14 @@ def _run_command(commands, name: str, help: str, command) -> argparse.ArgumentPa
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.set_defaults(command=command)
     return parser
+
+
+def _figure(options: argparse.Namespace) -> None:
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    folder = options.runs / f"figure{options.number}"
+    FIGURES[options.number](options.data, folder, options.out, options.samples, options.only)
+    print(f"wrote figure{options.number}.csv and figure{options.number}.png into {options.out}")
 
 
 def _workshop(options: argparse.Namespace) -> pipeline.Workshop:

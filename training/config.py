@@ -6,11 +6,15 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from training.architectures import Architecture
 from training.datasets import Dataset
 from training.errors import ConfigError
+from training.likelihoods import Likelihood
+from training.likelihoods.bernoulli import BernoulliSettings
+from training.priors import Prior
+from training.priors.standard_normal import StandardNormalSettings
 from training.strict import Positive, Strict
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
@@ -20,8 +24,10 @@ class Model(Strict):
     """What is trained: q(z|x), p(z) and p(x|z)."""
 
     latent_dim: Positive
-    likelihood: Literal["bernoulli"] = "bernoulli"
-    prior: Literal["standard_normal"] = "standard_normal"
+    initial_std: Annotated[float, Field(gt=0)] | None = None
+    """Parameters of both networks begin as N(0, initial_std^2), the paper's with 0.01; None begins as torch does."""
+    likelihood: Likelihood = BernoulliSettings()
+    prior: Prior = StandardNormalSettings()
     network: Architecture
 
 
@@ -30,9 +36,20 @@ class Optimisation(Strict):
 
     epochs: Positive
     batch_size: Positive = 100
+    objective: Literal["elbo", "monte_carlo_elbo", "importance_weighted", "wake_sleep"] = "elbo"
+    """The bound, with the KL in closed form where it has one, without it, or importance-weighted over the draws; or the
+    rival that raises it by another way."""
     draws: Positive = 1
+    free_nats: Annotated[float, Field(ge=0)] = 0.0
+    """While a minibatch's mean KL is below this, nothing pulls it further down."""
+    optimiser: Literal["adam", "adagrad"] = "adam"
+    """Adam, or the paper's Adagrad."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    """Adam's, reached after `warmup_steps` and brought to 0 along half a cosine."""
+    """Reached after `warmup_steps`, then as `schedule` says."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """To 0 along half a cosine, or unchanged."""
+    weight_prior: bool = False
+    """Whether N(0, I) is the prior of every weight (biases have none): MAP, which is the paper's weight decay."""
     warmup_steps: Annotated[int, Field(ge=0)] = 200
     kl_warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps over which the weight of the KL term grows from 0 to 1."""
@@ -72,6 +89,21 @@ class Run(Strict):
     train: Optimisation
     restoration: Restoration | None = None
     evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Run:
+        pixels = self.model.likelihood.likelihood
+        if pixels != "bernoulli" and self.binarise:
+            raise ValueError(f"pixels are {pixels}, which black and white are not; set binarise = false")
+        if pixels != "bernoulli" and self.restoration is not None:
+            raise ValueError(
+                f"[restoration] knows the variance of Bernoulli pixels alone, not of {pixels}; leave it out"
+            )
+        if self.train.objective == "wake_sleep" and self.model.prior.prior == "vamp":
+            raise ValueError(
+                "a VampPrior is made of the recognition model, which wake-sleep trains on dreams of the prior"
+            )
+        return self
 
 
 def load(path: Path) -> Run:

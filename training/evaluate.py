@@ -35,8 +35,8 @@ def likelihood(
 ) -> dict[str, float | int | str]:
     """Test ELBO and importance-sampled log p(x) in nats per image, with standard errors over images.
 
-    `images` uint8 (n, c, h, w), binarised by `seed` (dynamic) or, for the ELBO alone, left grey: a grey level has no
-    probability under a Bernoulli pixel, so an importance-weighted "likelihood" of it would be none.
+    `images` uint8 (n, c, h, w), binarised by `seed` (dynamic) or left grey. Under Bernoulli pixels a grey level has no
+    probability, so of grey images there is only the ELBO: an importance-weighted "likelihood" of them would be none.
     Progress is kept in `partial`, so that an interrupted evaluation goes on where it was.
     """
     identity = {
@@ -57,7 +57,13 @@ def likelihood(
     finally:
         progress.close()
         write_checkpoint(partial, {"identity": identity, "columns": columns})
-    return _summary(torch.cat(columns, 1), draws, seed, dynamic)
+    kind = "dynamic" if dynamic else "none (grey levels)" if is_grey(images) else "static"
+    summary = _summary(torch.cat(columns, 1), draws, seed, kind)
+    if model.likelihood.eight_bit:
+        pixels = images[0].numel()
+        summary["test_elbo_bits_per_dim"] = bits_per_dim(-float(summary["test_elbo_nats"]), pixels)
+        summary["test_nll_bits_per_dim"] = bits_per_dim(float(summary["test_nll_nats"]), pixels)
+    return summary
 
 
 def _score(model: VAE, images: Tensor, draws: int, generator: torch.Generator, dynamic: bool) -> Tensor:
@@ -69,7 +75,7 @@ def _score(model: VAE, images: Tensor, draws: int, generator: torch.Generator, d
         return torch.randn(k, rows, latent_dim, generator=generator, device=x.device)
 
     bound = elbo(model, x, noise(1, len(x))).elbo
-    if not dynamic:
+    if model.likelihood.binary and is_grey(images) and not dynamic:
         return torch.stack([bound, torch.full_like(bound, math.nan)])
     rows = max(1, DECODES // draws)
     scores = [
@@ -79,28 +85,39 @@ def _score(model: VAE, images: Tensor, draws: int, generator: torch.Generator, d
     return torch.stack([bound, torch.cat([torch.logsumexp(s, 0) for s in scores]) - math.log(draws)])
 
 
+def is_grey(images: Tensor) -> bool:
+    """Whether uint8 images hold anything between black and white."""
+    return bool(((images > 0) & (images < 255)).any())  # white
+
+
 def _chunks(draws: int) -> Iterator[int]:
     for start in range(0, draws, DECODES):
         yield min(DECODES, draws - start)
 
 
-def _summary(columns: Tensor, draws: int, seed: int, dynamic: bool) -> dict[str, float | int | str]:
+def _summary(columns: Tensor, draws: int, seed: int, binarisation: str) -> dict[str, float | int | str]:
     n = columns.shape[1]
     means = columns.double().mean(1).tolist()
     summary: dict[str, float | int | str] = {
         "images": n,
         "seed": seed,
-        "binarisation": "dynamic" if dynamic else "none (grey levels)",
+        "binarisation": binarisation,
         "test_elbo_nats": round(means[0], 3),
     }
-    if dynamic:
+    weighted = math.isfinite(means[1])
+    if weighted:
         summary |= {"test_nll_nats": round(-means[1], 3), "importance_samples": draws}
     if n > 1:
         errors = (columns.double().std(1) / math.sqrt(n)).tolist()
         summary["test_elbo_standard_error_nats"] = round(errors[0], 3)
-        if dynamic:
+        if weighted:
             summary["test_nll_standard_error_nats"] = round(errors[1], 3)
     return summary
+
+
+def bits_per_dim(nats: float, dimensions: int) -> float:
+    """A negative log probability of an 8-bit image in bits a pixel and channel."""
+    return round(nats / (dimensions * math.log(2.0)), 4)
 
 
 def _resume(partial: Path, identity: dict[str, Any]) -> list[Tensor]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from service.manifest import FILE_NAME, SCHEMA_VERSION, File, Golden, Graph, Manifest, digest, is_plain_name
 from training.errors import DiskError, ExportError
 from training.model import VAE
+from training.priors.learned import LearnedPrior
 from training.restoration import BernoulliFusion, Observation, Recognition
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as in service/session.py
@@ -52,6 +53,30 @@ class Decode(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """(n, d) -> (n, c, h, w)."""
         return self.likelihood.mean(self.decoder(z))
+
+
+class Draw(nn.Module):
+    """eps ~ N(0, I) -> z ~ p(z)."""
+
+    def __init__(self, prior: LearnedPrior) -> None:
+        super().__init__()
+        self.prior = prior
+
+    def forward(self, eps: Tensor) -> Tensor:
+        """(n, noise_dim) -> (n, d)."""
+        return self.prior.draw(eps)
+
+
+class Density(nn.Module):
+    """z -> log p(z) in nats."""
+
+    def __init__(self, prior: LearnedPrior) -> None:
+        super().__init__()
+        self.prior = prior
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(n, d) -> (n,)."""
+        return self.prior.log_prob(z)
 
 
 class Recognise(nn.Module):
@@ -88,6 +113,13 @@ def exportables(
         "encoder": Exportable(vae.encoder, (x,), ("x",), ("mean", "log_var")),
         "decoder": Exportable(Decode(vae), (mean,), ("z",), ("x_mean",)),
     }
+    if isinstance(vae.prior, LearnedPrior):
+        prior = vae.prior.frozen()
+        eps = torch.randn(len(x), prior.noise_dim, generator=torch.Generator().manual_seed(0))
+        graphs |= {
+            "prior": Exportable(Draw(prior), (eps,), ("eps",), ("z",)),
+            "prior_density": Exportable(Density(prior), (mean,), ("z",), ("log_prob",)),
+        }
     if restoration is not None:
         recognition, fusion = restoration
         x_mean = Decode(vae)(recognition.posterior(seen).mean)
@@ -112,8 +144,8 @@ def export(
 
     Each graph is reloaded with onnxruntime and compared with torch. The folder appears in one step, whole, or not at
     all.
-    Raises: ExportError where a graph differs by more than 1e-5, holds a random operator or has external data, or where
-    the version exists; DiskError.
+    Raises: ExportError where a graph differs by more than 1e-5 (of the value, where that is above 1), holds a random
+    operator or has external data, or where the version exists; DiskError.
     """
     target = version_folder(models, name, version, replace=replace)
     try:
@@ -234,7 +266,7 @@ def _check_parity(name: str, content: bytes, rows: tuple[Tensor, ...], answers: 
     for size in (1, len(rows[0])):
         found = session.run(None, {key: row[:size].numpy() for key, row in zip(names, rows, strict=True)})
         for key, mine, theirs in zip(session.get_outputs(), answers, found, strict=True):
-            difference = float(np.abs(mine[:size].numpy() - theirs).max())
+            difference = float((np.abs(mine[:size].numpy() - theirs) / np.maximum(1.0, np.abs(theirs))).max())
             if not difference <= PARITY:
                 raise ExportError(f"{name}.{key.name} differs from torch by {difference:.2g} (at most {PARITY:g})")
 

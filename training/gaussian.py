@@ -30,6 +30,10 @@ class DiagonalGaussian(NamedTuple):
         square = (z - self.mean).square() * torch.exp(-self.log_var)
         return -0.5 * (square + self.log_var + LOG_2_PI).sum(-1)
 
+    def entropy(self) -> Tensor:
+        """-E[log q(z)] in nats, closed form, summed over the last axis."""
+        return 0.5 * (self.log_var + 1.0 + LOG_2_PI).sum(-1)
+
     def kl_from_standard_normal(self) -> Tensor:
         """KL(N(mean, std^2) || N(0, I)) in nats, closed form, summed over the last axis.
 

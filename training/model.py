@@ -10,9 +10,12 @@ from training.gaussian import DiagonalGaussian
 
 
 class Likelihood(Protocol):
-    """p(x|z), given what the decoder puts out."""
+    """p(x|z), given what the decoder puts out; a module, since it may have parameters of its own."""
 
-    name: str
+    binary: bool
+    """Whether only images of 0 and 1 have a probability."""
+    eight_bit: bool
+    """Whether it gives every grey level a probability, so that bits per dimension mean something."""
 
     def log_prob(self, parameters: Tensor, x: Tensor) -> Tensor:
         """log p(x|z) in nats: (..., c, h, w) -> (...)."""
@@ -22,15 +25,13 @@ class Likelihood(Protocol):
 
 
 class Prior(Protocol):
-    """p(z)."""
-
-    name: str
+    """p(z); a module, since it may have parameters."""
 
     def log_prob(self, z: Tensor) -> Tensor:
         """log p(z) in nats: (..., d) -> (...)."""
 
-    def kl(self, posterior: DiagonalGaussian) -> Tensor:
-        """KL(posterior || prior) in nats: (..., d) -> (...)."""
+    def kl(self, posterior: DiagonalGaussian, z: Tensor) -> Tensor:
+        """KL(posterior || prior) in nats, exact or estimated at the posterior's draws z (L, n, d): (n, d) -> (n,)."""
 
 
 class VAE(nn.Module):

@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from training.config import Run
 from training.datasets import as_float, binarise
-from training.elbo import Bound, elbo
+from training.elbo import Bound, elbo, importance_weighted, monte_carlo_elbo
 from training.errors import CheckpointError
-from training.likelihoods import LIKELIHOODS
 from training.model import VAE
-from training.priors import PRIORS
 from training.restoration import FAMILIES, Recognition, restoration_bound, simulate
+from training.rivals.wake_sleep import wake_sleep
 from training.trainer import Module, Stage, read_averaged
+
+BOUNDS: dict[str, Callable[[VAE, Tensor, Tensor, torch.Generator], Bound]] = {
+    "elbo": lambda model, x, eps, _: elbo(model, x, eps),
+    "monte_carlo_elbo": lambda model, x, eps, _: monte_carlo_elbo(model, x, eps),
+    "importance_weighted": lambda model, x, eps, _: importance_weighted(model, x, eps),
+    "wake_sleep": wake_sleep,
+}
 
 
 def build_vae(run: Run, shape: tuple[int, int, int]) -> VAE:
     """A VAE with fresh weights, a function of the run's seed."""
     torch.manual_seed(run.seed)
     network, latent_dim = run.model.network, run.model.latent_dim
-    return VAE(
-        network.encoder(shape, latent_dim),
-        network.decoder(latent_dim, shape),
-        LIKELIHOODS[run.model.likelihood],
-        PRIORS[run.model.prior],
-    )
+    encoder, decoder = network.encoder(shape, latent_dim), network.decoder(latent_dim, shape)
+    if run.model.initial_std is not None:
+        for parameter in (*encoder.parameters(), *decoder.parameters()):
+            nn.init.normal_(parameter, std=run.model.initial_std)
+    return VAE(encoder, decoder, run.model.likelihood.build(shape), run.model.prior.build(latent_dim, shape, encoder))
 
 
 def build_recognition(run: Run, shape: tuple[int, int, int]) -> Recognition:
@@ -46,10 +52,11 @@ def build_recognition(run: Run, shape: tuple[int, int, int]) -> Recognition:
 
 def vae_stage(run: Run, shape: tuple[int, int, int], device: torch.device) -> Stage:
     """Raise the ELBO of the training images."""
+    bound = BOUNDS[run.train.objective]
 
     def objective(model: VAE, images: Tensor, generator: torch.Generator) -> Bound:
         x = binarise(images, generator) if run.binarise else as_float(images)
-        return elbo(model, x, _noise(run.train.draws, len(x), run.model.latent_dim, generator))
+        return bound(model, x, _noise(run.train.draws, len(x), run.model.latent_dim, generator), generator)
 
     return Stage("vae", _placed(build_vae(run, shape), device), objective, run.train, run.seed, _vae_identity(run))
 
@@ -92,8 +99,13 @@ def _placed(module: Module, device: torch.device) -> Module:
 
 
 def _vae_identity(run: Run) -> dict[str, Any]:
-    return run.model_dump(mode="json", include={"seed", "data", "binarise", "model", "train"})
+    return _said(run, {"seed", "data", "binarise", "model", "train"})
 
 
 def _restoration_identity(run: Run) -> dict[str, Any]:
-    return {**_vae_identity(run), **run.model_dump(mode="json", include={"restoration"})}
+    return {**_vae_identity(run), **_said(run, {"restoration"})}
+
+
+def _said(run: Run, tables: set[str]) -> dict[str, Any]:
+    """What differs from the defaults, so that a checkpoint outlives new settings; a default must never change."""
+    return run.model_dump(mode="json", include=tables, exclude_defaults=True)

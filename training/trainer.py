@@ -28,6 +28,8 @@ from training.errors import CheckpointError, DiskError, DivergedError
 CHECKPOINT_S = 60.0
 LOG_STEPS = 100
 
+OPTIMISERS: dict[str, Any] = {"adam": torch.optim.Adam, "adagrad": torch.optim.Adagrad}
+
 Module = TypeVar("Module", bound=nn.Module)
 Objective = Callable[[Any, Tensor, torch.Generator], Bound]
 """(module, uint8 minibatch (n, c, h, w), randomness of this step) -> the bound's two terms, (n,) each."""
@@ -44,6 +46,9 @@ class Stage:
     seed: int
     identity: dict[str, Any]
     """The settings a checkpoint must have been made with."""
+    watch: Callable[[Any], dict[str, float]] = lambda _: {}
+    """What the log tells of the module besides, after each of `watched_steps`; it must leave the module as it was."""
+    watched_steps: frozenset[int] = frozenset()
 
 
 def keyed_generator(device: torch.device, *key: int) -> torch.Generator:
@@ -100,8 +105,9 @@ class _Loop:
         self.seconds = 0.0
         self.saved_step = self.order_epoch = -1
         self.parameters = [p for p in stage.module.parameters() if p.requires_grad]
+        self.weights = [p for p in self.parameters if p.ndim > 1]
         # fused: one kernel a step instead of one an operation and parameter.
-        self.optimiser = torch.optim.Adam(self.parameters, lr=settings.learning_rate, fused=True)
+        self.optimiser = OPTIMISERS[settings.optimiser](self.parameters, lr=settings.learning_rate, fused=True)
         self.averaged = AveragedModel(stage.module, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))
 
     def run(self, interrupted: Callable[[], bool]) -> None:
@@ -122,6 +128,8 @@ class _Loop:
                     raise KeyboardInterrupt
                 self.seconds = time.monotonic() - started
                 progress.update(self.batch_size)
+                if self.step in self.stage.watched_steps:
+                    log.write({"stage": self.stage.name, "step": self.step, **self.stage.watch(self.stage.module)})
                 if self.step % LOG_STEPS == 0 or self.step == self.steps:
                     self._report(progress, log, means.take())
                 if time.monotonic() - saved > CHECKPOINT_S:
@@ -138,7 +146,9 @@ class _Loop:
         rows = self.order[index * self.batch_size : (index + 1) * self.batch_size]
         generator = keyed_generator(self.images.device, self.stage.seed, 1, self.step)
         bound: Bound = self.stage.objective(self.stage.module, self.images[rows], generator)
-        loss = -(bound.log_likelihood - self._kl_weight() * bound.kl).mean()
+        loss = -(bound.log_likelihood - self._kl_weight() * self._freed(bound.kl)).mean()
+        if self.settings.weight_prior:
+            loss = loss + 0.5 * sum(w.square().sum() for w in self.weights) / len(self.images)
         self.optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, self.settings.gradient_norm, foreach=True)
@@ -151,7 +161,16 @@ class _Loop:
 
     def _learning_rate(self) -> float:
         warmth = min(1.0, (self.step + 1) / max(1, self.settings.warmup_steps))
-        return self.settings.learning_rate * warmth * 0.5 * (1.0 + math.cos(math.pi * self.step / self.steps))
+        constant = self.settings.schedule == "constant"
+        left = 1.0 if constant else 0.5 * (1.0 + math.cos(math.pi * self.step / self.steps))
+        return self.settings.learning_rate * warmth * left
+
+    def _freed(self, kl: Tensor) -> Tensor:
+        """Without a gradient where the minibatch's mean is below the free nats.
+
+        Source: Kingma et al. (2016), appendix C.8, with all latents as one group.
+        """
+        return torch.where(kl.mean() < self.settings.free_nats, kl.detach(), kl)
 
     def _kl_weight(self) -> float:
         return min(1.0, (self.step + 1) / max(1, self.settings.kl_warmup_steps))

@@ -21,7 +21,7 @@ class SampleOptions(Options):
     seed: Annotated[int | None, Field(ge=0, le=MAX_SEED)] = None
     """Seed of the draws; the answer names the one it used. More images never change the first ones."""
     temperature: Annotated[float, Field(ge=0, le=10)] = 1.0
-    """Standard deviation of the latents; 1 is the prior, less is more typical."""
+    """Scale of the noise that the prior makes latents of; 1 is the prior, less is more typical."""
     latents: bool = False
     """Whether the answer holds the latents too."""
 
@@ -29,14 +29,14 @@ class SampleOptions(Options):
 async def _run(model: Model, submit: Submit, inputs: Inputs, options: SampleOptions) -> Result:
     noise = Noise(options.seed, inputs.first)
     return await vae.sample(
-        model.plan, submit, model.latent_shape, len(inputs.rows), options.temperature, options.latents, noise
+        model.plan, submit, model.noise_shape, len(inputs.rows), options.temperature, options.latents, noise
     )
 
 
 sample = Operation(
     name="sample",
     summary="New images",
-    description="E[x|z] for z drawn from the prior. Options in the query string or as JSON; no body is needed.",
+    description="E[x|z] for z drawn from the prior p(z). Options in the query string or as JSON; no body is needed.",
     options=SampleOptions,
     run=_run,
     takes=None,

@@ -16,7 +16,7 @@ from training.priors.standard_normal import StandardNormal
 class FixedGaussian:
     """p(x|z) = N(parameters, variance), the same variance for every pixel."""
 
-    name = "fixed_gaussian"
+    binary = eight_bit = False
 
     def __init__(self, variance: float) -> None:
         self.variance = variance
@@ -66,16 +66,15 @@ class LinearGaussian:
     shape = (1, 2, 3)
     variance = 0.3
 
-    def __init__(self) -> None:
-        self.weight = torch.tensor(
-            [[1.0, 2.0, 0.0, -1.0, 0.5, 0.0], [2.0, -1.0, 1.0, 0.0, 0.0, 0.5]], dtype=torch.float64
-        ).T
+    def __init__(self, latent_dim: int = 2) -> None:
+        columns = [[1.0, 2.0, 0.0, -1.0, 0.5, 0.0], [2.0, -1.0, 1.0, 0.0, 0.0, 0.5], [0.0, 1.0, 0.5, 1.5, -1.0, 1.0]]
+        self.weight = torch.tensor(columns[:latent_dim], dtype=torch.float64).T
         self.bias = torch.tensor([0.1, -0.4, 0.3, 0.8, 0.0, -0.2], dtype=torch.float64)
 
     def x(self, n: int, seed: int = 0) -> Tensor:
         """n draws of p(x), (n, 1, 2, 3)."""
         generator = torch.Generator().manual_seed(seed)
-        z = torch.randn(n, 2, generator=generator, dtype=torch.float64)
+        z = torch.randn(n, self.weight.shape[1], generator=generator, dtype=torch.float64)
         noise = math.sqrt(self.variance) * torch.randn(n, 6, generator=generator, dtype=torch.float64)
         return (z @ self.weight.T + self.bias + noise).float().unflatten(1, self.shape)
 
@@ -85,7 +84,7 @@ class LinearGaussian:
         return MultivariateNormal(self.bias, covariance).log_prob(x.flatten(1).double())
 
     def posterior(self, x: Tensor) -> Normal:
-        """The exact p(z|x), (n, 2)."""
+        """The exact p(z|x), (n, latent_dim)."""
         precision = 1.0 + self.weight.square().sum(0) / self.variance
         mean = (x.flatten(1).double() - self.bias) @ self.weight / self.variance / precision
         return Normal(mean, precision.rsqrt().expand_as(mean))

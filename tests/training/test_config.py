@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
-from training.config import load
+from training.config import Run, load
 from training.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
@@ -147,3 +148,20 @@ def test_missing_table_is_named(tmp_path: Path) -> None:
     path.write_text(to_toml(tables))
     with pytest.raises(ConfigError, match="train: Field required"):
         load(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model": {"likelihood": {"likelihood": "gaussian"}}}, "binarise = false"),
+        ({"model": {"likelihood": {"likelihood": "discretised_logistic"}}, "binarise": False}, "leave it out"),
+        ({"model": {"prior": {"prior": "vamp"}}, "train": {"objective": "wake_sleep"}}, "VampPrior"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_named(changes: dict[str, Any], says: str) -> None:
+    """The message says what to change."""
+    content = tomllib.loads((CONFIGS / "digits.toml").read_text())
+    for key, value in changes.items():
+        content[key] = {**content[key], **value} if isinstance(value, dict) else value
+    with pytest.raises(ValidationError, match=says):
+        Run.model_validate(content)

@@ -28,7 +28,7 @@ def test_kl_equals_that_of_torch_and_sums_over_dimensions() -> None:
     generator = torch.Generator().manual_seed(1)
     mean, log_var = torch.randn(2, 5, 4, 7, generator=generator, dtype=torch.float64)
     expected = kl_divergence(Normal(mean, (0.5 * log_var).exp()), Normal(0.0, 1.0)).sum(-1)
-    found = StandardNormal().kl(DiagonalGaussian(mean, log_var))
+    found = StandardNormal().kl(DiagonalGaussian(mean, log_var), mean[None])
     assert found.shape == (5, 4)
     torch.testing.assert_close(found, expected)
 

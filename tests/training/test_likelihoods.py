@@ -6,10 +6,12 @@ import itertools
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributions import Normal
 
-from training.likelihoods import LIKELIHOODS
 from training.likelihoods.bernoulli import Bernoulli
+from training.likelihoods.discretised_logistic import DiscretisedLogistic
+from training.likelihoods.gaussian import Gaussian
 
 SHAPE = (2, 1, 4)
 
@@ -67,6 +69,43 @@ def test_draws_broadcast_against_images() -> None:
     torch.testing.assert_close(found[1, 2], Bernoulli().log_prob(parameters[1, 2], x[2]))
 
 
-def test_registry_names_agree() -> None:
-    """A likelihood is listed under the name that it writes into the manifest."""
-    assert all(name == likelihood.name for name, likelihood in LIKELIHOODS.items())
+@pytest.mark.parametrize("log_scale", [-7.0, -5.0, -3.0, -1.0, 1.0])
+def test_discretised_logistic_normalises(log_scale: float) -> None:
+    """The probabilities of the 256 grey levels sum to 1, for narrow and wide scales, at the edges too."""
+    likelihood = DiscretisedLogistic((1, 1, 3))
+    nn.init.constant_(likelihood.log_scale, log_scale)
+    levels = (torch.arange(256) / 255.0)[:, None, None, None].expand(-1, 1, 1, 3)
+    parameters = torch.tensor([-30.0, 0.3, 30.0]).reshape(1, 1, 3)
+    each = torch.stack([one_pixel(likelihood, parameters, levels, pixel) for pixel in range(3)]).double()
+    torch.testing.assert_close(each.exp().sum(1), torch.ones(3, dtype=torch.float64), atol=2e-4, rtol=0)
+    assert bool(each.isfinite().all())
+
+
+def one_pixel(likelihood: DiscretisedLogistic, parameters: Tensor, levels: Tensor, pixel: int) -> Tensor:
+    """log P of every level of one pixel alone, (256,)."""
+    one = DiscretisedLogistic((1, 1, 1))
+    one.log_scale.data = likelihood.log_scale.data[..., pixel : pixel + 1]
+    return one.log_prob(parameters[..., pixel : pixel + 1].expand(256, 1, 1, 1), levels[..., pixel : pixel + 1])
+
+
+def test_discretised_logistic_gradients_are_finite_far_out() -> None:
+    """A level that the model holds to be all but impossible still says where to go."""
+    likelihood = DiscretisedLogistic((1, 1, 1))
+    nn.init.constant_(likelihood.log_scale, -6.0)
+    parameters = torch.tensor([[[[-9.0]]], [[[9.0]]]], requires_grad=True)
+    likelihood.log_prob(parameters, torch.tensor([[[[1.0]]], [[[0.0]]]])).sum().backward()
+    assert parameters.grad is not None
+    assert bool(parameters.grad.isfinite().all())
+    assert likelihood.log_scale.grad is not None
+    assert bool(likelihood.log_scale.grad.isfinite().all())
+
+
+def test_gaussian_is_torch_s_with_a_floor() -> None:
+    """The density of independent normals; no pixel's standard deviation falls below the floor."""
+    likelihood = Gaussian(SHAPE, 0.01)
+    nn.init.normal_(likelihood.raw_std)
+    x, parameters = torch.rand(5, *SHAPE), torch.randn(3, 5, *SHAPE)
+    expected = Normal(torch.sigmoid(parameters), likelihood.std()).log_prob(x).flatten(-3).sum(-1)
+    torch.testing.assert_close(likelihood.log_prob(parameters, x), expected)
+    nn.init.constant_(likelihood.raw_std, -100.0)
+    assert float(likelihood.std().detach().min()) == pytest.approx(0.01)

@@ -1,7 +1,14 @@
-"""Likelihoods p(x|z) by name; a new one is one file and one line here."""
+"""Likelihoods p(x|z) by name; a new one is one file and one name here."""
 
-from training.likelihoods.bernoulli import Bernoulli
+from __future__ import annotations
 
-LIKELIHOODS = {
-    "bernoulli": Bernoulli(),
-}
+from typing import Annotated
+
+from pydantic import Field
+
+from training.likelihoods.bernoulli import BernoulliSettings
+from training.likelihoods.discretised_logistic import DiscretisedLogisticSettings
+from training.likelihoods.gaussian import GaussianSettings
+
+Settings = BernoulliSettings | DiscretisedLogisticSettings | GaussianSettings
+Likelihood = Annotated[Settings, Field(discriminator="likelihood")]

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
+from training.strict import Strict
 
-class Bernoulli:
+
+class BernoulliSettings(Strict):
+    """Independent Bernoulli pixels."""
+
+    likelihood: Literal["bernoulli"] = "bernoulli"
+
+    def build(self, _shape: tuple[int, int, int]) -> Bernoulli:
+        """The likelihood; it needs no shape."""
+        return Bernoulli()
+
+
+class Bernoulli(nn.Module):
     """Independent Bernoulli pixels; `parameters` are logits shaped like the image.
 
     For grey levels x in [0, 1] `log_prob` is the expectation of the log-likelihood over the binarisations
     b ~ Bernoulli(x); its exponential is not a density of x, so it may enter a bound but never an importance weight.
     """
 
-    name = "bernoulli"
+    binary = True
+    eight_bit = False
 
     def log_prob(self, parameters: Tensor, x: Tensor) -> Tensor:
         """log p(x|z) in nats, summed over channels and pixels: (..., c, h, w) -> (...).

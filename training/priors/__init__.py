@@ -1,7 +1,13 @@
-"""Priors p(z) by name; a new one is one file and one line here."""
+"""Priors p(z) by name; a new one is one file and one name here."""
 
-from training.priors.standard_normal import StandardNormal
+from __future__ import annotations
 
-PRIORS = {
-    "standard_normal": StandardNormal(),
-}
+from typing import Annotated
+
+from pydantic import Field
+
+from training.priors.realnvp import RealNvpSettings
+from training.priors.standard_normal import StandardNormalSettings
+from training.priors.vamp import VampSettings
+
+Prior = Annotated[StandardNormalSettings | RealNvpSettings | VampSettings, Field(discriminator="prior")]

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Literal
+
+from torch import Tensor, nn
 
 from training.gaussian import LOG_2_PI, DiagonalGaussian
+from training.strict import Strict
 
 
-class StandardNormal:
-    """The paper's prior: no parameters, and a KL in closed form."""
+class StandardNormalSettings(Strict):
+    """The paper's prior: no parameters."""
 
-    name = "standard_normal"
+    prior: Literal["standard_normal"] = "standard_normal"
+
+    def build(self, _latent_dim: int, _shape: tuple[int, int, int], _encoder: nn.Module) -> StandardNormal:
+        """The density; it needs no dimension."""
+        return StandardNormal()
+
+
+class StandardNormal(nn.Module):
+    """N(0, I), with a KL in closed form."""
 
     def log_prob(self, z: Tensor) -> Tensor:
         """log N(z; 0, I) in nats: (..., d) -> (...)."""
         return -0.5 * (z.square() + LOG_2_PI).sum(-1)
 
-    def kl(self, posterior: DiagonalGaussian) -> Tensor:
-        """KL(posterior || prior) in nats, closed form: (..., d) -> (...)."""
+    def kl(self, posterior: DiagonalGaussian, z: Tensor) -> Tensor:  # noqa: ARG002  # the draws of other priors
+        """KL(posterior || prior) in nats, closed form: (n, d) -> (n,)."""
         return posterior.kl_from_standard_normal()

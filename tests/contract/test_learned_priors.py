@@ -1,0 +1,53 @@
+"""A learned prior, from the trainer to an answer of the service."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from pydantic import TypeAdapter
+
+from service.app import create_app
+from service.config import Settings
+from service.latent import standard_normal
+from service.session import Session
+from training.config import load
+from training.pipeline import Workshop
+from training.priors import Prior
+
+CONFIGS = Path(__file__).parent.parent.parent / "training" / "configs"
+PRIORS: dict[str, dict[str, Any]] = {
+    "realnvp": {"prior": "realnvp", "couplings": 4, "width": 16},
+    "vamp": {"prior": "vamp", "components": 20},
+}
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_a_learned_prior_is_sampled_through_the_service(name: str, tmp_path: Path) -> None:
+    """Latents are the prior graph's at the seed's noise, scaled by the temperature; its density is the trainer's."""
+    run = load(CONFIGS / "digits.toml")
+    model = run.model.model_copy(update={"prior": TypeAdapter(Prior).validate_python(PRIORS[name])})
+    few = run.train.model_copy(update={"epochs": 3})
+    run = run.model_copy(update={"model": model, "train": few, "restoration": None})
+    workshop = Workshop.open(run, tmp_path, tmp_path / "run", torch.device("cpu"))
+    version = workshop.fit(tmp_path / "models")
+    sessions = {path.stem: Session(path.read_bytes(), "CPUExecutionProvider", 1) for path in version.glob("*.onnx")}
+
+    async def sample() -> Any:
+        transport = httpx.ASGITransport(create_app(Settings(models=tmp_path / "models")))
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            options = {"count": 5, "seed": 3, "temperature": 0.5, "latents": True}
+            return (await client.post("/v1/sample", json=options)).json()
+
+    answer = asyncio.run(sample())
+    eps = np.float32(0.5) * standard_normal(3, 5, (8 + (name == "vamp"),))
+    (z,) = sessions["prior"](eps)
+    assert np.allclose(answer["latents"], z, atol=1e-6)
+    assert np.allclose(answer["images"], sessions["decoder"](z)[0], atol=1e-6)
+    density = workshop.vae().prior.log_prob(torch.from_numpy(z)).detach().numpy()
+    assert np.allclose(sessions["prior_density"](z)[0], density, rtol=1e-4, atol=1e-3)

@@ -1,0 +1,98 @@
+"""Figures 4 and 5: what two latents span, and what models of 2 to 20 latents dream of.
+
+The models are those of figure 2, trained in the same way.
+Source: Kingma and Welling (2013), figures 4 and 5.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from service.pixels import to_image
+from training.errors import ConfigError
+from training.experiments.figure2 import Curve, bound, choose, epochs_of, follow, load, run_of
+from training.model import VAE
+from training.stages import trained_vae
+from training.trainer import keyed_generator
+
+MAP = {"mnist": 20, "frey": 10}
+DREAMS = 10
+CPU = torch.device("cpu")
+
+
+def draw_maps(data: Path, runs: Path, out: Path, samples: int, pattern: str) -> None:
+    """figure4.png: E[x|z] over a grid of equal probability of two latents, Frey Face left, MNIST right."""
+    _refuse(pattern)
+    curves = [Curve("frey", 2, "aevb"), Curve("mnist", 2, "aevb")]
+    sheets = []
+    for curve in curves:
+        vae = trained(curve, data, runs, samples)
+        sheets.append(sheet(vae, grid(MAP[curve.data]), MAP[curve.data]))
+    write(sheets, out, "figure4", score(curves, data, runs, samples))
+
+
+def draw_dreams(data: Path, runs: Path, out: Path, samples: int, pattern: str) -> None:
+    """figure5.png: 10 x 10 draws z ~ p(z), shown by E[x|z], for 2, 5, 10 and 20 latents, left to right."""
+    _refuse(pattern)
+    curves = [Curve("mnist", latent_dim, "aevb") for latent_dim in (2, 5, 10, 20)]
+    sheets = []
+    for curve in curves:
+        z = torch.randn(DREAMS**2, curve.latent_dim, generator=keyed_generator(CPU, 0, 7))
+        sheets.append(sheet(trained(curve, data, runs, samples), z, DREAMS))
+    write(sheets, out, "figure5", score(curves, data, runs, samples))
+
+
+def trained(curve: Curve, data: Path, runs: Path, samples: int) -> VAE:
+    """The model of a curve of figure 2, trained to `samples` unless it is already."""
+    folder, images = runs.parent / "figure2" / curve.name, load(curve, data)
+    follow(curve, images, folder, samples)
+    run = run_of(curve, epochs_of(images, samples), choose(curve, images, folder))
+    return trained_vae(run, images.shape, folder, CPU)
+
+
+def grid(size: int) -> Tensor:
+    """Two latents at the medians of size^2 cells of equal probability, row by row from the top: (size^2, 2)."""
+    axis = torch.special.ndtri((torch.arange(size) + 0.5) / size)
+    return torch.cartesian_prod(axis.flip(0), axis).flip(1)
+
+
+@torch.inference_mode()
+def sheet(vae: VAE, z: Tensor, columns: int) -> Tensor:
+    """E[x|z] of (n, d) as one image (1, 1, rows * h, columns * w)."""
+    x = vae.likelihood.mean(vae.decode(z))[:, 0]
+    tiles = x.unflatten(0, (-1, columns))
+    return tiles.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)[None, None]
+
+
+def score(curves: list[Curve], data: Path, runs: Path, samples: int) -> list[dict[str, object]]:
+    """What stands behind the pictures: each model's bound on the test images."""
+    return [
+        {
+            "data": curve.data,
+            "latent_dim": curve.latent_dim,
+            "samples": samples,
+            "test_elbo": bound(trained(curve, data, runs, samples), load(curve, data).test),
+        }
+        for curve in curves
+    ]
+
+
+def write(sheets: list[Tensor], out: Path, name: str, rows: list[dict[str, object]]) -> None:
+    """The sheets side by side as PNG, the rows as CSV."""
+    out.mkdir(parents=True, exist_ok=True)
+    height = max(one.shape[2] for one in sheets)
+    framed = [torch.nn.functional.pad(one, (0, 12, 0, height - one.shape[2]), value=1.0) for one in sheets]
+    to_image(torch.cat(framed, 3)[..., :-12].numpy()).save(out / f"{name}.png")
+    with (out / f"{name}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _refuse(pattern: str) -> None:
+    if pattern != "*":
+        raise ConfigError("this figure needs all of its models; leave --only out")

@@ -1,0 +1,54 @@
+"""Gaussian p(x|z) for real-valued pixels in [0, 1]."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from training.gaussian import LOG_2_PI
+from training.strict import Strict
+
+
+class GaussianSettings(Strict):
+    """Mean through a sigmoid; one learned standard deviation a pixel, at least `least_std`.
+
+    Without the floor the bound has no maximum: where a pixel can be told exactly its density grows without end.
+    Source: Kingma and Welling (2013), appendix C.2; the floor: Mattei and Frellsen (2018), section 2.
+    """
+
+    likelihood: Literal["gaussian"]
+    least_std: Annotated[float, Field(gt=0, lt=1)] = 1 / 256
+    """The width of a grey level: finer differences than that are not in the data."""
+
+    def build(self, shape: tuple[int, int, int]) -> Gaussian:
+        """The likelihood of images of that shape."""
+        return Gaussian(shape, self.least_std)
+
+
+class Gaussian(nn.Module):
+    """Independent Gaussian pixels; `parameters` are logits of the mean, shaped like the image."""
+
+    binary = False
+    eight_bit = False
+
+    def __init__(self, shape: tuple[int, int, int], least_std: float) -> None:
+        super().__init__()
+        self.least_std = least_std
+        self.raw_std = nn.Parameter(torch.full(shape, -2.0))
+
+    def std(self) -> Tensor:
+        """The learned standard deviation of every pixel (c, h, w)."""
+        return self.least_std + nn.functional.softplus(self.raw_std)
+
+    def log_prob(self, parameters: Tensor, x: Tensor) -> Tensor:
+        """log p(x|z), a density in nats, summed over channels and pixels: (..., c, h, w) -> (...)."""
+        std = self.std()
+        square = ((x - self.mean(parameters)) / std).square()
+        return -0.5 * (square + 2.0 * std.log() + LOG_2_PI).flatten(-3).sum(-1)
+
+    def mean(self, parameters: Tensor) -> Tensor:
+        """E[x|z] in [0, 1]."""
+        return torch.sigmoid(parameters)
