@@ -141,6 +141,7 @@ def test_an_answer_never_depends_on_its_batch_mates(repository: Repository) -> N
         for program in model.programs.values():
             shapes = {
                 "decode": [model.latent_shape],
+                "sample": [model.noise_shape],
                 "denoise": [model.input_shape, model.input_shape, (3,)],
             }.get(program.operation, [model.input_shape])
             rows = [rng.random((64, *shape), np.float32) for shape in shapes]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -35,6 +36,23 @@ def serving(app: FastAPI) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+@pytest.fixture
+def slow(digits_models: Path) -> Callable[[float], Repository]:
+    """A function that gives the model, whose decoder thinks for so many seconds about every batch."""
+
+    def repository(seconds: float) -> Repository:
+        model = Repository.open(digits_models, "", "CPUExecutionProvider", 1, 8).find("digits", None)
+
+        def decoder(z: NDArray[np.float32]) -> tuple[NDArray[np.float32], ...]:
+            time.sleep(seconds)
+            return model.graphs["decoder"](z)
+
+        slowed = Model(model.manifest, {**model.graphs, "decoder": decoder})  # type: ignore[dict-item]
+        return Repository({"digits": {"1": slowed}}, "digits")
+
+    return repository
 
 
 @pytest.fixture

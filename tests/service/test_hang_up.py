@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import httpx
+from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
+
+from service.app import create_app
+from service.config import Settings
+from service.repository import Repository
+
+LEAVERS = 10
 
 
 def outcomes(client: httpx.Client) -> dict[str, float]:
@@ -16,21 +25,23 @@ def outcomes(client: httpx.Client) -> dict[str, float]:
     return {sample.labels["outcome"]: sample.value for sample in totals}
 
 
-def test_requests_of_callers_that_left_are_dropped(client: httpx.Client) -> None:
-    """Behind a large request, thirty callers hang up; their rows are not computed, and the next caller is served."""
-    address = (client.base_url.host, client.base_url.port or 80)
-    large = b"\0" * (16384 * 8 * 4)
+def test_requests_of_callers_that_left_are_dropped(
+    slow: Callable[[float], Repository], serve: Callable[[FastAPI], AbstractContextManager[str]]
+) -> None:
+    """Behind a batch, ten callers hang up; their rows are not computed, and the next caller is served."""
     head = "POST /v1/decode HTTP/1.1\r\nhost: x\r\ncontent-type: application/octet-stream\r\ncontent-length: {}\r\n\r\n"
-    with socket.create_connection(address) as busy:
-        busy.sendall(head.format(len(large)).encode() + large)
-        time.sleep(0.02)
-        # 512 rows each: enough to be still waiting when their callers have gone.
-        leavers = [socket.create_connection(address) for _ in range(30)]
-        body = b"\0" * (512 * 8 * 4)
-        for leaver in leavers:
-            leaver.sendall(head.format(len(body)).encode() + body)
-        for leaver in leavers:
-            leaver.close()
-        assert client.post("/v1/decode", json={"latents": [[0.0] * 8]}).status_code == 200
-        assert busy.recv(64).startswith(b"HTTP/1.1 200")
-    assert outcomes(client).get("caller_gone", 0) > 0
+    body = bytes(8 * 8 * 4)
+    request = head.format(len(body)).encode() + body
+    with serve(create_app(Settings(max_rows=8), slow(0.3))) as url, httpx.Client(base_url=url) as client:
+        address = (client.base_url.host, client.base_url.port or 80)
+        with socket.create_connection(address) as busy:
+            busy.sendall(request)
+            time.sleep(0.05)
+            leavers = [socket.create_connection(address) for _ in range(LEAVERS)]
+            for leaver in leavers:
+                leaver.sendall(request)
+            for leaver in leavers:
+                leaver.close()
+            assert client.post("/v1/decode", json={"latents": [[0.0] * 8]}).status_code == 200
+            assert busy.recv(64).startswith(b"HTTP/1.1 200")
+        assert outcomes(client) == {"ok": 2, "caller_gone": LEAVERS}

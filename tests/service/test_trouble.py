@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -51,23 +51,11 @@ def test_a_full_queue_is_503_with_a_time_to_come_back(digits_models: Path) -> No
     asyncio.run(scenario())
 
 
-def slow(models: Path, seconds: float) -> Repository:
-    """The model, which thinks for a while."""
-    model = Repository.open(models, "", "CPUExecutionProvider", 1, 8).find("digits", None)
-
-    def decoder(z: Any) -> Any:
-        time.sleep(seconds)
-        return model.graphs["decoder"](z)
-
-    slowed = Model(model.manifest, {**model.graphs, "decoder": decoder})  # type: ignore[dict-item]
-    return Repository({"digits": {"1": slowed}}, "digits")
-
-
-def test_a_passed_deadline_is_504(digits_models: Path) -> None:
+def test_a_passed_deadline_is_504(slow: Callable[[float], Repository]) -> None:
     """A caller whose request's time runs out behind a batch is told so."""
 
     async def scenario() -> None:
-        async with client(Settings(), slow(digits_models, 0.1)) as one:
+        async with client(Settings(), slow(0.1)) as one:
             first = asyncio.create_task(decode(one, ONE))
             await asyncio.sleep(0.05)
             late = await decode(one, ONE, **{"x-timeout-ms": "10"})
@@ -77,11 +65,11 @@ def test_a_passed_deadline_is_504(digits_models: Path) -> None:
     asyncio.run(scenario())
 
 
-def test_what_cannot_be_done_in_time_is_503_at_once(digits_models: Path) -> None:
+def test_what_cannot_be_done_in_time_is_503_at_once(slow: Callable[[float], Repository]) -> None:
     """A request is not queued where what waits before it takes longer than it has; who has time is answered."""
 
     async def scenario() -> None:
-        async with client(Settings(max_rows=1), slow(digits_models, 0.02)) as one:
+        async with client(Settings(max_rows=1), slow(0.02)) as one:
             waiting = [asyncio.create_task(decode(one, ONE)) for _ in range(20)]
             await asyncio.sleep(0.2)
             started = time.monotonic()
