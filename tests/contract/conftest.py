@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ def running(**settings: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     environment = {**CLEAN, "VAE_PORT": "0", **settings}
     process = subprocess.Popen(
         [sys.executable, "-m", "service"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True,
+        text=True, start_new_session=True,
     )  # fmt: skip
     try:
         assert process.stdout is not None
@@ -30,7 +31,8 @@ def running(**settings: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
         assert found, process.communicate(timeout=10)
         yield process, found.group()
     finally:
-        process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # its workers too, which hold its pipes
         process.communicate()
 
 
