@@ -113,7 +113,7 @@ class OperationApp:
             if reply is not None:
                 return reply
         result = await operation.run(model, call.submit, inputs, options)
-        about = {"model": model.manifest.name, "version": model.manifest.version, **result.about}
+        about = _about(model, result)
         answer_form, content = write(Answer(result.outputs, about), accept, form)
         return Reply(200, _headers(answer_form, about, result), content, "ok", len(inputs.rows))
 
@@ -127,7 +127,7 @@ class OperationApp:
             return None
         if "seed" in first.about:
             options = options.model_copy(update={"seed": first.about["seed"]})
-        about = {"model": call.model.manifest.name, "version": call.model.manifest.version, **first.about}
+        about = _about(call.model, first)
         head = HEADERS[forms[0]]((len(inputs.rows), *array.shape[1:]))
         length = len(head) + len(inputs.rows) * array[0].nbytes
         headers = _headers(forms[0], about, first, whole=False)
@@ -202,6 +202,11 @@ def _refusal(error: Exception) -> Reply:
     head = [(b"content-type", problems.MEDIA_TYPE.encode())]
     head += [(name.encode(), value.encode()) for name, value in extra.items()]
     return Reply(status, head, content, code, 0)
+
+
+def _about(model: Model, result: Result) -> dict[str, Any]:
+    """What is said about an answer, in JSON's fields or in headers."""
+    return {"model": model.manifest.name, "version": model.manifest.version, **result.about}
 
 
 def _headers(form: str, about: dict[str, Any], result: Result, *, whole: bool = True) -> Headers:

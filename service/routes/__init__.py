@@ -43,8 +43,6 @@ def add_operations(app: FastAPI, context: Context) -> None:
                 responses={200: _answers(operation), **problems.documented()},
                 openapi_extra=_bodies(operation),
             )
-    # Routes are tried in their order: those that count come before the documentation's.
-    app.router.routes.sort(key=lambda route: not isinstance(route, OperationRoute))
 
 
 def _bodies(operation: Operation) -> dict[str, Any]:

@@ -117,8 +117,8 @@ def run_of(curve: Curve, epochs: int, step_size: float) -> Run:
     )
 
 
-def follow(curve: Curve, images: ImageSet, folder: Path, samples: int) -> None:
-    """Train to `samples`, scoring the bound on the way; what was begun with as many samples is resumed."""
+def follow(curve: Curve, images: ImageSet, folder: Path, samples: int) -> Run:
+    """Train to `samples`, scoring the bound on the way; gives the settings. What was begun with as many is resumed."""
     step_size = choose(curve, images, folder)
     run = run_of(curve, epochs_of(images, samples), step_size)
     order = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(0))[:SCORED]
@@ -129,6 +129,7 @@ def follow(curve: Curve, images: ImageSet, folder: Path, samples: int) -> None:
         stage, watch=lambda vae: {name: bound(vae, split) for name, split in scored.items()}, watched_steps=steps
     )
     train(watched, images.train, folder)
+    return run
 
 
 def choose(curve: Curve, images: ImageSet, folder: Path) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from service.pixels import to_image
 from training.errors import ConfigError
-from training.experiments.figure2 import Curve, bound, choose, epochs_of, follow, load, run_of
+from training.experiments.figure2 import Curve, bound, follow, load
 from training.model import VAE
 from training.stages import trained_vae
 from training.trainer import keyed_generator
@@ -27,31 +27,33 @@ CPU = torch.device("cpu")
 def draw_maps(data: Path, runs: Path, out: Path, samples: int, pattern: str) -> None:
     """figure4.png: E[x|z] over a grid of equal probability of two latents, Frey Face left, MNIST right."""
     _refuse(pattern)
-    curves = [Curve("frey", 2, "aevb"), Curve("mnist", 2, "aevb")]
-    sheets = []
-    for curve in curves:
-        vae = trained(curve, data, runs, samples)
+    sheets, rows = [], []
+    for curve in (Curve("frey", 2, "aevb"), Curve("mnist", 2, "aevb")):
+        vae, row = trained(curve, data, runs, samples)
         sheets.append(sheet(vae, grid(MAP[curve.data]), MAP[curve.data]))
-    write(sheets, out, "figure4", score(curves, data, runs, samples))
+        rows.append(row)
+    write(sheets, out, "figure4", rows)
 
 
 def draw_dreams(data: Path, runs: Path, out: Path, samples: int, pattern: str) -> None:
     """figure5.png: 10 x 10 draws z ~ p(z), shown by E[x|z], for 2, 5, 10 and 20 latents, left to right."""
     _refuse(pattern)
-    curves = [Curve("mnist", latent_dim, "aevb") for latent_dim in (2, 5, 10, 20)]
-    sheets = []
-    for curve in curves:
-        z = torch.randn(DREAMS**2, curve.latent_dim, generator=keyed_generator(CPU, 0, 7))
-        sheets.append(sheet(trained(curve, data, runs, samples), z, DREAMS))
-    write(sheets, out, "figure5", score(curves, data, runs, samples))
+    sheets, rows = [], []
+    for latent_dim in (2, 5, 10, 20):
+        vae, row = trained(Curve("mnist", latent_dim, "aevb"), data, runs, samples)
+        z = torch.randn(DREAMS**2, latent_dim, generator=keyed_generator(CPU, 0, 7))
+        sheets.append(sheet(vae, z, DREAMS))
+        rows.append(row)
+    write(sheets, out, "figure5", rows)
 
 
-def trained(curve: Curve, data: Path, runs: Path, samples: int) -> VAE:
-    """The model of a curve of figure 2, trained to `samples` unless it is already."""
+def trained(curve: Curve, data: Path, runs: Path, samples: int) -> tuple[VAE, dict[str, object]]:
+    """The model of a curve of figure 2, trained to `samples` unless it is already, and its bound on the test images."""
     folder, images = runs.parent / "figure2" / curve.name, load(curve, data)
-    follow(curve, images, folder, samples)
-    run = run_of(curve, epochs_of(images, samples), choose(curve, images, folder))
-    return trained_vae(run, images.shape, folder, CPU)
+    run = follow(curve, images, folder, samples)
+    vae = trained_vae(run, images.shape, folder, CPU)
+    row = {"data": curve.data, "latent_dim": curve.latent_dim, "samples": samples}
+    return vae, {**row, "test_elbo": bound(vae, images.test)}
 
 
 def grid(size: int) -> Tensor:
@@ -66,19 +68,6 @@ def sheet(vae: VAE, z: Tensor, columns: int) -> Tensor:
     x = vae.likelihood.mean(vae.decode(z))[:, 0]
     tiles = x.unflatten(0, (-1, columns))
     return tiles.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)[None, None]
-
-
-def score(curves: list[Curve], data: Path, runs: Path, samples: int) -> list[dict[str, object]]:
-    """What stands behind the pictures: each model's bound on the test images."""
-    return [
-        {
-            "data": curve.data,
-            "latent_dim": curve.latent_dim,
-            "samples": samples,
-            "test_elbo": bound(trained(curve, data, runs, samples), load(curve, data).test),
-        }
-        for curve in curves
-    ]
 
 
 def write(sheets: list[Tensor], out: Path, name: str, rows: list[dict[str, object]]) -> None:
