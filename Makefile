@@ -5,7 +5,7 @@ PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint 
 DATA ?= data
 CONFIG ?= training/configs/mnist.toml
 
-.PHONY: setup serve train test lint bench endurance clean
+.PHONY: setup serve train test lint bench bench-training endurance clean
 
 serve: $(VENV)/.serve
 	$(PYTHON) -m service
@@ -25,6 +25,9 @@ lint: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(PYTHON) -m benchmarks.serving
+
+bench-training: $(VENV)/.test
+	$(PYTHON) -m benchmarks.training $(if $(wildcard $(DATA)/mnist),--data $(DATA))
 
 endurance: $(VENV)/.test
 	$(PYTHON) -m benchmarks.endurance

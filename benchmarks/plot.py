@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from statistics import median
@@ -47,9 +48,29 @@ def endurance(found: dict[str, Any]) -> Any:
     return figure
 
 
+def training(found: dict[str, Any]) -> Any:
+    """One panel a workload, one bar a trainer, with the least and the most of the rounds."""
+    panels = found["measures"]
+    columns = min(4, max(1, len(panels)))
+    rows = max(1, math.ceil(len(panels) / columns))
+    figure, axes = plt.subplots(rows, columns, figsize=(3.4 * columns, 2.4 * rows), squeeze=False)
+    for axis, (name, measures) in zip(axes.flat, panels.items(), strict=False):
+        rates = {trainer: [one["rate"] for one in rounds] for trainer, rounds in reversed(measures.items())}
+        middle = [median(found) for found in rates.values()]
+        errors = [[m - min(found) for found, m in zip(rates.values(), middle, strict=True)],
+                  [max(found) - m for found, m in zip(rates.values(), middle, strict=True)]]  # fmt: skip
+        colours = [OURS if trainer == "fit" else OTHERS for trainer in rates]
+        axis.barh(list(rates), middle, xerr=errors, color=colours, capsize=2)
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel("images/s")
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    return figure
+
+
 def main(kind: str, raw: str, out: str) -> None:
     """One kind of plot of the raw findings."""
-    figure = {"serving": serving, "endurance": endurance}[kind](json.loads(Path(raw).read_text()))
+    figure = {"serving": serving, "endurance": endurance, "training": training}[kind](json.loads(Path(raw).read_text()))
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()

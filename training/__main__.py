@@ -16,6 +16,8 @@ from training.config import load
 from training.datasets.mnist import download
 from training.errors import TrainingError
 from training.experiments import FIGURES
+from training.experiments.oracle import score
+from training.processes import ALONE, Processes, joined
 
 INTERRUPTED = 130
 
@@ -54,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--draws", type=int, help="importance samples an image, instead of the TOML's")
         command.add_argument("--images", type=int, help="evaluate on a seeded random subset of the test images")
     figure = commands.add_parser("figure", help="repeat a figure of the paper; an interrupted one is resumed")
-    figure.add_argument("number", type=int, choices=FIGURES)
+    figure.add_argument("number", choices=FIGURES, help="of the figure; F is of appendix F, which has none")
     figure.add_argument("--data", type=Path, default=Path("data"), help="where the data sets lie (%(default)s)")
     figure.add_argument("--runs", type=Path, default=Path("runs"), help="folder for checkpoints (%(default)s)")
     figure.add_argument("--out", type=Path, default=Path("docs/results"), help="for PNG and CSV (%(default)s)")
@@ -62,6 +64,13 @@ def _parser() -> argparse.ArgumentParser:
     figure.add_argument("--only", default="*", help="pattern of the curves to train, such as mnist-20-*")
     figure.add_argument("--threads", type=int, help="CPU threads")
     figure.set_defaults(command=_figure)
+    oracle = commands.add_parser("oracle", help="score the weights that the paper's first author published")
+    oracle.add_argument("--data", type=Path, default=Path("data"), help="where the data sets lie (%(default)s)")
+    oracle.add_argument("--runs", type=Path, default=Path("runs"), help="folder for checkpoints (%(default)s)")
+    oracle.add_argument("--out", type=Path, default=Path("docs/results"), help="for oracle.json (%(default)s)")
+    oracle.add_argument("--draws", type=int, default=500, help="importance samples an image (%(default)s)")
+    oracle.add_argument("--threads", type=int, help="CPU threads")
+    oracle.set_defaults(command=_oracle)
     fetch = commands.add_parser("download", help="fetch a data set")
     fetch.add_argument("dataset", choices=["mnist"])
     fetch.add_argument("--data", type=Path, required=True, help="directory to fetch into")
@@ -85,24 +94,34 @@ def _figure(options: argparse.Namespace) -> None:
         torch.set_num_threads(options.threads)
     folder = options.runs / f"figure{options.number}"
     FIGURES[options.number](options.data, folder, options.out, options.samples, options.only)
-    print(f"wrote figure{options.number}.csv and figure{options.number}.png into {options.out}")
+    print(f"wrote the numbers as CSV and the picture as PNG into {options.out}")
 
 
-def _workshop(options: argparse.Namespace) -> pipeline.Workshop:
+def _oracle(options: argparse.Namespace) -> None:
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    print(json.dumps(score(options.data, options.runs / "oracle", options.out, options.draws), indent=2))
+
+
+def _workshop(options: argparse.Namespace, processes: Processes = ALONE) -> pipeline.Workshop:
     if options.threads:
         torch.set_num_threads(options.threads)
     run = load(options.config)
     changes = {key: value for key in ("draws", "images") if (value := getattr(options, key)) is not None}
     run = run.model_copy(update={"evaluation": run.evaluation.model_copy(update=changes)})
     folder = options.run or Path("runs") / run.name
-    return pipeline.Workshop.open(run, options.data, folder, pipeline.device(options.device))
+    return pipeline.Workshop.open(run, options.data, folder, pipeline.device(options.device), processes)
 
 
 def _fit(options: argparse.Namespace) -> None:
-    workshop = _workshop(options)
-    if options.fresh:
-        workshop.clear()
-    print(f"wrote {workshop.fit(options.out, replace=options.replace)}")
+    with joined(pipeline.device(options.device)) as processes:
+        workshop = _workshop(options, processes)
+        if options.fresh and processes.first:
+            workshop.clear()
+        processes.wait()
+        written = workshop.fit(options.out, replace=options.replace)
+        if processes.first:
+            print(f"wrote {written}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -36,16 +36,25 @@ class Optimisation(Strict):
 
     epochs: Positive
     batch_size: Positive = 100
-    objective: Literal["elbo", "monte_carlo_elbo", "importance_weighted", "wake_sleep"] = "elbo"
-    """The bound, with the KL in closed form where it has one, without it, or importance-weighted over the draws; or the
-    rival that raises it by another way."""
+    objective: Literal["elbo", "monte_carlo_elbo", "importance_weighted", "denoising", "wake_sleep"] = "elbo"
+    """The bound, with the KL in closed form where it has one, without it, importance-weighted over the draws, or with
+    posteriors of corrupted images; or the rival that raises it by another way."""
+    corruption: Literal["gaussian", "salt-and-pepper", "masking"] = "salt-and-pepper"
+    """What `denoising` does to the recognition model's images."""
+    corruption_level: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """The standard deviation, or the share of pixels."""
     draws: Positive = 1
     free_nats: Annotated[float, Field(ge=0)] = 0.0
     """While a minibatch's mean KL is below this, nothing pulls it further down."""
-    optimiser: Literal["adam", "adagrad"] = "adam"
-    """Adam, or the paper's Adagrad."""
+    microbatches: Positive = 1
+    """Parts of a minibatch, each with noise of its own, that follow one another or that processes share out: the
+    result is the same. Their number must be a multiple of the processes'."""
+    optimiser: Literal["adam", "muon", "adagrad"] = "adam"
+    """Adam; Muon for weight matrices and convolutions with Adam for all else; or the paper's Adagrad."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     """Reached after `warmup_steps`, then as `schedule` says."""
+    matrix_learning_rate: Annotated[float, Field(gt=0)] = 0.02
+    """Muon's own, likewise."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """To 0 along half a cosine, or unchanged."""
     weight_prior: bool = False
@@ -57,6 +66,9 @@ class Optimisation(Strict):
     """Of the moving average of the weights, which is what is evaluated and exported."""
     gradient_norm: Annotated[float, Field(gt=0)] = 1000.0
     """Gradients of the summed bound's mean are clipped to this norm."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the networks' matrix products and convolutions; densities, gradients of weights and weights are float32.
+    bfloat16 is twice as fast where the device computes with it, and float32 is used where it does not."""
 
 
 class Restoration(Strict):

@@ -39,6 +39,15 @@ def bound_under(model: VAE, posterior: DiagonalGaussian, x: Tensor, eps: Tensor)
     return Bound(model.likelihood.log_prob(model.decode(z), x).mean(0), model.prior.kl(posterior, z))
 
 
+def denoising_elbo(model: VAE, x: Tensor, corrupted: Tensor, eps: Tensor) -> Bound:
+    """The bound on log p(x) with the posterior of a corrupted x: the recognition model learns to see through noise.
+
+    Shapes: x and corrupted (n, c, h, w); eps (L, n, d).
+    Source: Im et al. (2015), "Denoising criterion for variational auto-encoding framework", equation 5.
+    """
+    return bound_under(model, model.posterior(corrupted), x, eps)
+
+
 def monte_carlo_elbo(model: VAE, x: Tensor, eps: Tensor) -> Bound:
     """The same bound with the KL estimated at the draws: unbiased, and where the KL has a closed form, noisier.
 

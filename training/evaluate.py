@@ -20,7 +20,7 @@ from training.restoration import BernoulliFusion, Observation, Recognition, corr
 from training.trainer import keyed_generator, read_checkpoint, write_checkpoint
 
 BLOCK = 100  # images scored between two looks at the clock
-DECODES = 2000  # rows decoded at once
+DECODES = 200  # rows decoded at once: what they leave behind in a layer stays in the cache
 RESTORED = 200  # test images that are corrupted and restored
 CHECKED_LEVELS = {
     "gaussian": (0.02, 0.05, 0.1, 0.25, 0.5, 0.6),

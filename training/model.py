@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from training.gaussian import DiagonalGaussian
@@ -23,15 +24,28 @@ class Likelihood(Protocol):
     def mean(self, parameters: Tensor) -> Tensor:
         """E[x|z], shaped like x."""
 
+    def draw(self, parameters: Tensor, generator: torch.Generator) -> Tensor:
+        """x ~ p(x|z), shaped like `parameters`, in [0, 1]."""
+
 
 class Prior(Protocol):
     """p(z); a module, since it may have parameters."""
+
+    of_recognition: bool
+    """Whether it is made of the recognition model."""
+
+    @property
+    def noise_dim(self) -> int | None:
+        """Width of the standard normal noise that `draw` takes; None where it is z's own."""
 
     def log_prob(self, z: Tensor) -> Tensor:
         """log p(z) in nats: (..., d) -> (...)."""
 
     def kl(self, posterior: DiagonalGaussian, z: Tensor) -> Tensor:
         """KL(posterior || prior) in nats, exact or estimated at the posterior's draws z (L, n, d): (n, d) -> (n,)."""
+
+    def draw(self, eps: Tensor) -> Tensor:
+        """z ~ p(z) for eps ~ N(0, I): (n, noise_dim) -> (n, d)."""
 
 
 class VAE(nn.Module):

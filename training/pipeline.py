@@ -21,6 +21,7 @@ from training.errors import CheckpointError, ConfigError, DiskError
 from training.evaluate import likelihood, restoration
 from training.export import GOLDEN_ROWS, export, exportables, version_folder
 from training.model import VAE
+from training.processes import ALONE, Processes
 from training.restoration import FAMILIES, BernoulliFusion, Observation, Recognition, calibrate, simulate
 from training.stages import restoration_stage, trained_recognition, trained_vae, vae_stage
 from training.trainer import keyed_generator, stage_seconds, train
@@ -61,22 +62,23 @@ def locked(folder: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Workshop:
-    """A run, its data in memory, and the folder of its checkpoints."""
+    """A run, its data in memory, the folder of its checkpoints, and who trains."""
 
     run: Run
     images: ImageSet
     folder: Path
     device: torch.device
+    processes: Processes = ALONE
 
     @classmethod
-    def open(cls, run: Run, data: Path, folder: Path, device: torch.device) -> Workshop:
+    def open(cls, run: Run, data: Path, folder: Path, device: torch.device, processes: Processes = ALONE) -> Workshop:
         """Load the data onto the device.
 
         Raises: DataError.
         """
         images = run.data.load(data)
         placed = ImageSet(*(split.to(device) for split in (images.train, images.validation, images.test)))
-        return cls(run, placed, folder, device)
+        return cls(run, placed, folder, device, processes)
 
     def clear(self) -> None:
         """Discard checkpoints, partial evaluations and log."""
@@ -85,18 +87,25 @@ class Workshop:
                 path.unlink()
 
     def fit(self, models: Path, *, replace: bool = False) -> Path:
-        """Train what is not trained yet, evaluate, export; the new version's folder.
+        """Train what is not trained yet; then the first process evaluates and exports. The new version's folder.
 
         Raises: TrainingError, by its cause.
         """
-        version_folder(models, self.run.name, self.run.version, replace=replace)
+        target = version_folder(models, self.run.name, self.run.version, replace=replace)
+        if not self.processes.first:
+            self._train()
+            return target
         with locked(self.folder):
             self._check_images()
-            train(vae_stage(self.run, self.images.shape, self.device), self.images.train, self.folder)
-            if self.run.restoration is not None:
-                stage = restoration_stage(self.run, self.vae(), self.images.shape, self.device)
-                train(stage, self.images.train, self.folder)
+            self._train()
             return self.export(models, replace=replace)
+
+    def _train(self) -> None:
+        shape, images = self.images.shape, self.images.train
+        train(vae_stage(self.run, shape, self.device), images, self.folder, self.processes)
+        if self.run.restoration is not None:
+            stage = restoration_stage(self.run, self.vae(), shape, self.device)
+            train(stage, images, self.folder, self.processes)
 
     def vae(self) -> VAE:
         """The trained model."""

@@ -9,21 +9,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.config import Run
+from training.config import Optimisation, Run
 from training.datasets import as_float, binarise
-from training.elbo import Bound, elbo, importance_weighted, monte_carlo_elbo
+from training.elbo import Bound, denoising_elbo, elbo, importance_weighted, monte_carlo_elbo
 from training.errors import CheckpointError
 from training.model import VAE
-from training.restoration import FAMILIES, Recognition, restoration_bound, simulate
+from training.restoration import FAMILIES, Recognition, corrupt, restoration_bound, simulate
 from training.rivals.wake_sleep import wake_sleep
 from training.trainer import Module, Stage, read_averaged
 
-BOUNDS: dict[str, Callable[[VAE, Tensor, Tensor, torch.Generator], Bound]] = {
+VaeBound = Callable[[VAE, Tensor, Tensor, torch.Generator], Bound]
+
+BOUNDS: dict[str, VaeBound] = {
     "elbo": lambda model, x, eps, _: elbo(model, x, eps),
     "monte_carlo_elbo": lambda model, x, eps, _: monte_carlo_elbo(model, x, eps),
     "importance_weighted": lambda model, x, eps, _: importance_weighted(model, x, eps),
     "wake_sleep": wake_sleep,
 }
+
+
+def denoising(settings: Optimisation) -> VaeBound:
+    """The bound with posteriors of images corrupted as the settings say."""
+    column = FAMILIES.index(settings.corruption)
+
+    def bound(model: VAE, x: Tensor, eps: Tensor, generator: torch.Generator) -> Bound:
+        level = torch.zeros(len(x), len(FAMILIES), device=x.device)
+        level[:, column] = settings.corruption_level
+        return denoising_elbo(model, x, corrupt(x, level, generator), eps)
+
+    return bound
 
 
 def build_vae(run: Run, shape: tuple[int, int, int]) -> VAE:
@@ -52,7 +66,7 @@ def build_recognition(run: Run, shape: tuple[int, int, int]) -> Recognition:
 
 def vae_stage(run: Run, shape: tuple[int, int, int], device: torch.device) -> Stage:
     """Raise the ELBO of the training images."""
-    bound = BOUNDS[run.train.objective]
+    bound = denoising(run.train) if run.train.objective == "denoising" else BOUNDS[run.train.objective]
 
     def objective(model: VAE, images: Tensor, generator: torch.Generator) -> Bound:
         x = binarise(images, generator) if run.binarise else as_float(images)

@@ -1,4 +1,4 @@
-"""The AEVB loop, flat: minibatch, noise, bound, gradient, step; resumed bit for bit.
+"""The AEVB loop, flat: minibatch, noise, bound, gradient, step; resumed bit for bit, by any number of processes.
 
 Source: Kingma and Welling (2013), algorithm 1.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import threading
 import time
@@ -23,12 +24,14 @@ from tqdm import tqdm
 
 from training.config import Optimisation
 from training.elbo import Bound
-from training.errors import CheckpointError, DiskError, DivergedError
+from training.errors import CheckpointError, ConfigError, DiskError, DivergedError
+from training.optimisers import build
+from training.processes import ALONE, Processes
 
 CHECKPOINT_S = 60.0
 LOG_STEPS = 100
-
-OPTIMISERS: dict[str, Any] = {"adam": torch.optim.Adam, "adagrad": torch.optim.Adagrad}
+MOST_SKIPPED = 10
+"""Steps in a row that may be skipped because the bound or its gradient is no number."""
 
 Module = TypeVar("Module", bound=nn.Module)
 Objective = Callable[[Any, Tensor, torch.Generator], Bound]
@@ -59,13 +62,21 @@ def keyed_generator(device: torch.device, *key: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(mixed)
 
 
-def train(stage: Stage, images: Tensor, folder: Path) -> None:
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 itself; elsewhere it is emulated, slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()  # noqa: SLF001
+
+
+def train(stage: Stage, images: Tensor, folder: Path, processes: Processes = ALONE) -> None:
     """Train to the end of the last epoch, from the checkpoint in `folder` if there is one.
 
     `images` is uint8 (n, c, h, w) on the module's device. Writes `<stage>.pt` and appends to `log.jsonl` in `folder`.
-    Raises: DivergedError, DiskError, CheckpointError; KeyboardInterrupt passes after a checkpoint is written.
+    Raises: DivergedError, DiskError, CheckpointError; ConfigError where the processes cannot share out a minibatch;
+    KeyboardInterrupt passes after a checkpoint is written.
     """
-    loop = _Loop(stage, images, folder)
+    loop = _Loop(stage, images, folder, processes)
     loop.restore()
     try:
         with deferred_interrupts() as interrupted:
@@ -76,6 +87,7 @@ def train(stage: Stage, images: Tensor, folder: Path) -> None:
         loop.save()
         raise
     loop.save()
+    processes.wait()
 
 
 @contextmanager
@@ -93,22 +105,45 @@ def deferred_interrupts() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
+class _Bounded(nn.Module):
+    """A stage's bound as a forward pass, which is what parallel gradients hang on."""
+
+    def __init__(self, stage: Stage, autocast: torch.autocast) -> None:
+        super().__init__()
+        self.module, self.objective, self.autocast = stage.module, stage.objective, autocast
+
+    def forward(self, images: Tensor, generator: torch.Generator) -> Bound:
+        """(n, c, h, w) -> the bound's terms, (n,) each."""
+        with self.autocast:
+            return self.objective(self.module, images, generator)
+
+
 class _Loop:
-    def __init__(self, stage: Stage, images: Tensor, folder: Path) -> None:
+    def __init__(self, stage: Stage, images: Tensor, folder: Path, processes: Processes) -> None:
         settings = stage.optimisation
-        self.stage, self.settings, self.images = stage, settings, images
-        self.path, self.log_path = folder / f"{stage.name}.pt", folder / "log.jsonl"
+        if settings.microbatches % processes.size:
+            raise ConfigError(
+                f"{processes.size} processes share out {settings.microbatches} microbatches; "
+                f"set microbatches in the TOML to a multiple of {processes.size}"
+            )
+        self.stage, self.settings, self.images, self.processes = stage, settings, images, processes
+        self.path = folder / f"{stage.name}.pt"
+        self.log_path = folder / "log.jsonl" if processes.first else Path(os.devnull)
         self.batch_size = min(settings.batch_size, len(images))
         self.epoch_steps = len(images) // self.batch_size
         self.steps = settings.epochs * self.epoch_steps
-        self.step = 0
+        self.step = self.skipped = self.skipped_in_a_row = 0
         self.seconds = 0.0
         self.saved_step = self.order_epoch = -1
         self.parameters = [p for p in stage.module.parameters() if p.requires_grad]
         self.weights = [p for p in self.parameters if p.ndim > 1]
-        # fused: one kernel a step instead of one an operation and parameter.
-        self.optimiser = OPTIMISERS[settings.optimiser](self.parameters, lr=settings.learning_rate, fused=True)
+        self.optimisers = build(settings, self.parameters)
+        self.peaks = [group["lr"] for optimiser in self.optimisers for group in optimiser.param_groups]
         self.averaged = AveragedModel(stage.module, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))
+        self.averages: list[Tensor] = [p for p in self.averaged.module.parameters() if p.requires_grad]
+        lower = settings.precision == "bfloat16" and computes_bfloat16(images.device)
+        autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=lower)
+        self.bounded = processes.parallel(_Bounded(stage, autocast))
 
     def run(self, interrupted: Callable[[], bool]) -> None:
         progress = tqdm(
@@ -117,83 +152,142 @@ class _Loop:
             desc=f"{self.stage.name} (epoch 0/{self.settings.epochs})",
             unit="image",
             unit_scale=True,
+            mininterval=0.5,
+            disable=not self.processes.first,
         )
         started, saved = time.monotonic() - self.seconds, time.monotonic()
         means = _Means()
         log = _Log(self.log_path)
         with progress, log.file:
             while self.step < self.steps:
-                means.add(self._advance())
-                if interrupted():
-                    raise KeyboardInterrupt
+                bound = self._gradient()
+                if self.processes.any(not self._is_finite(bound)):
+                    self._skip(bound)
+                else:
+                    self._move()
+                    means.add(bound)
+                self.step += 1
                 self.seconds = time.monotonic() - started
-                progress.update(self.batch_size)
-                if self.step in self.stage.watched_steps:
+                if self.step in self.stage.watched_steps and self.processes.first:
                     log.write({"stage": self.stage.name, "step": self.step, **self.stage.watch(self.stage.module)})
-                if self.step % LOG_STEPS == 0 or self.step == self.steps:
-                    self._report(progress, log, means.take())
+                if self.processes.any(interrupted()):
+                    self.save()
+                    self.processes.wait()
+                    raise KeyboardInterrupt
+                progress.update(self.batch_size)
+                if (self.step % LOG_STEPS == 0 or self.step == self.steps) and means.terms:
+                    self._report(progress, log, self.processes.mean(means.take()).tolist())
                 if time.monotonic() - saved > CHECKPOINT_S:
                     self.save()
                     saved = time.monotonic()
 
-    def _advance(self) -> Bound:
-        """One minibatch: the order of an epoch hangs on (seed, epoch), all other noise on (seed, step)."""
+    def _gradient(self) -> Bound:
+        """Of one minibatch: the order of an epoch hangs on (seed, epoch), other noise on (seed, step, microbatch).
+
+        Every process adds up those of its own microbatches, then takes the mean with the others.
+        """
         epoch, index = divmod(self.step, self.epoch_steps)
         if self.order_epoch != epoch:
             shuffle = keyed_generator(torch.device("cpu"), self.stage.seed, 0, epoch)
             self.order = torch.randperm(len(self.images), generator=shuffle).to(self.images.device)
             self.order_epoch = epoch
+        for optimiser in self.optimisers:
+            optimiser.zero_grad()
         rows = self.order[index * self.batch_size : (index + 1) * self.batch_size]
-        generator = keyed_generator(self.images.device, self.stage.seed, 1, self.step)
-        bound: Bound = self.stage.objective(self.stage.module, self.images[rows], generator)
+        parts = list(enumerate(rows.tensor_split(self.settings.microbatches)))
+        mine = parts[self.processes.rank :: self.processes.size]
+        bounds = []
+        for number, part in mine[:-1]:
+            with self.processes.alone(self.bounded):
+                bounds.append(self._add_gradient(number, part))
+        bounds.append(self._add_gradient(*mine[-1]))
+        return bounds[0] if len(bounds) == 1 else Bound(*(torch.cat(terms) for terms in zip(*bounds, strict=True)))
+
+    def _add_gradient(self, number: int, part: Tensor) -> Bound:
+        generator = keyed_generator(self.images.device, self.stage.seed, 1, self.step, number)
+        bound: Bound = self.bounded(self.images[part], generator)
         loss = -(bound.log_likelihood - self._kl_weight() * self._freed(bound.kl)).mean()
         if self.settings.weight_prior:
             loss = loss + 0.5 * sum(w.square().sum() for w in self.weights) / len(self.images)
-        self.optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters, self.settings.gradient_norm, foreach=True)
-        for group in self.optimiser.param_groups:
-            group["lr"] = self._learning_rate()
-        self.optimiser.step()
-        self.averaged.update_parameters(self.stage.module)
-        self.step += 1
+        (loss * (self.processes.size * len(part) / self.batch_size)).backward()
         return Bound(bound.log_likelihood.detach(), bound.kl.detach())
 
-    def _learning_rate(self) -> float:
+    def _is_finite(self, bound: Bound) -> bool:
+        """Whether the bound and its gradient, which is clipped in passing, are numbers."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm, most = nn.utils.get_total_norm(gradients, foreach=True), self.settings.gradient_norm
+        if norm > most:  # else torch would multiply every gradient by 1
+            nn.utils.clip_grads_with_norm_(self.parameters, most, norm, foreach=True)
+        return bool((norm + bound.elbo.sum()).isfinite())
+
+    def _skip(self, bound: Bound) -> None:
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row == MOST_SKIPPED:
+            raise DivergedError(
+                f"{MOST_SKIPPED} steps in a row the bound or its gradient was no number (the last bound was "
+                f"{bound.elbo.mean():g}) in stage {self.stage.name}, step {self.step + 1}; lower learning_rate "
+                f"({self.settings.learning_rate:g}) or gradient_norm; the last good checkpoint stays in {self.path}"
+            )
+
+    def _move(self) -> None:
+        groups = [group for optimiser in self.optimisers for group in optimiser.param_groups]
+        for group, peak in zip(groups, self.peaks, strict=True):
+            group["lr"] = peak * self._rate()
+        for optimiser in self.optimisers:
+            optimiser.step()
+        self._average()
+        self.skipped_in_a_row = 0
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """What `update_parameters` does, but for its walk through both modules, which costs more than the sums."""
+        if self.averaged.n_averaged == 0:
+            self.averaged.update_parameters(self.stage.module)
+        else:
+            torch._foreach_lerp_(self.averages, [*self.parameters], 1.0 - self.settings.ema_decay)
+            self.averaged.n_averaged += 1
+
+    def _rate(self) -> float:
+        """The share of the peak learning rate."""
         warmth = min(1.0, (self.step + 1) / max(1, self.settings.warmup_steps))
         constant = self.settings.schedule == "constant"
-        left = 1.0 if constant else 0.5 * (1.0 + math.cos(math.pi * self.step / self.steps))
-        return self.settings.learning_rate * warmth * left
+        return warmth * (1.0 if constant else 0.5 * (1.0 + math.cos(math.pi * self.step / self.steps)))
 
     def _freed(self, kl: Tensor) -> Tensor:
-        """Without a gradient where the minibatch's mean is below the free nats.
+        """Without a gradient where the microbatch's mean is below the free nats.
 
         Source: Kingma et al. (2016), appendix C.8, with all latents as one group.
         """
-        return torch.where(kl.mean() < self.settings.free_nats, kl.detach(), kl)
+        free = self.settings.free_nats
+        return torch.where(kl.mean() < free, kl.detach(), kl) if free else kl
 
     def _kl_weight(self) -> float:
         return min(1.0, (self.step + 1) / max(1, self.settings.kl_warmup_steps))
 
-    def _report(self, progress: Any, log: Any, record: dict[str, float]) -> None:
-        if not math.isfinite(record["elbo"]):
-            raise self._diverged(f"the bound became {record['elbo']}")
+    def _report(self, progress: Any, log: Any, terms: list[float]) -> None:
+        log_likelihood, kl = terms
         epoch = min(self.step // self.epoch_steps + 1, self.settings.epochs)
         progress.set_description(f"{self.stage.name} (epoch {epoch}/{self.settings.epochs})", refresh=False)
-        shown = {"ELBO": record["elbo"], "rec": record["log_likelihood"], "KL": record["kl"]}
-        progress.set_postfix({key: f"{value:.2f}" for key, value in shown.items()}, refresh=False)
-        line = {
-            "stage": self.stage.name,
-            "step": self.step,
-            "epoch": epoch,
-            "seconds": round(self.seconds, 2),
-            **record,
-        }
-        log.write(line)
+        shown = {"ELBO": f"{log_likelihood - kl:.2f}", "rec": f"{log_likelihood:.2f}", "KL": f"{kl:.2f}"}
+        progress.set_postfix({**shown, **({"skipped": self.skipped} if self.skipped else {})}, refresh=False)
+        log.write(
+            {
+                "stage": self.stage.name,
+                "step": self.step,
+                "epoch": epoch,
+                "seconds": round(self.seconds, 2),
+                "elbo": log_likelihood - kl,
+                "log_likelihood": log_likelihood,
+                "kl": kl,
+                "skipped": self.skipped,
+            }
+        )
 
     def save(self) -> None:
         """Write the whole state; weights that are no longer numbers are not worth it: the last good ones stay."""
-        if self.step == self.saved_step or not all(bool(p.isfinite().all()) for p in self.parameters):
+        sound = all(bool(p.isfinite().all()) for p in self.parameters)
+        if self.step == self.saved_step or not sound or not self.processes.first:
             return
         state = {
             "identity": self.stage.identity,
@@ -202,7 +296,8 @@ class _Loop:
             "seconds": self.seconds,
             "module": self.stage.module.state_dict(),
             "averaged": self.averaged.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
+            "skipped": self.skipped,
         }
         write_checkpoint(self.path, state)
         self.saved_step = self.step
@@ -220,28 +315,25 @@ class _Loop:
         self.seconds = state["seconds"]
         self.stage.module.load_state_dict(state["module"])
         self.averaged.load_state_dict(state["averaged"])
-        self.optimiser.load_state_dict(state["optimiser"])
-
-    def _diverged(self, what: str) -> DivergedError:
-        return DivergedError(
-            f"{what} in stage {self.stage.name} before step {self.step}; lower learning_rate "
-            f"({self.settings.learning_rate:g}) or gradient_norm; the last good checkpoint stays in {self.path}"
-        )
+        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
+        self.skipped = state["skipped"]
 
 
 class _Means:
     """Running means of the bound's terms since they were last taken."""
 
     def __init__(self) -> None:
-        self.terms: list[Tensor] = []
+        self.terms: list[Bound] = []
 
     def add(self, bound: Bound) -> None:
-        self.terms.append(torch.stack([bound.log_likelihood.mean(), bound.kl.mean()]))
+        self.terms.append(bound)
 
-    def take(self) -> dict[str, float]:
-        log_likelihood, kl = torch.stack(self.terms).mean(0).tolist()
+    def take(self) -> Tensor:
+        """log_likelihood and kl, (2,)."""
+        found = torch.stack([torch.cat(terms).mean() for terms in zip(*self.terms, strict=True)])
         self.terms.clear()
-        return {"elbo": log_likelihood - kl, "log_likelihood": log_likelihood, "kl": kl}
+        return found
 
 
 def read_checkpoint(path: Path, identity: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -143,7 +143,7 @@ def test_termination_is_an_interrupt_too(config: Path, tmp_path: Path) -> None:
     state = weights(tmp_path / "run")
     assert 39 <= state["step"] <= 40
     assert int(state["averaged"]["n_averaged"]) == state["step"]
-    assert {int(moments["step"]) for moments in state["optimiser"]["state"].values()} == {state["step"]}
+    assert {int(moments["step"]) for moments in state["optimisers"][0]["state"].values()} == {state["step"]}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 
 from training.__main__ import main
 from training.architectures.mlp import Mlp
-from training.experiments import figure2, samples
+from training.experiments import curves, samples
 from training.likelihoods.bernoulli import Bernoulli
 from training.model import VAE
 from training.priors.standard_normal import StandardNormal
@@ -41,9 +41,20 @@ def test_an_unknown_curve_is_named(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "mnist-20-aevb" in capsys.readouterr().err
 
 
+def test_curves_of_other_days_stay(tmp_path: Path) -> None:
+    """What the CSV has of curves that were not trained here is kept, what was trained anew is replaced."""
+    path = tmp_path / "figure.csv"
+    fields = ("method", "samples", "test_elbo")
+    old = [{"method": name, "samples": 100, "test_elbo": -1.5} for name in ("aevb", "mcem")]
+    curves.write(old, fields, path)
+    new = [{"method": "mcem", "samples": 200, "test_elbo": -1.25}]
+    assert curves.with_earlier(new, path, ("method",)) == [old[0], *new]
+    assert curves.with_earlier(new, tmp_path / "none.csv", ("method",)) == new
+
+
 def test_points_are_evenly_spaced_on_a_logarithmic_scale() -> None:
     """Eight a decade, the last one being the end."""
-    assert figure2.grid(30_000) == [10_000, 13_335, 17_783, 23_714, 30_000]
+    assert curves.grid(30_000) == [10_000, 13_335, 17_783, 23_714, 30_000]
 
 
 def test_a_sheet_is_read_row_by_row() -> None:

@@ -124,3 +124,17 @@ def test_log_joint_is_the_chains_before_the_weights_moved(linear_gaussian: Linea
     step = em.step(x, em.start(20, 2))
     expected = linear_gaussian.log_prob(x) + linear_gaussian.posterior(x).log_prob(step.z.double()).sum(1)
     torch.testing.assert_close(step.log_joint.double(), expected, atol=1e-3, rtol=0)
+
+
+def test_the_prior_is_on_weights_alone(linear_gaussian: LinearGaussian) -> None:
+    """One update under a strong prior: every weight goes towards 0, and the bias where it goes without a prior."""
+    x, moved = linear_gaussian.x(50), []
+    before = perturbed(linear_gaussian).decoder
+    for weight_decay in (0.0, 1e6):
+        vae = perturbed(linear_gaussian)
+        em = MonteCarloEm(vae, generator(8), learning_rate=1e-3, weight_decay=weight_decay, weight_updates=1)
+        em.step(x, em.start(50, 2))
+        moved.append(vae.decoder)
+    assert torch.equal(moved[0].bias, moved[1].bias)  # type: ignore[arg-type]
+    assert not torch.equal(moved[0].bias, before.bias)  # type: ignore[arg-type]
+    assert (moved[1].weight.abs() < before.weight.abs()).all()  # type: ignore[operator,union-attr]

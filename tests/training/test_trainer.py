@@ -18,10 +18,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from training.architectures.mlp import Mlp
 from training.config import Run
-from training.elbo import Bound
+from training.elbo import Bound, elbo
 from training.errors import CheckpointError, DiskError, DivergedError
 from training.stages import trained_vae, vae_stage
-from training.trainer import Stage, keyed_generator, train
+from training.trainer import Stage, computes_bfloat16, keyed_generator, train
 
 CPU = torch.device("cpu")
 MLP_500 = Mlp(architecture="mlp", hidden=(500,))
@@ -204,6 +204,72 @@ def test_nan_bound_stops_the_run_and_the_last_good_checkpoint_stays(images: Tens
         train(failing(stage(), 30, become_nan), images, tmp_path)
     assert "vae.pt" in str(caught.value)
     assert (tmp_path / "vae.pt").read_bytes() == before
+
+
+def test_a_bad_step_is_skipped_and_counted(images: Tensor, tmp_path: Path) -> None:
+    """One minibatch whose bound is no number moves nothing, is counted, and the run goes on to the end."""
+    moved: list[Tensor] = []
+    calls = iter(range(1, 10**6))
+    good = stage()
+
+    def objective(module: Any, images: Tensor, generator: torch.Generator) -> Bound:
+        call = next(calls)
+        moved.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+        bound = good.objective(module, images, generator)
+        return become_nan(bound) if call == 57 else bound
+
+    train(dataclasses.replace(good, objective=objective), images, tmp_path)
+    assert torch.equal(moved[57], moved[56])
+    assert not torch.equal(moved[58], moved[57])
+    assert state(tmp_path)["skipped"] == 1
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in lines] == [1, 1, 1]
+    assert all(math.isfinite(line["elbo"]) for line in lines)
+
+
+def test_microbatches_add_up_to_the_minibatch(images: Tensor, tmp_path: Path) -> None:
+    """Where nothing is random the gradient of the whole is that of the parts, also of unequal ones."""
+    ends = {}
+    for count in (1, 4, 3):
+        begun = stage(microbatches=count)
+
+        def objective(module: Any, images: Tensor, _: torch.Generator) -> Bound:
+            return elbo(module, images / 255.0, torch.zeros(1, len(images), 2))
+
+        train(dataclasses.replace(begun, objective=objective), images, tmp_path / str(count))
+        ends[count] = torch.cat([p.detach().flatten() for p in begun.module.parameters()])
+    assert torch.allclose(ends[1], ends[4], atol=1e-4)
+    assert torch.allclose(ends[1], ends[3], atol=1e-4)
+
+
+def test_microbatches_have_noise_of_their_own(images: Tensor, tmp_path: Path) -> None:
+    """No two parts of a minibatch, and no two steps, see the same draws."""
+    seen = []
+    begun = stage(microbatches=2, epochs=1)
+
+    def objective(module: Any, images: Tensor, generator: torch.Generator) -> Bound:
+        seen.append(float(torch.rand(1, generator=generator)))
+        return elbo(module, images / 255.0, torch.zeros(1, len(images), 2))
+
+    train(dataclasses.replace(begun, objective=objective), images, tmp_path)
+    assert len(seen) == len(set(seen)) == 14
+
+
+@pytest.mark.skipif(not computes_bfloat16(CPU), reason="this CPU does not compute with bfloat16")
+def test_bfloat16_is_used_and_trains_as_well(unbroken: Path, images: Tensor, tmp_path: Path) -> None:
+    """The networks compute in bfloat16, weights and moments stay float32, and the bound comes out the same."""
+    lower = stage(precision="bfloat16")
+    kinds = set()
+    lower.module.decoder.register_forward_hook(lambda *call: kinds.add(call[2].dtype))  # type: ignore[operator]
+    train(lower, images, tmp_path)
+    assert kinds == {torch.bfloat16}
+    assert {p.dtype for p in lower.module.parameters()} == {torch.float32}
+
+    def last(folder: Path) -> float:
+        return float(json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["elbo"])
+
+    assert last(tmp_path) == pytest.approx(last(unbroken), abs=0.1)
+    assert last(tmp_path) != last(unbroken)
 
 
 def test_absurd_learning_rate_diverges_by_name(images: Tensor, tmp_path: Path) -> None:

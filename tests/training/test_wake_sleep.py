@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.training.conftest import FixedGaussian
 from training.architectures.mlp import Mlp
 from training.config import Optimisation
 from training.datasets import Digits, binarise
@@ -22,7 +21,7 @@ from training.model import VAE
 from training.priors.realnvp import RealNvp
 from training.priors.standard_normal import StandardNormal
 from training.priors.vamp import Vamp
-from training.rivals.wake_sleep import Dream, draw_image, wake_sleep
+from training.rivals.wake_sleep import Dream, wake_sleep
 from training.trainer import Stage, train
 
 SHAPE = (1, 2, 3)
@@ -158,7 +157,7 @@ def test_a_prior_made_of_the_recognition_model_is_refused(vae: VAE, x: Tensor, e
 
 
 def test_dreams_are_draws_of_the_likelihood() -> None:
-    """Mean and variance, for every likelihood, of 20,000 draws of a pixel; a strange one is refused by name."""
+    """Mean and variance, for every likelihood, of 20,000 draws of a pixel."""
     torch.manual_seed(8)
     logits = torch.tensor([-1.0, 0.3]).reshape(1, 1, 2)
     many = logits.expand(20_000, 1, 1, 2)
@@ -176,13 +175,11 @@ def test_dreams_are_draws_of_the_likelihood() -> None:
     ]
     for likelihood, expected, variance in cases:
         with torch.no_grad():
-            drawn = draw_image(likelihood, many, generator(9)).flatten(1)  # type: ignore[arg-type]
+            drawn = likelihood.draw(many, generator(9)).flatten(1)  # type: ignore[attr-defined]
         torch.testing.assert_close(drawn.mean(0), expected.detach(), atol=0.015, rtol=0)
         torch.testing.assert_close(drawn.var(0), variance.detach(), rtol=0.06, atol=0)
         assert float(drawn.min()) >= 0.0
         assert float(drawn.max()) <= 1.0
-    with pytest.raises(ValueError, match="FixedGaussian"):
-        draw_image(FixedGaussian(0.3), many, generator())
 
 
 @pytest.mark.parametrize("dream", ["draw", "mean"])

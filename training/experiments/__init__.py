@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from training.experiments import figure2, samples
+from training.experiments import figure2, figure3, full_vb, samples
 
-FIGURES = {2: figure2.draw, 4: samples.draw_maps, 5: samples.draw_dreams}
-"""By the paper's number: (data folder, checkpoint folder, output folder, samples, pattern of panels) -> None."""
+FIGURES = {
+    "2": figure2.draw,
+    "3": figure3.draw,
+    "4": samples.draw_maps,
+    "5": samples.draw_dreams,
+    "F": full_vb.draw,
+}
+"""By the paper's number, or appendix: (data, checkpoint and output folder, samples, pattern of panels) -> None."""

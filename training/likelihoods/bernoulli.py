@@ -43,3 +43,7 @@ class Bernoulli(nn.Module):
     def mean(self, parameters: Tensor) -> Tensor:
         """E[x|z] in [0, 1]."""
         return torch.sigmoid(parameters)
+
+    def draw(self, parameters: Tensor, generator: torch.Generator) -> Tensor:
+        """x ~ p(x|z), each pixel 0 or 1, shaped like `parameters`."""
+        return torch.bernoulli(self.mean(parameters), generator=generator)

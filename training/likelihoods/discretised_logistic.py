@@ -43,7 +43,7 @@ class DiscretisedLogistic(nn.Module):
 
         The outermost levels take the tails, so the levels' probabilities sum to 1.
         """
-        inverse_scale = torch.exp(-self.log_scale.clamp(LEAST_LOG_SCALE, LARGEST_LOG_SCALE))
+        inverse_scale = torch.exp(-self._bounded_log_scale())
         level = (x * (LEVELS - 1)).round()
         location = torch.sigmoid(parameters)
         upper = (level + 1.0 - LEVELS * location) / LEVELS * inverse_scale
@@ -55,6 +55,15 @@ class DiscretisedLogistic(nn.Module):
     def mean(self, parameters: Tensor) -> Tensor:
         """The location, in [0, 1]: E[x|z] but for what the edges cut off."""
         return torch.sigmoid(parameters)
+
+    def draw(self, parameters: Tensor, generator: torch.Generator) -> Tensor:
+        """x ~ P(x|z), whole 255ths, shaped like `parameters`."""
+        noise = torch.logit(torch.rand(parameters.shape, generator=generator, device=parameters.device))
+        value = self.mean(parameters) + self._bounded_log_scale().exp() * noise
+        return (LEVELS * value).floor().clamp(0, LEVELS - 1) / (LEVELS - 1)
+
+    def _bounded_log_scale(self) -> Tensor:
+        return self.log_scale.clamp(LEAST_LOG_SCALE, LARGEST_LOG_SCALE)
 
 
 def log_difference_of_sigmoids(upper: Tensor, lower: Tensor) -> Tensor:

@@ -52,3 +52,8 @@ class Gaussian(nn.Module):
     def mean(self, parameters: Tensor) -> Tensor:
         """E[x|z] in [0, 1]."""
         return torch.sigmoid(parameters)
+
+    def draw(self, parameters: Tensor, generator: torch.Generator) -> Tensor:
+        """x ~ p(x|z), shaped like `parameters`; clipped to [0, 1], as the author's code does."""
+        noise = torch.randn(parameters.shape, generator=generator, device=parameters.device)
+        return (self.mean(parameters) + self.std() * noise).clamp(0.0, 1.0)

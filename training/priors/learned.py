@@ -12,6 +12,7 @@ class LearnedPrior(nn.Module):
 
     noise_dim: int
     """Width of the standard normal noise that `draw` takes."""
+    of_recognition = False
 
     def log_prob(self, z: Tensor) -> Tensor:
         """log p(z) in nats: (..., d) -> (...)."""

@@ -23,9 +23,16 @@ class StandardNormalSettings(Strict):
 class StandardNormal(nn.Module):
     """N(0, I), with a KL in closed form."""
 
+    noise_dim = None
+    of_recognition = False
+
     def log_prob(self, z: Tensor) -> Tensor:
         """log N(z; 0, I) in nats: (..., d) -> (...)."""
         return -0.5 * (z.square() + LOG_2_PI).sum(-1)
+
+    def draw(self, eps: Tensor) -> Tensor:
+        """The noise itself: (n, d) -> (n, d)."""
+        return eps
 
     def kl(self, posterior: DiagonalGaussian, z: Tensor) -> Tensor:  # noqa: ARG002  # the draws of other priors
         """KL(posterior || prior) in nats, closed form: (n, d) -> (n,)."""

@@ -47,6 +47,8 @@ class Mixture(LearnedPrior):
 class Vamp(Mixture):
     """p(z) = (1/K) sum_k q(z | u_k), u_k in [0, 1]; the encoder is the VAE's own and is trained through both."""
 
+    of_recognition = True
+
     def __init__(self, latent_dim: int, shape: tuple[int, int, int], encoder: nn.Module, count: int) -> None:
         super().__init__()
         self.noise_dim = latent_dim + 1

@@ -5,7 +5,7 @@ Source: Kingma and Welling (2013), appendix E; Wei and Tanner (1990), for Monte 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,13 +46,16 @@ class MonteCarloEm:
         weight_updates: int = 5,
         step_size: float = 0.1,
     ) -> None:
-        """`weight_decay` of 1/N is the source's prior N(0, I) on the weights, for N training images."""
+        """`weight_decay` of 1/N is the source's prior N(0, I) on the weights, N training images; biases have none."""
         self.model, self.generator = model, generator
         self.leapfrog_steps, self.transitions, self.weight_updates = leapfrog_steps, transitions, weight_updates
         self.step_size = torch.tensor(step_size, device=generator.device)
-        self.optimiser = torch.optim.Adagrad(
-            generative_parameters(model), lr=learning_rate, weight_decay=weight_decay, foreach=True
-        )
+        parameters = generative_parameters(model)
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1]},
+        ]
+        self.optimiser = torch.optim.Adagrad(groups, lr=learning_rate, fused=True)
 
     def start(self, rows: int, latent_dim: int) -> Tensor:
         """Where chains may begin: N(0, I), (rows, latent_dim)."""

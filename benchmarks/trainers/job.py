@@ -1,0 +1,97 @@
+"""What every trainer is told, and how it is asked: one training a line of standard input, its seconds a line out."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+
+SHAPE = (1, 28, 28)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run's TOML as a dictionary, its images (uint8, saved by torch), CPU threads, DataLoader workers, a folder."""
+
+    run: dict[str, Any]
+    images: str
+    threads: int
+    workers: int
+    folder: str
+
+    @property
+    def batch_size(self) -> int:
+        """M."""
+        return self.run["train"]["batch_size"]
+
+    @property
+    def epochs(self) -> int:
+        """Of one training."""
+        return self.run["train"]["epochs"]
+
+    @property
+    def learning_rate(self) -> float:
+        """Of Adam."""
+        return self.run["train"]["learning_rate"]
+
+    @property
+    def latent_dim(self) -> int:
+        """Of z."""
+        return self.run["model"]["latent_dim"]
+
+    @property
+    def network(self) -> dict[str, Any]:
+        """The settings of one of `training.architectures`."""
+        return self.run["model"]["network"]
+
+    def load(self) -> Tensor:
+        """The images, (n, 1, 28, 28)."""
+        return torch.load(self.images)
+
+    def write(self, path: Path) -> None:
+        """As JSON."""
+        path.write_text(json.dumps(asdict(self)))
+
+
+def answer(prepare: Callable[[Job, Tensor], Callable[[], None]]) -> None:
+    """Until standard input ends: prepare a training, which is not timed, and train, which is."""
+    said = claim_stdout()
+    job = Job(**json.loads(Path(sys.argv[1]).read_text()))
+    torch.set_num_threads(job.threads)
+    images = job.load()
+    for _ in sys.stdin:
+        torch.manual_seed(0)
+        train = prepare(job, images)
+        wall, processor = time.perf_counter(), processor_s()
+        train()
+        print(time.perf_counter() - wall, processor_s() - processor, file=said, flush=True)
+
+
+def claim_stdout() -> TextIO:
+    """Standard output for the answers alone: what the trainers print goes to standard error."""
+    said = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    return said
+
+
+def processor_s() -> float:
+    """Of this process and of its children, living or not."""
+    times = os.times()
+    ended = times.user + times.system + times.children_user + times.children_system
+    return ended + sum(child_s(child.pid) for child in multiprocessing.active_children() if child.pid)
+
+
+def child_s(pid: int) -> float:
+    """What a living child has taken so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    user, system = map(int, fields[11:13])  # proc(5) counts from the field after the name, which may hold anything
+    return (user + system) / os.sysconf("SC_CLK_TCK")
