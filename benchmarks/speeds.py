@@ -96,7 +96,10 @@ def mlp(hidden: list[int], latent_dim: int, batch_size: int, precision: str = "f
     """The paper's kind of network, tanh; a lower precision is this project's and the bare loop's alone."""
     widths = "-".join(map(str, [784, *hidden, latent_dim]))
     network = {"architecture": "mlp", "hidden": hidden}
-    changes: dict[str, dict[str, Any]] = {"model": {"latent_dim": latent_dim, "network": network}, "train": {"precision": precision}}
+    changes: dict[str, dict[str, Any]] = {
+        "model": {"latent_dim": latent_dim, "network": network},
+        "train": {"precision": precision},
+    }
     name, title = f"mlp-{hidden[0]}-{batch_size}-{precision}", f"{widths}, batch {batch_size}, {precision}"
     return Workload(name, title, EVERYONE, changes, batch_size=batch_size)
 

@@ -307,7 +307,7 @@ class _Loop:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise _disk_error(self.path.parent, error) from error
+            raise disk_error(self.path.parent, error) from error
         if not self.path.exists():
             return
         state = read_checkpoint(self.path, self.stage.identity, self.images.device)
@@ -368,7 +368,7 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
         partial.replace(path)
     except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as RuntimeError
         partial.unlink(missing_ok=True)
-        raise _disk_error(path, error) from error
+        raise disk_error(path, error) from error
 
 
 def stage_seconds(folder: Path) -> dict[str, float]:
@@ -401,15 +401,16 @@ class _Log:
         try:
             self.file = path.open("ab", buffering=0)
         except OSError as error:
-            raise _disk_error(path, error) from error
+            raise disk_error(path, error) from error
 
     def write(self, record: dict[str, Any]) -> None:
         """One line."""
         try:
             self.file.write(json.dumps(record).encode() + b"\n")
         except OSError as error:
-            raise _disk_error(self.path, error) from error
+            raise disk_error(self.path, error) from error
 
 
-def _disk_error(path: Path, error: Exception) -> DiskError:
+def disk_error(path: Path, error: Exception) -> DiskError:
+    """What to say and do where a file of a run cannot be written."""
     return DiskError(f"cannot write {path} ({error}); make room and run the same command again to resume")

@@ -18,13 +18,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from training.datasets import as_float, binarise
-from training.errors import DiskError, DivergedError
+from training.errors import DivergedError
 from training.model import VAE
 from training.rivals.mcem import MonteCarloEm, Step
 from training.trainer import (
     CHECKPOINT_S,
     LOG_STEPS,
     deferred_interrupts,
+    disk_error,
     keyed_generator,
     read_checkpoint,
     write_checkpoint,
@@ -149,7 +150,7 @@ class _Loop:
             with self.log_path.open("a") as file:
                 file.write(line + "\n")
         except OSError as error:
-            raise _disk_error(self.log_path, error) from error
+            raise disk_error(self.log_path, error) from error
 
     def save(self) -> None:
         """Write the whole state, the chains and their step size too."""
@@ -170,7 +171,7 @@ class _Loop:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise _disk_error(self.path.parent, error) from error
+            raise disk_error(self.path.parent, error) from error
         if not self.path.exists():
             return
         state = read_checkpoint(self.path, self.stage.identity, self.images.device)
@@ -178,7 +179,3 @@ class _Loop:
         self.stage.module.load_state_dict(state["module"])
         self.em.optimiser.load_state_dict(state["optimiser"])
         self.chains, self.em.step_size = state["chains"], state["step_size"]
-
-
-def _disk_error(path: Path, error: OSError) -> DiskError:
-    return DiskError(f"cannot write {path} ({error}); make room and run the same command again to resume")
