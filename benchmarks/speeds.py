@@ -104,7 +104,7 @@ def mlp(hidden: list[int], latent_dim: int, batch_size: int, precision: str = "f
     return Workload(name, title, EVERYONE, changes, batch_size=batch_size)
 
 
-FLOW = "training/configs/mnist-flow.toml"
+FLOW = "training/configs/mnist.toml"
 PLAIN: dict[str, dict[str, Any]] = {"train": {"optimiser": "adam", "precision": "float32"}}
 """For those who have neither Muon nor a learned prior."""
 WORKLOADS = [
@@ -176,7 +176,7 @@ def setting(found: Speeds) -> str:
         f"{pages.machine()}; torch {torch}, {found.settings['threads']} of its threads; pythae {pythae}. Each of "
         f"{found.settings['rounds']} rounds trains every network anew by each trainer in turn, in another order, on "
         f"{found.data}, {IMAGES:,} of 28 x 28 for the MLPs and {WORKLOADS[-1].images:,} for the others; one training "
-        "of each goes before and does not count. conv is the network of `training/configs/mnist-flow.toml`, trained "
+        "of each goes before and does not count. conv is the network of `training/configs/mnist.toml`, trained "
         "by Adam in float32 under N(0, I), and as that file says (Muon, bfloat16 where the processor has it, RealNVP "
         "prior). `make bench-training` makes this page."
     )

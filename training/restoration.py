@@ -149,7 +149,8 @@ class BernoulliFusion(nn.Module):
 
     def pixel_prior(self, x_mean: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
         """Variance of the pixel around the decoder's mean, and the logit of the weight of `anything`."""
-        log_sigma = level[:, :1].clamp(*SIGMA_RANGE).log()
+        # In double: the last bit of onnxruntime's float logarithm hangs on how many numbers there are.
+        log_sigma = level[:, :1].clamp(*SIGMA_RANGE).double().log().float()
         powers = torch.cat([torch.ones_like(log_sigma), log_sigma, log_sigma.square()], 1)
         values = (powers @ self.coefficients).clamp(self.lowest, self.highest)
         c, d, logit = (values[:, i, None, None, None] for i in range(3))
@@ -171,8 +172,9 @@ class BernoulliFusion(nn.Module):
 
 def _fuse_gaussian(mean: Tensor, variance: Tensor, logit: Tensor, y: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     total = variance + noise
-    log_density = -0.5 * ((y - mean).square() / total + torch.log(2.0 * torch.pi * total))
-    anything = torch.sigmoid(logit - log_density)
+    # sigmoid(logit - log N(y; mean, total)) without a logarithm (see pixel_prior); -80 keeps the power finite.
+    odds = torch.exp(-(logit + 0.5 * (y - mean).square() / total).clamp(min=-80.0)) / torch.sqrt(2.0 * torch.pi * total)
+    anything = 1.0 / (1.0 + odds)
     near, far = mean + variance / total * (y - mean), y.clamp(0.0, 1.0)
     spread = anything * (1.0 - anything) * (far - near).square()
     fused_variance = (1.0 - anything) * variance * noise / total + anything * noise.clamp(max=1 / 12) + spread

@@ -201,14 +201,16 @@ class _Loop:
             with self.processes.alone(self.bounded):
                 bounds.append(self._add_gradient(number, part))
         bounds.append(self._add_gradient(*mine[-1]))
+        if self.settings.weight_prior:  # that of N(0, I) is the weight itself: no need for a graph of squares
+            for weight in self.weights:
+                if weight.grad is not None:
+                    weight.grad.add_(weight.detach(), alpha=1.0 / len(self.images))
         return bounds[0] if len(bounds) == 1 else Bound(*(torch.cat(terms) for terms in zip(*bounds, strict=True)))
 
     def _add_gradient(self, number: int, part: Tensor) -> Bound:
         generator = keyed_generator(self.images.device, self.stage.seed, 1, self.step, number)
         bound: Bound = self.bounded(self.images[part], generator)
         loss = -(bound.log_likelihood - self._kl_weight() * self._freed(bound.kl)).mean()
-        if self.settings.weight_prior:
-            loss = loss + 0.5 * sum(w.square().sum() for w in self.weights) / len(self.images)
         (loss * (self.processes.size * len(part) / self.batch_size)).backward()
         return Bound(bound.log_likelihood.detach(), bound.kl.detach())
 

@@ -70,7 +70,7 @@ def test_the_shipped_models_say_what_they_are_worth(repository: Repository) -> N
     assert mnist.latent_dim is not None
     assert mnist.latent_dim >= 20
     assert flat.latent_dim == 2
-    assert mnist.quality["test_nll_nats"] <= 86.7
+    assert mnist.quality["test_nll_nats"] <= 79.7
     assert mnist.quality["importance_samples"] >= 1000
     assert mnist.quality["images"] == 10_000
     assert mnist.quality["binarisation"] == "dynamic"
@@ -78,7 +78,7 @@ def test_the_shipped_models_say_what_they_are_worth(repository: Repository) -> N
         assert sum(path.stat().st_size for path in (MODELS / name / version).iterdir()) <= LARGEST
 
 
-@pytest.mark.parametrize(("sigma", "least"), [(0.1, 28.3), (0.25, 23.2), (0.5, 20.0)])
+@pytest.mark.parametrize(("sigma", "least"), [(0.1, 29.0), (0.25, 23.9), (0.5, 20.4)])
 @pytest.mark.parametrize("told", [True, False])
 def test_denoising_reaches_its_figures(
     repository: Repository, digits: Rows, sigma: float, least: float, *, told: bool
@@ -145,6 +145,8 @@ def test_an_answer_never_depends_on_its_batch_mates(repository: Repository) -> N
                 "denoise": [model.input_shape, model.input_shape, (3,)],
             }.get(program.operation, [model.input_shape])
             rows = [rng.random((64, *shape), np.float32) for shape in shapes]
+            if program.operation == "denoise":
+                rows[2][::2, 1:] = 0.0  # every other image under Gaussian noise alone
             first = program.run(*(array[:1] for array in rows))
             for size in range(1, 65):
                 batch = program.run(*(array[:size] for array in rows))
