@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks import pages
 from benchmarks.environments import HERE, version
 
-IMAGES = 10_000
+IMAGES = 40_000
 OURS = "fit"
 
 
@@ -140,9 +140,8 @@ PYTHAE = (
     "binarise, which spares it a draw a pixel."
 )
 LOADER = (
-    "The DataLoader is the usual PyTorch example, without torchvision's detour through PIL: a transform an image (to "
-    "float, a fresh Bernoulli draw), Adam as it comes. Of 0, 1 and 2 workers the fastest counts; its processor "
-    "time is that of the workers too."
+    "The DataLoader is the usual PyTorch example: torchvision's way of an image (Pillow, `ToTensor`), grey levels, "
+    "Adam as it comes. Of 0, 1 and 2 workers the fastest counts; its processor time is that of the workers too."
 )
 
 

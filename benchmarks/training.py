@@ -92,7 +92,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, help="folder with MNIST; without it, synthetic images of its shape")
     parser.add_argument("--workloads", type=lambda text: text.split(","), default=["*"], help="patterns such as mlp-*")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of torch, in every trainer")
     parser.add_argument("--out", type=Path, default=Path("docs/results/training-speed.md"))
     return parser.parse_args()

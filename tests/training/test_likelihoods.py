@@ -11,7 +11,7 @@ from torch.distributions import Normal
 
 from training.likelihoods.bernoulli import Bernoulli
 from training.likelihoods.discretised_logistic import DiscretisedLogistic
-from training.likelihoods.gaussian import Gaussian
+from training.likelihoods.gaussian import Gaussian, GaussianWithOutliers
 
 SHAPE = (2, 1, 4)
 
@@ -109,3 +109,17 @@ def test_gaussian_is_torch_s_with_a_floor() -> None:
     torch.testing.assert_close(likelihood.log_prob(parameters, x), expected)
     nn.init.constant_(likelihood.raw_std, -100.0)
     assert float(likelihood.std().detach().min()) == pytest.approx(0.01)
+
+
+def test_outliers_are_one_part_of_a_mixture() -> None:
+    """Of the Gaussian with the uniform density on [0, 1], in density as in mean; what lies far out costs no more."""
+    likelihood = GaussianWithOutliers(SHAPE, 0.01)
+    nn.init.normal_(likelihood.outlier_logit)
+    x, parameters = torch.rand(5, *SHAPE), torch.randn(3, 5, *SHAPE)
+    share = torch.sigmoid(likelihood.outlier_logit)
+    gaussian = Normal(torch.sigmoid(parameters), likelihood.std()).log_prob(x).exp()
+    expected = (share + (1 - share) * gaussian).log().flatten(-3).sum(-1)
+    torch.testing.assert_close(likelihood.log_prob(parameters, x), expected)
+    torch.testing.assert_close(likelihood.mean(parameters), 0.5 * share + (1 - share) * torch.sigmoid(parameters))
+    nn.init.constant_(likelihood.raw_std, -100.0)
+    assert float((likelihood.log_prob(parameters, x) - share.log().sum()).detach().min()) >= -1e-3

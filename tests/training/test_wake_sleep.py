@@ -16,7 +16,7 @@ from training.datasets import Digits, binarise
 from training.elbo import Bound, elbo
 from training.likelihoods.bernoulli import Bernoulli
 from training.likelihoods.discretised_logistic import DiscretisedLogistic
-from training.likelihoods.gaussian import Gaussian
+from training.likelihoods.gaussian import Gaussian, GaussianWithOutliers
 from training.model import VAE
 from training.priors.realnvp import RealNvp
 from training.priors.standard_normal import StandardNormal
@@ -167,10 +167,13 @@ def test_dreams_are_draws_of_the_likelihood() -> None:
     weights, levels = torch.stack(each, -1).exp(), levels[:, None]
     mean = torch.sigmoid(logits).flatten()
     level_mean = (weights * levels).sum(0)
-    gaussian = Gaussian((1, 1, 2), 1 / 256)
+    gaussian, mixed = Gaussian((1, 1, 2), 1 / 256), GaussianWithOutliers((1, 1, 2), 1 / 256)
+    mixed_mean = 0.5 * mean + 0.25
+    second_moment = 0.5 * (gaussian.std().flatten().square() + mean.square()) + 0.5 / 3
     cases = [
         (Bernoulli(), mean, mean * (1 - mean)),
         (gaussian, mean, gaussian.std().flatten().square()),
+        (mixed, mixed_mean, second_moment - mixed_mean.square()),
         (logistic, level_mean, (weights * (levels - level_mean).square()).sum(0)),
     ]
     for likelihood, expected, variance in cases:

@@ -20,7 +20,7 @@ from training.datasets import ImageSet
 from training.errors import ConfigError, DivergedError
 
 STEP_SIZES = (0.01, 0.02, 0.1)
-CHOSEN_AFTER = 50_000
+CHOSEN_AFTER = 200_000
 FIRST_POINT = 10_000
 BATCH = 100
 COLOURS = {"aevb": "tab:red", "wake-sleep": "tab:green", "mcem": "tab:blue"}

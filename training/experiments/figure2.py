@@ -1,6 +1,7 @@
 """Figure 2: the lower bound against the training samples seen, AEVB beside wake-sleep on the same networks.
 
-Raw grey levels, 500 hidden units for MNIST, 200 for Frey Face; all else as `curves` says.
+Raw grey levels, 500 hidden units for MNIST, 200 for Frey Face, whose Gaussian pixels are mixed with outliers as in the
+author's code: without that the networks over-fit long before the figure's values. All else as `curves` says.
 Source: Kingma and Welling (2013), section 5 and figure 2.
 """
 
@@ -30,7 +31,10 @@ DATA: dict[str, dict[str, Any]] = {
     "frey": {"dataset": "frey", "split": "author"},
 }
 HIDDEN = {"mnist": 500, "frey": 200}
-LIKELIHOODS = {"mnist": "bernoulli", "frey": "gaussian"}
+LIKELIHOODS: dict[str, dict[str, Any]] = {
+    "mnist": {"likelihood": "bernoulli"},
+    "frey": {"likelihood": "gaussian", "outliers": True},
+}
 FIELDS = ("data", "latent_dim", "method", "samples", "train_elbo", "test_elbo")
 
 
@@ -81,7 +85,7 @@ def run_of(curve: Curve, epochs: int, step_size: float) -> Run:
     """The paper's settings."""
     return curves.paper_run(
         curve.name,
-        {"latent_dim": curve.latent_dim, "likelihood": {"likelihood": LIKELIHOODS[curve.data]}},
+        {"latent_dim": curve.latent_dim, "likelihood": LIKELIHOODS[curve.data]},
         HIDDEN[curve.data],
         {"epochs": epochs, "objective": METHODS[curve.method], "learning_rate": step_size},
         data=DATA[curve.data],

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional
 
 from training.gaussian import LOG_2_PI
 from training.strict import Strict
@@ -22,10 +23,13 @@ class GaussianSettings(Strict):
     likelihood: Literal["gaussian"]
     least_std: Annotated[float, Field(gt=0, lt=1)] = 1 / 256
     """The width of a grey level: finer differences than that are not in the data."""
+    outliers: bool = False
+    """Whether each pixel is mixed with the uniform density on [0, 1], by a learned weight that starts at a half, so
+    that a pixel the model has not seen coming costs little; the paper has it not, its author's code (anglepy) does."""
 
     def build(self, shape: tuple[int, int, int]) -> Gaussian:
         """The likelihood of images of that shape."""
-        return Gaussian(shape, self.least_std)
+        return (GaussianWithOutliers if self.outliers else Gaussian)(shape, self.least_std)
 
 
 class Gaussian(nn.Module):
@@ -41,13 +45,11 @@ class Gaussian(nn.Module):
 
     def std(self) -> Tensor:
         """The learned standard deviation of every pixel (c, h, w)."""
-        return self.least_std + nn.functional.softplus(self.raw_std)
+        return self.least_std + functional.softplus(self.raw_std)
 
     def log_prob(self, parameters: Tensor, x: Tensor) -> Tensor:
         """log p(x|z), a density in nats, summed over channels and pixels: (..., c, h, w) -> (...)."""
-        std = self.std()
-        square = ((x - self.mean(parameters)) / std).square()
-        return -0.5 * (square + 2.0 * std.log() + LOG_2_PI).flatten(-3).sum(-1)
+        return self._pixels(parameters, x).flatten(-3).sum(-1)
 
     def mean(self, parameters: Tensor) -> Tensor:
         """E[x|z] in [0, 1]."""
@@ -56,4 +58,33 @@ class Gaussian(nn.Module):
     def draw(self, parameters: Tensor, generator: torch.Generator) -> Tensor:
         """x ~ p(x|z), shaped like `parameters`; clipped to [0, 1], as the author's code does."""
         noise = torch.randn(parameters.shape, generator=generator, device=parameters.device)
-        return (self.mean(parameters) + self.std() * noise).clamp(0.0, 1.0)
+        return (torch.sigmoid(parameters) + self.std() * noise).clamp(0.0, 1.0)
+
+    def _pixels(self, parameters: Tensor, x: Tensor) -> Tensor:
+        std = self.std()
+        square = ((x - torch.sigmoid(parameters)) / std).square()
+        return -0.5 * (square + 2.0 * std.log() + LOG_2_PI)
+
+
+class GaussianWithOutliers(Gaussian):
+    """Each pixel Gaussian, or, with a learned probability, anything in [0, 1]."""
+
+    def __init__(self, shape: tuple[int, int, int], least_std: float) -> None:
+        super().__init__(shape, least_std)
+        self.outlier_logit = nn.Parameter(torch.zeros(shape))
+
+    def mean(self, parameters: Tensor) -> Tensor:
+        """E[x|z] in [0, 1]."""
+        return torch.lerp(torch.sigmoid(parameters), torch.full_like(parameters, 0.5), self._outlier_share())
+
+    def draw(self, parameters: Tensor, generator: torch.Generator) -> Tensor:
+        """x ~ p(x|z), shaped like `parameters`, clipped likewise."""
+        anything, chance = torch.rand((2, *parameters.shape), generator=generator, device=parameters.device)
+        return torch.where(chance < self._outlier_share(), anything, super().draw(parameters, generator))
+
+    def _outlier_share(self) -> Tensor:
+        return torch.sigmoid(self.outlier_logit)
+
+    def _pixels(self, parameters: Tensor, x: Tensor) -> Tensor:
+        gaussian = functional.logsigmoid(-self.outlier_logit) + super()._pixels(parameters, x)
+        return torch.logaddexp(gaussian, functional.logsigmoid(self.outlier_logit))
