@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import signal
@@ -21,7 +22,7 @@ from training.config import Run
 from training.elbo import Bound, elbo
 from training.errors import CheckpointError, DiskError, DivergedError
 from training.stages import trained_vae, vae_stage
-from training.trainer import Stage, computes_bfloat16, keyed_generator, train
+from training.trainer import AVERAGED_STEPS, Stage, computes_bfloat16, keyed_generator, train
 
 CPU = torch.device("cpu")
 MLP_500 = Mlp(architecture="mlp", hidden=(500,))
@@ -340,6 +341,24 @@ def test_trained_weights_are_the_moving_average(unbroken: Path) -> None:
         assert torch.equal(weight, averaged[f"module.{name}"])
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not model.training
+
+
+def test_the_moving_average_forgets_as_its_decay_says(images: Tensor, tmp_path: Path) -> None:
+    """It looks at every eighth step's weights, and at the last's, each time as if at those of all the steps between."""
+    seen: dict[int, Tensor] = {}
+
+    def watch(module: torch.nn.Module) -> dict[str, float]:
+        seen[len(seen) + 1] = torch.cat([p.detach().flatten() for p in module.parameters()]).double()
+        return {}
+
+    watched = dataclasses.replace(stage(ema_decay=0.9), watch=watch, watched_steps=frozenset(range(1, STEPS + 1)))
+    train(watched, images, tmp_path)
+    looks = [*range(AVERAGED_STEPS, STEPS + 1, AVERAGED_STEPS), STEPS]
+    expected = seen[looks[0]]
+    for before, step in itertools.pairwise(looks):
+        expected = torch.lerp(seen[step], expected, 0.9 ** (step - before))
+    found = trained_vae(run(ema_decay=0.9), SHAPE, tmp_path, CPU)
+    torch.testing.assert_close(torch.cat([p.flatten() for p in found.parameters()]).double(), expected)
 
 
 def test_full_disk_leaves_the_old_checkpoint_whole(unbroken: Path, images: Tensor, tmp_path: Path) -> None:
