@@ -68,7 +68,7 @@ class Optimisation(Strict):
     """Gradients of the summed bound's mean are clipped to this norm."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the networks' matrix products and convolutions; densities, gradients of weights and weights are float32.
-    bfloat16 is twice as fast where the device computes with it, and float32 is used where it does not."""
+    bfloat16 is up to half as fast again where a CPU computes with it, and float32 is used where it does not."""
 
 
 class Restoration(Strict):

@@ -64,6 +64,12 @@ def keyed_generator(device: torch.device, *key: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(mixed)
 
 
+def epoch_order(images: Tensor, seed: int, epoch: int) -> Tensor:
+    """The rows of `images` in the order in which an epoch takes them, on their device; a function of the key alone."""
+    shuffle = keyed_generator(torch.device("cpu"), seed, 0, epoch)
+    return torch.randperm(len(images), generator=shuffle).to(images.device)
+
+
 def computes_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 itself; elsewhere it is emulated, slower than float32."""
     if device.type == "cuda":
@@ -159,7 +165,7 @@ class _Loop:
         )
         started, saved = time.monotonic() - self.seconds, time.monotonic()
         means = _Means()
-        log = _Log(self.log_path)
+        log = Log(self.log_path)
         with progress, log.file:
             while self.step < self.steps:
                 bound = self._gradient()
@@ -192,9 +198,7 @@ class _Loop:
         """
         epoch, index = divmod(self.step, self.epoch_steps)
         if self.order_epoch != epoch:
-            shuffle = keyed_generator(torch.device("cpu"), self.stage.seed, 0, epoch)
-            self.order = torch.randperm(len(self.images), generator=shuffle).to(self.images.device)
-            self.order_epoch = epoch
+            self.order, self.order_epoch = epoch_order(self.images, self.stage.seed, epoch), epoch
         for optimiser in self.optimisers:
             optimiser.zero_grad()
         rows = self.order[index * self.batch_size : (index + 1) * self.batch_size]
@@ -271,7 +275,7 @@ class _Loop:
     def _kl_weight(self) -> float:
         return min(1.0, (self.step + 1) / max(1, self.settings.kl_warmup_steps))
 
-    def _report(self, progress: Any, log: Any, terms: list[float]) -> None:
+    def _report(self, progress: Any, log: Log, terms: list[float]) -> None:
         log_likelihood, kl = terms
         epoch = min(self.step // self.epoch_steps + 1, self.settings.epochs)
         progress.set_description(f"{self.stage.name} (epoch {epoch}/{self.settings.epochs})", refresh=False)
@@ -399,7 +403,7 @@ def read_averaged(path: Path, identity: dict[str, Any], module: Module) -> Modul
     return module.eval().requires_grad_(False)
 
 
-class _Log:
+class Log:
     """Lines appended to a file; unbuffered, so that closing it has nothing left to fail on."""
 
     def __init__(self, path: Path) -> None:

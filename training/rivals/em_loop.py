@@ -6,7 +6,6 @@ keeps, one an image, and several updates.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,8 +23,10 @@ from training.rivals.mcem import MonteCarloEm, Step
 from training.trainer import (
     CHECKPOINT_S,
     LOG_STEPS,
+    Log,
     deferred_interrupts,
     disk_error,
+    epoch_order,
     keyed_generator,
     read_checkpoint,
     write_checkpoint,
@@ -92,15 +93,16 @@ class _Loop:
             unit_scale=True,
         )
         started, saved, since = time.monotonic() - self.seconds, time.monotonic(), list[Step]()
-        with progress:
+        log = Log(self.log_path)
+        with progress, log.file:
             while self.step < self.stage.steps:
                 since.append(self._advance())
                 self.seconds = time.monotonic() - started
                 progress.update(self.batch_size)
                 if self.step in self.stage.watched_steps:
-                    self._log(self.stage.watch(self.stage.module))
+                    log.write({"stage": "mcem", "step": self.step, **self.stage.watch(self.stage.module)})
                 if self.step % LOG_STEPS == 0 or self.step == self.stage.steps:
-                    self._report(progress, since)
+                    self._report(progress, log, since)
                     since.clear()
                 if interrupted():
                     self.save()
@@ -113,9 +115,7 @@ class _Loop:
         """One minibatch: the order of an epoch hangs on (seed, epoch), all other noise on (seed, step)."""
         epoch, index = divmod(self.step, self.epoch_steps)
         if self.order_epoch != epoch:
-            shuffle = keyed_generator(torch.device("cpu"), self.stage.seed, 0, epoch)
-            self.order = torch.randperm(len(self.images), generator=shuffle).to(self.images.device)
-            self.order_epoch = epoch
+            self.order, self.order_epoch = epoch_order(self.images, self.stage.seed, epoch), epoch
         rows = self.order[index * self.batch_size : (index + 1) * self.batch_size]
         self.em.generator = keyed_generator(self.images.device, self.stage.seed, 1, self.step)
         images = self.images[rows]
@@ -130,12 +130,14 @@ class _Loop:
         self.step += 1
         return found
 
-    def _report(self, progress: Any, since: list[Step]) -> None:
+    def _report(self, progress: Any, log: Log, since: list[Step]) -> None:
         log_joint = float(torch.stack([step.log_joint.mean() for step in since]).mean())
         acceptance = sum(step.acceptance for step in since) / len(since)
         progress.set_postfix({"log p(x, z)": f"{log_joint:.2f}", "accepted": f"{acceptance:.2f}"}, refresh=False)
-        self._log(
+        log.write(
             {
+                "stage": "mcem",
+                "step": self.step,
                 "epoch": (self.step - 1) // self.epoch_steps + 1,
                 "seconds": round(self.seconds, 2),
                 "log_joint": log_joint,
@@ -143,14 +145,6 @@ class _Loop:
                 "step_size": since[-1].step_size,
             }
         )
-
-    def _log(self, record: dict[str, Any]) -> None:
-        line = json.dumps({"stage": "mcem", "step": self.step, **record})
-        try:
-            with self.log_path.open("a") as file:
-                file.write(line + "\n")
-        except OSError as error:
-            raise disk_error(self.log_path, error) from error
 
     def save(self) -> None:
         """Write the whole state, the chains and their step size too."""
