@@ -27,6 +27,9 @@ class Likelihood(Protocol):
     def draw(self, parameters: Tensor, generator: torch.Generator) -> Tensor:
         """x ~ p(x|z), shaped like `parameters`, in [0, 1]."""
 
+    def dream(self, parameters: Tensor, generator: torch.Generator) -> Tensor:
+        """The draw that wake-sleep's recognition model learns from."""
+
 
 class Prior(Protocol):
     """p(z); a module, since it may have parameters."""

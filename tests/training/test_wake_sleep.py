@@ -21,7 +21,7 @@ from training.model import VAE
 from training.priors.realnvp import RealNvp
 from training.priors.standard_normal import StandardNormal
 from training.priors.vamp import Vamp
-from training.rivals.wake_sleep import Dream, wake_sleep
+from training.rivals.wake_sleep import wake_sleep
 from training.trainer import Stage, train
 
 SHAPE = (1, 2, 3)
@@ -97,22 +97,19 @@ def sleep_by_hand(vae: VAE, z: Tensor, x: Tensor) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("dream", ["draw", "mean"])
-def test_value_is_the_bound_s(vae: VAE, x: Tensor, eps: Tensor, dream: Dream) -> None:
+def test_value_is_the_bound_s(vae: VAE, x: Tensor, eps: Tensor) -> None:
     """Both terms, one figure an image."""
-    found, expected = wake_sleep(vae, x, eps, generator(), dream), elbo(vae, x, eps)
+    found, expected = wake_sleep(vae, x, eps, generator()), elbo(vae, x, eps)
     torch.testing.assert_close(found.log_likelihood, expected.log_likelihood)
     torch.testing.assert_close(found.kl, expected.kl)
 
 
-@pytest.mark.parametrize("dream", ["draw", "mean"])
-def test_gradients_are_those_computed_by_hand(vae: VAE, x: Tensor, eps: Tensor, dream: Dream) -> None:
+def test_gradients_are_those_computed_by_hand(vae: VAE, x: Tensor, eps: Tensor) -> None:
     """The decoder's is the wake phase's, the encoder's the sleep phase's, and neither has anything of the other."""
-    found = gradients(wake_sleep(vae, x, eps, generator(4), dream).elbo, vae)
+    found = gradients(wake_sleep(vae, x, eps, generator(4)).elbo, vae)
     same = generator(4)
     z = torch.randn(5, 2, generator=same)
-    dreamt = torch.sigmoid(vae.decode(z)).detach()
-    shown = torch.bernoulli(dreamt, generator=same) if dream == "draw" else dreamt
+    shown = torch.bernoulli(torch.sigmoid(vae.decode(z)).detach(), generator=same)
     expected = wake_by_hand(vae, x, eps) | sleep_by_hand(vae, z, shown)
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
@@ -185,8 +182,7 @@ def test_dreams_are_draws_of_the_likelihood() -> None:
         assert float(drawn.max()) <= 1.0
 
 
-@pytest.mark.parametrize("dream", ["draw", "mean"])
-def test_it_raises_the_bound_of_digits_in_the_trainer(tmp_path: Path, dream: Dream) -> None:
+def test_it_raises_the_bound_of_digits_in_the_trainer(tmp_path: Path) -> None:
     """A few hundred steps of the unchanged trainer; it begins near 64 fair coins, which cost 44.4 nats."""
     images = Digits(dataset="digits").load(tmp_path).train
     torch.manual_seed(0)
@@ -195,7 +191,7 @@ def test_it_raises_the_bound_of_digits_in_the_trainer(tmp_path: Path, dream: Dre
 
     def objective(model: VAE, images: Tensor, randomness: torch.Generator) -> Bound:
         eps = torch.randn(1, len(images), 3, generator=randomness)
-        return wake_sleep(model, binarise(images, randomness), eps, randomness, dream)
+        return wake_sleep(model, binarise(images, randomness), eps, randomness)
 
     settings = Optimisation(epochs=40, learning_rate=3e-3)
     train(Stage("vae", vae, objective, settings, 0, {}), images, tmp_path)

@@ -47,3 +47,5 @@ class Bernoulli(nn.Module):
     def draw(self, parameters: Tensor, generator: torch.Generator) -> Tensor:
         """x ~ p(x|z), each pixel 0 or 1, shaped like `parameters`."""
         return torch.bernoulli(self.mean(parameters), generator=generator)
+
+    dream = draw

@@ -62,6 +62,8 @@ class DiscretisedLogistic(nn.Module):
         value = self.mean(parameters) + self._bounded_log_scale().exp() * noise
         return (LEVELS * value).floor().clamp(0, LEVELS - 1) / (LEVELS - 1)
 
+    dream = draw
+
     def _bounded_log_scale(self) -> Tensor:
         return self.log_scale.clamp(LEAST_LOG_SCALE, LARGEST_LOG_SCALE)
 

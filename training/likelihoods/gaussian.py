@@ -60,6 +60,8 @@ class Gaussian(nn.Module):
         noise = torch.randn(parameters.shape, generator=generator, device=parameters.device)
         return (torch.sigmoid(parameters) + self.std() * noise).clamp(0.0, 1.0)
 
+    dream = draw
+
     def _pixels(self, parameters: Tensor, x: Tensor) -> Tensor:
         std = self.std()
         square = ((x - torch.sigmoid(parameters)) / std).square()
@@ -67,7 +69,11 @@ class Gaussian(nn.Module):
 
 
 class GaussianWithOutliers(Gaussian):
-    """Each pixel Gaussian, or, with a learned probability, anything in [0, 1]."""
+    """Each pixel Gaussian, or, with a learned probability, anything in [0, 1].
+
+    `dream`, what wake-sleep shows its recognition model, has no outliers (nor has it in dpkingma/anglepy, `gen_xz`):
+    images half of whose pixels mean nothing, as at first, teach it nothing of those to come.
+    """
 
     def __init__(self, shape: tuple[int, int, int], least_std: float) -> None:
         super().__init__(shape, least_std)
