@@ -29,14 +29,20 @@ def admit(operation: Operation, model: Model, payload: Payload, options: Any, ma
         return Inputs(np.empty((options.count, 0), np.float32))
     if payload.array is None:
         raise InvalidShape(f'the body lacks "{operation.takes}"')
-    rows = _shaped(payload.array, operation.row_shape(model), operation.takes, options, max_rows)
+    shape = operation.row_shape(model, options)
+    rows = _shaped(payload.array, shape, operation.takes, options, max_rows)
     check_count(len(rows) * options.multiplicity, max_rows)
     check_range(rows, *_bounds(operation, model), operation.takes)
+    if payload.mask is None and operation.masked:
+        raise InvalidShape(
+            f"{operation.name} needs a mask, 1 where a pixel is seen and 0 where it is missing: `mask` in JSON, a "
+            "second file in the field `mask` of a form, or the transparency of the picture"
+        )
     if payload.mask is None:
         return Inputs(rows)
     if not operation.observed:
         raise InvalidOption(f"{operation.name} takes no mask")
-    return Inputs(rows, _mask(payload.mask, model, options, len(rows)))
+    return Inputs(rows, _mask(payload.mask, shape, options, len(rows)))
 
 
 def _shaped(array: NDArray[Any], shape: tuple[int, ...], name: str, options: Any, max_rows: int) -> Rows:
@@ -49,13 +55,13 @@ def _shaped(array: NDArray[Any], shape: tuple[int, ...], name: str, options: Any
     return images if images.shape[1:] == shape else fit(images, (shape[1], shape[2]), how)
 
 
-def _mask(array: NDArray[Any], model: Model, options: Any, rows: int) -> Rows:
+def _mask(array: NDArray[Any], shape: tuple[int, ...], options: Any, rows: int) -> Rows:
     """1 where seen, for every channel; one mask for all rows, or one a row."""
-    mask = _shaped(array, (1, *model.input_shape[1:]), "mask", options, rows)
+    mask = _shaped(array, (1, *shape[1:]), "mask", options, rows)
     check_range(mask, 0.0, 1.0, "mask")
     if len(mask) not in (1, rows):
         raise InvalidShape(f"{len(mask)} masks for {rows} images; send one, or one an image")
-    return np.broadcast_to((mask >= 0.5).astype(np.float32), (rows, *model.input_shape))
+    return np.broadcast_to((mask >= 0.5).astype(np.float32), (rows, *shape))
 
 
 def _bounds(operation: Operation, model: Model) -> tuple[float, float]:

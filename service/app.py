@@ -76,7 +76,7 @@ def create_app(settings: Settings, repository: Repository | None = None) -> Fast
     app = Service(
         title="VAE service",
         version=__version__,
-        summary="Variational auto-encoders over HTTP: encode, decode, reconstruct, denoise, sample.",
+        summary="Variational auto-encoders over HTTP: encode, decode, reconstruct, restore, sample.",
         lifespan=lifespan,
         telemetry={"tracing": False, "metrics": False, "logs": False},  # asked for at every request; ours is /metrics
     )

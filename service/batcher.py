@@ -2,8 +2,8 @@
 
 A lone caller never waits: there is no timer. What arrives while a batch runs, or in the same turn of the event loop,
 travels together. Cheap batches run in the event loop, the others in one thread. Programs take turns, and so do
-requests too large for one batch, so nobody waits for a stranger's whole request. What cannot be done in time is refused
-before it is queued.
+requests too large for one batch, so nobody waits for a stranger's whole request. Long work comes in slices, which go
+behind everything else. What cannot be done in time is refused before it is queued.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ PROBE_AFTER_S = 0.005
 
 RUN_BATCHES = 4
 """While nobody else waits, the thread goes on with a large request for as many batches before it reports back."""
+PATIENCE = 16
+"""So many batches go before a slice of long work that waits; then it is its turn."""
 IN_TIME = 0.75
 """A request is queued where what waits before it should take less than this share of its time."""
 
@@ -36,6 +38,10 @@ log = logging.getLogger(__name__)
 
 class Program(Protocol):
     """A whole operation over rows: every array in and out has one row a request row. Compared by identity."""
+
+    @property
+    def rounds(self) -> int:
+        """How often a request's rows come: 1, or as many slices as the work is cut into."""
 
     def run(self, *arrays: NDArray[Any]) -> Arrays:
         """Compute; a row's answer never depends on the other rows."""
@@ -61,6 +67,7 @@ class _Job:
     __slots__ = (
         "arrays",
         "arrived",
+        "begun",
         "deadline",
         "future",
         "gone",
@@ -80,9 +87,10 @@ class _Job:
         arrived: float,
         deadline: float | None,
         gone: Callable[[], bool] | None,
+        begun: bool,
     ) -> None:
         self.arrays, self.rows, self.load, self.future = arrays, len(arrays[0]), load, future
-        self.arrived, self.deadline, self.gone = arrived, deadline, gone
+        self.arrived, self.deadline, self.gone, self.begun = arrived, deadline, gone, begun
         self.taken, self.queue_s, self.inference_s = 0, 0.0, 0.0
         self.pieces: list[Arrays] = []
 
@@ -158,6 +166,7 @@ class Batcher:
         self._closed: asyncio.Event | None = None
         self._row_s, self._landed = 1e-4, 0.0  # a guess, until something has had to wait
         self._lone, self._pause = False, False
+        self._passed = 0
 
     @property
     def healthy(self) -> bool:
@@ -181,7 +190,7 @@ class Batcher:
         """Run `program` over the rows of `arrays`, beside whoever else is waiting.
 
         deadline: on this batcher's clock; work that has not begun by then is not begun.
-        gone: whether the caller has left; asked before work that has waited a while is begun.
+        gone: whether the caller has left; asked before work that has waited a while, or is a further part, is begun.
         begun: whether it is a further part of an answer that has begun, which a full queue does not refuse.
         Raises: Overloaded, DeadlinePassed, CallerGone, NotReady, InferenceFailed.
         """
@@ -192,9 +201,9 @@ class Batcher:
             return self._run_at_once(program, arrays)
         load = min(rows, self.max_rows)
         if self.queued_rows and not begun:
-            self._check_room(load, None if deadline is None else deadline - now)
+            self._check_room(program, load, None if deadline is None else deadline - now)
         loop = asyncio.get_running_loop()
-        job = _Job(arrays, load, loop.create_future(), now, deadline, gone)
+        job = _Job(arrays, load, loop.create_future(), now, deadline, gone, begun)
         self._lanes.setdefault(program, deque()).append(job)
         self.queued_rows += load
         self._schedule(loop, self.linger_s)
@@ -214,8 +223,8 @@ class Batcher:
         """How long what waits should take, from the measured rate."""
         return self.queued_rows * self._row_s
 
-    def _check_room(self, load: int, time_left_s: float | None) -> None:
-        wait_s = self.drain_s()
+    def _check_room(self, program: Program, load: int, time_left_s: float | None) -> None:
+        wait_s = self.drain_s() if program.rounds == 1 else self._slices_s(program)
         if self.queued_rows + load > self.queue_rows:
             said = f"{self.queued_rows} rows wait already and VAE_QUEUE_ROWS is {self.queue_rows}"
         elif time_left_s is not None and wait_s > IN_TIME * time_left_s:
@@ -223,6 +232,11 @@ class Batcher:
         else:
             return
         raise Overloaded(f"{said}; try again later", wait_s)
+
+    def _slices_s(self, program: Program) -> float:
+        """How long long work keeps a newcomer waiting: on average half of what is being done is done."""
+        waiting = sum(job.load for lane, jobs in self._lanes.items() if lane.rounds > 1 for job in jobs)
+        return 0.5 * waiting * program.rounds * program.cost_s(1)
 
     def _can_run_at_once(self, program: Program, rows: int) -> bool:
         """Whether there is nobody to wait for: the last one was alone, and so far, in this turn, this one is."""
@@ -267,14 +281,23 @@ class Batcher:
     def _form(self) -> _Batch | None:
         """The next program's batch: its jobs in order; nobody is left out because somebody is large."""
         while self._lanes:
-            capacity = next(iter(self._lanes)).batch_rows(self.max_rows)
-            program, lane = self._lanes.popitem(last=False)
+            program = self._next()
+            capacity, lane = program.batch_rows(self.max_rows), self._lanes.pop(program)
             parts = self._fill(lane, capacity, self._clock())
             if lane:
                 self._lanes[program] = lane
             if parts:
                 return _Batch(program, parts, capacity)
         return None
+
+    def _next(self) -> Program:
+        """Whose turn it is: programs in the order in which they came, long work after the others, but not for ever."""
+        first = next(iter(self._lanes))
+        short, long = (next((p for p in self._lanes if (p.rounds > 1) is late), None) for late in (False, True))
+        if short is None or long is None:
+            return first
+        self._passed = (self._passed + 1) % (PATIENCE + 1)
+        return short if self._passed else long
 
     def _extended(self, batch: _Batch) -> _Batch:
         """The same with more rows of a job that is alone, so that the thread has something to go on with."""
@@ -308,7 +331,7 @@ class Batcher:
         """Whether nobody would read the answer; the job's future then says why."""
         if job.deadline is not None and now >= job.deadline:
             job.future.set_exception(DeadlinePassed("the request's time ran out while it waited for its turn"))
-        elif job.gone is not None and now - job.arrived > PROBE_AFTER_S and job.gone():
+        elif job.gone is not None and (job.begun or now - job.arrived > PROBE_AFTER_S) and job.gone():
             job.future.set_exception(CallerGone("the caller hung up"))
         return job.future.done()
 
@@ -386,7 +409,7 @@ class Batcher:
         """The time a row takes while others wait: what lies between one batch's end and the next one's."""
         now, last = self._clock(), self._landed
         self._landed = now
-        if self._lanes:
+        if self._lanes and batch.program.rounds == 1:
             began = max(last, min(job.arrived for job, _, _ in batch.parts))
             self._row_s += 0.2 * ((now - began) / batch.rows - self._row_s)
 

@@ -100,13 +100,13 @@ class OperationApp:
         accept = call.headers.get(b"accept", b"*/*").decode("latin-1")
         model, settings, operation = call.model, self.context.settings, self.operation
         form = form_of(content_type, call.body, operation)
-        intake = Intake(operation.takes or "", operation.row_shape(model), settings.max_pixels)
-        payload = READERS[form](call.body, content_type, intake) if form else Payload(None)
-        options = (
-            self._options({**_pairs(call.query), **payload.options})
-            if payload.options
-            else self.options_of_query(call.query)
+        options = self.options_of_query(call.query)
+        intake = Intake(
+            operation.takes or "", operation.row_shape(model, options), settings.max_pixels, operation.masked
         )
+        payload = READERS[form](call.body, content_type, intake) if form else Payload(None)
+        if payload.options:
+            options = self._options({**_pairs(call.query), **payload.options})
         inputs = admit(operation, model, payload, options, settings.max_request_rows)
         if len(inputs.rows) > PART_ROWS:
             reply = await self._stream(call, inputs, options, acceptable(accept, form)[:1])
@@ -216,6 +216,8 @@ def _headers(form: str, about: dict[str, Any], result: Result, *, whole: bool = 
         head.append((b"x-seed", str(about["seed"]).encode()))
     if "level" in about and len(about["level"]) <= HEADER_NUMBERS:
         head.append((b"x-level", ",".join(f"{value:.4g}" for value in about["level"]).encode()))
+    if "note" in about:
+        head.append((b"x-note", about["note"].encode()))
     return head
 
 

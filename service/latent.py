@@ -12,6 +12,8 @@ MAX_SEED = 2**53 - 1
 """The largest integer that every JSON reader keeps exact."""
 BLOCK_ROWS = 64
 """Rows drawn with one key."""
+STREAM_BITS = 48
+"""A key's second word: the stream above, the block below."""
 
 
 def fresh_seed() -> int:
@@ -19,18 +21,20 @@ def fresh_seed() -> int:
     return secrets.randbits(32)
 
 
-def standard_normal(seed: int, rows: int, shape: tuple[int, ...], first: int = 0) -> NDArray[np.float32]:
-    """Draws of N(0, I), (rows, *shape), for the rows from `first` on: a function of the seed and the row alone.
+def standard_normal(
+    seed: int, rows: int, shape: tuple[int, ...], first: int = 0, stream: int = 0
+) -> NDArray[np.float32]:
+    """Draws of N(0, I), (rows, *shape), for the rows from `first` on: a function of seed, stream and row alone.
 
-    Philox is counter-based, keyed by the seed and the block of rows; within a block, rows are filled in order. So more
-    rows never change the first ones, and later ones are drawn without them.
+    Philox is counter-based, keyed by the seed, the stream and the block of rows; within a block, rows are filled in
+    order. So more rows never change the first ones, and later ones are drawn without them.
     Raises: ValueError where `first` is not a multiple of BLOCK_ROWS.
     """
     if first % BLOCK_ROWS:
         raise ValueError(f"rows are drawn from a multiple of {BLOCK_ROWS} on, not from {first}")
     draws = np.empty((rows, *shape), np.float32)
     for start in range(0, rows, BLOCK_ROWS):
-        key = np.array([seed, (first + start) // BLOCK_ROWS], np.uint64)
+        key = np.array([seed, (stream << STREAM_BITS) + (first + start) // BLOCK_ROWS], np.uint64)
         np.random.Generator(np.random.Philox(key=key)).standard_normal(
             dtype=np.float32, out=draws[start : start + BLOCK_ROWS]
         )
@@ -43,10 +47,10 @@ class Noise(NamedTuple):
     seed: int | None
     first: int = 0
 
-    def normal(self, rows: int, shape: tuple[int, ...]) -> tuple[int, NDArray[np.float32]]:
+    def normal(self, rows: int, shape: tuple[int, ...], stream: int = 0) -> tuple[int, NDArray[np.float32]]:
         """The seed that is used, and draws of N(0, I), (rows, *shape)."""
         seed = fresh_seed() if self.seed is None else self.seed
-        return seed, standard_normal(seed, rows, shape, self.first)
+        return seed, standard_normal(seed, rows, shape, self.first, stream)
 
 
 def posterior_draws(mean: NDArray[Any], log_var: NDArray[Any], eps: NDArray[Any]) -> NDArray[np.float32]:

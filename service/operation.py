@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.errors import UnsupportedOperation
+from service.errors import InvalidOption, UnsupportedOperation
 from service.latent import MAX_SEED
 from service.pixels import Fit
 from service.repository import Model
@@ -80,12 +80,26 @@ class Operation:
     answer: dict[str, Any]
     observed: bool = False
     """Whether it takes observations: values outside the model's range, as noise has them, and a mask."""
+    masked: bool = False
+    """Whether it needs a mask, which may be the transparency of a picture."""
     needs: tuple[str, ...] = ()
     """Graphs that a model must have been exported with."""
 
-    def row_shape(self, model: Model) -> tuple[int, ...]:
-        """The shape of one row of what it takes."""
-        return model.latent_shape if self.takes == "latents" else model.input_shape
+    def row_shape(self, model: Model, options: Any) -> tuple[int, ...]:
+        """The shape of one row of what it takes: of images, the model's divided by the options' `factor`.
+
+        Raises: InvalidOption for a factor that does not divide it.
+        """
+        if self.takes == "latents":
+            return model.latent_shape
+        channels, height, width = model.input_shape
+        factor = getattr(options, "factor", 1)
+        if height % factor or width % factor:
+            fitting = [k for k in range(2, min(height, width) + 1) if not (height % k or width % k)]
+            raise InvalidOption(
+                f"factor is {factor}; it must divide {height} x {width}: {', '.join(map(str, fitting))}"
+            )
+        return channels, height // factor, width // factor
 
     def offered_by(self, model: Model) -> bool:
         """Whether the model can do it."""

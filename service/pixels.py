@@ -27,11 +27,22 @@ def to_array(image: Image.Image, channels: int) -> Pixels:
     if image.mode == "F" or image.mode.startswith("I"):
         plane = np.asarray(image, np.float32) / np.float32(1.0 if image.mode == "F" else DEEPEST)
         return np.broadcast_to(plane, (channels, *plane.shape))
-    if channels != 4 and ("A" in image.mode or "a" in image.mode or "transparency" in image.info):
+    if channels != 4 and _is_transparent(image):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
     values = np.asarray(image.convert(MODES[channels]), np.float32) / np.float32(255.0)
     return np.atleast_3d(values).transpose(2, 0, 1)
+
+
+def opacity(image: Image.Image) -> Pixels | None:
+    """How opaque each pixel of a Pillow image is, (1, h, w) in [0, 1], upright; None where it cannot be transparent."""
+    if not _is_transparent(image):
+        return None
+    return np.asarray(ImageOps.exif_transpose(image).convert("RGBA"), np.float32)[None, ..., 3] / np.float32(255.0)
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    return "A" in image.mode or "a" in image.mode or "transparency" in image.info
 
 
 def fit(images: Pixels, size: tuple[int, int], how: Fit) -> Pixels:

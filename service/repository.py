@@ -18,27 +18,34 @@ from service import manifest as manifests
 from service.batcher import Arrays
 from service.errors import StartError, UnknownModel
 from service.manifest import Manifest, ManifestError
+from service.refinement import ROUNDS, SLICE
+from service.restoration import denoise_rows, refine_rows
 from service.session import Session
-from service.vae import Compute, decode_rows, denoise_rows, encode_rows, reconstruct_rows, sample_rows
+from service.vae import Compute, decode_rows, encode_rows, reconstruct_rows, sample_rows
 
 TIMINGS = 3
 HAND_OVER_S = 2e-4
 """About what a batch costs beside its computation: the way to the thread and back."""
 WORTH = 1.1
 """A larger batch must be cheaper a row by this."""
+MOST_REFINED = 16
+"""Rows that a slice of refinement is measured with at most."""
+SLICE_S = 4e-3
+"""What a slice of long work should cost at most: so long may short work have to wait for it."""
 
 
 @dataclass(eq=False)
 class ModelProgram:
     """A program of one model. `weight` is what a row counts for in a batch: the draws it is decoded at, or 1.
 
-    timing: seconds by number of rows, None while unmeasured.
+    rounds: into how many slices it is cut. timing: seconds by number of rows, None while unmeasured.
     """
 
     model: str
     operation: str
     weight: int
     compute: Compute
+    rounds: int = 1
     timing: dict[int, float] | None = None
 
     def run(self, *arrays: Any) -> Arrays:
@@ -48,7 +55,9 @@ class ModelProgram:
     def batch_rows(self, max_rows: int) -> int:
         """As few as cost hardly more a row than `max_rows` do: the next batch's HTTP is done while this one runs."""
         if self.timing is None:
-            return max(1, max_rows // self.weight)
+            return 1 if self.rounds > 1 else max(1, max_rows // self.weight)
+        if self.rounds > 1:
+            return max((size for size, seconds in self.timing.items() if seconds <= SLICE_S), default=1)
         return min(max_rows, self._enough)
 
     def cost_s(self, rows: int) -> float:
@@ -110,13 +119,21 @@ class Model:
         prior = self.manifest.graphs.get("prior")
         return self.latent_shape if prior is None else tuple(prior.inputs["eps"])
 
-    def plan(self, operation: str, rows: Any, draws: int = 0, *choices: Any) -> ModelProgram:
-        """The program that computes `operation` with these static choices; always the same object for the same ones."""
-        key = (operation, draws, *choices)
+    def plan(self, operation: str, rows: Any, draws: int = 0, *choices: Any, **further: Any) -> ModelProgram:
+        """The program that computes `operation` with these static choices; always the same object for the same ones.
+
+        One that has not been measured counts as costing what the first of its operation costs at as many draws.
+        """
+        key = (operation, draws, *choices, *further.items())
         program = self.programs.get(key)
         if program is None:
-            compute = rows(self.graphs, *choices)
-            program = ModelProgram(self.manifest.name, operation, max(1, draws), compute)
+            compute, rounds = rows(self.graphs, *choices, **further), ROUNDS if rows is refine_rows else 1
+            alike = (
+                known.timing
+                for (name, drawn, *_), known in self.programs.items()
+                if (name, drawn) == (operation, draws)
+            )
+            program = ModelProgram(self.manifest.name, operation, max(1, draws), compute, rounds, next(alike, None))
             self.programs[key] = program
         return program
 
@@ -130,7 +147,8 @@ class Model:
             for size in (1, len(rows[0])):
                 answers = self.graphs[name](*(row[:size] for row in rows))
                 for key, answer in zip(graph.outputs, answers, strict=True):
-                    error = float(np.abs(answer - golden[f"{name}/{key}"][:size]).max())
+                    known = golden[f"{name}/{key}"][:size]
+                    error = float(np.abs(answer - known).max() / max(1.0, np.abs(known).max()))
                     if not error <= self.manifest.golden.tolerance:
                         raise StartError(
                             f"model {self.manifest.name} version {self.manifest.version}: {name} is off its golden "
@@ -147,7 +165,18 @@ class Model:
         if "recognition" in self.graphs:
             seen = [golden[f"recognition/{key}"] for key in ("y", "mask", "level")]
             for estimated in (None, 0):
-                self.plan("denoise", denoise_rows, 0, estimated).measure(max_rows, *seen)
+                self.plan("denoise", denoise_rows, 0, estimated, completions=False).measure(max_rows, *seen)
+        if "refinement" in self.graphs:
+            self._warm_refinement(golden)
+
+    def _warm_refinement(self, golden: Mapping[str, Any]) -> None:
+        mean, log_var, eps, *observation = (
+            golden[f"refinement/{key}"] for key in self.manifest.graphs["refinement"].inputs
+        )
+        zero = np.zeros((len(mean), 2, mean.shape[1]), np.float32)
+        ascent = (np.stack([mean, log_var], 1), zero, zero, np.zeros(len(mean), np.int64))
+        program = self.plan("refine", refine_rows, 0, observation[0].shape[1:])
+        program.measure(MOST_REFINED, *ascent, np.stack(SLICE * [eps], 1), *observation)
 
 
 class Repository:

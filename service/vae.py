@@ -20,7 +20,8 @@ Rows = NDArray[np.float32]
 Graph = Callable[..., tuple[Rows, ...]]
 Graphs = Mapping[str, Graph]
 Compute = Callable[..., Arrays]
-Submit = Callable[[Program, Arrays], Awaitable[Trip]]
+Submit = Callable[..., Awaitable[Trip]]
+"""(program, arrays, begun=whether it is a further part of what has begun) -> Trip."""
 Plan = Callable[..., Program]
 """(operation, how its rows are computed, draws, further static choices) -> the program, made once a model."""
 
@@ -63,36 +64,12 @@ def reconstruct_rows(graphs: Graphs) -> Compute:
         mean, log_var = graphs["encoder"](x)
         if not eps:
             return graphs["decoder"](mean)
-        return (_decode_draws(graphs, latent.posterior_draws(mean, log_var, eps[0])).mean(1),)
+        return (decode_draws(graphs, latent.posterior_draws(mean, log_var, eps[0])).mean(1),)
 
     return compute
 
 
-def denoise_rows(graphs: Graphs, estimated: int | None) -> Compute:
-    """y, mask, level[, eps] -> restored, variance, level: recognise, decode, fuse with what was seen.
-
-    Over draws, the mean of the restored images and, by the law of total variance, the variance around it.
-    estimated: the column of the level to estimate from y first, or None.
-    """
-
-    def compute(y: Rows, mask: Rows, level: Rows, *eps: Rows) -> Arrays:
-        if estimated is not None:
-            (guess,) = graphs["noise_level"](y, mask)
-            level = np.zeros_like(level)
-            level[:, estimated] = guess[:, estimated]
-        mean, log_var = graphs["recognition"](y, mask, level)
-        z = latent.posterior_draws(mean, log_var, eps[0]) if eps else mean[:, None]
-        decoded = _decode_draws(graphs, z)
-        draws = decoded.shape[1]
-        seen = [np.repeat(array, draws, axis=0) for array in (y, mask, level)]
-        fused = graphs["fusion"](decoded.reshape(-1, *decoded.shape[2:]), *seen)
-        restored, variance = (array.reshape(decoded.shape) for array in fused)
-        return restored.mean(1), variance.mean(1) + restored.var(1), level
-
-    return compute
-
-
-def _decode_draws(graphs: Graphs, z: Rows) -> Rows:
+def decode_draws(graphs: Graphs, z: Rows) -> Rows:
     """(n, L, *latent) -> (n, L, c, h, w)."""
     (decoded,) = graphs["decoder"](z.reshape(-1, *z.shape[2:]))
     return decoded.reshape(*z.shape[:2], *decoded.shape[1:])
@@ -120,7 +97,7 @@ async def decode(plan: Plan, submit: Submit, z: Rows) -> Result:
 
 async def reconstruct(plan: Plan, submit: Submit, shape: tuple[int, ...], x: Rows, draws: int, noise: Noise) -> Result:
     """The decoder's mean at the posterior's mean, or averaged over draws."""
-    eps, about = _eps(noise, len(x), draws, shape)
+    eps, about = drawn_noise(noise, len(x), draws, shape)
     trip = await submit(plan("reconstruct", reconstruct_rows, draws), (x, *eps))
     return Result({"images": trip.arrays[0]}, about, trip)
 
@@ -135,37 +112,7 @@ async def sample(
     return Result({"images": images, **({"latents": z} if latents else {})}, {"seed": seed}, trip)
 
 
-async def denoise(
-    plan: Plan,
-    submit: Submit,
-    shape: tuple[int, ...],
-    y: Rows,
-    mask: Rows | None,
-    column: int | None,
-    columns: int,
-    level: float | None,
-    draws: int,
-    uncertainty: bool,
-    noise: Noise,
-) -> Result:
-    """E[x|y] under the noise family in that column of the level (None: no noise), of `columns` in all.
-
-    A level of None is estimated from each image. With uncertainty, the posterior's standard deviation too.
-    """
-    levels = np.zeros((len(y), columns), np.float32)
-    if column is not None and level is not None:
-        levels[:, column] = level
-    seen = np.ones_like(y) if mask is None else mask
-    eps, about = _eps(noise, len(y), draws, shape)
-    program = plan("denoise", denoise_rows, draws, column if level is None else None)
-    trip = await submit(program, (y * seen, seen, levels, *eps))
-    restored, variance, used = trip.arrays
-    outputs = {"images": restored, **({"std": np.sqrt(variance)} if uncertainty else {})}
-    found = {} if column is None else {"level": np.ascontiguousarray(used[:, column])}
-    return Result(outputs, {**about, **found}, trip)
-
-
-def _eps(noise: Noise, rows: int, draws: int, shape: tuple[int, ...]) -> tuple[Arrays, dict[str, Any]]:
+def drawn_noise(noise: Noise, rows: int, draws: int, shape: tuple[int, ...]) -> tuple[Arrays, dict[str, Any]]:
     """The request's eps (n, L, *latent) and the seed it came from; nothing where nothing is drawn."""
     if not draws:
         return (), {}

@@ -9,7 +9,8 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from torch import Tensor, nn
 
 from service.manifest import FILE_NAME, SCHEMA_VERSION, File, Golden, Graph, Manifest, digest, is_plain_name
 from training.errors import DiskError, ExportError
+from training.gaussian import DiagonalGaussian
 from training.model import VAE
 from training.priors.learned import LearnedPrior
-from training.restoration import BernoulliFusion, Observation, Recognition
+from training.refinement import Refinement, differentiated
+from training.restoration import FAMILIES, BernoulliFusion, Observation, Recognition
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as in service/session.py
 import onnxruntime as ort  # after the line above
@@ -35,12 +38,18 @@ GOLDEN_FILE = "golden.npz"
 
 @dataclass(frozen=True)
 class Exportable:
-    """One graph: a module, rows to run it on, and the names of what goes in and out."""
+    """One graph: a module, rows to run it on, and the names of what goes in and out.
+
+    `free` names further axes of inputs that may have any length, by input and axis. A module that asks for gradients
+    says so.
+    """
 
     module: nn.Module
     rows: tuple[Tensor, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    free: dict[str, dict[int, str]] = field(default_factory=dict)
+    gradients: bool = False
 
 
 class Decode(nn.Module):
@@ -127,8 +136,27 @@ def exportables(
             "recognition": Exportable(Recognise(recognition), tuple(seen), ("y", "mask", "level"), ("mean", "log_var")),
             "noise_level": Exportable(EstimateLevel(recognition), (seen.y, seen.mask), ("y", "mask"), ("level",)),
             "fusion": Exportable(fusion, (x_mean, *seen), ("x_mean", "y", "mask", "level"), ("restored", "variance")),
+            "refinement": _refinement(Refinement(vae, fusion), recognition.posterior(seen), seen),
         }
     return graphs
+
+
+def _refinement(module: Refinement, start: DiagonalGaussian, seen: Observation) -> Exportable:
+    """Golden rows: every level unknown, what is seen is the image itself."""
+    n, _, height, width = seen.y.shape
+    of_level = torch.zeros(n, len(FAMILIES))
+    mean, log_var = (torch.cat([part, of_level], 1) for part in start)
+    eps = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
+    operators = (torch.eye(size).repeat(n, 1, 1) for size in (height, width))
+    size = {2: "seen_height", 3: "seen_width"}
+    return Exportable(
+        module,
+        (mean, log_var, eps, seen.y, seen.mask, seen.level, torch.ones_like(of_level), *operators),
+        ("q_mean", "q_log_var", "eps", "y", "mask", "level", "unknown", "rows", "columns"),
+        ("elbo", "drawn", "q_mean_gradient", "q_log_var_gradient"),
+        free={"y": size, "mask": size, "rows": {1: size[2]}, "columns": {1: size[3]}},
+        gradients=True,
+    )
 
 
 def export(
@@ -144,8 +172,8 @@ def export(
 
     Each graph is reloaded with onnxruntime and compared with torch. The folder appears in one step, whole, or not at
     all.
-    Raises: ExportError where a graph differs by more than 1e-5 (of the value, where that is above 1), holds a random
-    operator or has external data, or where the version exists; DiskError.
+    Raises: ExportError where a graph differs by more than 1e-5 (of its largest value, where that is above 1), holds a
+    random operator or has external data, or where the version exists; DiskError.
     """
     target = version_folder(models, name, version, replace=replace)
     try:
@@ -212,7 +240,7 @@ def _staged(target: Path) -> Iterator[Path]:
 def _write_graph(name: str, graph: Exportable, folder: Path, golden: dict[str, np.ndarray]) -> Graph:
     module = graph.module.eval().cpu()
     rows = tuple(row.detach().cpu().contiguous() for row in graph.rows)
-    content = to_onnx(module, rows, graph.inputs, graph.outputs)
+    content = to_onnx(module, rows, graph)
     _check_graph(name, content)
     with torch.no_grad():
         answers = _tuple(module(*rows))
@@ -226,10 +254,16 @@ def _write_graph(name: str, graph: Exportable, folder: Path, golden: dict[str, n
     return Graph(file=file, sha256=digest(content), inputs=shapes[0], outputs=shapes[1])
 
 
-def to_onnx(module: nn.Module, rows: tuple[Tensor, ...], inputs: tuple[str, ...], outputs: tuple[str, ...]) -> bytes:
-    """One self-contained ONNX graph with a dynamic first axis `n`."""
+def to_onnx(module: nn.Module, rows: tuple[Tensor, ...], graph: Exportable) -> bytes:
+    """One self-contained ONNX graph of the module with a dynamic first axis `n`, and what else is free."""
+    axes = tuple({0: "n", **graph.free.get(key, {})} for key in graph.inputs)
+    if graph.gradients:
+        rows = _apart(rows, axes)
+        module = differentiated(module, rows)
     # Names are given for shape sizes of 2 and more: torch.export takes a size of 1 for a constant.
-    batch = torch.export.Dim("n", min=1, max=2**20)
+    names = dict.fromkeys(name for named in axes for name in named.values())
+    dims = {name: torch.export.Dim(name, min=1, max=2**20) for name in names}
+    shapes = tuple({axis: dims[name] for axis, name in named.items()} for named in axes)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter warns of its own deprecations
@@ -237,9 +271,9 @@ def to_onnx(module: nn.Module, rows: tuple[Tensor, ...], inputs: tuple[str, ...]
             module,
             rows,
             dynamo=True,
-            input_names=inputs,
-            output_names=outputs,
-            dynamic_shapes=tuple({0: batch} for _ in rows),
+            input_names=graph.inputs,
+            output_names=graph.outputs,
+            dynamic_shapes=shapes,
             external_data=False,
             verbose=False,
         )
@@ -248,6 +282,16 @@ def to_onnx(module: nn.Module, rows: tuple[Tensor, ...], inputs: tuple[str, ...]
     for node in model.graph.node:
         del node.metadata_props[:]  # where on this machine's disk the code stood
     return model.SerializeToString()
+
+
+def _apart(rows: tuple[Tensor, ...], axes: tuple[dict[int, str], ...]) -> tuple[Tensor, ...]:
+    """Rows of no meaning whose free axes have lengths that no other axis has."""
+    fixed = {size for row, named in zip(rows, axes, strict=True) for k, size in enumerate(row.shape) if k not in named}
+    names = dict.fromkeys(name for named in axes for name in named.values())
+    lengths = dict(zip(names, (size for size in count(2) if size not in fixed), strict=False))
+    shapes = [[lengths.get(named.get(k, ""), size) for k, size in enumerate(row.shape)]
+              for row, named in zip(rows, axes, strict=True)]  # fmt: skip
+    return tuple(torch.rand(shape, generator=torch.Generator().manual_seed(0)) for shape in shapes)
 
 
 def _check_graph(name: str, content: bytes) -> None:
@@ -266,7 +310,8 @@ def _check_parity(name: str, content: bytes, rows: tuple[Tensor, ...], answers: 
     for size in (1, len(rows[0])):
         found = session.run(None, {key: row[:size].numpy() for key, row in zip(names, rows, strict=True)})
         for key, mine, theirs in zip(session.get_outputs(), answers, found, strict=True):
-            difference = float((np.abs(mine[:size].numpy() - theirs) / np.maximum(1.0, np.abs(theirs))).max())
+            # A gradient is a sum of large terms: its small entries are no more exact than its large ones.
+            difference = float(np.abs(mine[:size].numpy() - theirs).max() / max(1.0, np.abs(theirs).max()))
             if not difference <= PARITY:
                 raise ExportError(f"{name}.{key.name} differs from torch by {difference:.2g} (at most {PARITY:g})")
 

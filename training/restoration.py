@@ -150,7 +150,7 @@ class BernoulliFusion(nn.Module):
     def pixel_prior(self, x_mean: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
         """Variance of the pixel around the decoder's mean, and the logit of the weight of `anything`."""
         # In double: the last bit of onnxruntime's float logarithm hangs on how many numbers there are.
-        log_sigma = level[:, :1].clamp(*SIGMA_RANGE).double().log().float()
+        log_sigma = level[:, :1].clamp(*SIGMA_RANGE).double().log().to(level.dtype)
         powers = torch.cat([torch.ones_like(log_sigma), log_sigma, log_sigma.square()], 1)
         values = (powers @ self.coefficients).clamp(self.lowest, self.highest)
         c, d, logit = (values[:, i, None, None, None] for i in range(3))

@@ -8,18 +8,27 @@ from PIL import Image
 
 from service.codecs.payload import Answer, Body, Intake, Payload, images_only
 from service.errors import TooLarge, Unreadable
-from service.pixels import Pixels, to_array, to_image
+from service.pixels import Pixels, opacity, to_array, to_image
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 
 
 def read(body: Body, _content_type: str, intake: Intake) -> Payload:
-    """One picture as (1, c, h, w)."""
-    return Payload(parse(body, intake)[None])
+    """One picture as (1, c, h, w); where a mask is wanted, its opacity as that."""
+    pixels, mask = parse_seen(body, intake)
+    return Payload(pixels[None], None if mask is None else mask[None])
 
 
 def parse(body: Body, intake: Intake) -> Pixels:
     """A picture file as (c, h, w) in [0, 1], of its own size.
+
+    Raises: as parse_seen.
+    """
+    return parse_seen(body, intake)[0]
+
+
+def parse_seen(body: Body, intake: Intake) -> tuple[Pixels, Pixels | None]:
+    """A picture file as (c, h, w) in [0, 1], of its own size; its opacity (1, h, w) where wanted and there is one.
 
     Raises: Unreadable for no picture, a broken one, or an operation that takes none; TooLarge before decoding.
     """
@@ -28,7 +37,7 @@ def parse(body: Body, intake: Intake) -> Pixels:
     try:
         with Image.open(io.BytesIO(body), formats=FORMATS) as picture:
             _check_size(picture, intake)
-            return to_array(picture, intake.shape[0])
+            return to_array(picture, intake.shape[0]), opacity(picture) if intake.masked else None
     except TooLarge:
         raise
     except Image.DecompressionBombError as error:  # above Pillow's own limit, which no setting of ours passes

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from numpy.typing import NDArray
 from python_multipart import FormParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
@@ -19,12 +18,13 @@ def read(body: Body, content_type: str, intake: Intake) -> Payload:
     fields, files = _parse(body, content_type)
     if "file" not in files:
         raise Unreadable("the form has no file in the field `file`; with curl: -F file=@digit.png")
-    mask = _array(files["mask"], intake)[:, :1] if "mask" in files else None
-    return Payload(_array(files["file"], intake), mask, fields)
+    payload = _read(files["file"], intake)
+    mask = _read(files["mask"], intake).array if "mask" in files else None
+    return Payload(payload.array, payload.mask if mask is None else mask[:, :1], fields)
 
 
-def _array(content: bytes, intake: Intake) -> NDArray[Any]:
-    return npy.parse(content) if content.startswith(npy.MAGIC) else image.parse(content, intake)[None]
+def _read(content: bytes, intake: Intake) -> Payload:
+    return Payload(npy.parse(content)) if content.startswith(npy.MAGIC) else image.read(content, "", intake)
 
 
 def _parse(body: Body, content_type: str) -> tuple[dict[str, Any], dict[str, bytes]]:

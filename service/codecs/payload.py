@@ -17,11 +17,12 @@ FLOAT = np.dtype("<f4")
 
 
 class Intake(NamedTuple):
-    """What the operation takes: the array's name, the shape of one row, and how large a picture may be."""
+    """What the operation takes: the array's name, the shape of one row, how large a picture may be, whether a mask."""
 
     name: str
     shape: tuple[int, ...]
     max_pixels: int
+    masked: bool = False
 
     @property
     def is_images(self) -> bool:

@@ -32,8 +32,9 @@ def read(body: Body, _content_type: str, intake: Intake) -> Payload:
     if not isinstance(content, simdjson.Object):
         raise Unreadable('the body must be a JSON object such as {"images": [...]}')
     named = {key: content[key] for key in content}
-    array = _array(named.pop(intake.name), intake) if intake.name in named else None
-    mask = _numbers(named.pop("mask"), "mask") if "mask" in named else None
+    array, mask = _arrays(named.pop(intake.name), intake) if intake.name in named else (None, None)
+    if "mask" in named:
+        mask = _numbers(named.pop("mask"), "mask")
     return Payload(array, mask, {name: _plain(value) for name, value in named.items()})
 
 
@@ -43,14 +44,15 @@ def write(answer: Answer) -> bytes:
     return orjson.dumps({**arrays, **answer.about}, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def _array(value: Any, intake: Intake) -> NDArray[Any]:
+def _arrays(value: Any, intake: Intake) -> tuple[NDArray[Any], NDArray[Any] | None]:
+    """The rows, and a mask where pictures have one each."""
     texts = [value] if isinstance(value, str) else value
     if not (isinstance(texts, list | simdjson.Array) and len(texts) and isinstance(texts[0], str)):
-        return _numbers(value, intake.name)
-    pictures = [image.parse(_base64(text), intake) for text in texts]
+        return _numbers(value, intake.name), None
+    pictures, masks = zip(*(image.parse_seen(_base64(text), intake) for text in texts), strict=True)
     if len({picture.shape for picture in pictures}) > 1:
         raise InvalidShape("the pictures of one request must be of one size; send them one by one")
-    return np.stack(pictures)
+    return np.stack(pictures), None if any(mask is None for mask in masks) else np.stack(masks)
 
 
 def _base64(text: Any) -> bytes:

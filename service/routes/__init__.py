@@ -14,10 +14,12 @@ from service.route import OperationRoute, endpoint
 from service.routes.decode import decode
 from service.routes.denoise import denoise
 from service.routes.encode import encode
+from service.routes.inpaint import inpaint
 from service.routes.reconstruct import reconstruct
 from service.routes.sample import sample
+from service.routes.super_resolve import super_resolve
 
-OPERATIONS = (encode, decode, reconstruct, denoise, sample)
+OPERATIONS = (encode, decode, reconstruct, denoise, inpaint, super_resolve, sample)
 """In the order of the documentation."""
 
 PATHS = (

@@ -12,7 +12,7 @@ from service.app import create_app
 from service.config import Settings
 from service.repository import Repository
 
-OPERATIONS = ["encode", "decode", "reconstruct", "denoise", "sample"]
+OPERATIONS = ["encode", "decode", "reconstruct", "denoise", "inpaint", "super-resolve", "sample"]
 
 
 def test_models_are_described_for_people(client: httpx.Client) -> None:
@@ -77,7 +77,7 @@ def test_every_endpoint_is_documented_with_an_example(client: httpx.Client) -> N
             assert "example" in post["responses"]["200"]["content"]["application/json"]
             assert {"400", "404", "406", "413", "415", "422", "500", "503", "504"} <= set(post["responses"])
     denoise = {p["name"]: p for p in paths["/v1/denoise"]["post"]["parameters"]}
-    assert set(denoise) == {"fit", "draws", "seed", "noise", "level", "quality", "uncertainty"}
+    assert set(denoise) == {"fit", "draws", "seed", "noise", "level", "quality", "uncertainty", "completions"}
     assert all(parameter["description"] for parameter in denoise.values())
     for path, methods in paths.items():
         if "get" in methods:

@@ -1,0 +1,83 @@
+"""What the operations that restore images share: options, and the way from a request to an observation."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.errors import InvalidOption, UnsupportedOperation
+from service.latent import Noise
+from service.observation import Observation, OperatorName
+from service.operation import DrawOptions, Inputs
+from service.repository import Model
+from service.restoration import Wish, prior_mean, restore
+from service.vae import Result, Submit
+
+MOST_NAMED = 8
+NEEDS = ("recognition", "noise_level", "fusion")
+
+
+class RestoreOptions(DrawOptions):
+    """How well, and what else."""
+
+    quality: Literal["fast", "refined"] = "fast"
+    """`fast` is one pass through the recognition model of corrupted images; `refined` goes on from there by variational
+    inference for each image, some hundred times as much work, in slices behind everybody else's."""
+    uncertainty: bool = False
+    """Whether the answer holds `std`, the posterior standard deviation of every pixel."""
+    completions: bool = False
+    """Whether the answer holds the images of all `draws`, (n, draws, c, h, w), beside their mean."""
+
+
+def observed(
+    model: Model,
+    inputs: Inputs,
+    noise: str | None,
+    level: float | Literal["auto"],
+    operator: OperatorName | None = None,
+) -> Observation:
+    """The request's rows as what was seen of images.
+
+    Raises: InvalidOption for a family of noise that the model does not know.
+    """
+    families = model.manifest.noise_families
+    if noise is not None and noise not in families:
+        raise InvalidOption(f"noise is {noise}, but model {model.manifest.name} knows {', '.join(families)} and none")
+    family = None if noise is None else families.index(noise)
+    mask = np.ones_like(inputs.rows) if inputs.mask is None else inputs.mask
+    levels = np.zeros((len(inputs.rows), len(families)), np.float32)
+    if family is not None and level != "auto":
+        levels[:, family] = level
+    known = family is None or level != "auto"
+    return Observation(inputs.rows * mask, mask, levels, family, known, operator)
+
+
+async def restored(model: Model, submit: Submit, inputs: Inputs, seen: Observation, options: RestoreOptions) -> Result:
+    """E[x | y], as the options say.
+
+    Raises: UnsupportedOperation where the model cannot refine; InvalidOption for completions without draws.
+    """
+    refined = options.quality == "refined"
+    if refined and "refinement" not in model.graphs:
+        raise UnsupportedOperation(
+            f"model {model.manifest.name} was exported without refinement; ask for quality=fast, or export it again"
+        )
+    if options.completions and not options.draws:
+        raise InvalidOption("completions are draws of the posterior; say how many with draws")
+    wish = Wish(refined, options.draws, options.uncertainty, options.completions)
+    result = await restore(model.plan, submit, model.latent_shape, seen, wish, Noise(options.seed, inputs.first))
+    unseen = np.flatnonzero(~seen.mask.any(axis=(1, 2, 3)))
+    return result if not len(unseen) else await _without_sight(model, submit, result, unseen, inputs.first)
+
+
+async def _without_sight(model: Model, submit: Submit, result: Result, unseen: NDArray[Any], first: int) -> Result:
+    """The prior's mean where nothing was seen, which is said."""
+    mean, std = await prior_mean(model.plan, submit, model.noise_shape)
+    for name, known in (("images", mean), ("std", std)):
+        if name in result.outputs:
+            result.outputs[name][unseen] = known
+    rows = ", ".join(map(str, first + unseen[:MOST_NAMED])) + (" and more" if len(unseen) > MOST_NAMED else "")
+    note = f"the mask hides all of image {rows}: the answer is the mean of the prior"
+    return result._replace(about={**result.about, "note": note})
