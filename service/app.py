@@ -1,4 +1,4 @@
-"""The application: one repository, one batcher, the routes."""
+"""The application: one repository, one engine, the routes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from service import __version__, problems
-from service.batcher import Batcher
 from service.config import Settings, read_settings
 from service.endpoint import Context
+from service.engine import Engine
 from service.errors import ServiceError
 from service.repository import Repository
 from service.route import Shortcut
@@ -23,7 +23,6 @@ from service.routes.health import health_router
 from service.routes.metrics import metrics_router
 from service.routes.models import models_router
 from service.session import cpu_count, execution_provider
-from service.telemetry import Telemetry
 
 SWITCH_S = 3e-4
 """How soon the event loop makes room for the thread that computes; Python's 5 ms let it stand idle for a fifth."""
@@ -58,20 +57,13 @@ def create_app(settings: Settings, repository: Repository | None = None) -> Fast
     Raises: StartError.
     """
     repository = repository or open_repository(settings)
-    telemetry = Telemetry(lambda: (batcher.queued_rows, batcher.running))
-    batcher = Batcher(
-        max_rows=settings.max_rows,
-        queue_rows=settings.queue_rows,
-        linger_ms=settings.linger_ms,
-        inline_s=settings.inline_us / 1e6,
-        observe=telemetry.batch,
-    )
+    engine = Engine(settings)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         settle()
         yield
-        await batcher.close()
+        await engine.close()
 
     app = Service(
         title="VAE service",
@@ -80,11 +72,11 @@ def create_app(settings: Settings, repository: Repository | None = None) -> Fast
         lifespan=lifespan,
         telemetry={"tracing": False, "metrics": False, "logs": False},  # asked for at every request; ours is /metrics
     )
-    add_operations(app, Context(settings, repository, batcher, telemetry))
+    add_operations(app, Context(settings, repository, engine))
     for router in (
         models_router(repository, OPERATIONS),
-        health_router(repository, batcher),
-        metrics_router(telemetry),
+        health_router(repository, engine),
+        metrics_router(engine.telemetry),
     ):
         app.include_router(router)
     app.add_exception_handler(ServiceError, _service_problem)

@@ -2,14 +2,16 @@
 
 A lone caller never waits: there is no timer. What arrives while a batch runs, or in the same turn of the event loop,
 travels together. Cheap batches run in the event loop, the others in one thread. Programs take turns, and so do
-requests too large for one batch, so nobody waits for a stranger's whole request. Long work comes in slices, which go
-behind everything else. What cannot be done in time is refused before it is queued.
+requests too large for one batch, so nobody waits for a stranger's whole request. What cannot be done in time is refused
+before it is queued. Long work, cut into slices, has a batcher of its own whose thread runs when no other would.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
@@ -28,8 +30,7 @@ PROBE_AFTER_S = 0.005
 
 RUN_BATCHES = 4
 """While nobody else waits, the thread goes on with a large request for as many batches before it reports back."""
-PATIENCE = 16
-"""So many batches go before a slice of long work that waits; then it is its turn."""
+LOWEST_PRIORITY = 19
 IN_TIME = 0.75
 """A request is queued where what waits before it should take less than this share of its time."""
 
@@ -141,7 +142,8 @@ class Batcher:
     max_rows: rows in a batch. queue_rows: rows that may wait; above it a request is refused at once. A request
     of more than a batch counts as one batch: it takes turns, so that is what it keeps a newcomer waiting.
     linger_ms: how long the first arrival waits for company; 0 is never. inline_s: batches that cost less than this run
-    in the event loop. observe: called with (program, rows, queue_s of each part, inference_s) after each batch.
+    in the event loop. background: whether the thread gives way to all others, for long work. observe: called with
+    (program, rows, queue_s of each part, inference_s) after each batch.
     """
 
     def __init__(
@@ -151,6 +153,7 @@ class Batcher:
         queue_rows: int,
         linger_ms: float = 0.0,
         inline_s: float = 0.0,
+        background: bool = False,
         clock: Callable[[], float] = time.monotonic,
         observe: Callable[[Program, int, list[float], float], None] | None = None,
     ) -> None:
@@ -160,13 +163,12 @@ class Batcher:
         self.failure: BaseException | None = None
         self._clock, self._observe = clock, observe
         self._lanes: OrderedDict[Program, deque[_Job]] = OrderedDict()
-        self._thread = ThreadPoolExecutor(1, "inference")
+        self._thread = ThreadPoolExecutor(1, "inference", _yield_to_others if background else None)
         self._scheduled: asyncio.Handle | None = None
         self._running: _Batch | None = None
         self._closed: asyncio.Event | None = None
         self._row_s, self._landed = 1e-4, 0.0  # a guess, until something has had to wait
         self._lone, self._pause = False, False
-        self._passed = 0
 
     @property
     def healthy(self) -> bool:
@@ -224,7 +226,7 @@ class Batcher:
         return self.queued_rows * self._row_s
 
     def _check_room(self, program: Program, load: int, time_left_s: float | None) -> None:
-        wait_s = self.drain_s() if program.rounds == 1 else self._slices_s(program)
+        wait_s = self.drain_s() * (1 + program.rounds) / 2  # of what waits, half is done on average
         if self.queued_rows + load > self.queue_rows:
             said = f"{self.queued_rows} rows wait already and VAE_QUEUE_ROWS is {self.queue_rows}"
         elif time_left_s is not None and wait_s > IN_TIME * time_left_s:
@@ -232,11 +234,6 @@ class Batcher:
         else:
             return
         raise Overloaded(f"{said}; try again later", wait_s)
-
-    def _slices_s(self, program: Program) -> float:
-        """How long long work keeps a newcomer waiting: on average half of what is being done is done."""
-        waiting = sum(job.load for lane, jobs in self._lanes.items() if lane.rounds > 1 for job in jobs)
-        return 0.5 * waiting * program.rounds * program.cost_s(1)
 
     def _can_run_at_once(self, program: Program, rows: int) -> bool:
         """Whether there is nobody to wait for: the last one was alone, and so far, in this turn, this one is."""
@@ -281,23 +278,14 @@ class Batcher:
     def _form(self) -> _Batch | None:
         """The next program's batch: its jobs in order; nobody is left out because somebody is large."""
         while self._lanes:
-            program = self._next()
-            capacity, lane = program.batch_rows(self.max_rows), self._lanes.pop(program)
+            capacity = next(iter(self._lanes)).batch_rows(self.max_rows)
+            program, lane = self._lanes.popitem(last=False)
             parts = self._fill(lane, capacity, self._clock())
             if lane:
                 self._lanes[program] = lane
             if parts:
                 return _Batch(program, parts, capacity)
         return None
-
-    def _next(self) -> Program:
-        """Whose turn it is: programs in the order in which they came, long work after the others, but not for ever."""
-        first = next(iter(self._lanes))
-        short, long = (next((p for p in self._lanes if (p.rounds > 1) is late), None) for late in (False, True))
-        if short is None or long is None:
-            return first
-        self._passed = (self._passed + 1) % (PATIENCE + 1)
-        return short if self._passed else long
 
     def _extended(self, batch: _Batch) -> _Batch:
         """The same with more rows of a job that is alone, so that the thread has something to go on with."""
@@ -409,7 +397,7 @@ class Batcher:
         """The time a row takes while others wait: what lies between one batch's end and the next one's."""
         now, last = self._clock(), self._landed
         self._landed = now
-        if self._lanes and batch.program.rounds == 1:
+        if self._lanes:
             began = max(last, min(job.arrived for job, _, _ in batch.parts))
             self._row_s += 0.2 * ((now - began) / batch.rows - self._row_s)
 
@@ -435,6 +423,10 @@ class Batcher:
                 if not job.future.done():
                     job.future.set_exception(_stopped())
         self._lanes.clear()
+
+
+def _yield_to_others() -> None:
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
 
 
 def _failed() -> InferenceFailed:

@@ -15,16 +15,16 @@ from starlette.types import Receive, Scope, Send
 
 from service import problems
 from service.admission import admit
-from service.batcher import Batcher
 from service.codecs import HEADERS, READERS, Answer, Body, Intake, Payload, single_array
 from service.config import Settings
+from service.engine import Engine
 from service.errors import CallerGone, InvalidOption
 from service.intake import disconnected, read_body
 from service.latent import BLOCK_ROWS
 from service.negotiation import acceptable, form_of, write
 from service.operation import Inputs, Operation, Rows
 from service.repository import Model, Repository
-from service.telemetry import Telemetry, server_timing
+from service.telemetry import server_timing
 from service.vae import Result, Submit
 
 HEADER_NUMBERS = 16
@@ -41,8 +41,7 @@ class Context:
 
     settings: Settings
     repository: Repository
-    batcher: Batcher
-    telemetry: Telemetry
+    engine: Engine
 
 
 class Call(NamedTuple):
@@ -93,7 +92,7 @@ class OperationApp:
         except Exception as error:  # noqa: BLE001  # the one place where errors become answers
             reply = _refusal(error)
         outcome = await self._send(reply, send)
-        self.context.telemetry.request(label, self.operation.name, outcome, reply.rows)
+        self.context.engine.telemetry.request(label, self.operation.name, outcome, reply.rows)
 
     async def _answer(self, call: Call) -> Reply:
         content_type = call.headers.get(b"content-type", b"").decode("latin-1")
@@ -136,7 +135,7 @@ class OperationApp:
 
     async def _parts(self, call: Call, inputs: Inputs, options: Any, first: Rows) -> AsyncIterator[memoryview]:
         """The first part and those after it; each is sent while the next one is computed."""
-        submit = partial(self.context.batcher.submit, gone=call.gone, begun=True)
+        submit = partial(self.context.engine.submit, gone=call.gone, begun=True)
         array: Rows | None = first
         for start in range(PART_ROWS, len(inputs.rows), PART_ROWS):
             run = self.operation.run(call.model, submit, inputs.part(start, PART_ROWS), options)
@@ -183,14 +182,14 @@ class OperationApp:
         return options
 
     def _submit(self, headers: dict[bytes, bytes], gone: Callable[[], bool]) -> Submit:
-        """The batcher's submit, with this request's deadline and a way to ask whether its caller is still there."""
+        """The engine's submit, with this request's deadline and a way to ask whether its caller is still there."""
         seconds = self.context.settings.timeout_s
         wished = headers.get(b"x-timeout-ms")
         if wished is not None:
             if not wished.isdigit() or int(wished) == 0:
                 raise InvalidOption("X-Timeout-Ms must be a whole number of milliseconds above 0")
             seconds = min(seconds, int(wished) / 1000.0)
-        return partial(self.context.batcher.submit, deadline=time.monotonic() + seconds, gone=gone)
+        return partial(self.context.engine.submit, deadline=time.monotonic() + seconds, gone=gone)
 
 
 def _pairs(query: bytes) -> dict[str, str]:

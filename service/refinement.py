@@ -7,7 +7,7 @@ a slice, can never change an answer.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,14 +15,13 @@ from numpy.typing import NDArray
 Rows = NDArray[np.float32]
 
 STEPS = 100
-SLICE = 4
-"""Steps of one trip through the batcher."""
-ROUNDS = STEPS // SLICE
+WINDOW = 10
+"""After so many steps it is looked whether a row has come to rest; bound and level are means over the last ones."""
 RATE = 0.06
 """Adam's step size to begin with; it falls to 0 along half a cosine."""
 DECAYS = (0.9, 0.999)
-AT_REST = 0.02
-"""Of its own standard deviation: where no mean has moved further in a whole slice, a row is done."""
+AT_REST = 0.05
+"""Of its own standard deviation: where no mean has moved further in a window, a row is done."""
 FIRST_LOG_VAR = math.log(0.1**2)
 """Of an unknown level around its estimate, on its unbounded scale."""
 
@@ -39,7 +38,7 @@ class Ascent(NamedTuple):
     second: Rows
     done: NDArray[np.int64]
 
-    def rows(self, which: NDArray[np.int64]) -> Ascent:
+    def rows(self, which: NDArray[Any]) -> Ascent:
         """Some of the rows."""
         return Ascent(self.q[which], self.first[which], self.second[which], self.done[which])
 

@@ -18,7 +18,7 @@ from service import manifest as manifests
 from service.batcher import Arrays
 from service.errors import StartError, UnknownModel
 from service.manifest import Manifest, ManifestError
-from service.refinement import ROUNDS, SLICE
+from service.refinement import STEPS
 from service.restoration import denoise_rows, refine_rows
 from service.session import Session
 from service.vae import Compute, decode_rows, encode_rows, reconstruct_rows, sample_rows
@@ -28,10 +28,10 @@ HAND_OVER_S = 2e-4
 """About what a batch costs beside its computation: the way to the thread and back."""
 WORTH = 1.1
 """A larger batch must be cheaper a row by this."""
+OWN_THREAD = ("refinement",)
+"""Graphs of long work: onnxruntime's threads would not give way to others as the one that calls it does."""
 MOST_REFINED = 16
-"""Rows that a slice of refinement is measured with at most."""
-SLICE_S = 4e-3
-"""What a slice of long work should cost at most: so long may short work have to wait for it."""
+"""Rows that a step of refinement is measured with at most."""
 
 
 @dataclass(eq=False)
@@ -55,9 +55,7 @@ class ModelProgram:
     def batch_rows(self, max_rows: int) -> int:
         """As few as cost hardly more a row than `max_rows` do: the next batch's HTTP is done while this one runs."""
         if self.timing is None:
-            return 1 if self.rounds > 1 else max(1, max_rows // self.weight)
-        if self.rounds > 1:
-            return max((size for size, seconds in self.timing.items() if seconds <= SLICE_S), default=1)
+            return max(1, max_rows // self.weight)
         return min(max_rows, self._enough)
 
     def cost_s(self, rows: int) -> float:
@@ -127,7 +125,7 @@ class Model:
         key = (operation, draws, *choices, *further.items())
         program = self.programs.get(key)
         if program is None:
-            compute, rounds = rows(self.graphs, *choices, **further), ROUNDS if rows is refine_rows else 1
+            compute, rounds = rows(self.graphs, *choices, **further), STEPS if rows is refine_rows else 1
             alike = (
                 known.timing
                 for (name, drawn, *_), known in self.programs.items()
@@ -176,7 +174,7 @@ class Model:
         zero = np.zeros((len(mean), 2, mean.shape[1]), np.float32)
         ascent = (np.stack([mean, log_var], 1), zero, zero, np.zeros(len(mean), np.int64))
         program = self.plan("refine", refine_rows, 0, observation[0].shape[1:])
-        program.measure(MOST_REFINED, *ascent, np.stack(SLICE * [eps], 1), *observation)
+        program.measure(MOST_REFINED, *ascent, eps, *observation)
 
 
 class Repository:
@@ -241,7 +239,9 @@ def open_model(folder: Path, provider: str, threads: int, max_rows: int) -> Mode
     content = {name: _checked(folder, graph.file, graph.sha256) for name, graph in manifest.graphs.items()}
     golden_content = _checked(folder, manifest.golden.file, manifest.golden.sha256)
     try:
-        graphs = {name: Session(graph, provider, threads) for name, graph in content.items()}
+        graphs = {
+            name: Session(graph, provider, 1 if name in OWN_THREAD else threads) for name, graph in content.items()
+        }
         with np.load(io.BytesIO(golden_content), allow_pickle=False) as file:
             golden = dict(file)
         model = Model(manifest, graphs)

@@ -1,7 +1,7 @@
 """Restoration: E[x | y] for what is seen of an image, as composition over a model's graphs.
 
 `fast` is one trip: a recognition model of corrupted images, the decoder, fusion with what was seen. `refined` goes on
-from there by variational inference for each image, a slice of steps a trip, so that it never holds up short work.
+from there by variational inference for each image, one step a trip, so that it never holds up short work.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from service import latent
 from service.batcher import Arrays, Trip
 from service.latent import Noise
 from service.observation import LEAST_VARIANCE, Observation, Operator, OperatorName, operator_of, projected
-from service.refinement import SLICE, STEPS, Ascent, at_rest, begin, step
+from service.refinement import STEPS, WINDOW, Ascent, at_rest, begin, step
 from service.vae import Compute, Graph, Graphs, Plan, Result, Rows, Submit, decode_draws, drawn_noise, sample_rows
 
 REFINEMENT_STREAM = 1
@@ -85,19 +85,14 @@ def denoise_rows(graphs: Graphs, estimated: int | None, *, completions: bool = F
 
 
 def refine_rows(graphs: Graphs, _seen: tuple[int, ...]) -> Compute:
-    """An ascent, noise (n, SLICE, k) and an observation -> the ascent a slice on; means of bound and level over it.
+    """An ascent, noise (n, k) and an observation -> the ascent a step on; the bound and the level at that draw.
 
     _seen: the shape of what is seen, since only rows of one shape can share a batch.
     """
 
     def compute(q: Rows, first: Rows, second: Rows, done: Any, eps: Rows, *observation: Rows) -> Arrays:
-        ascent, bounds, levels = Ascent(q, first, second, done), [], []
-        for k in range(SLICE):
-            elbo, level, *gradient = graphs["refinement"](ascent.q[:, 0], ascent.q[:, 1], eps[:, k], *observation)
-            ascent = step(ascent, np.stack(gradient, 1))
-            bounds.append(elbo)
-            levels.append(level)
-        return (*ascent, np.mean(bounds, 0), np.mean(levels, 0))
+        bound, level, *gradient = graphs["refinement"](q[:, 0], q[:, 1], eps, *observation)
+        return (*step(Ascent(q, first, second, done), np.stack(gradient, 1)), bound, level)
 
     return compute
 
@@ -159,18 +154,24 @@ async def _refine(plan: Plan, submit: Submit, ascent: Ascent, seen: Observation,
     if seen.estimated is not None:
         unknown[:, seen.estimated] = 1.0
     operators = (np.broadcast_to(part, (n, *part.shape)) for part in seen.through())
-    observation = (seen.y, seen.mask, seen.level, unknown, *operators)
     program = plan("refine", refine_rows, 0, seen.y.shape[1:])
-    bound, level = np.zeros(n, np.float32), seen.level.copy()
     active, spent = np.arange(n), Trip((), 0.0, 0.0)
-    for start in range(0, STEPS, SLICE):
-        before = ascent.rows(active)
-        given = (*before, eps[active, start : start + SLICE], *(part[active] for part in observation))
-        trip = await submit(program, given, begun=start > 0)
-        *parts, bound[active], level[active] = trip.arrays
-        after, spent = Ascent(*parts), _after(spent, trip)
-        ascent.put(active, after)
-        active = active[~at_rest(before.q, after.q)]
+    bound, level = np.zeros(n, np.float32), seen.level.copy()
+    climbing, observation = ascent, (seen.y, seen.mask, seen.level, unknown, *operators)
+    for start in range(0, STEPS, WINDOW):
+        before, bounds, levels = climbing, [], []
+        for k in range(start, start + WINDOW):
+            trip = await submit(program, (*climbing, eps[active, k], *observation), begun=k > 0)
+            *parts, at, drawn = trip.arrays
+            climbing, spent = Ascent(*parts), _after(spent, trip)
+            bounds.append(at)
+            levels.append(drawn)
+        bound[active], level[active] = np.mean(bounds, 0), np.mean(levels, 0)
+        moving = ~at_rest(before.q, climbing.q)
+        ascent.put(active, climbing)  # not before: at first it is `before`
+        if not moving.all():
+            active, climbing = active[moving], climbing.rows(moving)
+            observation = tuple(part[moving] for part in observation)
         if not len(active):
             break
     mean, log_var = (np.ascontiguousarray(part) for part in ascent.q[..., :latent_dim].swapaxes(0, 1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 
-from service.batcher import Batcher
+from service.engine import Engine
 from service.errors import NotReady
 from service.problems import documented
 from service.repository import Repository
@@ -14,7 +14,7 @@ from service.routes.examples import example
 READY = {**example({"ready": True, "models": ["mnist"]}), 503: documented()[503]}
 
 
-def health_router(repository: Repository, batcher: Batcher) -> APIRouter:
+def health_router(repository: Repository, engine: Engine) -> APIRouter:
     """Routes of one application."""
     router = APIRouter(prefix="/health", tags=["health"])
 
@@ -24,7 +24,7 @@ def health_router(repository: Repository, batcher: Batcher) -> APIRouter:
 
     @router.get("/ready", summary="Whether every model is warmed and the engine runs", responses=READY)
     async def ready() -> Response:
-        if not (repository.models and batcher.healthy):
+        if not (repository.models and engine.healthy):
             raise NotReady("no model is loaded" if not repository.models else "the engine has stopped")
         return JSONResponse({"ready": True, "models": list(repository.models)})
 

@@ -24,7 +24,7 @@ class RestoreOptions(DrawOptions):
 
     quality: Literal["fast", "refined"] = "fast"
     """`fast` is one pass through the recognition model of corrupted images; `refined` goes on from there by variational
-    inference for each image, some hundred times as much work, in slices behind everybody else's."""
+    inference for each image, some hundred times as much work, which gives way to everybody else's."""
     uncertainty: bool = False
     """Whether the answer holds `std`, the posterior standard deviation of every pixel."""
     completions: bool = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from service.batcher import PATIENCE, PROBE_AFTER_S, Arrays, Batcher, Trip
+from service.batcher import PROBE_AFTER_S, Arrays, Batcher, Trip
 from service.errors import CallerGone, DeadlinePassed, InferenceFailed, NotReady, Overloaded
 
 IN_LOOP, IN_THREAD = 0.0, 1.0
@@ -405,44 +406,34 @@ def test_every_request_gets_its_own_rows(sizes: list[int], max_rows: int, cost: 
     asyncio.run(scenario())
 
 
-def test_long_work_goes_behind_short_work_but_not_for_ever() -> None:
-    """A slice waits for whatever else waits, until so many batches have passed it."""
+def test_long_work_is_refused_when_what_waits_would_outlast_it() -> None:
+    """What counts is how many slices the others still need; further slices of what has begun are taken."""
 
     async def scenario() -> None:
-        order: list[str] = []
-        short = Doubler(IN_THREAD, weight=8, during=lambda _: order.append("short"))
-        long = Doubler(IN_THREAD, weight=8, rounds=25, during=lambda _: order.append("long"))
-        engine = batcher(queue_rows=1000)
-        slices = [asyncio.create_task(engine.submit(long, rows(k))) for k in range(3)]
-        others = [asyncio.create_task(engine.submit(short, rows(k))) for k in range(2 * PATIENCE + 4)]
-        await asyncio.gather(*slices, *others)
-        assert order[:PATIENCE] == PATIENCE * ["short"]
-        assert order.index("long") == PATIENCE
-        assert order.count("long") == 3
-        assert order[-1] == "long"
+        now = [0.0]
+        long = Doubler(IN_THREAD, weight=8, rounds=100, during=lambda _: now.__setitem__(0, now[0] + 1.0))
+        engine = batcher(queue_rows=1000, clock=lambda: now[0])
+        await asyncio.gather(*(engine.submit(long, rows(k)) for k in range(8)))
+        begun = [asyncio.create_task(engine.submit(long, rows(k))) for k in range(3)]
+        await asyncio.sleep(0)
+        soon = now[0] + 20.0
+        with pytest.raises(Overloaded) as refused:
+            await engine.submit(long, rows(4), deadline=soon)
+        assert refused.value.retry_after_s > 20.0
+        assert values(await engine.submit(long, rows(6), deadline=soon, begun=True)) == [12]
+        await asyncio.gather(*begun)
 
     asyncio.run(scenario())
 
 
-def test_long_work_is_refused_when_what_waits_would_outlast_it() -> None:
-    """What counts is how many slices the others still need; short work is not refused for it."""
+def test_the_thread_of_long_work_gives_way() -> None:
+    """Its niceness is the highest; that of the event loop and of the other engine's thread is as it was."""
 
     async def scenario() -> None:
-        gate = threading.Event()
-        long = Doubler(1.0, weight=8, rounds=100, during=lambda _: gate.wait(5) and None)
-        short = Doubler(IN_THREAD, weight=8)
-        engine = batcher(queue_rows=1000)
-        begun = [asyncio.create_task(engine.submit(long, rows(k))) for k in range(3)]
-        await asyncio.sleep(0.05)
-        soon = time.monotonic() + 30.0
-        with pytest.raises(Overloaded) as refused:
-            await engine.submit(long, rows(4), deadline=soon)
-        assert refused.value.retry_after_s > 30.0
-        quick = asyncio.create_task(engine.submit(short, rows(5), deadline=soon))
-        further = asyncio.create_task(engine.submit(long, rows(6), deadline=soon, begun=True))
-        gate.set()
-        assert values(await quick) == [10]
-        assert values(await further) == [12]
-        await asyncio.gather(*begun)
+        found: list[int] = []
+        program = Doubler(IN_THREAD, during=lambda _: found.append(os.getpriority(os.PRIO_PROCESS, 0)))
+        for background in (True, False):
+            await batcher(background=background).submit(program, rows(1))
+        assert found == [19, os.getpriority(os.PRIO_PROCESS, 0)]
 
     asyncio.run(scenario())
