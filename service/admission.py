@@ -29,17 +29,19 @@ def admit(operation: Operation, model: Model, payload: Payload, options: Any, ma
         return Inputs(np.empty((options.count, 0), np.float32))
     if payload.array is None:
         raise InvalidShape(f'the body lacks "{operation.takes}"')
-    shape = operation.row_shape(model, options)
-    rows = _shaped(payload.array, shape, operation.takes, options, max_rows)
+    shape, name = operation.row_shape(model, options), operation.takes
+    if payload.latents:
+        shape, name = model.latent_shape, "latents"
+    rows = _shaped(payload.array, shape, name, options, max_rows)
     check_count(len(rows) * options.multiplicity, max_rows)
-    check_range(rows, *_bounds(operation, model), operation.takes)
+    check_range(rows, *_bounds(operation, model, name), name)
     if payload.mask is None and operation.masked:
         raise InvalidShape(
             f"{operation.name} needs a mask, 1 where a pixel is seen and 0 where it is missing: `mask` in JSON, a "
             "second file in the field `mask` of a form, or the transparency of the picture"
         )
     if payload.mask is None:
-        return Inputs(rows)
+        return Inputs(rows, latents=payload.latents)
     if not operation.observed:
         raise InvalidOption(f"{operation.name} takes no mask")
     return Inputs(rows, _mask(payload.mask, shape, options, len(rows)))
@@ -48,7 +50,7 @@ def admit(operation: Operation, model: Model, payload: Payload, options: Any, ma
 def _shaped(array: NDArray[Any], shape: tuple[int, ...], name: str, options: Any, max_rows: int) -> Rows:
     """Rows of that shape, brought there where the caller says how."""
     how = getattr(options, "fit", None)
-    if how is None:
+    if how is None or name == "latents":
         return as_rows(array, shape, name)
     images = as_images(array, shape[0], name)
     check_count(len(images), max_rows)
@@ -64,8 +66,8 @@ def _mask(array: NDArray[Any], shape: tuple[int, ...], options: Any, rows: int) 
     return np.broadcast_to((mask >= 0.5).astype(np.float32), (rows, *shape))
 
 
-def _bounds(operation: Operation, model: Model) -> tuple[float, float]:
-    if operation.takes == "latents":
+def _bounds(operation: Operation, model: Model, name: str) -> tuple[float, float]:
+    if name == "latents":
         return -np.inf, np.inf
     low, high = model.manifest.value_range
     margin = OBSERVED_MARGIN * (high - low) if operation.observed else 0.0

@@ -101,7 +101,11 @@ class OperationApp:
         form = form_of(content_type, call.body, operation)
         options = self.options_of_query(call.query)
         intake = Intake(
-            operation.takes or "", operation.row_shape(model, options), settings.max_pixels, operation.masked
+            operation.takes or "",
+            operation.row_shape(model, options),
+            settings.max_pixels,
+            operation.masked,
+            operation.or_latents,
         )
         payload = READERS[form](call.body, content_type, intake) if form else Payload(None)
         if payload.options:

@@ -58,3 +58,21 @@ def posterior_draws(mean: NDArray[Any], log_var: NDArray[Any], eps: NDArray[Any]
     std = np.exp(0.5 * log_var)
     draws: NDArray[np.float32] = mean[:, None] + std[:, None] * eps
     return draws
+
+
+def path(start: NDArray[Any], end: NDArray[Any], steps: int, *, spherical: bool) -> NDArray[np.float32]:
+    """`steps` latents from one to another of the same shape, both among them, along a line or an arc.
+
+    On the arc direction and length change evenly; between directions that are alike or opposite it is a line.
+    Source: Shoemake (1985), "Animating rotation with quaternion curves", section 3.3.
+    """
+    a, b = start.ravel().astype(np.float64), end.ravel().astype(np.float64)
+    t = np.linspace(0.0, 1.0, steps)[:, None]
+    along, lengths = (1.0 - t) * a + t * b, (np.linalg.norm(a), np.linalg.norm(b))
+    if spherical and min(lengths) > 0.0:
+        angle = np.arccos(np.clip(a @ b / (lengths[0] * lengths[1]), -1.0, 1.0))
+        if 1e-6 < angle < np.pi - 1e-6:
+            turned = (np.sin((1.0 - t) * angle) * a / lengths[0] + np.sin(t * angle) * b / lengths[1]) / np.sin(angle)
+            along = turned * ((1.0 - t) * lengths[0] + t * lengths[1])
+    along[0], along[-1] = a, b
+    return along.reshape(steps, *start.shape).astype(np.float32)

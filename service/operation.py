@@ -50,16 +50,18 @@ class Inputs(NamedTuple):
     """What an operation runs on: rows of the model's shape, checked, and a mask where one was sent.
 
     Rows that are still to be made have nothing in them, shape (n, 0). `first` is the place of the first in the request.
+    `latents` says that latents came in place of images.
     """
 
     rows: Rows
     mask: Rows | None = None
     first: int = 0
+    latents: bool = False
 
     def part(self, start: int, size: int) -> Inputs:
         """Some of them, as views."""
         mask = None if self.mask is None else self.mask[start : start + size]
-        return Inputs(self.rows[start : start + size], mask, self.first + start)
+        return Inputs(self.rows[start : start + size], mask, self.first + start, self.latents)
 
 
 Run = Callable[[Model, Submit, Inputs, Any], Awaitable[Result]]
@@ -80,6 +82,8 @@ class Operation:
     answer: dict[str, Any]
     observed: bool = False
     """Whether it takes observations: values outside the model's range, as noise has them, and a mask."""
+    or_latents: bool = False
+    """Whether JSON may bring `latents` in place of images."""
     masked: bool = False
     """Whether it needs a mask, which may be the transparency of a picture."""
     needs: tuple[str, ...] = ()

@@ -107,9 +107,29 @@ async def sample(
 ) -> Result:
     """Images from the prior: E[x|z] for z of the prior's noise, `shape` a row, scaled by the temperature."""
     seed, eps = noise.normal(count, shape)
-    trip = await submit(plan("sample", sample_rows), (np.float32(temperature) * eps,))
+    result = await transform(plan, submit, np.float32(temperature) * eps, latents=latents)
+    return result._replace(about={"seed": seed})
+
+
+async def transform(plan: Plan, submit: Submit, eps: Rows, *, latents: bool) -> Result:
+    """The images, and the latents if asked, that the prior makes of given noise."""
+    trip = await submit(plan("sample", sample_rows), (eps,))
     images, z = trip.arrays
-    return Result({"images": images, **({"latents": z} if latents else {})}, {"seed": seed}, trip)
+    return _with_latents(images, z, trip, latents=latents)
+
+
+async def interpolate(
+    plan: Plan, submit: Submit, ends: Rows, steps: int, *, encoded: bool, spherical: bool, latents: bool
+) -> Result:
+    """E[x|z] on the way between two latents, or two images' posterior means; the ends and `steps` - 2 between."""
+    z = ends if encoded else (await submit(plan("encode", encode_rows), (ends,))).arrays[0]
+    between = latent.path(z[0], z[1], steps, spherical=spherical)
+    trip = await submit(plan("decode", decode_rows), (between,))
+    return _with_latents(trip.arrays[0], between, trip, latents=latents)
+
+
+def _with_latents(images: Rows, z: Rows, trip: Trip, *, latents: bool) -> Result:
+    return Result({"images": images, **({"latents": z} if latents else {})}, {}, trip)
 
 
 def drawn_noise(noise: Noise, rows: int, draws: int, shape: tuple[int, ...]) -> tuple[Arrays, dict[str, Any]]:

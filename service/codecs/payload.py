@@ -17,12 +17,16 @@ FLOAT = np.dtype("<f4")
 
 
 class Intake(NamedTuple):
-    """What the operation takes: the array's name, the shape of one row, how large a picture may be, whether a mask."""
+    """What the operation takes: the array's name, the shape of one row, how large a picture may be.
+
+    masked: whether a picture's transparency is a mask. or_latents: whether latents may come in place of images.
+    """
 
     name: str
     shape: tuple[int, ...]
     max_pixels: int
     masked: bool = False
+    or_latents: bool = False
 
     @property
     def is_images(self) -> bool:
@@ -36,6 +40,8 @@ class Payload(NamedTuple):
     array: NDArray[Any] | None
     mask: NDArray[Any] | None = None
     options: Mapping[str, Any] = MappingProxyType({})
+    latents: bool = False
+    """Whether the array is of latents, sent in place of images."""
 
 
 class Answer(NamedTuple):

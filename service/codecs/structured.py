@@ -33,9 +33,12 @@ def read(body: Body, _content_type: str, intake: Intake) -> Payload:
         raise Unreadable('the body must be a JSON object such as {"images": [...]}')
     named = {key: content[key] for key in content}
     array, mask = _arrays(named.pop(intake.name), intake) if intake.name in named else (None, None)
+    latents = intake.or_latents and array is None and "latents" in named
+    if latents:
+        array = _numbers(named.pop("latents"), "latents")
     if "mask" in named:
         mask = _numbers(named.pop("mask"), "mask")
-    return Payload(array, mask, {name: _plain(value) for name, value in named.items()})
+    return Payload(array, mask, {name: _plain(value) for name, value in named.items()}, latents)
 
 
 def write(answer: Answer) -> bytes:

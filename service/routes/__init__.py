@@ -15,11 +15,13 @@ from service.routes.decode import decode
 from service.routes.denoise import denoise
 from service.routes.encode import encode
 from service.routes.inpaint import inpaint
+from service.routes.interpolate import interpolate
 from service.routes.reconstruct import reconstruct
 from service.routes.sample import sample
 from service.routes.super_resolve import super_resolve
+from service.routes.traverse import traverse
 
-OPERATIONS = (encode, decode, reconstruct, denoise, inpaint, super_resolve, sample)
+OPERATIONS = (encode, decode, reconstruct, denoise, inpaint, super_resolve, sample, interpolate, traverse)
 """In the order of the documentation."""
 
 PATHS = (
@@ -66,10 +68,11 @@ def _object(operation: Operation) -> dict[str, Any]:
     schema = operation.options.model_json_schema()
     properties = dict(schema.get("properties", {}))
     if operation.takes:
-        properties = {operation.takes: {"type": "array", "items": {}}, **properties}
+        names = [operation.takes, *(["latents"] if operation.or_latents else [])]
+        properties = {**{name: {"type": "array", "items": {}} for name in names}, **properties}
         return {
             "type": "object",
-            "required": [operation.takes],
+            "required": [] if operation.or_latents else names,
             "properties": properties,
             "additionalProperties": False,
         }

@@ -12,7 +12,17 @@ from service.app import create_app
 from service.config import Settings
 from service.repository import Repository
 
-OPERATIONS = ["encode", "decode", "reconstruct", "denoise", "inpaint", "super-resolve", "sample"]
+OPERATIONS = [
+    "encode",
+    "decode",
+    "reconstruct",
+    "denoise",
+    "inpaint",
+    "super-resolve",
+    "sample",
+    "interpolate",
+    "traverse",
+]
 
 
 def test_models_are_described_for_people(client: httpx.Client) -> None:
