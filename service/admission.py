@@ -13,6 +13,7 @@ from service.errors import InvalidOption, InvalidShape, InvalidValue, TooLarge
 from service.operation import Inputs, Operation, Rows
 from service.pixels import fit
 from service.repository import Model
+from service.tiling import tiling
 
 OBSERVED_MARGIN = 10.0
 """How many widths of the value range an observed, noisy value may lie outside it."""
@@ -32,25 +33,31 @@ def admit(operation: Operation, model: Model, payload: Payload, options: Any, ma
     shape, name = operation.row_shape(model, options), operation.takes
     if payload.latents:
         shape, name = model.latent_shape, "latents"
+    tiles = None
+    if getattr(options, "fit", None) == "tile":
+        images = as_images(payload.array, shape[0], name)
+        tiles = tiling(len(images), (images.shape[2], images.shape[3]), (shape[1], shape[2]))
+        shape = images.shape[1:]
     rows = _shaped(payload.array, shape, name, options, max_rows)
-    check_count(len(rows) * options.multiplicity, max_rows)
+    check_count((tiles.images * tiles.tiles if tiles else len(rows)) * options.multiplicity, max_rows)
     check_range(rows, *_bounds(operation, model, name), name)
     if payload.mask is None and operation.masked:
         raise InvalidShape(
             f"{operation.name} needs a mask, 1 where a pixel is seen and 0 where it is missing: `mask` in JSON, a "
             "second file in the field `mask` of a form, or the transparency of the picture"
         )
-    if payload.mask is None:
-        return Inputs(rows, latents=payload.latents)
-    if not operation.observed:
+    if payload.mask is not None and not operation.observed:
         raise InvalidOption(f"{operation.name} takes no mask")
-    return Inputs(rows, _mask(payload.mask, shape, options, len(rows)))
+    mask = None if payload.mask is None else _mask(payload.mask, shape, options, len(rows))
+    if tiles is not None:
+        rows, mask = tiles.cut(rows), None if mask is None else tiles.cut(mask)
+    return Inputs(rows, mask, latents=payload.latents, tiling=tiles)
 
 
 def _shaped(array: NDArray[Any], shape: tuple[int, ...], name: str, options: Any, max_rows: int) -> Rows:
     """Rows of that shape, brought there where the caller says how."""
     how = getattr(options, "fit", None)
-    if how is None or name == "latents":
+    if how in (None, "tile") or name == "latents":
         return as_rows(array, shape, name)
     images = as_images(array, shape[0], name)
     check_count(len(images), max_rows)

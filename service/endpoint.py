@@ -111,7 +111,7 @@ class OperationApp:
         if payload.options:
             options = self._options({**_pairs(call.query), **payload.options})
         inputs = admit(operation, model, payload, options, settings.max_request_rows)
-        if len(inputs.rows) > PART_ROWS:
+        if len(inputs.rows) > PART_ROWS and inputs.tiling is None:
             reply = await self._stream(call, inputs, options, acceptable(accept, form)[:1])
             if reply is not None:
                 return reply

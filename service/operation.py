@@ -14,6 +14,7 @@ from service.errors import InvalidOption, UnsupportedOperation
 from service.latent import MAX_SEED
 from service.pixels import Fit
 from service.repository import Model
+from service.tiling import Tiling
 from service.vae import Result, Submit
 
 Rows = NDArray[np.float32]
@@ -50,18 +51,19 @@ class Inputs(NamedTuple):
     """What an operation runs on: rows of the model's shape, checked, and a mask where one was sent.
 
     Rows that are still to be made have nothing in them, shape (n, 0). `first` is the place of the first in the request.
-    `latents` says that latents came in place of images.
+    `latents` says that latents came in place of images, `tiling` that rows are tiles of larger images.
     """
 
     rows: Rows
     mask: Rows | None = None
     first: int = 0
     latents: bool = False
+    tiling: Tiling | None = None
 
     def part(self, start: int, size: int) -> Inputs:
         """Some of them, as views."""
         mask = None if self.mask is None else self.mask[start : start + size]
-        return Inputs(self.rows[start : start + size], mask, self.first + start, self.latents)
+        return Inputs(self.rows[start : start + size], mask, self.first + start, self.latents, self.tiling)
 
 
 Run = Callable[[Model, Submit, Inputs, Any], Awaitable[Result]]

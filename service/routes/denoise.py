@@ -8,11 +8,11 @@ from pydantic import Field
 
 from service.operation import Inputs, Operation
 from service.repository import Model
-from service.routes.restoring import NEEDS, RestoreOptions, observed, restored
+from service.routes.restoring import NEEDS, TiledOptions, observed, restored
 from service.vae import Result, Submit
 
 
-class DenoiseOptions(RestoreOptions):
+class DenoiseOptions(TiledOptions):
     """What is known of the noise, and what is wanted."""
 
     noise: Literal["gaussian", "salt-and-pepper", "masking", "none"] = "gaussian"

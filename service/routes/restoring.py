@@ -11,8 +11,10 @@ from service.errors import InvalidOption, UnsupportedOperation
 from service.latent import Noise
 from service.observation import Observation, OperatorName
 from service.operation import DrawOptions, Inputs
+from service.pixels import Fit
 from service.repository import Model
-from service.restoration import Wish, prior_mean, restore
+from service.restoration import Wish, prior_mean, recognise_rows, restore
+from service.tiling import Tiling
 from service.vae import Result, Submit
 
 MOST_NAMED = 8
@@ -29,6 +31,14 @@ class RestoreOptions(DrawOptions):
     """Whether the answer holds `std`, the posterior standard deviation of every pixel."""
     completions: bool = False
     """Whether the answer holds the images of all `draws`, (n, draws, c, h, w), beside their mean."""
+
+
+class TiledOptions(RestoreOptions):
+    """Of what can be done tile by tile."""
+
+    fit: Fit | Literal["tile"] | None = None  # type: ignore[assignment]  # one more way than for other operations
+    """Bring images of another size to the model's: `resize` stretches, `pad` adds black, `crop` cuts; `tile` restores a
+    larger image as overlapping tiles of the model's size, and the answer has the image's size."""
 
 
 def observed(
@@ -66,18 +76,40 @@ async def restored(model: Model, submit: Submit, inputs: Inputs, seen: Observati
         )
     if options.completions and not options.draws:
         raise InvalidOption("completions are draws of the posterior; say how many with draws")
+    if inputs.tiling is not None and not seen.known:
+        seen = await _of_one_level(model, submit, seen, inputs.tiling)
     wish = Wish(refined, options.draws, options.uncertainty, options.completions)
     result = await restore(model.plan, submit, model.latent_shape, seen, wish, Noise(options.seed, inputs.first))
     unseen = np.flatnonzero(~seen.mask.any(axis=(1, 2, 3)))
-    return result if not len(unseen) else await _without_sight(model, submit, result, unseen, inputs.first)
+    if len(unseen):
+        result = await _without_sight(model, submit, result, unseen, inputs)
+    return result if inputs.tiling is None else _joined(result, inputs.tiling)
 
 
-async def _without_sight(model: Model, submit: Submit, result: Result, unseen: NDArray[Any], first: int) -> Result:
+async def _of_one_level(model: Model, submit: Submit, seen: Observation, tiling: Tiling) -> Observation:
+    """The level of an image's noise is that of all its tiles: the median of what is estimated of them."""
+    trip = await submit(model.plan("recognise", recognise_rows, 0, seen.estimated), seen.lifted())
+    estimates = trip.arrays[2].reshape(tiling.images, tiling.tiles, -1)
+    return seen._replace(level=np.repeat(np.median(estimates, 1), tiling.tiles, axis=0), known=True)
+
+
+def _joined(result: Result, tiling: Tiling) -> Result:
+    """Tiles to images; of what is said a tile, the mean."""
+    outputs = {name: tiling.joined(array) for name, array in result.outputs.items()}
+    about = {
+        name: value.reshape(tiling.images, -1).mean(1) if isinstance(value, np.ndarray) else value
+        for name, value in result.about.items()
+    }
+    return result._replace(outputs=outputs, about=about)
+
+
+async def _without_sight(model: Model, submit: Submit, result: Result, unseen: NDArray[Any], inputs: Inputs) -> Result:
     """The prior's mean where nothing was seen, which is said."""
     mean, std = await prior_mean(model.plan, submit, model.noise_shape)
     for name, known in (("images", mean), ("std", std)):
         if name in result.outputs:
             result.outputs[name][unseen] = known
-    rows = ", ".join(map(str, first + unseen[:MOST_NAMED])) + (" and more" if len(unseen) > MOST_NAMED else "")
-    note = f"the mask hides all of image {rows}: the answer is the mean of the prior"
+    rows = ", ".join(map(str, inputs.first + unseen[:MOST_NAMED])) + (" and more" if len(unseen) > MOST_NAMED else "")
+    what = "tile" if inputs.tiling else "image"
+    note = f"the mask hides all of {what} {rows}: the answer is the mean of the prior"
     return result._replace(about={**result.about, "note": note})
