@@ -31,4 +31,6 @@ class LearnedPrior(nn.Module):
 
         Source: Kingma and Welling (2013), equation 6, with the part of it that has a closed form in that form.
         """
-        return -posterior.entropy() - self.log_prob(z).mean(0)
+        # As a matrix: in a graph, products of three axes would depend on how many rows there are.
+        log_prob = self.log_prob(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+        return -posterior.entropy() - log_prob.mean(0)
