@@ -109,7 +109,7 @@ def run_of(curve: Curve, epochs: int, step_size: float) -> Run:
 
 def follow(curve: Curve, images: ImageSet, folder: Path, samples: int) -> Run:
     """Train to `samples`, scoring the bound on the way; gives the settings. What was begun with as many is resumed."""
-    step_size = choose(curve, images, folder)
+    step_size = choose(curve, images, folder, samples)
     run = run_of(curve, curves.epochs_of(images, samples), step_size)
     order = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(0))[:SCORED]
     scored = {"train_elbo": images.train[order], "test_elbo": images.test[:SCORED]}
@@ -123,12 +123,12 @@ def follow(curve: Curve, images: ImageSet, folder: Path, samples: int) -> Run:
     return run
 
 
-def choose(curve: Curve, images: ImageSet, folder: Path) -> float:
-    """The step size with the highest bound after the first samples."""
+def choose(curve: Curve, images: ImageSet, folder: Path, samples: int) -> float:
+    """The step size with the highest bound after the first samples, of `samples` at most."""
 
     def trial(step_size: float, inside: Path) -> None:
         after = 5 * curves.CHOSEN_AFTER if curve.woken else curves.CHOSEN_AFTER
-        short = run_of(curve, curves.epochs_of(images, after), step_size)
+        short = run_of(curve, curves.epochs_of(images, min(after, samples)), step_size)
         train(vae_stage(short, images.shape, torch.device("cpu")), images.train, inside)
 
     return curves.best_step_size(trial, folder, "elbo")
