@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 
+from training.errors import ExportError
 from training.gaussian import DiagonalGaussian
 from training.model import VAE
 from training.restoration import FAMILIES, BernoulliFusion
@@ -161,6 +162,8 @@ def _convolution_backward(
 ) -> tuple[Tensor, None, None]:
     """In the input alone: weights are constants here."""
     if transposed or any(step != 1 for step in stride):
-        raise NotImplementedError("only convolutions of stride 1 are differentiated")
+        raise ExportError(
+            "convolutions of a decoder to be refined must have stride 1; enlarge by sub-pixel convolution"
+        )
     spread = functional.conv_transpose2d(gradient, weight, None, stride, padding, output_padding, groups, dilation)
     return spread, None, None
