@@ -124,7 +124,8 @@ async def restore(
         if not seen.known:
             seen = seen._replace(level=level)
         if wish.refined:
-            seed, steps = noise.normal(len(seen.y), (STEPS, mean.shape[1] + level.shape[1]), REFINEMENT_STREAM)
+            settled = noise._replace(seed=about.get("seed", noise.seed))  # one seed repeats both draws and steps
+            seed, steps = settled.normal(len(seen.y), (STEPS, mean.shape[1] + level.shape[1]), REFINEMENT_STREAM)
             start = begin(mean, log_var, level.shape[1])
             mean, log_var, bound, level, spent = await _refine(plan, submit, start, seen, steps)
             about, seen = {"seed": seed, "elbo": bound}, seen._replace(level=level)
@@ -161,7 +162,8 @@ async def _refine(plan: Plan, submit: Submit, ascent: Ascent, seen: Observation,
     for start in range(0, STEPS, WINDOW):
         before, bounds, levels = climbing, [], []
         for k in range(start, start + WINDOW):
-            trip = await submit(program, (*climbing, eps[active, k], *observation), begun=k > 0)
+            further = {"begun": True} if k else {}  # the first step is as new as its request
+            trip = await submit(program, (*climbing, eps[active, k], *observation), **further)
             *parts, at, drawn = trip.arrays
             climbing, spent = Ascent(*parts), _after(spent, trip)
             bounds.append(at)

@@ -54,21 +54,17 @@ class Refinement(nn.Module):
         mean: Tensor,
         log_var: Tensor,
         eps: Tensor,
-        y: Tensor,
-        mask: Tensor,
-        level: Tensor,
-        unknown: Tensor,
-        rows: Tensor,
-        columns: Tensor,
+        *observation: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """elbo (n,), level (n, F) at the draw, and the gradients of elbo in mean and log_var (n, d + F).
 
+        An observation is y, mask, level, unknown, rows and columns.
         Shapes: mean, log_var and eps (n, d + F), z first, then the families; y and mask (n, c, seen h, seen w); level
         and unknown (n, F), 1 where it is to be inferred; rows (n, seen h, h), columns (n, seen w, w).
         """
         with torch.enable_grad():
             mean, log_var = (part.detach().requires_grad_() for part in (mean, log_var))
-            elbo, drawn = self._elbo(DiagonalGaussian(mean, log_var), eps, y, mask, level, unknown, rows, columns)
+            elbo, drawn = self._elbo(DiagonalGaussian(mean, log_var), eps, *observation)
             in_mean, in_log_var = torch.autograd.grad(elbo.sum(), (mean, log_var))
         return elbo.detach().float(), drawn.detach(), in_mean, in_log_var
 

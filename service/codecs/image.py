@@ -15,19 +15,11 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 
 def read(body: Body, _content_type: str, intake: Intake) -> Payload:
     """One picture as (1, c, h, w); where a mask is wanted, its opacity as that."""
-    pixels, mask = parse_seen(body, intake)
+    pixels, mask = parse(body, intake)
     return Payload(pixels[None], None if mask is None else mask[None])
 
 
-def parse(body: Body, intake: Intake) -> Pixels:
-    """A picture file as (c, h, w) in [0, 1], of its own size.
-
-    Raises: as parse_seen.
-    """
-    return parse_seen(body, intake)[0]
-
-
-def parse_seen(body: Body, intake: Intake) -> tuple[Pixels, Pixels | None]:
+def parse(body: Body, intake: Intake) -> tuple[Pixels, Pixels | None]:
     """A picture file as (c, h, w) in [0, 1], of its own size; its opacity (1, h, w) where wanted and there is one.
 
     Raises: Unreadable for no picture, a broken one, or an operation that takes none; TooLarge before decoding.

@@ -52,7 +52,7 @@ def _arrays(value: Any, intake: Intake) -> tuple[NDArray[Any], NDArray[Any] | No
     texts = [value] if isinstance(value, str) else value
     if not (isinstance(texts, list | simdjson.Array) and len(texts) and isinstance(texts[0], str)):
         return _numbers(value, intake.name), None
-    pictures, masks = zip(*(image.parse_seen(_base64(text), intake) for text in texts), strict=True)
+    pictures, masks = zip(*(image.parse(_base64(text), intake) for text in texts), strict=True)
     if len({picture.shape for picture in pictures}) > 1:
         raise InvalidShape("the pictures of one request must be of one size; send them one by one")
     return np.stack(pictures), None if any(mask is None for mask in masks) else np.stack(masks)

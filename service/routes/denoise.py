@@ -11,17 +11,20 @@ from service.repository import Model
 from service.routes.restoring import NEEDS, TiledOptions, observed, restored
 from service.vae import Result, Submit
 
+NoiseKind = Literal["gaussian", "salt-and-pepper", "masking", "none"]
+
 
 class DenoiseOptions(TiledOptions):
     """What is known of the noise, and what is wanted."""
 
-    noise: Literal["gaussian", "salt-and-pepper", "masking", "none"] = "gaussian"
+    noise: NoiseKind = "gaussian"
     """The kind of noise: additive Gaussian, pixels set to 0 or 1, pixels set to 0; `none` with a mask alone."""
     level: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = "auto"
     """Gaussian: standard deviation (images in [0, 1]); else the share of spoilt pixels. `auto` estimates it."""
 
 
-async def _run(model: Model, submit: Submit, inputs: Inputs, options: DenoiseOptions) -> Result:
+async def run(model: Model, submit: Submit, inputs: Inputs, options: DenoiseOptions) -> Result:
+    """What is seen restored, as the options say."""
     seen = observed(model, inputs, None if options.noise == "none" else options.noise, options.level)
     return await restored(model, submit, inputs, seen, options)
 
@@ -32,7 +35,7 @@ denoise = Operation(
     description="Approximate posterior mean of the clean image: a recognition model conditioned on the noise, the "
     "decoder, and fusion with what was seen. Values may lie outside [0, 1]. A `mask` (1 seen, 0 missing) may go along.",
     options=DenoiseOptions,
-    run=_run,
+    run=run,
     takes="images",
     example={"images": ["<base64 of a PNG>"], "noise": "gaussian", "level": 0.25},
     answer={"images": [[[[0.0, 0.9], [0.1, 0.0]]]], "level": [0.25]},

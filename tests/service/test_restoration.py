@@ -84,6 +84,14 @@ def test_refined_denoising_is_adam_on_the_bound(client: httpx.Client, images: Ro
     assert answer.content == client.post(path, **request).content  # type: ignore[arg-type]
 
 
+def test_the_seed_that_is_named_repeats_steps_and_draws(client: httpx.Client, images: Rows) -> None:
+    """Of a refined answer that asked for draws and named no seed."""
+    request = {"images": noisy(images).tolist(), "level": 0.2, "quality": "refined", "draws": 3}
+    first = post(client, "/v1/denoise", json=request).json()
+    again = post(client, "/v1/denoise", json={**request, "seed": first["seed"]}).json()
+    assert again["images"] == first["images"]
+
+
 def run(model: Model, *requests: tuple[Observation, Wish, int]) -> list[Result]:
     """Side by side through one batcher."""
 
