@@ -9,11 +9,12 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from training.architectures import Architecture
+from training.architectures.unet import UNetSettings
 from training.export import GOLDEN_ROWS, Exportable, export, exportables
 from training.likelihoods.bernoulli import Bernoulli
 from training.model import VAE
 from training.priors.standard_normal import StandardNormal
-from training.restoration import FAMILIES, BernoulliFusion, Recognition, simulate
+from training.restoration import FAMILIES, Recognition, simulate
 
 SHAPE = (1, 28, 28)
 LATENT = 20
@@ -40,12 +41,13 @@ def graphs(name: str) -> dict[str, Exportable]:
     recognition = Recognition(
         network.encoder((2 * channels + len(FAMILIES), height, width), LATENT),
         network.encoder((2 * channels, height, width), len(FAMILIES)),
+        UNetSettings().network(4 * channels + len(FAMILIES), 2 * channels, (height, width)),
     )
     for part in (vae, recognition.network):
         scramble(part)
     x = torch.rand(GOLDEN_ROWS, *SHAPE)
     seen = simulate(x, torch.Generator().manual_seed(0))
-    return exportables(vae.eval(), x, (recognition.eval(), BernoulliFusion().eval()), seen)
+    return exportables(vae.eval(), recognition.eval(), x, seen)
 
 
 def scramble(module: nn.Module) -> None:

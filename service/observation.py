@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -10,11 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 Rows = NDArray[np.float32]
-OperatorName = tuple[str, int, int, int]
-"""("shrink", factor, height, width): the mean of every block of factor x factor of images of that size."""
+OperatorName = tuple[str, float, int, int]
+"""How images of a height and width (the last two) are seen: ("shrink", factor, ...), the mean of every block of
+factor x factor pixels; ("blur", deviation, ...), through a Gaussian of that standard deviation in pixels."""
 
 SOLVER_STEPS = 20
-LEAST_VARIANCE = np.float32(1e-6)
+LEAST_VARIANCE = 1e-6
 """Of what is seen of a pixel: a quarter of a grey level, squared."""
 
 
@@ -32,10 +32,16 @@ class Operator(NamedTuple):
         """The transpose: (..., seen h, seen w) -> (..., h, w)."""
         return np.asarray(self.rows.T @ y @ self.columns, np.float32)
 
-    def lifted(self, y: Rows) -> Rows:
-        """An image that y might be of: every pixel the mean of what it was seen in."""
-        found: Rows = self.back(y) / self.back(np.ones(y.shape[-2:], np.float32))
-        return found
+    def lifted(self, y: Rows, mask: Rows) -> tuple[Rows, Rows]:
+        """An image that y might be of, every pixel what it was seen in, and how much is seen of each of its pixels.
+
+        That is 1 where a pixel is seen alone, else the sum of the squares of the weights of those it is seen with.
+        """
+        ones = np.ones(y.shape[-2:], np.float32)
+        mask = mask * self.squared.seen(np.ones((self.rows.shape[1], self.columns.shape[1]), np.float32))
+        if self.rows.shape[0] == self.rows.shape[1]:
+            return y, mask
+        return self.back(y) / self.back(ones), self.back(mask) / self.back(ones)
 
     @property
     def squared(self) -> Operator:
@@ -46,30 +52,34 @@ class Operator(NamedTuple):
 @lru_cache(64)
 def operator_of(name: OperatorName) -> Operator:
     """The operator of that name."""
-    _, factor, height, width = name
-    rows, columns = (np.eye(size, dtype=np.float32) for size in (height, width))
-    return Operator(*(eye.reshape(-1, factor, len(eye)).mean(1) for eye in (rows, columns)))
+    kind, size, height, width = name
+    if kind == "shrink":
+        return Operator(*(np.eye(n, dtype=np.float32).reshape(-1, int(size), n).mean(1) for n in (height, width)))
+    return Operator(_blur(size, height), _blur(size, width))
 
 
-def blur_level(name: OperatorName) -> float:
-    """The standard deviation of Gaussian noise that spoils an image about as much: where recognition starts."""
-    return 0.1 * math.log2(2 * name[1])
+def _blur(deviation: float, size: int) -> Rows:
+    """A Gaussian about every place, (size, size), cut off at the edges and made to sum to 1."""
+    places = np.arange(size)
+    weights = np.exp(-0.5 * ((places[:, None] - places) / deviation) ** 2)
+    found: Rows = (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+    return found
 
 
-def projected(operator: Operator, x_mean: Rows, variance: Rows, y: Rows, noise: Rows) -> tuple[Rows, Rows]:
+def projected(operator: Operator, x_mean: Rows, variance: Rows, y: Rows, mask: Rows, noise: Rows) -> tuple[Rows, Rows]:
     """E[x | y] and its variance for x ~ N(x_mean, variance) seen through the operator under noise of variance `noise`.
 
-    Shapes: x_mean and variance (n, c, h, w), y (n, c, seen h, seen w), noise (n, 1, 1, 1). By conjugate gradients,
-    a fixed number of steps; the variance is exact where no two places that are seen share a pixel.
+    Shapes: x_mean and variance (n, c, h, w), y and mask (n, c, seen h, seen w), noise (n, 1, 1, 1). By conjugate
+    gradients, a fixed number of steps; the variance is exact where no two places that are seen share a pixel.
     """
 
     def covariance(u: Rows) -> Rows:
-        found: Rows = operator.seen(variance * operator.back(u)) + noise * u
+        found: Rows = mask * operator.seen(variance * operator.back(u)) + noise * u
         return found
 
     scale = operator.squared.seen(variance) + noise
     u: Rows = np.zeros_like(y)
-    residual: Any = y - operator.seen(x_mean)
+    residual: Any = mask * (y - operator.seen(x_mean))
     preconditioned = residual / scale
     direction, size = preconditioned, _inner(residual, preconditioned)
     for _ in range(SOLVER_STEPS):
@@ -79,7 +89,7 @@ def projected(operator: Operator, x_mean: Rows, variance: Rows, y: Rows, noise: 
         preconditioned = residual / scale
         grown = _inner(residual, preconditioned)
         direction, size = preconditioned + grown / np.maximum(size, np.float32(1e-30)) * direction, grown
-    left = variance - variance * variance * operator.squared.back(1.0 / scale)
+    left = variance - variance * variance * operator.squared.back(mask / scale)
     return np.clip(x_mean + variance * operator.back(u), 0.0, 1.0), np.maximum(left, 0.0)
 
 
@@ -118,7 +128,4 @@ class Observation(NamedTuple):
         """y, mask and level as the recognition model takes them: images of the model's size."""
         if self.operator is None:
             return self.y, self.mask, self.level
-        level = self.level.copy()
-        level[:, 0] = np.maximum(level[:, 0], blur_level(self.operator))
-        operator = operator_of(self.operator)
-        return operator.lifted(self.y), operator.lifted(self.mask), level
+        return (*operator_of(self.operator).lifted(self.y, self.mask), self.level)

@@ -1,7 +1,8 @@
 """Restoration: E[x | y] for what is seen of an image, as composition over a model's graphs.
 
-`fast` is one trip: a recognition model of corrupted images, the decoder, fusion with what was seen. `refined` goes on
-from there by variational inference for each image, one step a trip, so that it never holds up short work.
+`fast` is one trip: a recognition model of corrupted images, the decoder, fusion with what was seen, correction.
+`refined` goes on from recognition by variational inference for each image, one step a trip, so that it never holds up
+short work.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import numpy as np
 from service import latent
 from service.batcher import Arrays, Trip
 from service.latent import Noise
-from service.observation import LEAST_VARIANCE, Observation, Operator, OperatorName, operator_of, projected
+from service.observation import LEAST_VARIANCE, Observation, OperatorName, operator_of, projected
 from service.refinement import STEPS, WINDOW, Ascent, at_rest, begin, step
-from service.vae import Compute, Graph, Graphs, Plan, Result, Rows, Submit, decode_draws, drawn_noise, sample_rows
+from service.vae import Compute, Graphs, Plan, Result, Rows, Submit, decode_draws, drawn_noise, sample_rows
 
 REFINEMENT_STREAM = 1
 """Of a request's noise: that of the steps, apart from that of its draws."""
@@ -26,55 +27,61 @@ PRIOR_DRAWS = 64
 # Programs
 
 
-def recognise_rows(graphs: Graphs, estimated: int | None) -> Compute:
-    """y, mask, level -> mean and log_var of q(z | y, mask, level), level.
-
-    estimated: the column of the level to estimate from y first, or None.
-    """
+def level_rows(graphs: Graphs, estimated: int | None) -> Compute:
+    """y, mask, level -> level, of which the column `estimated`, unless None, is estimated from y and all else is 0."""
 
     def compute(y: Rows, mask: Rows, level: Rows) -> Arrays:
-        if estimated is not None:
-            (guess,) = graphs["noise_level"](y, mask)
-            level = np.zeros_like(level)
-            level[:, estimated] = guess[:, estimated]
+        if estimated is None:
+            return (level,)
+        (guess,) = graphs["noise_level"](y, mask)
+        level = np.zeros_like(level)
+        level[:, estimated] = guess[:, estimated]
+        return (level,)
+
+    return compute
+
+
+def recognise_rows(graphs: Graphs, estimated: int | None) -> Compute:
+    """y, mask, level -> mean and log_var of q(z | y, mask, level), level, as `level_rows` gives it."""
+    estimate = level_rows(graphs, estimated)
+
+    def compute(y: Rows, mask: Rows, level: Rows) -> Arrays:
+        (level,) = estimate(y, mask, level)
         return (*graphs["recognition"](y, mask, level), level)
 
     return compute
 
 
 def fuse_rows(graphs: Graphs, name: OperatorName | None, *, completions: bool = False) -> Compute:
-    """mean, log_var, y, mask, level[, eps] -> restored, variance[, completions]: decode, fuse with what was seen.
+    """mean, log_var, y, mask, level[, eps] -> restored, variance[, completions]: decode, fuse, correct.
 
-    Over draws, the mean of the restored images and, by the law of total variance, the variance around it; completions
-    are the restored images themselves, (n, L, c, h, w).
+    Over draws, what is corrected is the mean of the fused images and, by the law of total variance, the variance around
+    it; completions are the fused images themselves, (n, L, c, h, w). What was seen through an operator comes last:
+    Bayes' rule through it makes sure that the answer is seen as it was.
     """
-    fuse = graphs["fusion"] if name is None else _projection(graphs, operator_of(name))
+    operator = None if name is None else operator_of(name)
 
     def compute(mean: Rows, log_var: Rows, y: Rows, mask: Rows, level: Rows, *eps: Rows) -> Arrays:
         z = latent.posterior_draws(mean, log_var, eps[0]) if eps else mean[:, None]
         decoded = decode_draws(graphs, z)
-        seen = [np.repeat(array, decoded.shape[1], axis=0) for array in (y, mask, level)]
-        fused = fuse(decoded.reshape(-1, *decoded.shape[2:]), *seen)
-        restored, variance = (array.reshape(decoded.shape) for array in fused)
-        whole = (restored,) if completions else ()
-        return restored.mean(1), variance.mean(1) + restored.var(1), *whole
+        lifted = (y, mask, level) if operator is None else (*operator.lifted(y, mask), level)
+        repeated = [np.repeat(array, decoded.shape[1], axis=0) for array in lifted]
+        each = graphs["fusion"](decoded.reshape(-1, *decoded.shape[2:]), *repeated)
+        fused, variance = (array.reshape(decoded.shape) for array in each)
+        restored = graphs["correction"](fused.mean(1), variance.mean(1) + fused.var(1), *lifted)
+        if operator is not None:
+            noise = np.square(level[:, 0])[:, None, None, None] + np.float32(LEAST_VARIANCE)
+            restored = projected(operator, restored[0], restored[1], y, mask, noise)
+            if completions:
+                seen = [np.repeat(array, decoded.shape[1], axis=0) for array in (y, mask, noise)]
+                fused = projected(operator, each[0], each[1], seen[0], seen[1], seen[2])[0].reshape(decoded.shape)
+        return (*restored, *((fused,) if completions else ()))
 
     return compute
 
 
-def _projection(graphs: Graphs, operator: Operator) -> Graph:
-    """As the fusion's graph, for what was seen through an operator."""
-
-    def fuse(x_mean: Rows, y: Rows, _mask: Rows, level: Rows) -> tuple[Rows, ...]:
-        unseen = np.zeros_like(x_mean)
-        _, variance = graphs["fusion"](x_mean, unseen, unseen, level)  # of a pixel that is not seen: the decoder's
-        return projected(operator, x_mean, variance, y, np.square(level[:, 0])[:, None, None, None] + LEAST_VARIANCE)
-
-    return fuse
-
-
 def denoise_rows(graphs: Graphs, estimated: int | None, *, completions: bool = False) -> Compute:
-    """y, mask, level[, eps] -> level, and what `fuse_rows` gives: recognise, decode, fuse, in one trip."""
+    """y, mask, level[, eps] -> level, and what `fuse_rows` gives: recognise, decode, fuse, correct, in one trip."""
     recognise, fuse = recognise_rows(graphs, estimated), fuse_rows(graphs, None, completions=completions)
 
     def compute(y: Rows, mask: Rows, level: Rows, *eps: Rows) -> Arrays:

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from training.architectures import Architecture
+from training.architectures.unet import UNetSettings
 from training.datasets import Dataset
 from training.errors import ConfigError
 from training.likelihoods import Likelihood
@@ -39,7 +40,7 @@ class Optimisation(Strict):
     objective: Literal["elbo", "monte_carlo_elbo", "importance_weighted", "denoising", "wake_sleep"] = "elbo"
     """The bound, with the KL in closed form where it has one, without it, importance-weighted over the draws, or with
     posteriors of corrupted images; or the rival that raises it by another way."""
-    corruption: Literal["gaussian", "salt-and-pepper", "masking"] = "salt-and-pepper"
+    corruption: Literal["gaussian", "salt-and-pepper", "masking", "poisson"] = "salt-and-pepper"
     """What `denoising` does to the recognition model's images."""
     corruption_level: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """The standard deviation, or the share of pixels."""
@@ -76,6 +77,7 @@ class Restoration(Strict):
 
     network: Architecture
     level_network: Architecture
+    correction: UNetSettings = UNetSettings()
     train: Optimisation
 
 
@@ -107,10 +109,6 @@ class Run(Strict):
         pixels = self.model.likelihood.likelihood
         if pixels != "bernoulli" and self.binarise:
             raise ValueError(f"pixels are {pixels}, which black and white are not; set binarise = false")
-        if pixels != "bernoulli" and self.restoration is not None:
-            raise ValueError(
-                f"[restoration] knows the variance of Bernoulli pixels alone, not of {pixels}; leave it out"
-            )
         if self.train.objective == "wake_sleep" and self.model.prior.prior == "vamp":
             raise ValueError(
                 "a VampPrior is made of the recognition model, which wake-sleep trains on dreams of the prior"

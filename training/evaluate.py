@@ -16,7 +16,7 @@ from training.datasets import as_float, binarise
 from training.elbo import elbo, importance_log_likelihood
 from training.errors import CheckpointError
 from training.model import VAE
-from training.restoration import BernoulliFusion, Observation, Recognition, corrupt
+from training.restoration import FAMILIES, Observation, Recognition, corrupt
 from training.trainer import keyed_generator, read_checkpoint, write_checkpoint
 
 BLOCK = 100  # images scored between two looks at the clock
@@ -26,6 +26,7 @@ CHECKED_LEVELS = {
     "gaussian": (0.02, 0.05, 0.1, 0.25, 0.5, 0.6),
     "salt-and-pepper": (0.1, 0.3),
     "masking": (0.25, 0.5),
+    "poisson": (0.1, 0.3),
 }
 
 
@@ -134,7 +135,7 @@ def _fingerprint(model: VAE) -> float:
 
 @torch.inference_mode()
 def restoration(
-    vae: VAE, recognition: Recognition, fusion: BernoulliFusion, images: Tensor, seed: int
+    vae: VAE, recognition: Recognition, images: Tensor, seed: int
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Mean PSNR in dB (data range 1) of seeded test images before and after, by family and level.
 
@@ -144,25 +145,18 @@ def restoration(
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:RESTORED]
     x = as_float(images[order.to(images.device)])
     table: dict[str, dict[str, dict[str, float]]] = {}
-    for column, (family, levels) in enumerate(CHECKED_LEVELS.items()):
-        for value in levels:
-            level = torch.zeros(len(x), len(CHECKED_LEVELS), device=x.device)
+    for column, family in enumerate(FAMILIES):
+        for value in CHECKED_LEVELS[family]:
+            level = torch.zeros(len(x), len(FAMILIES), device=x.device)
             level[:, column] = value
             y = corrupt(x, level, keyed_generator(x.device, seed, 3, column))
             mask = torch.ones_like(x)
             estimate = torch.zeros_like(level)
             estimate[:, column] = recognition.log_level(y, mask).mean[:, column].exp()
-            known = denoise(vae, recognition, fusion, Observation(y, mask, level))
-            unknown = denoise(vae, recognition, fusion, Observation(y, mask, estimate))
+            known, _ = recognition.restored(vae, Observation(y, mask, level))
+            unknown, _ = recognition.restored(vae, Observation(y, mask, estimate))
             table.setdefault(family, {})[str(value)] = _decibels(x, y, known, unknown)
     return table
-
-
-def denoise(vae: VAE, recognition: Recognition, fusion: BernoulliFusion, seen: Observation) -> Tensor:
-    """What the service answers by default: recognise, decode at the posterior's mean, fuse with what is seen."""
-    x_mean = vae.likelihood.mean(vae.decode(recognition.posterior(seen).mean))
-    restored: Tensor = fusion(x_mean, *seen)[0]
-    return restored
 
 
 def _decibels(x: Tensor, y: Tensor, known: Tensor, unknown: Tensor) -> dict[str, float]:

@@ -25,7 +25,7 @@ from training.gaussian import DiagonalGaussian
 from training.model import VAE
 from training.priors.learned import LearnedPrior
 from training.refinement import Refinement, differentiated
-from training.restoration import FAMILIES, BernoulliFusion, Observation, Recognition
+from training.restoration import FAMILIES, Observation, Recognition
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as in service/session.py
 import onnxruntime as ort  # after the line above
@@ -96,7 +96,7 @@ class Recognise(nn.Module):
         self.recognition = recognition
 
     def forward(self, y: Tensor, mask: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-        """(n, c, h, w), (n, c, h, w), (n, 3) -> (n, d), (n, d)."""
+        """(n, c, h, w), (n, c, h, w), (n, F) -> (n, d), (n, d)."""
         return self.recognition.posterior(Observation(y, mask, level))
 
 
@@ -108,14 +108,12 @@ class EstimateLevel(nn.Module):
         self.recognition = recognition
 
     def forward(self, y: Tensor, mask: Tensor) -> Tensor:
-        """(n, c, h, w), (n, c, h, w) -> (n, 3)."""
+        """(n, c, h, w), (n, c, h, w) -> (n, F)."""
         return self.recognition.log_level(y, mask).mean.exp()
 
 
 @torch.no_grad()
-def exportables(
-    vae: VAE, x: Tensor, restoration: tuple[Recognition, BernoulliFusion] | None, seen: Observation
-) -> dict[str, Exportable]:
+def exportables(vae: VAE, recognition: Recognition | None, x: Tensor, seen: Observation) -> dict[str, Exportable]:
     """Everything the service needs, with golden rows: clean images `x` and what is `seen` of them after corruption."""
     mean, _ = vae.posterior(x)
     graphs = {
@@ -129,13 +127,20 @@ def exportables(
             "prior": Exportable(Draw(prior), (eps,), ("eps",), ("z",)),
             "prior_density": Exportable(Density(prior), (mean,), ("z",), ("log_prob",)),
         }
-    if restoration is not None:
-        recognition, fusion = restoration
-        x_mean = Decode(vae)(recognition.posterior(seen).mean)
+    if recognition is not None:
+        fusion, x_mean = recognition.fusion, Decode(vae)(recognition.posterior(seen).mean)
+        observed = ("y", "mask", "level")
+        restored = ("restored", "variance")
         graphs |= {
-            "recognition": Exportable(Recognise(recognition), tuple(seen), ("y", "mask", "level"), ("mean", "log_var")),
+            "recognition": Exportable(Recognise(recognition), tuple(seen), observed, ("mean", "log_var")),
             "noise_level": Exportable(EstimateLevel(recognition), (seen.y, seen.mask), ("y", "mask"), ("level",)),
-            "fusion": Exportable(fusion, (x_mean, *seen), ("x_mean", "y", "mask", "level"), ("restored", "variance")),
+            "fusion": Exportable(fusion, (x_mean, *seen), ("x_mean", *observed), restored),
+            "correction": Exportable(
+                recognition.correction,
+                (*fusion(x_mean, *seen), *seen),
+                ("fused", "fused_variance", *observed),
+                restored,
+            ),
             "refinement": _refinement(Refinement(vae, fusion), recognition.posterior(seen), seen),
         }
     return graphs

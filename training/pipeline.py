@@ -22,7 +22,7 @@ from training.evaluate import likelihood, restoration
 from training.export import GOLDEN_ROWS, export, exportables, version_folder
 from training.model import VAE
 from training.processes import ALONE, Processes
-from training.restoration import FAMILIES, BernoulliFusion, Observation, Recognition, calibrate, simulate
+from training.restoration import FAMILIES, Observation, Recognition, simulate
 from training.stages import restoration_stage, trained_recognition, trained_vae, vae_stage
 from training.trainer import keyed_generator, stage_seconds, train
 
@@ -111,20 +111,17 @@ class Workshop:
         """The trained model."""
         return trained_vae(self.run, self.images.shape, self.folder, self.device)
 
-    def restorer(self, vae: VAE) -> tuple[Recognition, BernoulliFusion] | None:
-        """The trained recognition model of corrupted images and its fusion, where the run has one."""
+    def recognition(self) -> Recognition | None:
+        """The trained recognition model of corrupted images, where the run has one."""
         if self.run.restoration is None:
             return None
-        recognition = trained_recognition(self.run, self.images.shape, self.folder, self.device)
-        held_out = as_float(self.images.validation)
-        return recognition, calibrate(recognition, vae, held_out, keyed_generator(self.device, self.run.seed, 4))
+        return trained_recognition(self.run, self.images.shape, self.folder, self.device)
 
     def evaluate(self) -> dict[str, Any]:
         """Measured test figures, with everything that is needed to repeat them."""
-        vae = self.vae()
-        return self._quality(vae, self.restorer(vae))
+        return self._quality(self.vae(), self.recognition())
 
-    def _quality(self, vae: VAE, restorer: tuple[Recognition, BernoulliFusion] | None) -> dict[str, Any]:
+    def _quality(self, vae: VAE, recognition: Recognition | None) -> dict[str, Any]:
         settings, test = self.run.evaluation, self.images.test
         if settings.images is not None and settings.images < len(test):
             order = torch.randperm(len(test), generator=torch.Generator().manual_seed(self.run.seed))
@@ -133,8 +130,8 @@ class Workshop:
         quality: dict[str, Any] = likelihood(
             vae, test, settings.draws, self.run.seed, partial, dynamic=self.run.binarise
         )
-        if restorer is not None:
-            quality["restoration"] = restoration(vae, *restorer, self.images.test, self.run.seed)
+        if recognition is not None:
+            quality["restoration"] = restoration(vae, recognition, self.images.test, self.run.seed)
         return quality
 
     def export(self, models: Path, *, replace: bool = False) -> Path:
@@ -143,10 +140,8 @@ class Workshop:
         Raises: ExportError, DiskError, CheckpointError.
         """
         version_folder(models, self.run.name, self.run.version, replace=replace)
-        vae = self.vae()
-        restorer = self.restorer(vae)
-        x, seen = self._golden_rows()
-        graphs = exportables(vae, x, restorer, seen)
+        vae, recognition = self.vae(), self.recognition()
+        graphs = exportables(vae, recognition, *self._golden_rows())
         about = {
             "input_shape": list(self.images.shape),
             "value_range": [0.0, 1.0],
@@ -156,7 +151,7 @@ class Workshop:
             "dataset": self.run.data.dataset,
             "noise_families": [] if self.run.restoration is None else list(FAMILIES),
             "training": self._training(),
-            "quality": self._quality(vae, restorer),
+            "quality": self._quality(vae, recognition),
         }
         return export(graphs, models, self.run.name, self.run.version, about, replace=replace)
 

@@ -18,10 +18,11 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 
+from service.observation import LEAST_VARIANCE
 from training.errors import ExportError
 from training.gaussian import DiagonalGaussian
 from training.model import VAE
-from training.restoration import FAMILIES, BernoulliFusion
+from training.restoration import FAMILIES, Fusion, noise_variance
 
 aten = torch.ops.aten
 ACTIVATIONS = (
@@ -34,8 +35,6 @@ ACTIVATIONS = (
     aten.select_backward,
 )
 """Gradients of what decoders and priors are made of, which ONNX does not know."""
-LEAST_VARIANCE = 1e-6
-"""Of what is seen of a pixel: a quarter of a grey level, squared."""
 
 
 class Refinement(nn.Module):
@@ -45,7 +44,7 @@ class Refinement(nn.Module):
     and of that only where mask is 1. A family of noise that is not at work has level 0.
     """
 
-    def __init__(self, vae: VAE, fusion: BernoulliFusion) -> None:
+    def __init__(self, vae: VAE, fusion: Fusion) -> None:
         super().__init__()
         self.vae, self.fusion = vae, fusion
 
@@ -90,7 +89,7 @@ class Refinement(nn.Module):
         variance, logit = self.fusion.pixel_prior(x_mean, level)
         seen, seen_variance = _through(rows, columns, x_mean), _through(rows.square(), columns.square(), variance)
         density = observation_density(seen, seen_variance, logit, y, drawn, self.fusion.extremes)
-        # In double, as in BernoulliFusion: in float the last bit hangs on who shares the batch.
+        # In double, as in Fusion: in float the last bit hangs on who shares the batch.
         log_prob = (torch.where(mask > 0.0, density, 1.0).double().log()).flatten(1).sum(1)
         kl_of_level = 0.5 * (unknown * (of_level.mean.square() + of_level.log_var.exp() - 1.0 - of_level.log_var)).sum(
             1
@@ -106,8 +105,8 @@ def observation_density(
     A density for values that may be any number; for 0 and 1 under salt and pepper, or masking noise, a probability.
     Shapes: seen, variance and y (n, c, h, w); logit (n, 1, 1, 1) of the weight; level (n, F); extremes (2,).
     """
-    sigma, flip, masking = (level[:, i, None, None, None] for i in range(3))
-    total = variance + sigma.square() + LEAST_VARIANCE
+    flip, masking = (level[:, i, None, None, None] for i in (1, 2))
+    total = variance + noise_variance(level, seen) + LEAST_VARIANCE
     near = torch.exp(-(0.5 * (y - seen).square() / total).clamp(max=80.0)) / torch.sqrt(2.0 * torch.pi * total)
     anything = torch.sigmoid(logit)
     kept = (1.0 - flip) * (1.0 - masking)
@@ -122,10 +121,9 @@ def observation_density(
 
 def _moved(level: Tensor, by: Tensor) -> Tensor:
     """The level `by` further on its unbounded scale: logarithm for a standard deviation, logit for a share."""
-    factor = by.exp()
-    sigma, shares = level[:, :1], level[:, 1:]
-    odds = shares * factor[:, 1:]
-    return torch.cat([sigma * factor[:, :1], odds / (1.0 - shares + odds)], 1)
+    grown = level * by.exp()
+    shares = grown / (1.0 - level + grown)
+    return torch.cat([grown[:, :1], shares[:, 1:3], grown[:, 3:]], 1)
 
 
 def _through(rows: Tensor, columns: Tensor, x: Tensor) -> Tensor:

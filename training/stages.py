@@ -60,8 +60,12 @@ def build_recognition(run: Run, shape: tuple[int, int, int]) -> Recognition:
         raise CheckpointError(f"run {run.name} has no [restoration] table")
     torch.manual_seed(run.seed + 1)
     channels, height, width = shape
-    network = run.restoration.network.encoder((2 * channels + len(FAMILIES), height, width), run.model.latent_dim)
-    return Recognition(network, run.restoration.level_network.encoder((2 * channels, height, width), len(FAMILIES)))
+    settings, planes = run.restoration, 2 * channels + len(FAMILIES)
+    return Recognition(
+        settings.network.encoder((planes, height, width), run.model.latent_dim),
+        settings.level_network.encoder((2 * channels, height, width), len(FAMILIES)),
+        settings.correction.network(planes + 2 * channels, 2 * channels, (height, width)),
+    )
 
 
 def vae_stage(run: Run, shape: tuple[int, int, int], device: torch.device) -> Stage:

@@ -13,12 +13,12 @@ from service.observation import Observation, OperatorName
 from service.operation import DrawOptions, Inputs
 from service.pixels import Fit
 from service.repository import Model
-from service.restoration import Wish, prior_mean, recognise_rows, restore
+from service.restoration import Wish, level_rows, prior_mean, restore
 from service.tiling import Tiling
 from service.vae import Result, Submit
 
 MOST_NAMED = 8
-NEEDS = ("recognition", "noise_level", "fusion")
+NEEDS = ("recognition", "noise_level", "fusion", "correction")
 
 
 class RestoreOptions(DrawOptions):
@@ -88,8 +88,8 @@ async def restored(model: Model, submit: Submit, inputs: Inputs, seen: Observati
 
 async def _of_one_level(model: Model, submit: Submit, seen: Observation, tiling: Tiling) -> Observation:
     """The level of an image's noise is that of all its tiles: the median of what is estimated of them."""
-    trip = await submit(model.plan("recognise", recognise_rows, 0, seen.estimated), seen.lifted())
-    estimates = trip.arrays[2].reshape(tiling.images, tiling.tiles, -1)
+    trip = await submit(model.plan("level", level_rows, 0, seen.estimated), seen.lifted())
+    estimates = trip.arrays[0].reshape(tiling.images, tiling.tiles, -1)
     return seen._replace(level=np.repeat(np.median(estimates, 1), tiling.tiles, axis=0), known=True)
 
 

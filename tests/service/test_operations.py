@@ -172,19 +172,24 @@ def test_a_fresh_seed_is_named_and_repeats_the_answer(client: httpx.Client) -> N
     assert again.content == first.content
 
 
-def test_denoise_composes_recognition_decoder_and_fusion(client: httpx.Client, images: Rows, graphs: Graphs) -> None:
-    """With draws, the mean of what each gives and the variance of the mixture."""
-    level = np.tile(np.float32([0, 0.3, 0]), (3, 1))
+def test_denoise_composes_recognition_decoder_fusion_and_correction(
+    client: httpx.Client, images: Rows, graphs: Graphs
+) -> None:
+    """With draws, what is corrected is the mean of what each gives and the variance of the mixture."""
+    level = np.tile(np.float32([0, 0.3, 0, 0]), (3, 1))
     mask = np.ones_like(images)
     mean, log_var = graphs["recognition"](images, mask, level)
     eps = standard_normal(2, 3, (4, 8))
     z = mean[:, None] + np.exp(0.5 * log_var)[:, None] * eps
-    fused = [graphs["fusion"](graphs["decoder"](z[:, k])[0], images, mask, level) for k in range(4)]
-    restored, variance = (np.stack(parts) for parts in zip(*fused, strict=True))
-    options = "noise=salt-and-pepper&level=0.3&draws=4&seed=2&uncertainty=true"
+    each = [graphs["fusion"](graphs["decoder"](z[:, k])[0], images, mask, level) for k in range(4)]
+    fused, variance = (np.stack(parts) for parts in zip(*each, strict=True))
+    given = (fused.mean(0), variance.mean(0) + fused.var(0), images, mask, level)
+    restored, variance = graphs["correction"](*given)
+    options = "noise=salt-and-pepper&level=0.3&draws=4&seed=2&uncertainty=true&completions=true"
     answer = post(client, f"/v1/denoise?{options}", REQUESTS["raw"](images))
-    assert np.allclose(numbers(answer), restored.mean(0), atol=1e-6)
-    assert np.allclose(numbers(answer, "std"), np.sqrt(variance.mean(0) + restored.var(0)), atol=1e-6)
+    assert np.allclose(numbers(answer), restored, atol=1e-5)
+    assert np.allclose(numbers(answer, "std"), np.sqrt(variance), atol=1e-5)
+    assert np.allclose(numbers(answer, "completions"), fused.swapaxes(0, 1), atol=1e-6)
 
 
 def test_denoise_estimates_the_level_when_not_told(client: httpx.Client, images: Rows, graphs: Graphs) -> None:

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from training.architectures.mlp import Mlp
+from training.architectures.unet import UNetSettings
 from training.evaluate import BLOCK, likelihood, restoration
 from training.likelihoods.bernoulli import Bernoulli
 from training.model import VAE
 from training.priors.standard_normal import StandardNormal
-from training.restoration import BernoulliFusion, Recognition
+from training.restoration import FAMILIES, Recognition
 
 if TYPE_CHECKING:
     from tests.training.conftest import LinearGaussian
@@ -140,8 +141,10 @@ def test_decibels_of_corrupted_images_are_those_of_the_noise() -> None:
     mlp = Mlp(architecture="mlp", hidden=(6,))
     torch.manual_seed(1)
     vae = VAE(mlp.encoder((1, 16, 16), 2), mlp.decoder(2, (1, 16, 16)), Bernoulli(), StandardNormal())
-    recognition = Recognition(mlp.encoder((5, 16, 16), 2), mlp.encoder((2, 16, 16), 3))
-    table = restoration(vae, recognition, BernoulliFusion(), torch.full((250, 1, 16, 16), 128).to(torch.uint8), 1)
+    planes, families = 2 + len(FAMILIES), len(FAMILIES)
+    correction = UNetSettings(channels=(4,)).network(2 + planes, 2, (16, 16))
+    recognition = Recognition(mlp.encoder((planes, 16, 16), 2), mlp.encoder((2, 16, 16), families), correction)
+    table = restoration(vae, recognition, torch.full((250, 1, 16, 16), 128).to(torch.uint8), 1)
     for sigma in (0.02, 0.05, 0.1):
         row = table["gaussian"][str(sigma)]
         assert row["noisy_db"] == pytest.approx(-20.0 * math.log10(sigma), abs=0.1)

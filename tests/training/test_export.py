@@ -20,12 +20,13 @@ from service import manifest
 from training.architectures import Architecture
 from training.architectures.conv import Conv
 from training.architectures.mlp import Mlp
+from training.architectures.unet import UNetSettings
 from training.errors import DiskError, ExportError
 from training.export import PARITY, Exportable, export, exportables
 from training.likelihoods.bernoulli import Bernoulli
 from training.model import VAE
 from training.priors.standard_normal import StandardNormal
-from training.restoration import BernoulliFusion, Recognition, simulate
+from training.restoration import FAMILIES, Recognition, simulate
 
 LATENT_DIM = 4
 ABOUT: dict[str, Any] = {
@@ -35,7 +36,7 @@ ABOUT: dict[str, Any] = {
     "likelihood": "bernoulli",
     "prior": "standard_normal",
     "dataset": "digits",
-    "noise_families": ["gaussian", "salt-and-pepper", "masking"],
+    "noise_families": list(FAMILIES),
     "training": {"seed": 1},
     "quality": {"test_nll_nats": 84.2},
 }
@@ -61,15 +62,17 @@ def graphs_of(architecture: Architecture, shape: tuple[int, int, int], *, restor
         Bernoulli(),
         StandardNormal(),
     )
+    planes = 2 * channels + len(FAMILIES)
     recognition = Recognition(
-        architecture.encoder((2 * channels + 3, height, width), LATENT_DIM),
-        architecture.encoder((2 * channels, height, width), 3),
+        architecture.encoder((planes, height, width), LATENT_DIM),
+        architecture.encoder((2 * channels, height, width), len(FAMILIES)),
+        UNetSettings(channels=(3, 4, 5)).network(planes + 2 * channels, 2 * channels, (height, width)),
     )
     scrambled(vae)
     scrambled(recognition)
     x = torch.rand(4, *shape)
     seen = simulate(x, torch.Generator().manual_seed(4))
-    return exportables(vae.eval(), x, (recognition.eval(), BernoulliFusion()) if restores else None, seen)
+    return exportables(vae.eval(), recognition.eval() if restores else None, x, seen)
 
 
 def rows_like(graph: Exportable, size: int) -> tuple[Tensor, ...]:
@@ -121,7 +124,8 @@ def test_manifest_answers_for_every_file(digits_models: Path) -> None:
     """What the pipeline writes, the service's reader reads: every digest matches its file."""
     folder = digits_models / "digits" / "1"
     written = manifest.read(folder)
-    assert set(written.graphs) == {"encoder", "decoder", "recognition", "noise_level", "fusion", "refinement"}
+    restoring = {"recognition", "noise_level", "fusion", "correction", "refinement"}
+    assert set(written.graphs) == {"encoder", "decoder", *restoring}
     for entry in written.files():
         assert manifest.digest((folder / entry.file).read_bytes()) == entry.sha256
     assert manifest.parse(written.to_json().encode()) == written

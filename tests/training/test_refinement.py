@@ -17,9 +17,9 @@ from training.model import VAE
 from training.priors.realnvp import RealNvp
 from training.priors.standard_normal import StandardNormal
 from training.refinement import Refinement, observation_density
-from training.restoration import BernoulliFusion
+from training.restoration import Fusion
 
-D, F, SHAPE = 3, 3, (1, 6, 4)
+D, F, SHAPE = 3, 4, (1, 6, 4)
 
 
 class Exact(VAE):
@@ -39,8 +39,8 @@ def module() -> Refinement:
     vae = Exact(nn.Identity(), decoder, Bernoulli(), StandardNormal())
     for parameter in vae.parameters():
         nn.init.normal_(parameter, std=0.5)
-    fusion = BernoulliFusion()
-    fusion.extremes.copy_(torch.tensor([0.8, 0.6]))
+    fusion = Fusion()
+    fusion.extreme_logits.data.copy_(torch.tensor([0.8, 0.6]).logit())
     return Refinement(vae, fusion).eval().requires_grad_(False)
 
 
@@ -52,9 +52,7 @@ def operators(n: int, *, halved: bool = False) -> tuple[Tensor, Tensor]:
     return rows.repeat(n, 1, 1), columns.repeat(n, 1, 1)
 
 
-def inputs(
-    level: tuple[float, float, float], *, n: int = 2, unknown: float = 1.0, halved: bool = False
-) -> list[Tensor]:
+def inputs(level: tuple[float, ...], *, n: int = 2, unknown: float = 1.0, halved: bool = False) -> list[Tensor]:
     """Every input of the module, for observations of no meaning."""
     generator = torch.Generator().manual_seed(5)
     rows, columns = operators(n, halved=halved)
@@ -66,11 +64,12 @@ def inputs(
     return [0.3 * mean, log_var - 2.0, eps, y * mask, mask, levels, known * (levels > 0.0), rows, columns]
 
 
-@pytest.mark.parametrize("level", [(0.2, 0.0, 0.0), (0.0, 0.3, 0.0), (0.0, 0.0, 0.4), (0.0, 0.0, 0.0)])
+@pytest.mark.parametrize(
+    "level",
+    [(0.2, 0.0, 0.0, 0.0), (0.0, 0.3, 0.0, 0.0), (0.0, 0.0, 0.4, 0.0), (0.0, 0.0, 0.0, 0.3), (0.0, 0.0, 0.0, 0.0)],
+)
 @pytest.mark.parametrize("halved", [False, True])
-def test_gradients_are_the_slopes_of_the_bound(
-    module: Refinement, level: tuple[float, float, float], halved: bool
-) -> None:
+def test_gradients_are_the_slopes_of_the_bound(module: Refinement, level: tuple[float, ...], halved: bool) -> None:
     """Central differences in every parameter of q, for every family of noise and through an operator."""
     given = [part.double() for part in inputs(level, halved=halved)]
     module = module.double()
@@ -96,8 +95,8 @@ def test_it_is_a_bound_on_log_p_of_what_is_seen() -> None:
     torch.manual_seed(1)
     decoder = nn.Sequential(nn.Linear(1, math.prod(SHAPE)), nn.Unflatten(1, SHAPE))
     vae = VAE(nn.Identity(), decoder, Bernoulli(), StandardNormal())
-    module = Refinement(vae, BernoulliFusion()).eval().requires_grad_(False)
-    level, (rows, columns) = torch.tensor([[0.3, 0.0, 0.0]]), operators(1)
+    module = Refinement(vae, Fusion()).eval().requires_grad_(False)
+    level, (rows, columns) = torch.tensor([[0.3, 0.0, 0.0, 0.0]]), operators(1)
     z = torch.tensor([[0.7]])
     y = vae.likelihood.mean(vae.decode(z)) + 0.3 * torch.randn(1, *SHAPE)
     grid = torch.linspace(-6.0, 6.0, 2001)[:, None]
@@ -126,7 +125,7 @@ def test_the_density_of_an_observation_is_one() -> None:
     shaped = [t.reshape(1, 1, 1, 1) for t in (x_mean, variance, logit)]
     y = torch.linspace(-3.0, 4.0, 70_001)
 
-    def of(level: tuple[float, float, float], values: Tensor) -> Tensor:
+    def of(level: tuple[float, ...], values: Tensor) -> Tensor:
         wide = [t.expand(len(values), 1, 1, 1) for t in shaped]
         found = observation_density(
             *wide, values[:, None, None, None], torch.tensor([level]).expand(len(values), -1), torch.tensor([0.9, 0.7])
@@ -135,24 +134,24 @@ def test_the_density_of_an_observation_is_one() -> None:
 
     inside = (y >= 0.0) & (y <= 1.0)
     anything = float(torch.sigmoid(logit))
-    total = float(of((0.1, 0.0, 0.0), y).sum()) * 1e-4
+    total = float(of((0.1, 0.0, 0.0, 0.0), y).sum()) * 1e-4
     assert total == pytest.approx(1.0 + 6.0 * anything, abs=1e-3)  # "anything" has density 1 wherever it is asked
-    flipped = of((0.0, 0.2, 0.0), torch.tensor([0.0, 1.0]))
+    flipped = of((0.0, 0.2, 0.0, 0.0), torch.tensor([0.0, 1.0]))
     assert flipped.tolist() == pytest.approx([0.8 * 0.9 * 0.4 + 0.1, 0.8 * 0.7 * 0.6 + 0.1])
-    masked = of((0.0, 0.0, 0.3), torch.tensor([0.0, 1.0]))
+    masked = of((0.0, 0.0, 0.3, 0.0), torch.tensor([0.0, 1.0]))
     assert masked.tolist() == pytest.approx([0.7 * 0.9 * 0.4 + 0.3, 0.7 * 0.7 * 0.6])
-    assert float(of((0.0, 0.2, 0.0), y[inside][1:-1]).mean()) == pytest.approx(0.8, abs=0.01)
+    assert float(of((0.0, 0.2, 0.0, 0.0), y[inside][1:-1]).mean()) == pytest.approx(0.8, abs=0.01)
 
 
 def test_a_known_level_stays_and_an_unknown_one_moves(module: Refinement) -> None:
     """What is drawn is the level itself, or a positive multiple of it; shares stay shares."""
-    _, known, *gradients = module(*inputs((0.2, 0.0, 0.0), unknown=0.0))
-    assert torch.equal(known, torch.tensor([[0.2, 0.0, 0.0]]).repeat(2, 1))
+    _, known, *gradients = module(*inputs((0.2, 0.0, 0.0, 0.0), unknown=0.0))
+    assert torch.equal(known, torch.tensor([[0.2, 0.0, 0.0, 0.0]]).repeat(2, 1))
     assert all(float(gradient[:, D:].abs().max()) == 0.0 for gradient in gradients)
-    given = inputs((0.2, 0.0, 0.0))
+    given = inputs((0.2, 0.0, 0.0, 0.0))
     zeta = given[0][:, D] + (0.5 * given[1][:, D]).exp() * given[2][:, D]
     torch.testing.assert_close(module(*given)[1][:, 0], 0.2 * zeta.exp())
-    given = inputs((0.0, 0.9, 0.0))
+    given = inputs((0.0, 0.9, 0.0, 0.0))
     given[0][:, D + 1] = 5.0
     assert bool((module(*given)[1][:, 1] < 1.0).all())
 
@@ -162,7 +161,7 @@ def test_the_graph_takes_any_number_of_rows_and_any_seen_size(module: Refinement
     module.vae.prior = RealNvp(D, 2, 5)
     for parameter in module.vae.prior.parameters():
         nn.init.normal_(parameter, std=0.5)
-    given = tuple(inputs((0.2, 0.0, 0.0), n=4))
+    given = tuple(inputs((0.2, 0.0, 0.0, 0.0), n=4))
     names = ("q_mean", "q_log_var", "eps", "y", "mask", "level", "unknown", "rows", "columns")
     size = {2: "seen_height", 3: "seen_width"}
     free = {"y": size, "mask": size, "rows": {1: "seen_height"}, "columns": {1: "seen_width"}}
@@ -170,7 +169,7 @@ def test_the_graph_takes_any_number_of_rows_and_any_seen_size(module: Refinement
     content = to_onnx(module, given, graph)
     session = ort.InferenceSession(content, providers=["CPUExecutionProvider"])
     for n, halved in ((1, False), (3, True), (1, True)):
-        rows = inputs((0.3, 0.0, 0.0), n=n, halved=halved)
+        rows = inputs((0.3, 0.0, 0.0, 0.0), n=n, halved=halved)
         found = session.run(None, {name: row.numpy() for name, row in zip(names, rows, strict=True)})
         for mine, theirs in zip(module(*rows), found, strict=True):
             np.testing.assert_allclose(theirs, mine.numpy(), rtol=1e-5, atol=2e-5)
