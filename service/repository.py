@@ -17,6 +17,7 @@ import numpy as np
 from service import manifest as manifests
 from service.batcher import Arrays
 from service.errors import StartError, UnknownModel
+from service.golden import deviation
 from service.manifest import Manifest, ManifestError
 from service.refinement import STEPS
 from service.restoration import denoise_rows, refine_rows
@@ -146,7 +147,7 @@ class Model:
                 answers = self.graphs[name](*(row[:size] for row in rows))
                 for key, answer in zip(graph.outputs, answers, strict=True):
                     known = golden[f"{name}/{key}"][:size]
-                    error = float(np.abs(answer - known).max() / max(1.0, np.abs(known).max()))
+                    error = deviation(key, answer, known)
                     if not error <= self.manifest.golden.tolerance:
                         raise StartError(
                             f"model {self.manifest.name} version {self.manifest.version}: {name} is off its golden "

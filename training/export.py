@@ -19,6 +19,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from service.golden import deviation
 from service.manifest import FILE_NAME, SCHEMA_VERSION, File, Golden, Graph, Manifest, digest, is_plain_name
 from training.errors import DiskError, ExportError
 from training.gaussian import DiagonalGaussian
@@ -249,7 +250,7 @@ def _write_graph(name: str, graph: Exportable, folder: Path, golden: dict[str, n
     _check_graph(name, content)
     with torch.no_grad():
         answers = _tuple(module(*rows))
-    _check_parity(name, content, rows, answers, gradients=graph.gradients)
+    _check_parity(name, content, rows, answers)
     golden |= {f"{name}/{key}": row.numpy() for key, row in zip(graph.inputs, rows, strict=True)}
     golden |= {f"{name}/{key}": row.numpy() for key, row in zip(graph.outputs, answers, strict=True)}
     file = f"{name}.onnx"
@@ -309,17 +310,13 @@ def _check_graph(name: str, content: bytes) -> None:
         raise ExportError(f"{name} keeps weights outside its file")
 
 
-def _check_parity(
-    name: str, content: bytes, rows: tuple[Tensor, ...], answers: tuple[Tensor, ...], *, gradients: bool
-) -> None:
+def _check_parity(name: str, content: bytes, rows: tuple[Tensor, ...], answers: tuple[Tensor, ...]) -> None:
     session = ort.InferenceSession(content, providers=["CPUExecutionProvider"])
     names = [tensor.name for tensor in session.get_inputs()]
     for size in (1, len(rows[0])):
         found = session.run(None, {key: row[:size].numpy() for key, row in zip(names, rows, strict=True)})
         for key, mine, theirs in zip(session.get_outputs(), answers, found, strict=True):
-            # A gradient is a sum of large terms: its small entries are no more exact than its large ones.
-            largest = np.abs(theirs).max() if gradients else np.abs(theirs)
-            difference = float((np.abs(mine[:size].numpy() - theirs) / np.maximum(1.0, largest)).max())
+            difference = deviation(key.name, theirs, mine[:size].numpy())
             if not difference <= PARITY:
                 raise ExportError(f"{name}.{key.name} differs from torch by {difference:.2g} (at most {PARITY:g})")
 

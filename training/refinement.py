@@ -37,6 +37,13 @@ ACTIVATIONS = (
 """Gradients of what decoders and priors are made of, which ONNX does not know."""
 
 
+JUDGED_AT = 0.5
+"""The least level of noise at which it is judged how far a pixel may be from the decoder's mean. Where there is hardly
+any the fusion trusts what is seen, and its density says little of the decoder: held to it, z fits every grey level that
+is seen and what is not seen suffers (half an image missing: by 0.9 dB).
+"""
+
+
 class Refinement(nn.Module):
     """One draw's bound on log p(y) for y seen of an image through an operator, and its gradient in q's parameters.
 
@@ -85,8 +92,7 @@ class Refinement(nn.Module):
         z = of_z.draw(eps[:, :d])
         drawn = _moved(level, unknown * of_level.draw(eps[:, d:]))
         x_mean = self.vae.likelihood.mean(self.vae.decode(z))
-        # Fitted for a level, the density of a pixel around the decoder's mean is that of the level's first estimate.
-        variance, logit = self.fusion.pixel_prior(x_mean, level)
+        variance, logit = self.fusion.pixel_prior(x_mean, level.clamp(min=JUDGED_AT))
         seen, seen_variance = _through(rows, columns, x_mean), _through(rows.square(), columns.square(), variance)
         density = observation_density(seen, seen_variance, logit, y, drawn, self.fusion.extremes)
         # In double, as in Fusion: in float the last bit hangs on who shares the batch.

@@ -64,7 +64,8 @@ def serve() -> Callable[[FastAPI], AbstractContextManager[str]]:
 @pytest.fixture(scope="session")
 def client(digits_models: Path) -> Iterator[httpx.Client]:
     """A client of the whole application, served by uvicorn on loopback."""
-    with serving(create_app(Settings(models=digits_models, max_rows=8))) as url, httpx.Client(base_url=url, timeout=60.0) as client:
+    served = serving(create_app(Settings(models=digits_models, max_rows=8)))
+    with served as url, httpx.Client(base_url=url, timeout=60.0) as client:
         yield client
 
 

@@ -16,7 +16,7 @@ from training.likelihoods.bernoulli import Bernoulli
 from training.model import VAE
 from training.priors.realnvp import RealNvp
 from training.priors.standard_normal import StandardNormal
-from training.refinement import Refinement, observation_density
+from training.refinement import JUDGED_AT, Refinement, observation_density
 from training.restoration import Fusion
 
 D, F, SHAPE = 3, 4, (1, 6, 4)
@@ -101,7 +101,7 @@ def test_it_is_a_bound_on_log_p_of_what_is_seen() -> None:
     y = vae.likelihood.mean(vae.decode(z)) + 0.3 * torch.randn(1, *SHAPE)
     grid = torch.linspace(-6.0, 6.0, 2001)[:, None]
     x_mean = vae.likelihood.mean(vae.decode(grid))
-    variance, logit = module.fusion.pixel_prior(x_mean, level.expand(len(grid), -1))
+    variance, logit = module.fusion.pixel_prior(x_mean, level.clamp(min=JUDGED_AT).expand(len(grid), -1))
     density = observation_density(x_mean, variance, logit, y, level.expand(len(grid), -1), module.fusion.extremes)
     joint = density.log().flatten(1).sum(1) - 0.5 * grid[:, 0].square() - 0.5 * math.log(2 * math.pi)
     evidence = float(torch.logsumexp(joint, 0)) + math.log(12.0 / 2000)
