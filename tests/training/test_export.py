@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from service import manifest
+from service.manifest import Scoring
 from training.architectures import Architecture
 from training.architectures.conv import Conv
 from training.architectures.mlp import Mlp
@@ -38,6 +39,7 @@ ABOUT: dict[str, Any] = {
     "noise_families": ["gaussian", "salt-and-pepper", "masking"],
     "training": {"seed": 1},
     "quality": {"test_nll_nats": 84.2},
+    "scoring": Scoring(True, "sample", [float(k) for k in range(101)], 10, 16, 1),
 }
 MLP = Mlp(architecture="mlp", hidden=(16, 8), activation="silu")
 CONV = Conv(architecture="conv", channels=(4, 6), blocks=1, head=3)
@@ -121,7 +123,8 @@ def test_manifest_answers_for_every_file(digits_models: Path) -> None:
     """What the pipeline writes, the service's reader reads: every digest matches its file."""
     folder = digits_models / "digits" / "1"
     written = manifest.read(folder)
-    assert set(written.graphs) == {"encoder", "decoder", "recognition", "noise_level", "fusion", "refinement"}
+    scoring, restoring = {"log_joint", "elbo_gradient"}, {"recognition", "noise_level", "fusion", "refinement"}
+    assert set(written.graphs) == {"encoder", "decoder"} | scoring | restoring
     for entry in written.files():
         assert manifest.digest((folder / entry.file).read_bytes()) == entry.sha256
     assert manifest.parse(written.to_json().encode()) == written
