@@ -61,6 +61,10 @@ class Trip(NamedTuple):
     queue_s: float
     inference_s: float
 
+    def after(self, first: Trip) -> Trip:
+        """Its arrays, the time of both."""
+        return Trip(self.arrays, first.queue_s + self.queue_s, first.inference_s + self.inference_s)
+
 
 class _Job:
     """A request in the queue: `taken` of its rows are computed, in `pieces`."""

@@ -27,6 +27,8 @@ from service.repository import Model, Repository
 from service.telemetry import server_timing
 from service.vae import Result, Submit
 
+NAMED = ("seed", "binarisation", "note")
+"""What is said about an answer, in a header of its own."""
 HEADER_NUMBERS = 16
 """Lists longer than this are not repeated in a header."""
 PART_ROWS = 4 * BLOCK_ROWS
@@ -111,6 +113,8 @@ class OperationApp:
         if payload.options:
             options = self._options({**_pairs(call.query), **payload.options})
         inputs = admit(operation, model, payload, options, settings.max_request_rows)
+        if operation.check is not None:
+            operation.check(model, inputs, options)
         if len(inputs.rows) > PART_ROWS and inputs.tiling is None:
             reply = await self._stream(call, inputs, options, acceptable(accept, form)[:1])
             if reply is not None:
@@ -215,12 +219,9 @@ def _about(model: Model, result: Result) -> dict[str, Any]:
 def _headers(form: str, about: dict[str, Any], result: Result, *, whole: bool = True) -> Headers:
     timing = server_timing(result.trip.queue_s, result.trip.inference_s if whole else None).encode()
     head = [*_named(form, about["model"], about["version"], *result.outputs), (b"server-timing", timing)]
-    if "seed" in about:
-        head.append((b"x-seed", str(about["seed"]).encode()))
+    head += [(b"x-" + name.encode(), str(about[name]).encode()) for name in NAMED if name in about]
     if "level" in about and len(about["level"]) <= HEADER_NUMBERS:
         head.append((b"x-level", ",".join(f"{value:.4g}" for value in about["level"]).encode()))
-    if "note" in about:
-        head.append((b"x-note", about["note"].encode()))
     return head
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,14 +31,23 @@ def standard_normal(
     order. So more rows never change the first ones, and later ones are drawn without them.
     Raises: ValueError where `first` is not a multiple of BLOCK_ROWS.
     """
+    return _drawn(np.random.Generator.standard_normal, seed, rows, shape, first, stream)
+
+
+def uniform(seed: int, rows: int, shape: tuple[int, ...], first: int = 0, stream: int = 0) -> NDArray[np.float32]:
+    """Likewise, of the uniform distribution on [0, 1)."""
+    return _drawn(np.random.Generator.random, seed, rows, shape, first, stream)
+
+
+def _drawn(
+    fill: Callable[..., Any], seed: int, rows: int, shape: tuple[int, ...], first: int, stream: int
+) -> NDArray[np.float32]:
     if first % BLOCK_ROWS:
         raise ValueError(f"rows are drawn from a multiple of {BLOCK_ROWS} on, not from {first}")
     draws = np.empty((rows, *shape), np.float32)
     for start in range(0, rows, BLOCK_ROWS):
         key = np.array([seed, (stream << STREAM_BITS) + (first + start) // BLOCK_ROWS], np.uint64)
-        np.random.Generator(np.random.Philox(key=key)).standard_normal(
-            dtype=np.float32, out=draws[start : start + BLOCK_ROWS]
-        )
+        fill(np.random.Generator(np.random.Philox(key=key)), dtype=np.float32, out=draws[start : start + BLOCK_ROWS])
     return draws
 
 
@@ -47,9 +57,14 @@ class Noise(NamedTuple):
     seed: int | None
     first: int = 0
 
+    def settled(self) -> tuple[int, Noise]:
+        """The seed that is used, and the same randomness with it, for one that is drawn from more than once."""
+        seed = fresh_seed() if self.seed is None else self.seed
+        return seed, self._replace(seed=seed)
+
     def normal(self, rows: int, shape: tuple[int, ...], stream: int = 0) -> tuple[int, NDArray[np.float32]]:
         """The seed that is used, and draws of N(0, I), (rows, *shape)."""
-        seed = fresh_seed() if self.seed is None else self.seed
+        seed, _ = self.settled()
         return seed, standard_normal(seed, rows, shape, self.first, stream)
 
 

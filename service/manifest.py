@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 FILE_NAME = "manifest.json"
 SCHEMA_VERSION = 1
+BINARISATIONS = ("sample", "none")
 PLAIN_NAME = frozenset("abcdefghijklmnopqrstuvwxyz0123456789._-")
 
 
@@ -48,6 +50,23 @@ class Golden:
 
 
 @dataclass(frozen=True)
+class Scoring:
+    """What images the model can score, and the ELBO of images that it was not trained on.
+
+    binary: whether only images of 0 and 1 have a probability. binarisation: of the images below and, by default, of
+    those to be scored: `sample` (each pixel drawn with its grey level as its probability) or `none`.
+    `elbo_percentiles_nats` are the percents 0 to 100 over `images` images, each at `draws` draws.
+    """
+
+    binary: bool
+    binarisation: str
+    elbo_percentiles_nats: list[float]
+    images: int
+    draws: int
+    seed: int
+
+
+@dataclass(frozen=True)
 class Manifest:
     """One version of one model.
 
@@ -55,6 +74,7 @@ class Manifest:
     `encoder` (x -> mean, log_var) and `decoder` (z -> x_mean); every further ability is one more graph.
     `noise_families` names the columns of the level that the graphs of denoising take or give; empty without them.
     `training` and `quality` are for people: settings and measured figures with their units in the keys.
+    `scoring` goes with the graph `log_joint`; models exported before there was one have neither.
     """
 
     schema_version: int
@@ -71,6 +91,7 @@ class Manifest:
     golden: Golden
     training: dict[str, Any]
     quality: dict[str, Any]
+    scoring: Scoring | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -137,15 +158,18 @@ def _build(kind: type[Any], content: Any, where: str) -> Any:
     if not isinstance(content, dict):
         raise ManifestError(f"{where or 'the manifest'} must be an object")
     names = {field.name: field for field in fields(kind)}
-    for wrong, verb in ((names.keys() - content.keys(), "lacks"), (content.keys() - names.keys(), "has unknown")):
+    required = {name for name, field in names.items() if field.default is MISSING}
+    for wrong, verb in ((required - content.keys(), "lacks"), (content.keys() - names.keys(), "has unknown")):
         if wrong:
             raise ManifestError(f"{where or 'the manifest'} {verb} {', '.join(sorted(wrong))}")
-    return kind(**{name: _value(str(field.type), content[name], f"{where}{name}") for name, field in names.items()})
+    return kind(**{name: _value(str(names[name].type), value, f"{where}{name}") for name, value in content.items()})
 
 
 def _value(kind: str, value: Any, where: str) -> Any:
     if kind == "Golden":
         return _build(Golden, value, f"{where}.")
+    if kind == "Scoring | None":
+        return None if value is None else _build(Scoring, value, f"{where}.")
     if kind == "dict[str, Graph]" and isinstance(value, dict):
         return {name: _build(Graph, graph, f"{where}.{name}.") for name, graph in value.items()}
     if not _CHECKS[kind](value):
@@ -166,6 +190,7 @@ def _is_number(value: Any) -> bool:
 
 
 _CHECKS: dict[str, Callable[[Any], bool]] = {
+    "bool": lambda value: isinstance(value, bool),
     "int": _is_int,
     "float": _is_number,
     "str": lambda value: isinstance(value, str),
@@ -188,9 +213,23 @@ def _check(manifest: Manifest) -> None:
         raise ManifestError(f"input_shape must be [channels, height, width], not {manifest.input_shape}")
     if len(manifest.value_range) != 2 or not manifest.value_range[0] < manifest.value_range[1]:
         raise ManifestError(f"value_range must be [low, high], not {manifest.value_range}")
+    _check_scoring(manifest)
     for entry in manifest.files():
         if not is_plain_name(entry.file):
             raise ManifestError(f"{entry.file!r} is not a plain file name")
+
+
+def _check_scoring(manifest: Manifest) -> None:
+    scoring = manifest.scoring
+    if scoring is None:
+        if "log_joint" in manifest.graphs:
+            raise ManifestError("graphs has log_joint, which needs scoring; export the model again")
+        return
+    if scoring.binarisation not in BINARISATIONS:
+        raise ManifestError(f"scoring.binarisation must be sample or none, not {scoring.binarisation!r:.60}")
+    values = scoring.elbo_percentiles_nats
+    if len(values) != 101 or not all(map(math.isfinite, values)) or sorted(values) != values:
+        raise ManifestError("scoring.elbo_percentiles_nats must be 101 finite numbers, none below the one before it")
 
 
 def is_plain_name(name: str) -> bool:

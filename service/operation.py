@@ -90,6 +90,8 @@ class Operation:
     """Whether it needs a mask, which may be the transparency of a picture."""
     needs: tuple[str, ...] = ()
     """Graphs that a model must have been exported with."""
+    check: Callable[[Model, Inputs, Any], None] | None = None
+    """(model, inputs, options): what it refuses beside shape and range, of the whole request."""
 
     def row_shape(self, model: Model, options: Any) -> tuple[int, ...]:
         """The shape of one row of what it takes: of images, the model's divided by the options' `factor`.
@@ -118,3 +120,11 @@ class Operation:
             raise UnsupportedOperation(
                 f"model {model.manifest.name} was exported without {lacking}; {self.name} needs it"
             )
+
+
+def check_refinable(model: Model, graph: str) -> None:
+    """Raise UnsupportedOperation where the model lacks the graph that `quality=refined` climbs by."""
+    if graph not in model.graphs:
+        raise UnsupportedOperation(
+            f"model {model.manifest.name} was exported without {graph}; ask for quality=fast, or export it again"
+        )

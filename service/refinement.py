@@ -12,8 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-Rows = NDArray[np.float32]
+from service.batcher import Arrays, Program, Trip
+from service.vae import Compute, Graphs, Rows, Submit
 
+REFINEMENT_STREAM = 1
+"""Of a request's noise: that of the steps, apart from that of its draws."""
 STEPS = 100
 WINDOW = 10
 """After so many steps it is looked whether a row has come to rest; bound and level are means over the last ones."""
@@ -72,3 +75,46 @@ def at_rest(before: Rows, after: Rows) -> NDArray[np.bool_]:
     moved = np.abs(after[:, 0] - before[:, 0]) * np.exp(-0.5 * after[:, 1])
     found: NDArray[np.bool_] = moved.max(1) < AT_REST
     return found
+
+
+def climb_rows(graphs: Graphs, graph: str, _shape: tuple[int, ...]) -> Compute:
+    """An ascent, noise (n, k) and what else the graph takes -> the ascent a step on; what it tells at that draw.
+
+    _shape: of what else it takes, since only rows of one shape can share a batch.
+    """
+
+    def compute(q: Rows, first: Rows, second: Rows, done: Any, eps: Rows, *given: Rows) -> Arrays:
+        *told, in_mean, in_log_var = graphs[graph](q[:, 0], q[:, 1], eps, *given)
+        return (*step(Ascent(q, first, second, done), np.stack([in_mean, in_log_var], 1)), *told)
+
+    return compute
+
+
+async def ascend(
+    submit: Submit, program: Program, ascent: Ascent, eps: Rows, given: tuple[Rows, ...]
+) -> tuple[Ascent, list[Rows], Trip]:
+    """Where every row has come to rest or done all its steps, a step a trip; what it was told last, and the time.
+
+    program: of `climb_rows`. Shapes: eps (n, STEPS, k); what is given, (n, ...); what is told is a mean over a window.
+    """
+    active, climbing, spent = np.arange(len(eps)), ascent, Trip((), 0.0, 0.0)
+    told: list[Rows] = []
+    for start in range(0, STEPS, WINDOW):
+        before, window = climbing, []
+        for k in range(start, start + WINDOW):
+            further = {"begun": True} if k else {}  # the first step is as new as its request
+            trip = await submit(program, (*climbing, eps[active, k], *given), **further)
+            climbing, spent = Ascent(*trip.arrays[:4]), trip.after(spent)
+            window.append(trip.arrays[4:])
+        means = [np.mean(column, 0) for column in zip(*window, strict=True)]
+        told = told or [mean.copy() for mean in means]  # at first every row is active
+        for whole, mean in zip(told, means, strict=True):
+            whole[active] = mean
+        moving = ~at_rest(before.q, climbing.q)
+        ascent.put(active, climbing)  # not before: at first it is `before`
+        if not moving.all():
+            active, climbing = active[moving], climbing.rows(moving)
+            given = tuple(part[moving] for part in given)
+        if not len(active):
+            break
+    return ascent, told, spent

@@ -19,8 +19,9 @@ from service.batcher import Arrays
 from service.errors import StartError, UnknownModel
 from service.golden import deviation
 from service.manifest import Manifest, ManifestError
-from service.refinement import STEPS
-from service.restoration import denoise_rows, refine_rows
+from service.refinement import STEPS, climb_rows
+from service.restoration import denoise_rows
+from service.scoring import DRAWS, weigh_rows
 from service.session import Session
 from service.vae import Compute, decode_rows, encode_rows, reconstruct_rows, sample_rows
 
@@ -29,7 +30,7 @@ HAND_OVER_S = 2e-4
 """About what a batch costs beside its computation: the way to the thread and back."""
 WORTH = 1.1
 """A larger batch must be cheaper a row by this."""
-OWN_THREAD = ("refinement",)
+OWN_THREAD = ("refinement", "elbo_gradient", "log_joint")
 """Graphs of long work: onnxruntime's threads would not give way to others as the one that calls it does."""
 MOST_REFINED = 16
 """Rows that a step of refinement is measured with at most."""
@@ -118,15 +119,18 @@ class Model:
         prior = self.manifest.graphs.get("prior")
         return self.latent_shape if prior is None else tuple(prior.inputs["eps"])
 
-    def plan(self, operation: str, rows: Any, draws: int = 0, *choices: Any, **further: Any) -> ModelProgram:
+    def plan(
+        self, operation: str, rows: Any, draws: int = 0, *choices: Any, rounds: int = 1, **further: Any
+    ) -> ModelProgram:
         """The program that computes `operation` with these static choices; always the same object for the same ones.
 
+        rounds: into how many slices its work is cut; more than one makes it long work.
         One that has not been measured counts as costing what the first of its operation costs at as many draws.
         """
-        key = (operation, draws, *choices, *further.items())
+        key = (operation, draws, rounds, *choices, *further.items())
         program = self.programs.get(key)
         if program is None:
-            compute, rounds = rows(self.graphs, *choices, **further), STEPS if rows is refine_rows else 1
+            compute = rows(self.graphs, *choices, **further)
             alike = (
                 known.timing
                 for (name, drawn, *_), known in self.programs.items()
@@ -165,17 +169,20 @@ class Model:
             seen = [golden[f"recognition/{key}"] for key in ("y", "mask", "level")]
             for estimated in (None, 0):
                 self.plan("denoise", denoise_rows, 0, estimated, completions=False).measure(max_rows, *seen)
-        if "refinement" in self.graphs:
-            self._warm_refinement(golden)
+        if "log_joint" in self.graphs:
+            x, z = golden["log_joint/x"], golden["log_joint/z"]
+            eps = np.zeros((len(z), DRAWS, *z.shape[1:]), np.float32)
+            self.plan("weigh", weigh_rows, DRAWS).measure(max(1, max_rows // DRAWS), x, z, np.zeros_like(z), eps)
+        for operation, graph in (("refine", "refinement"), ("climb", "elbo_gradient")):
+            if graph in self.graphs:
+                self._warm_ascent(operation, graph, golden)
 
-    def _warm_refinement(self, golden: Mapping[str, Any]) -> None:
-        mean, log_var, eps, *observation = (
-            golden[f"refinement/{key}"] for key in self.manifest.graphs["refinement"].inputs
-        )
+    def _warm_ascent(self, operation: str, graph: str, golden: Mapping[str, Any]) -> None:
+        mean, log_var, eps, *given = (golden[f"{graph}/{key}"] for key in self.manifest.graphs[graph].inputs)
         zero = np.zeros((len(mean), 2, mean.shape[1]), np.float32)
         ascent = (np.stack([mean, log_var], 1), zero, zero, np.zeros(len(mean), np.int64))
-        program = self.plan("refine", refine_rows, 0, observation[0].shape[1:])
-        program.measure(MOST_REFINED, *ascent, eps, *observation)
+        program = self.plan(operation, climb_rows, 0, graph, given[0].shape[1:], rounds=STEPS)
+        program.measure(MOST_REFINED, *ascent, eps, *given)
 
 
 class Repository:

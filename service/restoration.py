@@ -12,14 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from service import latent
-from service.batcher import Arrays, Trip
+from service.batcher import Arrays
 from service.latent import Noise
 from service.observation import LEAST_VARIANCE, Observation, OperatorName, operator_of, projected
-from service.refinement import STEPS, WINDOW, Ascent, at_rest, begin, step
+from service.refinement import REFINEMENT_STREAM, STEPS, Ascent, ascend, begin, climb_rows
 from service.vae import Compute, Graphs, Plan, Result, Rows, Submit, decode_draws, drawn_noise, sample_rows
 
-REFINEMENT_STREAM = 1
-"""Of a request's noise: that of the steps, apart from that of its draws."""
 PRIOR_DRAWS = 64
 """Over which the prior's mean is taken, always the same ones."""
 
@@ -91,19 +89,6 @@ def denoise_rows(graphs: Graphs, estimated: int | None, *, completions: bool = F
     return compute
 
 
-def refine_rows(graphs: Graphs, _seen: tuple[int, ...]) -> Compute:
-    """An ascent, noise (n, k) and an observation -> the ascent a step on; the bound and the level at that draw.
-
-    _seen: the shape of what is seen, since only rows of one shape can share a batch.
-    """
-
-    def compute(q: Rows, first: Rows, second: Rows, done: Any, eps: Rows, *observation: Rows) -> Arrays:
-        bound, level, *gradient = graphs["refinement"](q[:, 0], q[:, 1], eps, *observation)
-        return (*step(Ascent(q, first, second, done), np.stack(gradient, 1)), bound, level)
-
-    return compute
-
-
 # Operations: what a request does around its trips.
 
 
@@ -136,9 +121,9 @@ async def restore(
             start = begin(mean, log_var, level.shape[1])
             mean, log_var, bound, level, spent = await _refine(plan, submit, start, seen, steps)
             about, seen = {"seed": seed, "elbo": bound}, seen._replace(level=level)
-            trip = _after(trip, spent)
+            trip = spent.after(trip)
         program = plan("fuse", fuse_rows, wish.draws, seen.operator, completions=wish.completions)
-        trip = _after(trip, await submit(program, (mean, log_var, *seen[:3], *eps)))
+        trip = (await submit(program, (mean, log_var, *seen[:3], *eps))).after(trip)
         level, arrays = seen.level, list(trip.arrays)
     outputs = {"images": arrays[0]}
     if wish.uncertainty:
@@ -162,31 +147,8 @@ async def _refine(plan: Plan, submit: Submit, ascent: Ascent, seen: Observation,
     if seen.estimated is not None:
         unknown[:, seen.estimated] = 1.0
     operators = (np.broadcast_to(part, (n, *part.shape)) for part in seen.through())
-    program = plan("refine", refine_rows, 0, seen.y.shape[1:])
-    active, spent = np.arange(n), Trip((), 0.0, 0.0)
-    bound, level = np.zeros(n, np.float32), seen.level.copy()
-    climbing, observation = ascent, (seen.y, seen.mask, seen.level, unknown, *operators)
-    for start in range(0, STEPS, WINDOW):
-        before, bounds, levels = climbing, [], []
-        for k in range(start, start + WINDOW):
-            further = {"begun": True} if k else {}  # the first step is as new as its request
-            trip = await submit(program, (*climbing, eps[active, k], *observation), **further)
-            *parts, at, drawn = trip.arrays
-            climbing, spent = Ascent(*parts), _after(spent, trip)
-            bounds.append(at)
-            levels.append(drawn)
-        bound[active], level[active] = np.mean(bounds, 0), np.mean(levels, 0)
-        moving = ~at_rest(before.q, climbing.q)
-        ascent.put(active, climbing)  # not before: at first it is `before`
-        if not moving.all():
-            active, climbing = active[moving], climbing.rows(moving)
-            observation = tuple(part[moving] for part in observation)
-        if not len(active):
-            break
+    program = plan("refine", climb_rows, 0, "refinement", seen.y.shape[1:], rounds=STEPS)
+    given = (seen.y, seen.mask, seen.level, unknown, *operators)
+    ascent, (bound, level), spent = await ascend(submit, program, ascent, eps, given)
     mean, log_var = (np.ascontiguousarray(part) for part in ascent.q[..., :latent_dim].swapaxes(0, 1))
     return mean, log_var, bound, level, spent
-
-
-def _after(first: Trip, last: Trip) -> Trip:
-    """The last one's arrays, the time of both."""
-    return Trip(last.arrays, first.queue_s + last.queue_s, first.inference_s + last.inference_s)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from onnxscript import opset18
 from torch import Tensor, nn
 
 from service.golden import deviation
@@ -27,6 +28,7 @@ from training.model import VAE
 from training.priors.learned import LearnedPrior
 from training.refinement import Refinement, differentiated
 from training.restoration import FAMILIES, Observation, Recognition
+from training.scoring import ElboGradient, LogJoint
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as in service/session.py
 import onnxruntime as ort  # after the line above
@@ -77,18 +79,6 @@ class Draw(nn.Module):
         return self.prior.draw(eps)
 
 
-class Density(nn.Module):
-    """z -> log p(z) in nats."""
-
-    def __init__(self, prior: LearnedPrior) -> None:
-        super().__init__()
-        self.prior = prior
-
-    def forward(self, z: Tensor) -> Tensor:
-        """(n, d) -> (n,)."""
-        return self.prior.log_prob(z)
-
-
 class Recognise(nn.Module):
     """y, mask, level -> mean, log_var of q(z | y, mask, level)."""
 
@@ -116,22 +106,28 @@ class EstimateLevel(nn.Module):
 @torch.no_grad()
 def exportables(vae: VAE, recognition: Recognition | None, x: Tensor, seen: Observation) -> dict[str, Exportable]:
     """Everything the service needs, with golden rows: clean images `x` and what is `seen` of them after corruption."""
-    mean, _ = vae.posterior(x)
+    mean, log_var = vae.posterior(x)
+    eps = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
+    prior = vae.prior.frozen() if isinstance(vae.prior, LearnedPrior) else vae.prior
+    scored = VAE(vae.encoder, vae.decoder, vae.likelihood, prior)
     graphs = {
         "encoder": Exportable(vae.encoder, (x,), ("x",), ("mean", "log_var")),
         "decoder": Exportable(Decode(vae), (mean,), ("z",), ("x_mean",)),
+        "log_joint": Exportable(LogJoint(scored), (x, mean), ("x", "z"), ("log_likelihood", "log_prior")),
+        "elbo_gradient": Exportable(
+            ElboGradient(scored),
+            (mean, log_var, eps, x),
+            ("q_mean", "q_log_var", "eps", "x"),
+            ("elbo", "q_mean_gradient", "q_log_var_gradient"),
+            gradients=True,
+        ),
     }
-    if isinstance(vae.prior, LearnedPrior):
-        prior = vae.prior.frozen()
-        eps = torch.randn(len(x), prior.noise_dim, generator=torch.Generator().manual_seed(0))
-        graphs |= {
-            "prior": Exportable(Draw(prior), (eps,), ("eps",), ("z",)),
-            "prior_density": Exportable(Density(prior), (mean,), ("z",), ("log_prob",)),
-        }
+    if isinstance(prior, LearnedPrior):
+        noise = torch.randn(len(x), prior.noise_dim, generator=torch.Generator().manual_seed(0))
+        graphs["prior"] = Exportable(Draw(prior), (noise,), ("eps",), ("z",))
     if recognition is not None:
         fusion, x_mean = recognition.fusion, Decode(vae)(recognition.posterior(seen).mean)
-        observed = ("y", "mask", "level")
-        restored = ("restored", "variance")
+        observed, restored = ("y", "mask", "level"), ("restored", "variance")
         graphs |= {
             "recognition": Exportable(Recognise(recognition), tuple(seen), observed, ("mean", "log_var")),
             "noise_level": Exportable(EstimateLevel(recognition), (seen.y, seen.mask), ("y", "mask"), ("level",)),
@@ -282,12 +278,20 @@ def to_onnx(module: nn.Module, rows: tuple[Tensor, ...], graph: Exportable) -> b
             dynamic_shapes=shapes,
             external_data=False,
             verbose=False,
+            custom_translation_table={torch.ops.aten.log_sigmoid.default: _log_sigmoid},
         )
     assert program is not None
     model = program.model_proto
     for node in model.graph.node:
         del node.metadata_props[:]  # where on this machine's disk the code stood
     return model.SerializeToString()
+
+
+def _log_sigmoid(x: Any) -> Any:
+    """log sigmoid(x) for every x: the exporter's log of onnxruntime's sigmoid is -inf below -37, even in double."""
+    zero, one = (opset18.CastLike(opset18.Constant(value_float=value), x) for value in (0.0, 1.0))  # type: ignore[type-var]
+    odds = opset18.Exp(opset18.Neg(opset18.Abs(x)))
+    return opset18.Sub(opset18.Min(x, zero), opset18.Log(opset18.Add(one, odds)))
 
 
 def _apart(rows: tuple[Tensor, ...], axes: tuple[dict[int, str], ...]) -> tuple[Tensor, ...]:

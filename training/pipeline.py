@@ -23,6 +23,7 @@ from training.export import GOLDEN_ROWS, export, exportables, version_folder
 from training.model import VAE
 from training.processes import ALONE, Processes
 from training.restoration import FAMILIES, Observation, Recognition, simulate
+from training.scoring import held_out
 from training.stages import restoration_stage, trained_recognition, trained_vae, vae_stage
 from training.trainer import keyed_generator, stage_seconds, train
 
@@ -152,6 +153,7 @@ class Workshop:
             "noise_families": [] if self.run.restoration is None else list(FAMILIES),
             "training": self._training(),
             "quality": self._quality(vae, recognition),
+            "scoring": held_out(vae, self.images.validation, self.run.seed, dynamic=self.run.binarise),
         }
         return export(graphs, models, self.run.name, self.run.version, about, replace=replace)
 

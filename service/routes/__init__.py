@@ -18,10 +18,11 @@ from service.routes.inpaint import inpaint
 from service.routes.interpolate import interpolate
 from service.routes.reconstruct import reconstruct
 from service.routes.sample import sample
+from service.routes.score import score
 from service.routes.super_resolve import super_resolve
 from service.routes.traverse import traverse
 
-OPERATIONS = (encode, decode, reconstruct, denoise, inpaint, super_resolve, sample, interpolate, traverse)
+OPERATIONS = (encode, decode, reconstruct, denoise, inpaint, super_resolve, score, sample, interpolate, traverse)
 """In the order of the documentation."""
 
 PATHS = (

@@ -7,10 +7,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from service.errors import InvalidOption, UnsupportedOperation
+from service.errors import InvalidOption
 from service.latent import Noise
 from service.observation import Observation, OperatorName
-from service.operation import DrawOptions, Inputs
+from service.operation import DrawOptions, Inputs, check_refinable
 from service.pixels import Fit
 from service.repository import Model
 from service.restoration import Wish, level_rows, prior_mean, restore
@@ -70,10 +70,8 @@ async def restored(model: Model, submit: Submit, inputs: Inputs, seen: Observati
     Raises: UnsupportedOperation where the model cannot refine; InvalidOption for completions without draws.
     """
     refined = options.quality == "refined"
-    if refined and "refinement" not in model.graphs:
-        raise UnsupportedOperation(
-            f"model {model.manifest.name} was exported without refinement; ask for quality=fast, or export it again"
-        )
+    if refined:
+        check_refinable(model, "refinement")
     if options.completions and not options.draws:
         raise InvalidOption("completions are draws of the posterior; say how many with draws")
     if inputs.tiling is not None and not seen.known:

@@ -17,6 +17,7 @@ from service.config import Settings
 from service.latent import standard_normal
 from service.session import Session
 from training.config import load
+from training.elbo import elbo, importance_log_likelihood
 from training.pipeline import Workshop
 from training.priors import Prior
 
@@ -29,7 +30,7 @@ PRIORS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", PRIORS)
 def test_a_learned_prior_is_sampled_through_the_service(name: str, tmp_path: Path) -> None:
-    """Latents are the prior graph's at the seed's noise, scaled by the temperature; its density is the trainer's."""
+    """Latents are the prior graph's at the seed's noise, scaled by the temperature; scores are the trainer's."""
     run = load(CONFIGS / "digits.toml")
     model = run.model.model_copy(update={"prior": TypeAdapter(Prior).validate_python(PRIORS[name])})
     few = run.train.model_copy(update={"epochs": 3})
@@ -38,16 +39,27 @@ def test_a_learned_prior_is_sampled_through_the_service(name: str, tmp_path: Pat
     version = workshop.fit(tmp_path / "models")
     sessions = {path.stem: Session(path.read_bytes(), "CPUExecutionProvider", 1) for path in version.glob("*.onnx")}
 
-    async def sample() -> Any:
+    x = np.random.default_rng(0).integers(0, 2, (6, 1, 8, 8)).astype(np.float32)
+
+    async def ask() -> tuple[Any, Any]:
         transport = httpx.ASGITransport(create_app(Settings(models=tmp_path / "models")))
         async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
             options = {"count": 5, "seed": 3, "temperature": 0.5, "latents": True}
-            return (await client.post("/v1/sample", json=options)).json()
+            score = {"images": x.tolist(), "seed": 3, "draws": 40}
+            return (await client.post("/v1/sample", json=options)).json(), (
+                await client.post("/v1/score", json=score)
+            ).json()
 
-    answer = asyncio.run(sample())
+    answer, scores = asyncio.run(ask())
     eps = np.float32(0.5) * standard_normal(3, 5, (8 + (name == "vamp"),))
     (z,) = sessions["prior"](eps)
     assert np.allclose(answer["latents"], z, atol=1e-6)
     assert np.allclose(answer["images"], sessions["decoder"](z)[0], atol=1e-6)
-    density = workshop.vae().prior.log_prob(torch.from_numpy(z)).detach().numpy()
-    assert np.allclose(sessions["prior_density"](z)[0], density, rtol=1e-4, atol=1e-3)
+    vae, eps = workshop.vae(), torch.from_numpy(standard_normal(3, 6, (40, 8))).transpose(0, 1)
+    with torch.no_grad():
+        bound = elbo(vae, torch.from_numpy(x), eps).elbo.numpy()
+        weighted = importance_log_likelihood(vae, torch.from_numpy(x), eps).numpy()
+        density = vae.prior.log_prob(torch.from_numpy(z)).numpy()
+    assert np.allclose(scores["elbo"], bound, rtol=1e-4, atol=1e-3)
+    assert np.allclose(scores["importance_weighted"], weighted, rtol=1e-4, atol=1e-3)
+    assert np.allclose(sessions["log_joint"](x[:5], z)[1], density, rtol=1e-4, atol=1e-3)

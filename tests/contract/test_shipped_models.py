@@ -138,8 +138,11 @@ def test_an_answer_never_depends_on_its_batch_mates(repository: Repository) -> N
     """Bit for bit: every program of every shipped model, at every batch size, first and last row."""
     rng = np.random.default_rng(0)
     for model in (repository.find("mnist", None), repository.find("mnist-2d", None)):
-        for program in model.programs.values():
+        # An ascent's rows are states, not images: its own tests see to it.
+        for program in (program for program in model.programs.values() if program.rounds == 1):
+            latent = model.latent_shape
             shapes = {
+                "weigh": [model.input_shape, latent, latent, (16, *latent)],
                 "decode": [model.latent_shape],
                 "sample": [model.noise_shape],
                 "denoise": [model.input_shape, model.input_shape, (3,)],

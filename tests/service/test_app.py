@@ -19,6 +19,7 @@ OPERATIONS = [
     "denoise",
     "inpaint",
     "super-resolve",
+    "score",
     "sample",
     "interpolate",
     "traverse",

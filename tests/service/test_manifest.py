@@ -48,6 +48,13 @@ def test_the_fingerprint_is_that_of_the_graphs(content: dict[str, Any]) -> None:
     assert manifests.parse(changed(content, "graphs/decoder/sha256", "0" * 64)).fingerprint != first
 
 
+def test_a_model_exported_before_it_could_score_is_read(content: dict[str, Any]) -> None:
+    """It has neither the graph nor what goes with it."""
+    older = json.loads(changed(content, "graphs/log_joint", None))
+    del older["scoring"]
+    assert manifests.parse(json.dumps(older).encode()).scoring is None
+
+
 @pytest.mark.parametrize(
     ("path", "value", "says"),
     [
@@ -65,6 +72,12 @@ def test_the_fingerprint_is_that_of_the_graphs(content: dict[str, Any]) -> None:
         ("graphs/decoder/inputs", {"z": [0]}, "inputs must be"),
         ("golden/tolerance", "small", "tolerance must be"),
         ("golden", [], "must be an object"),
+        ("scoring", None, "needs scoring"),
+        ("scoring/binary", "yes", "scoring.binary must be"),
+        ("scoring/binarisation", "dynamic", "must be sample or none"),
+        ("scoring/elbo_percentiles_nats", [1.0], "101 finite numbers"),
+        ("scoring/elbo_percentiles_nats", [-float(k) for k in range(101)], "101 finite numbers"),
+        ("scoring/images", None, "lacks images"),
     ],
 )
 def test_a_manifest_that_cannot_be_used_is_refused_by_name(

@@ -60,7 +60,7 @@ SINGLE_REQUESTS: dict[str, Callable[[Rows], dict[str, Any]]] = {
     "form png": lambda x: {"files": {"file": ("digit.png", as_picture(x, "PNG"), "image/png")}},
     "form npy": lambda x: {"files": {"file": ("digit.npy", as_npy(x), "application/octet-stream")}},
 }
-IMAGE_OPERATIONS = ("encode", "reconstruct", "denoise")
+IMAGE_OPERATIONS = ("encode", "reconstruct", "denoise", "score?seed=1")
 
 
 def post(client: httpx.Client, path: str, request: dict[str, Any], accept: str = "application/json") -> httpx.Response:

@@ -18,9 +18,9 @@ from PIL import Image
 from service.batcher import Batcher
 from service.latent import Noise, standard_normal
 from service.observation import Observation, Operator, operator_of, projected
-from service.refinement import RATE, STEPS
+from service.refinement import RATE, REFINEMENT_STREAM, STEPS
 from service.repository import Model
-from service.restoration import REFINEMENT_STREAM, Wish, restore
+from service.restoration import Wish, restore
 from service.vae import Result
 
 Rows = NDArray[np.float32]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from service import manifest
+from service.manifest import Scoring
 from training.architectures import Architecture
 from training.architectures.conv import Conv
 from training.architectures.mlp import Mlp
@@ -39,6 +40,7 @@ ABOUT: dict[str, Any] = {
     "noise_families": list(FAMILIES),
     "training": {"seed": 1},
     "quality": {"test_nll_nats": 84.2},
+    "scoring": Scoring(True, "sample", [float(k) for k in range(101)], 10, 16, 1),
 }
 MLP = Mlp(architecture="mlp", hidden=(16, 8), activation="silu")
 CONV = Conv(architecture="conv", channels=(4, 6), blocks=1, head=3)
@@ -124,8 +126,9 @@ def test_manifest_answers_for_every_file(digits_models: Path) -> None:
     """What the pipeline writes, the service's reader reads: every digest matches its file."""
     folder = digits_models / "digits" / "1"
     written = manifest.read(folder)
+    scoring = {"log_joint", "elbo_gradient"}
     restoring = {"recognition", "noise_level", "fusion", "correction", "refinement"}
-    assert set(written.graphs) == {"encoder", "decoder", *restoring}
+    assert set(written.graphs) == {"encoder", "decoder"} | scoring | restoring
     for entry in written.files():
         assert manifest.digest((folder / entry.file).read_bytes()) == entry.sha256
     assert manifest.parse(written.to_json().encode()) == written

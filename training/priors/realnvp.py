@@ -90,7 +90,7 @@ class Coupling(nn.Module):
         return self._joined(kept, (changed - shift) * (-log_scale).exp())
 
     def _affine(self, kept: Tensor) -> tuple[Tensor, Tensor]:
-        shift, raw = self.network(kept).float().chunk(2, -1)
+        shift, raw = self.network(kept).to(kept.dtype).chunk(2, -1)
         return shift, LARGEST_LOG_SCALE * torch.tanh(raw / LARGEST_LOG_SCALE)
 
     def _halves(self, z: Tensor) -> tuple[Tensor, Tensor]:
