@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.errors import InvalidOption, UnsupportedOperation
+from service.errors import UnsupportedOperation
 from service.latent import MAX_SEED
 from service.pixels import Fit
 from service.repository import Model
@@ -92,20 +92,15 @@ class Operation:
     """Graphs that a model must have been exported with."""
 
     def row_shape(self, model: Model, options: Any) -> tuple[int, ...]:
-        """The shape of one row of what it takes: of images, the model's divided by the options' `factor`.
+        """The shape of one row of what it takes: of images, the model's divided by the options' `factor`, rounded down.
 
-        Raises: InvalidOption for a factor that does not divide it.
+        Whether the factor divides it is looked at where the request's options are known, by `admit`.
         """
         if self.takes == "latents":
             return model.latent_shape
         channels, height, width = model.input_shape
         factor = getattr(options, "factor", 1)
-        if height % factor or width % factor:
-            fitting = [k for k in range(2, min(height, width) + 1) if not (height % k or width % k)]
-            raise InvalidOption(
-                f"factor is {factor}; it must divide {height} x {width}: {', '.join(map(str, fitting))}"
-            )
-        return channels, height // factor, width // factor
+        return channels, max(1, height // factor), max(1, width // factor)
 
     def offered_by(self, model: Model) -> bool:
         """Whether the model can do it."""
