@@ -15,7 +15,7 @@ from service.latent import MAX_SEED
 from service.pixels import Fit
 from service.repository import Model
 from service.tiling import Tiling
-from service.vae import Result, Submit
+from service.vae import Observe, Result, Submit
 
 Rows = NDArray[np.float32]
 
@@ -52,6 +52,7 @@ class Inputs(NamedTuple):
 
     Rows that are still to be made have nothing in them, shape (n, 0). `first` is the place of the first in the request.
     `latents` says that latents came in place of images, `tiling` that rows are tiles of larger images.
+    `observe` is whom to tell how long work goes, where somebody wants to know.
     """
 
     rows: Rows
@@ -59,11 +60,12 @@ class Inputs(NamedTuple):
     first: int = 0
     latents: bool = False
     tiling: Tiling | None = None
+    observe: Observe | None = None
 
     def part(self, start: int, size: int) -> Inputs:
         """Some of them, as views."""
         mask = None if self.mask is None else self.mask[start : start + size]
-        return Inputs(self.rows[start : start + size], mask, self.first + start, self.latents, self.tiling)
+        return self._replace(rows=self.rows[start : start + size], mask=mask, first=self.first + start)
 
 
 Run = Callable[[Model, Submit, Inputs, Any], Awaitable[Result]]
@@ -88,6 +90,8 @@ class Operation:
     """Whether JSON may bring `latents` in place of images."""
     masked: bool = False
     """Whether it needs a mask, which may be the transparency of a picture."""
+    progress: dict[str, Any] | None = None
+    """Of work that may be long: an example of what it tells while it runs."""
     needs: tuple[str, ...] = ()
     """Graphs that a model must have been exported with."""
 

@@ -15,7 +15,19 @@ from service.batcher import Arrays, Trip
 from service.latent import Noise
 from service.observation import LEAST_VARIANCE, Observation, Operator, OperatorName, operator_of, projected
 from service.refinement import STEPS, WINDOW, Ascent, at_rest, begin, step
-from service.vae import Compute, Graph, Graphs, Plan, Result, Rows, Submit, decode_draws, drawn_noise, sample_rows
+from service.vae import (
+    Compute,
+    Graph,
+    Graphs,
+    Observe,
+    Plan,
+    Result,
+    Rows,
+    Submit,
+    decode_draws,
+    drawn_noise,
+    sample_rows,
+)
 
 REFINEMENT_STREAM = 1
 """Of a request's noise: that of the steps, apart from that of its draws."""
@@ -107,12 +119,22 @@ class Wish(NamedTuple):
     draws: int
     uncertainty: bool
     completions: bool
+    preview: bool = False
 
 
 async def restore(
-    plan: Plan, submit: Submit, shape: tuple[int, ...], seen: Observation, wish: Wish, noise: Noise
+    plan: Plan,
+    submit: Submit,
+    shape: tuple[int, ...],
+    seen: Observation,
+    wish: Wish,
+    noise: Noise,
+    observe: Observe | None = None,
 ) -> Result:
-    """E[x | y] for latents of `shape`, and the level of the noise; with uncertainty, the posterior's deviation too."""
+    """E[x | y] for latents of `shape`, and the level of the noise; with uncertainty, the posterior's deviation too.
+
+    observe: told after every window of a refinement how it goes; with a preview, what E[x | y] is thought to be so far.
+    """
     eps, about = drawn_noise(noise, len(seen.y), wish.draws, shape)
     if seen.operator is None and not wish.refined:
         program = plan("denoise", denoise_rows, wish.draws, seen.estimated, completions=wish.completions)
@@ -127,11 +149,12 @@ async def restore(
             settled = noise._replace(seed=about.get("seed", noise.seed))  # one seed repeats both draws and steps
             seed, steps = settled.normal(len(seen.y), (STEPS, mean.shape[1] + level.shape[1]), REFINEMENT_STREAM)
             start = begin(mean, log_var, level.shape[1])
-            mean, log_var, bound, level, spent = await _refine(plan, submit, start, seen, steps)
+            mean, log_var, bound, level, spent = await _refine(
+                plan, submit, start, seen, steps, observe, preview=wish.preview
+            )
             about, seen = {"seed": seed, "elbo": bound}, seen._replace(level=level)
             trip = _after(trip, spent)
-        program = plan("fuse", fuse_rows, wish.draws, seen.operator, completions=wish.completions)
-        trip = _after(trip, await submit(program, (mean, log_var, *seen[:3], *eps)))
+        trip = _after(trip, await _fused(plan, submit, seen, mean, log_var, eps, completions=wish.completions))
         level, arrays = seen.level, list(trip.arrays)
     outputs = {"images": arrays[0]}
     if wish.uncertainty:
@@ -148,7 +171,31 @@ async def prior_mean(plan: Plan, submit: Submit, noise_shape: tuple[int, ...]) -
     return trip.arrays[0].mean(0), trip.arrays[0].std(0)
 
 
-async def _refine(plan: Plan, submit: Submit, ascent: Ascent, seen: Observation, eps: Rows) -> tuple[Any, ...]:
+async def _fused(
+    plan: Plan,
+    submit: Submit,
+    seen: Observation,
+    mean: Rows,
+    log_var: Rows,
+    eps: Arrays = (),
+    *,
+    completions: bool = False,
+) -> Trip:
+    """What `fuse_rows` gives for that posterior; a further part of an answer, which has begun with recognition."""
+    program = plan("fuse", fuse_rows, eps[0].shape[1] if eps else 0, seen.operator, completions=completions)
+    return await submit(program, (mean, log_var, *seen[:3], *eps), begun=True)
+
+
+async def _refine(
+    plan: Plan,
+    submit: Submit,
+    ascent: Ascent,
+    seen: Observation,
+    eps: Rows,
+    observe: Observe | None,
+    *,
+    preview: bool,
+) -> tuple[Any, ...]:
     """mean, log_var, bound, level and the time, once every row has come to rest or done all its steps."""
     n, latent_dim = len(seen.y), ascent.q.shape[2] - seen.level.shape[1]
     unknown = np.zeros_like(seen.level)
@@ -174,10 +221,23 @@ async def _refine(plan: Plan, submit: Submit, ascent: Ascent, seen: Observation,
         if not moving.all():
             active, climbing = active[moving], climbing.rows(moving)
             observation = tuple(part[moving] for part in observation)
+        if observe is not None:
+            about = {"step": start + WINDOW, "steps": STEPS, "active": len(active), "elbo": bound.copy()}
+            shown = {}
+            if preview:
+                now = seen._replace(level=level)
+                trip = await _fused(plan, submit, now, *_posterior(ascent, latent_dim))
+                shown["images"] = trip.arrays[0]
+            observe(Result(shown, about, spent))
         if not len(active):
             break
+    return *_posterior(ascent, latent_dim), bound, level, spent
+
+
+def _posterior(ascent: Ascent, latent_dim: int) -> tuple[Rows, Rows]:
+    """mean and log_var of q(z | y), without those of the level."""
     mean, log_var = (np.ascontiguousarray(part) for part in ascent.q[..., :latent_dim].swapaxes(0, 1))
-    return mean, log_var, bound, level, spent
+    return mean, log_var
 
 
 def _after(first: Trip, last: Trip) -> Trip:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from service.operation import Operation
 from service.routes.denoise import DenoiseOptions, NoiseKind, run
-from service.routes.restoring import NEEDS
+from service.routes.restoring import NEEDS, PROGRESS
 
 
 class InpaintOptions(DenoiseOptions):
@@ -26,5 +26,6 @@ inpaint = Operation(
     answer={"images": [[[[0.0, 0.9], [0.1, 0.0]]]]},
     observed=True,
     masked=True,
+    progress=PROGRESS,
     needs=NEEDS,
 )
