@@ -30,6 +30,7 @@ def admit(operation: Operation, model: Model, payload: Payload, options: Any, ma
         return Inputs(np.empty((options.count, 0), np.float32))
     if payload.array is None:
         raise InvalidShape(f'the body lacks "{operation.takes}"')
+    check_factor(model, getattr(options, "factor", 1))
     shape, name = operation.row_shape(model, options), operation.takes
     if payload.latents:
         shape, name = model.latent_shape, "latents"
@@ -79,6 +80,18 @@ def _bounds(operation: Operation, model: Model, name: str) -> tuple[float, float
     low, high = model.manifest.value_range
     margin = OBSERVED_MARGIN * (high - low) if operation.observed else 0.0
     return low - margin, high + margin
+
+
+def check_factor(model: Model, factor: int) -> None:
+    """Refuse a factor that does not divide the model's height and width.
+
+    Raises: InvalidOption naming those that do.
+    """
+    _, height, width = model.input_shape
+    if height % factor or width % factor:
+        fitting = [str(k) for k in range(2, min(height, width) + 1) if not (height % k or width % k)]
+        known = ", ".join(fitting) or "none does"
+        raise InvalidOption(f"factor is {factor}; it must divide {height} x {width}: {known}")
 
 
 def check_count(rows: int, limit: int) -> None:

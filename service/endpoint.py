@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from service import problems
 from service.admission import admit
-from service.codecs import HEADERS, READERS, Answer, Body, Intake, Payload, single_array
+from service.codecs import EVENTS, HEADERS, READERS, Answer, Body, EventForm, Intake, Payload, single_array
 from service.config import Settings
 from service.engine import Engine
 from service.errors import CallerGone, InvalidOption
@@ -25,7 +26,8 @@ from service.negotiation import acceptable, form_of, write
 from service.operation import Inputs, Operation, Rows
 from service.repository import Model, Repository
 from service.telemetry import server_timing
-from service.vae import Result, Submit
+from service.vae import Observe, Result, Submit
+from service.watching import Event, watched
 
 NAMED = ("seed", "binarisation", "note")
 """What is said about an answer, in a header of its own."""
@@ -35,6 +37,9 @@ PART_ROWS = 4 * BLOCK_ROWS
 """Binary answers of more rows are sent in parts of this many, so that they need no more memory."""
 
 Headers = list[tuple[bytes, bytes]]
+
+UNBUFFERED: Headers = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+"""Of events: proxies are to pass each on as it comes."""
 
 
 @dataclass(frozen=True)
@@ -58,15 +63,19 @@ class Call(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """What goes back, and how it is counted; `length` bytes in all where parts follow the content."""
+    """What goes back, and how it is counted.
+
+    Parts may follow the content: `length` bytes in all or, where nobody knows how many, events of that form.
+    """
 
     status: int
     headers: Headers
     content: bytes
     outcome: str
     rows: int
-    length: int = 0
-    parts: AsyncIterator[memoryview] | None = None
+    length: int | None = None
+    parts: AsyncGenerator[bytes | memoryview, None] | None = None
+    events: EventForm | None = None
 
 
 class OperationApp:
@@ -115,19 +124,30 @@ class OperationApp:
         inputs = admit(operation, model, payload, options, settings.max_request_rows)
         if operation.check is not None:
             operation.check(model, inputs, options)
-        if len(inputs.rows) > PART_ROWS and inputs.tiling is None:
-            reply = await self._stream(call, inputs, options, acceptable(accept, form)[:1])
+        best = next(iter(acceptable(accept, form)), "")
+        if best in EVENTS:
+            return await self._watch(call, inputs, options, best)
+        if best in HEADERS and len(inputs.rows) > PART_ROWS and inputs.tiling is None:
+            reply = await self._stream(call, inputs, options, best)
             if reply is not None:
                 return reply
         result = await operation.run(model, call.submit, inputs, options)
-        about = _about(model, result)
-        answer_form, content = write(Answer(result.outputs, about), accept, form)
-        return Reply(200, _headers(answer_form, about, result), content, "ok", len(inputs.rows))
+        answer_form, content = write(_answer(model, result), accept, form)
+        return Reply(200, _headers(answer_form, _about(model, result), result), content, "ok", len(inputs.rows))
 
-    async def _stream(self, call: Call, inputs: Inputs, options: Any, forms: tuple[str, ...]) -> Reply | None:
-        """An answer of many rows, sent part by part; None where its form cannot be, or cannot hold it."""
-        if not forms or forms[0] not in HEADERS:
-            return None
+    async def _watch(self, call: Call, inputs: Inputs, options: Any, form: str) -> Reply:
+        """Events, from the first on: what goes wrong before it is a problem like every other."""
+
+        async def run(observe: Observe) -> Result:
+            return await self.operation.run(call.model, call.submit, inputs._replace(observe=observe), options)
+
+        model, events, further = call.model, EVENTS[form], watched(run)
+        parts = _framed(model, events, await anext(further), further)
+        head = [*_named(form, model.manifest.name, model.manifest.version), *UNBUFFERED]
+        return Reply(200, head, b"", "ok", len(inputs.rows), parts=parts, events=events)
+
+    async def _stream(self, call: Call, inputs: Inputs, options: Any, form: str) -> Reply | None:
+        """An answer of many rows, sent part by part; None where its form cannot hold it."""
         first = await self.operation.run(call.model, call.submit, inputs.part(0, PART_ROWS), options)
         array = single_array(first.outputs)
         if array is None:
@@ -135,13 +155,13 @@ class OperationApp:
         if "seed" in first.about:
             options = options.model_copy(update={"seed": first.about["seed"]})
         about = _about(call.model, first)
-        head = HEADERS[forms[0]]((len(inputs.rows), *array.shape[1:]))
+        head = HEADERS[form]((len(inputs.rows), *array.shape[1:]))
         length = len(head) + len(inputs.rows) * array[0].nbytes
-        headers = _headers(forms[0], about, first, whole=False)
+        headers = _headers(form, about, first, whole=False)
         parts = self._parts(call, inputs, options, array)
         return Reply(200, headers, head, "ok", len(inputs.rows), length, parts)
 
-    async def _parts(self, call: Call, inputs: Inputs, options: Any, first: Rows) -> AsyncIterator[memoryview]:
+    async def _parts(self, call: Call, inputs: Inputs, options: Any, first: Rows) -> AsyncGenerator[memoryview, None]:
         """The first part and those after it; each is sent while the next one is computed."""
         submit = partial(self.context.engine.submit, gone=call.gone, begun=True)
         array: Rows | None = first
@@ -161,21 +181,25 @@ class OperationApp:
 
     async def _send(self, reply: Reply, send: Send) -> str:
         """Send it, and say how it came out; an answer that breaks off leaves its connection closed."""
-        length = reply.length or len(reply.content)
-        head = [*reply.headers, (b"content-length", b"%d" % length)]
+        length = len(reply.content) if reply.parts is None else reply.length
+        head = reply.headers if length is None else [*reply.headers, (b"content-length", b"%d" % length)]
         await send({"type": "http.response.start", "status": reply.status, "headers": head})
         if reply.parts is None:
             await send({"type": "http.response.body", "body": reply.content})
             return reply.outcome
-        sent = len(reply.content)
+        outcome, end = reply.outcome, b""
+        await send({"type": "http.response.body", "body": reply.content, "more_body": True})
         try:
-            await send({"type": "http.response.body", "body": reply.content, "more_body": True})
-            async for part in reply.parts:
-                sent += len(part)
-                await send({"type": "http.response.body", "body": part, "more_body": sent < length})
-        except Exception as error:  # noqa: BLE001  # the answer has begun: all that is left is to break it off
-            return problems.describe(error)[1]
-        return reply.outcome
+            async with aclosing(reply.parts):
+                async for part in reply.parts:
+                    await send({"type": "http.response.body", "body": part, "more_body": True})
+        except Exception as error:  # noqa: BLE001  # the answer has begun: an event can say so, others are broken off
+            _, outcome, content, _ = problems.describe(error)
+            if reply.events is None:
+                return outcome
+            end = reply.events.frame("error", content)
+        await send({"type": "http.response.body", "body": end})
+        return outcome
 
     def _options(self, named: Mapping[str, Any]) -> Any:
         try:
@@ -211,6 +235,25 @@ def _refusal(error: Exception) -> Reply:
     return Reply(status, head, content, code, 0)
 
 
+async def _framed(
+    model: Model, form: EventForm, first: Event | None, further: AsyncGenerator[Event | None, None]
+) -> AsyncGenerator[bytes, None]:
+    """Events as they are sent."""
+
+    def framed(event: Event | None) -> bytes:
+        return form.event(event.kind, _answer(model, event.result)) if event else form.keep_alive
+
+    async with aclosing(further):
+        yield framed(first)
+        async for event in further:
+            yield framed(event)
+
+
+def _answer(model: Model, result: Result) -> Answer:
+    """What an operation found, as the codecs write it."""
+    return Answer(result.outputs, _about(model, result))
+
+
 def _about(model: Model, result: Result) -> dict[str, Any]:
     """What is said about an answer, in JSON's fields or in headers."""
     return {"model": model.manifest.name, "version": model.manifest.version, **result.about}
@@ -232,5 +275,5 @@ def _named(form: str, model: str, version: str, *outputs: str) -> Headers:
         (b"content-type", form.encode()),
         (b"x-model", model.encode()),
         (b"x-model-version", version.encode()),
-        (b"x-outputs", ",".join(outputs).encode()),
+        *([(b"x-outputs", ",".join(outputs).encode())] if outputs else []),
     ]

@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.errors import InvalidOption, UnsupportedOperation
+from service.errors import UnsupportedOperation
 from service.latent import MAX_SEED
 from service.pixels import Fit
 from service.repository import Model
 from service.tiling import Tiling
-from service.vae import Result, Submit
+from service.vae import Observe, Result, Submit
 
 Rows = NDArray[np.float32]
 
@@ -52,6 +52,7 @@ class Inputs(NamedTuple):
 
     Rows that are still to be made have nothing in them, shape (n, 0). `first` is the place of the first in the request.
     `latents` says that latents came in place of images, `tiling` that rows are tiles of larger images.
+    `observe` is whom to tell how long work goes, where somebody wants to know.
     """
 
     rows: Rows
@@ -59,11 +60,12 @@ class Inputs(NamedTuple):
     first: int = 0
     latents: bool = False
     tiling: Tiling | None = None
+    observe: Observe | None = None
 
     def part(self, start: int, size: int) -> Inputs:
         """Some of them, as views."""
         mask = None if self.mask is None else self.mask[start : start + size]
-        return Inputs(self.rows[start : start + size], mask, self.first + start, self.latents, self.tiling)
+        return self._replace(rows=self.rows[start : start + size], mask=mask, first=self.first + start)
 
 
 Run = Callable[[Model, Submit, Inputs, Any], Awaitable[Result]]
@@ -88,26 +90,23 @@ class Operation:
     """Whether JSON may bring `latents` in place of images."""
     masked: bool = False
     """Whether it needs a mask, which may be the transparency of a picture."""
+    progress: dict[str, Any] | None = None
+    """Of work that may be long: an example of what it tells while it runs."""
     needs: tuple[str, ...] = ()
     """Graphs that a model must have been exported with."""
     check: Callable[[Model, Inputs, Any], None] | None = None
     """(model, inputs, options): what it refuses beside shape and range, of the whole request."""
 
     def row_shape(self, model: Model, options: Any) -> tuple[int, ...]:
-        """The shape of one row of what it takes: of images, the model's divided by the options' `factor`.
+        """The shape of one row of what it takes: of images, the model's divided by the options' `factor`, rounded down.
 
-        Raises: InvalidOption for a factor that does not divide it.
+        Whether the factor divides it is looked at where the request's options are known, by `admit`.
         """
         if self.takes == "latents":
             return model.latent_shape
         channels, height, width = model.input_shape
         factor = getattr(options, "factor", 1)
-        if height % factor or width % factor:
-            fitting = [k for k in range(2, min(height, width) + 1) if not (height % k or width % k)]
-            raise InvalidOption(
-                f"factor is {factor}; it must divide {height} x {width}: {', '.join(map(str, fitting))}"
-            )
-        return channels, height // factor, width // factor
+        return channels, max(1, height // factor), max(1, width // factor)
 
     def offered_by(self, model: Model) -> bool:
         """Whether the model can do it."""

@@ -7,13 +7,14 @@ a slice, can never change an answer.
 from __future__ import annotations
 
 import math
+from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.batcher import Arrays, Program, Trip
-from service.vae import Compute, Graphs, Rows, Submit
+from service.vae import Compute, Graphs, Result, Rows, Submit
 
 REFINEMENT_STREAM = 1
 """Of a request's noise: that of the steps, apart from that of its draws."""
@@ -90,12 +91,33 @@ def climb_rows(graphs: Graphs, graph: str, _shape: tuple[int, ...]) -> Compute:
     return compute
 
 
+class Waypoint(NamedTuple):
+    """Where an ascent is after a window: what it was told, of every row, and the time it took so far."""
+
+    step: int
+    active: int
+    ascent: Ascent
+    told: list[Rows]
+    spent: Trip
+
+    def result(self, shown: dict[str, Rows]) -> Result:
+        """As progress: the bound of every row, which is what a climb is told first, and what there is to show."""
+        about = {"step": self.step, "steps": STEPS, "active": self.active, "elbo": self.told[0].copy()}
+        return Result(shown, about, self.spent)
+
+
 async def ascend(
-    submit: Submit, program: Program, ascent: Ascent, eps: Rows, given: tuple[Rows, ...]
+    submit: Submit,
+    program: Program,
+    ascent: Ascent,
+    eps: Rows,
+    given: tuple[Rows, ...],
+    watch: Callable[[Waypoint], Awaitable[None]] | None = None,
 ) -> tuple[Ascent, list[Rows], Trip]:
     """Where every row has come to rest or done all its steps, a step a trip; what it was told last, and the time.
 
-    program: of `climb_rows`. Shapes: eps (n, STEPS, k); what is given, (n, ...); what is told is a mean over a window.
+    program: of `climb_rows`. watch: shown the way after every window.
+    Shapes: eps (n, STEPS, k); what is given, (n, ...); what is told is a mean over a window.
     """
     active, climbing, spent = np.arange(len(eps)), ascent, Trip((), 0.0, 0.0)
     told: list[Rows] = []
@@ -115,6 +137,8 @@ async def ascend(
         if not moving.all():
             active, climbing = active[moving], climbing.rows(moving)
             given = tuple(part[moving] for part in given)
+        if watch is not None:
+            await watch(Waypoint(start + WINDOW, len(active), ascent, told, spent))
         if not len(active):
             break
     return ascent, told, spent

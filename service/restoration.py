@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from service import latent
-from service.batcher import Arrays
+from service.batcher import Arrays, Trip
 from service.latent import Noise
 from service.observation import LEAST_VARIANCE, Observation, OperatorName, operator_of, projected
-from service.refinement import REFINEMENT_STREAM, STEPS, Ascent, ascend, begin, climb_rows
-from service.vae import Compute, Graphs, Plan, Result, Rows, Submit, decode_draws, drawn_noise, sample_rows
+from service.refinement import REFINEMENT_STREAM, STEPS, Ascent, Waypoint, ascend, begin, climb_rows
+from service.vae import Compute, Graphs, Observe, Plan, Result, Rows, Submit, decode_draws, drawn_noise, sample_rows
 
 PRIOR_DRAWS = 64
 """Over which the prior's mean is taken, always the same ones."""
@@ -99,12 +99,23 @@ class Wish(NamedTuple):
     draws: int
     uncertainty: bool
     completions: bool
+    preview: bool = False
 
 
 async def restore(
-    plan: Plan, submit: Submit, shape: tuple[int, ...], seen: Observation, wish: Wish, noise: Noise
+    plan: Plan,
+    submit: Submit,
+    shape: tuple[int, ...],
+    seen: Observation,
+    wish: Wish,
+    noise: Noise,
+    observe: Observe | None = None,
 ) -> Result:
-    """E[x | y] for latents of `shape`, and the level of the noise; with uncertainty, the posterior's deviation too."""
+    """E[x | y] for latents of `shape`, and the level of the noise; with uncertainty, the posterior's deviation too.
+
+    observe: told after every window of a refinement how it goes; with a preview, what E[x | y] is thought to be so far.
+    """
+    seed, noise = noise.settled()  # one seed repeats both draws and steps
     eps, about = drawn_noise(noise, len(seen.y), wish.draws, shape)
     if seen.operator is None and not wish.refined:
         program = plan("denoise", denoise_rows, wish.draws, seen.estimated, completions=wish.completions)
@@ -116,14 +127,15 @@ async def restore(
         if not seen.known:
             seen = seen._replace(level=level)
         if wish.refined:
-            settled = noise._replace(seed=about.get("seed", noise.seed))  # one seed repeats both draws and steps
-            seed, steps = settled.normal(len(seen.y), (STEPS, mean.shape[1] + level.shape[1]), REFINEMENT_STREAM)
+            _, steps = noise.normal(len(seen.y), (STEPS, mean.shape[1] + level.shape[1]), REFINEMENT_STREAM)
             start = begin(mean, log_var, level.shape[1])
-            mean, log_var, bound, level, spent = await _refine(plan, submit, start, seen, steps)
+            mean, log_var, bound, level, spent = await _refine(
+                plan, submit, start, seen, steps, observe, preview=wish.preview
+            )
             about, seen = {"seed": seed, "elbo": bound}, seen._replace(level=level)
             trip = spent.after(trip)
-        program = plan("fuse", fuse_rows, wish.draws, seen.operator, completions=wish.completions)
-        trip = (await submit(program, (mean, log_var, *seen[:3], *eps))).after(trip)
+        fused = await _fused(plan, submit, seen, mean, log_var, eps, completions=wish.completions)
+        trip = fused.after(trip)
         level, arrays = seen.level, list(trip.arrays)
     outputs = {"images": arrays[0]}
     if wish.uncertainty:
@@ -140,7 +152,31 @@ async def prior_mean(plan: Plan, submit: Submit, noise_shape: tuple[int, ...]) -
     return trip.arrays[0].mean(0), trip.arrays[0].std(0)
 
 
-async def _refine(plan: Plan, submit: Submit, ascent: Ascent, seen: Observation, eps: Rows) -> tuple[Any, ...]:
+async def _fused(
+    plan: Plan,
+    submit: Submit,
+    seen: Observation,
+    mean: Rows,
+    log_var: Rows,
+    eps: Arrays = (),
+    *,
+    completions: bool = False,
+) -> Trip:
+    """What `fuse_rows` gives for that posterior; a further part of an answer, which has begun with recognition."""
+    program = plan("fuse", fuse_rows, eps[0].shape[1] if eps else 0, seen.operator, completions=completions)
+    return await submit(program, (mean, log_var, *seen[:3], *eps), begun=True)
+
+
+async def _refine(
+    plan: Plan,
+    submit: Submit,
+    ascent: Ascent,
+    seen: Observation,
+    eps: Rows,
+    observe: Observe | None,
+    *,
+    preview: bool,
+) -> tuple[Any, ...]:
     """mean, log_var, bound, level and the time, once every row has come to rest or done all its steps."""
     n, latent_dim = len(seen.y), ascent.q.shape[2] - seen.level.shape[1]
     unknown = np.zeros_like(seen.level)
@@ -149,6 +185,20 @@ async def _refine(plan: Plan, submit: Submit, ascent: Ascent, seen: Observation,
     operators = (np.broadcast_to(part, (n, *part.shape)) for part in seen.through())
     program = plan("refine", climb_rows, 0, "refinement", seen.y.shape[1:], rounds=STEPS)
     given = (seen.y, seen.mask, seen.level, unknown, *operators)
-    ascent, (bound, level), spent = await ascend(submit, program, ascent, eps, given)
+
+    async def watch(way: Waypoint) -> None:
+        assert observe is not None
+        shown = {}
+        if preview:
+            so_far = seen._replace(level=way.told[1])
+            shown["images"] = (await _fused(plan, submit, so_far, *_posterior(way.ascent, latent_dim))).arrays[0]
+        observe(way.result(shown))
+
+    ascent, (bound, level), spent = await ascend(submit, program, ascent, eps, given, watch if observe else None)
+    return *_posterior(ascent, latent_dim), bound, level, spent
+
+
+def _posterior(ascent: Ascent, latent_dim: int) -> tuple[Rows, Rows]:
+    """mean and log_var of q(z | y), without those of the level."""
     mean, log_var = (np.ascontiguousarray(part) for part in ascent.q[..., :latent_dim].swapaxes(0, 1))
-    return mean, log_var, bound, level, spent
+    return mean, log_var

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from service import latent
 from service.batcher import Arrays, Trip
 from service.latent import Noise, uniform
-from service.refinement import REFINEMENT_STREAM, STEPS, ascend, begin, climb_rows
-from service.vae import Compute, Graphs, Plan, Result, Rows, Submit, decode_rows, encode_rows
+from service.refinement import REFINEMENT_STREAM, STEPS, Waypoint, ascend, begin, climb_rows
+from service.vae import Compute, Graphs, Observe, Plan, Result, Rows, Submit, decode_rows, encode_rows
 
 DRAWS = 16
 """An image, unless the request says otherwise; those of the manifest's percentiles."""
@@ -79,7 +79,9 @@ class Wish(NamedTuple):
     error: bool
 
 
-async def score(plan: Plan, submit: Submit, x: Rows, wish: Wish, noise: Noise) -> Result:
+async def score(
+    plan: Plan, submit: Submit, x: Rows, wish: Wish, noise: Noise, observe: Observe | None = None
+) -> Result:
     """Figures of every image x (n, c, h, w), each (n,); with `error`, its squared error too."""
     seed, noise = noise.settled()
     x = binarised(x, wish.binarisation, noise)
@@ -90,7 +92,7 @@ async def score(plan: Plan, submit: Submit, x: Rows, wish: Wish, noise: Noise) -
     log_likelihood, kl = terms.bound()
     figures = {"elbo": log_likelihood - kl, "log_likelihood": log_likelihood, "kl": kl}
     if wish.refined:
-        q, trip = await _refined(plan, submit, x, q, noise, trip)
+        q, trip = await _refined(plan, submit, x, q, noise, trip, observe)
         terms, trip = await _terms(plan, submit, x, q, eps, trip)
         log_likelihood, kl = terms.bound()
         figures["refined_elbo"] = log_likelihood - kl
@@ -135,11 +137,16 @@ async def _terms(plan: Plan, submit: Submit, x: Rows, q: Posterior, eps: Rows, b
 
 
 async def _refined(
-    plan: Plan, submit: Submit, x: Rows, q: Posterior, noise: Noise, before: Trip
+    plan: Plan, submit: Submit, x: Rows, q: Posterior, noise: Noise, before: Trip, observe: Observe | None
 ) -> tuple[Posterior, Trip]:
     """The q of each image that raises its ELBO, from q(z|x) on, and the time likewise."""
     _, eps = noise.normal(len(x), (STEPS, *q[0].shape[1:]), REFINEMENT_STREAM)
     program = plan("climb", climb_rows, 0, "elbo_gradient", x.shape[1:], rounds=STEPS)
-    ascent, _, spent = await ascend(submit, program, begin(*q, 0), eps, (x,))
+
+    async def watch(way: Waypoint) -> None:
+        assert observe is not None
+        observe(way.result({}))
+
+    ascent, _, spent = await ascend(submit, program, begin(*q, 0), eps, (x,), watch if observe else None)
     mean, log_var = (np.ascontiguousarray(part) for part in ascent.q.swapaxes(0, 1))
     return (mean, log_var), spent.after(before)

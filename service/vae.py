@@ -34,6 +34,10 @@ class Result(NamedTuple):
     trip: Trip
 
 
+Observe = Callable[[Result], None]
+"""Told by long work while it runs: `about` says how far it is, the outputs, if any, are what is found so far."""
+
+
 # Programs: (graphs, static choices...) -> a function from arrays of rows to arrays of rows.
 
 

@@ -5,7 +5,8 @@ A reader turns a body into a `Payload`; a writer turns an answer's arrays into a
 
 from __future__ import annotations
 
-from service.codecs import image, multipart, npy, raw, structured
+from service.codecs import events, image, multipart, npy, raw, structured
+from service.codecs.events import EventForm
 from service.codecs.payload import Answer, Body, Header, Intake, Payload, Reader, Writer, binary, single_array
 
 READERS: dict[str, Reader] = {
@@ -25,10 +26,17 @@ HEADERS: dict[str, Header] = {
 }
 """Of the binary forms, whose answers can be sent in parts."""
 
+EVENTS: dict[str, EventForm] = {
+    "text/event-stream": events.EVENT_STREAM,
+    "application/x-ndjson": events.LINES,
+}
+"""Of the forms that tell how long work goes before they answer."""
+
 WRITERS: dict[str, Writer] = {
     "application/json": structured.write,
     **{form: binary(header) for form, header in HEADERS.items()},
     "image/png": image.write,
+    **{media_type: form.whole for media_type, form in EVENTS.items()},
 }
 """By the media type of the answer, the first one being the one for callers without a wish."""
 
@@ -37,11 +45,13 @@ ANSWERS_IN = {"image/jpeg": "image/png", "image/webp": "image/png", "multipart/f
 
 __all__ = [
     "ANSWERS_IN",
+    "EVENTS",
     "HEADERS",
     "READERS",
     "WRITERS",
     "Answer",
     "Body",
+    "EventForm",
     "Intake",
     "Payload",
     "Reader",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import orjson
 from fastapi import FastAPI
 
 from service import problems
-from service.codecs import READERS, WRITERS
+from service.codecs import EVENTS, READERS, WRITERS
 from service.endpoint import Context
 from service.operation import Operation
 from service.route import OperationRoute, endpoint
@@ -50,6 +51,12 @@ def add_operations(app: FastAPI, context: Context) -> None:
             )
 
 
+STREAM = (
+    "Events, each a JSON object: `progress` as long work goes on, then `answer` with the fields of the JSON answer, or "
+    "`error` with those of a problem where something goes wrong after the first event."
+)
+
+
 def _bodies(operation: Operation) -> dict[str, Any]:
     """The request body for OpenAPI, in every form that the operation reads."""
     forms: dict[str, Any] = {
@@ -84,6 +91,14 @@ def _answers(operation: Operation) -> dict[str, Any]:
     content: dict[str, Any] = {"application/json": {"example": operation.answer}}
     pictures = "images" in operation.answer
     for form in WRITERS:
-        if form != "application/json" and (pictures or not form.startswith("image/")):
+        if form in EVENTS:
+            content[form] = {"schema": {"type": "string", "description": STREAM}, "example": _told(operation, form)}
+        elif form != "application/json" and (pictures or not form.startswith("image/")):
             content[form] = {"schema": {"type": "string", "format": "binary"}}
     return {"description": "The answer, in the form that Accept asks for", "content": content}
+
+
+def _told(operation: Operation, form: str) -> str:
+    """An example of a whole stream."""
+    events = [*([("progress", operation.progress)] if operation.progress else []), ("answer", operation.answer)]
+    return b"".join(EVENTS[form].frame(kind, orjson.dumps(content)) for kind, content in events).decode()

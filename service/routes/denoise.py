@@ -9,6 +9,7 @@ from pydantic import Field
 from service.errors import InvalidOption
 from service.operation import Inputs, Operation
 from service.repository import Model
+from service.routes.examples import PROGRESS
 from service.routes.restoring import NEEDS, TiledOptions, observed, restored
 from service.vae import Result, Submit
 
@@ -54,5 +55,6 @@ denoise = Operation(
     example={"images": ["<base64 of a PNG>"], "noise": "gaussian", "level": 0.25},
     answer={"images": [[[[0.0, 0.9], [0.1, 0.0]]]], "level": [0.25]},
     observed=True,
+    progress=PROGRESS,
     needs=NEEDS,
 )

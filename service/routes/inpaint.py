@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from service.operation import Operation
 from service.routes.denoise import DenoiseOptions, NoiseKind, run
+from service.routes.examples import PROGRESS
 from service.routes.restoring import NEEDS
 
 
@@ -26,5 +27,6 @@ inpaint = Operation(
     answer={"images": [[[[0.0, 0.9], [0.1, 0.0]]]]},
     observed=True,
     masked=True,
+    progress=PROGRESS,
     needs=NEEDS,
 )

@@ -15,7 +15,7 @@ from service.pixels import Fit
 from service.repository import Model
 from service.restoration import Wish, level_rows, prior_mean, restore
 from service.tiling import Tiling
-from service.vae import Result, Submit
+from service.vae import Observe, Result, Submit
 
 MOST_NAMED = 8
 NEEDS = ("recognition", "noise_level", "fusion", "correction")
@@ -31,6 +31,8 @@ class RestoreOptions(DrawOptions):
     """Whether the answer holds `std`, the posterior standard deviation of every pixel."""
     completions: bool = False
     """Whether the answer holds the images of all `draws`, (n, draws, c, h, w), beside their mean."""
+    preview: bool = False
+    """Whether events of progress hold `images` as they are thought to be so far; without effect on other answers."""
 
 
 class TiledOptions(RestoreOptions):
@@ -76,8 +78,9 @@ async def restored(model: Model, submit: Submit, inputs: Inputs, seen: Observati
         raise InvalidOption("completions are draws of the posterior; say how many with draws")
     if inputs.tiling is not None and not seen.known:
         seen = await _of_one_level(model, submit, seen, inputs.tiling)
-    wish = Wish(refined, options.draws, options.uncertainty, options.completions)
-    result = await restore(model.plan, submit, model.latent_shape, seen, wish, Noise(options.seed, inputs.first))
+    wish = Wish(refined, options.draws, options.uncertainty, options.completions, options.preview)
+    noise, observe = Noise(options.seed, inputs.first), _of_whole_images(inputs.observe, inputs.tiling)
+    result = await restore(model.plan, submit, model.latent_shape, seen, wish, noise, observe)
     unseen = np.flatnonzero(~seen.mask.any(axis=(1, 2, 3)))
     if len(unseen):
         result = await _without_sight(model, submit, result, unseen, inputs)
@@ -89,6 +92,13 @@ async def _of_one_level(model: Model, submit: Submit, seen: Observation, tiling:
     trip = await submit(model.plan("level", level_rows, 0, seen.estimated), seen.lifted())
     estimates = trip.arrays[0].reshape(tiling.images, tiling.tiles, -1)
     return seen._replace(level=np.repeat(np.median(estimates, 1), tiling.tiles, axis=0), known=True)
+
+
+def _of_whole_images(observe: Observe | None, tiling: Tiling | None) -> Observe | None:
+    """Tells of images what is found of their tiles."""
+    if observe is None or tiling is None:
+        return observe
+    return lambda so_far: observe(_joined(so_far, tiling))
 
 
 def _joined(result: Result, tiling: Tiling) -> Result:

@@ -12,6 +12,7 @@ from service.latent import MAX_SEED, Noise
 from service.manifest import Scoring
 from service.operation import ImageOptions, Inputs, Operation, check_refinable
 from service.repository import Model
+from service.routes.examples import PROGRESS
 from service.scoring import DRAWS, Wish
 from service.scoring import score as scored
 from service.vae import Result, Submit
@@ -70,7 +71,7 @@ async def _run(model: Model, submit: Submit, inputs: Inputs, options: ScoreOptio
     scoring, how = binarisation(model, options)
     of_grey = scoring.binary and scoring.binarisation == "none" and how == "none"
     wish = Wish(how, not of_grey, options.quality == "refined", options.draws, options.error)
-    result = await scored(model.plan, submit, inputs.rows, wish, Noise(options.seed, inputs.first))
+    result = await scored(model.plan, submit, inputs.rows, wish, Noise(options.seed, inputs.first), inputs.observe)
     outputs = dict(result.outputs)
     if how == scoring.binarisation:
         values = scoring.elbo_percentiles_nats
@@ -97,6 +98,7 @@ score = Operation(
         "seed": 7,
         "binarisation": "sample",
     },
+    progress=PROGRESS,
     needs=("log_joint",),
     check=_check,
 )

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from service.operation import Inputs, Operation
 from service.repository import Model
+from service.routes.examples import PROGRESS
 from service.routes.restoring import NEEDS, RestoreOptions, observed, restored
 from service.vae import Result, Submit
 
@@ -39,5 +40,6 @@ super_resolve = Operation(
     example={"images": ["<base64 of a PNG>"], "factor": 2},
     answer={"images": [[[[0.0, 0.9], [0.1, 0.0]]]]},
     observed=True,
+    progress=PROGRESS,
     needs=NEEDS,
 )

@@ -88,7 +88,17 @@ def test_every_endpoint_is_documented_with_an_example(client: httpx.Client) -> N
             assert "example" in post["responses"]["200"]["content"]["application/json"]
             assert {"400", "404", "406", "413", "415", "422", "500", "503", "504"} <= set(post["responses"])
     denoise = {p["name"]: p for p in paths["/v1/denoise"]["post"]["parameters"]}
-    assert set(denoise) == {"fit", "draws", "seed", "noise", "level", "quality", "uncertainty", "completions"}
+    assert set(denoise) == {
+        "fit",
+        "draws",
+        "seed",
+        "noise",
+        "level",
+        "quality",
+        "uncertainty",
+        "completions",
+        "preview",
+    }
     assert all(parameter["description"] for parameter in denoise.values())
     for path, methods in paths.items():
         if "get" in methods:

@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import dataclasses
 import io
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+from fastapi import FastAPI
 from numpy.typing import NDArray
 from PIL import Image
 
+from service.app import create_app
 from service.batcher import Batcher
+from service.config import Settings
 from service.latent import Noise, standard_normal
 from service.observation import Observation, Operator, operator_of, projected
 from service.refinement import RATE, REFINEMENT_STREAM, STEPS
-from service.repository import Model
+from service.repository import Model, Repository
 from service.restoration import Wish, restore
 from service.vae import Result
 
 Rows = NDArray[np.float32]
 Graphs = dict[str, Callable[..., tuple[Rows, ...]]]
+JSON = "application/json"
 REFINED = Wish(refined=True, draws=0, uncertainty=True, completions=False)
 
 
@@ -321,3 +327,42 @@ def test_a_factor_must_divide(client: httpx.Client, images: Rows) -> None:
     wrong = client.post("/v1/super-resolve?factor=4", json={"images": images.tolist()})
     assert (wrong.status_code, wrong.json()["code"]) == (422, "invalid_shape")
     assert "(n, 1, 2, 2)" in wrong.json()["detail"]
+
+
+def test_the_factor_is_judged_once_the_body_has_named_it(
+    model: Model, serve: Callable[[FastAPI], AbstractContextManager[str]]
+) -> None:
+    """A model of 15 x 9, which the default of 2 does not divide: factor 3 in JSON, a form and the query; and errors."""
+    size = (1, 15, 9)
+    graphs = {
+        **model.graphs,
+        "recognition": lambda y, *_: (np.zeros((len(y), 8), np.float32),) * 2,
+        "decoder": lambda z: (np.full((len(z), *size), 0.5, np.float32),),
+        "fusion": lambda x_mean, *_: (x_mean, np.full_like(x_mean, 0.01)),
+    }
+    odd = Model(dataclasses.replace(model.manifest, input_shape=list(size)), graphs)  # type: ignore[arg-type]
+    small = np.random.default_rng(0).uniform(0.4, 0.6, (2, 1, 5, 3)).astype(np.float32)
+    file = io.BytesIO()
+    np.save(file, small)
+    npy = {"content": file.getvalue(), "headers": {"content-type": "application/x-npy", "accept": "application/json"}}
+    path = "/v1/super-resolve"
+    with (
+        serve(create_app(Settings(), Repository({"odd": {"1": odd}}, "odd"))) as url,
+        httpx.Client(base_url=url) as client,
+    ):
+        answers = [
+            post(client, path, json={"images": small.tolist(), "factor": 3}),
+            post(client, path, files={"file": file.getvalue()}, data={"factor": "3"}, headers={"accept": JSON}),
+            post(client, f"{path}?factor=3", **npy),
+        ]
+        for answer in answers:
+            assert np.allclose(numbers(answer).reshape(2, 1, 5, 3, 3, 3).mean((3, 5)), small, atol=1e-3)
+        refused = [
+            client.post(path, json={"images": small.tolist()}),
+            client.post(path, json={"images": small.tolist(), "factor": 50}),
+            client.post(path, json={"images": small[..., :2].tolist(), "factor": 3}),
+        ]
+    told = [(answer.json()["code"], answer.json()["detail"]) for answer in refused]
+    assert [code for code, _ in told] == ["invalid_option", "invalid_option", "invalid_shape"]
+    assert all(detail.endswith("must divide 15 x 9: 3") for _, detail in told[:2])
+    assert "(n, 1, 5, 3)" in told[2][1]
