@@ -5,7 +5,7 @@ PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint 
 DATA ?= data
 CONFIG ?= training/configs/mnist.toml
 
-.PHONY: setup serve train test lint bench bench-training endurance clean
+.PHONY: setup serve train test lint bench bench-training bench-beside endurance clean
 
 serve: $(VENV)/.serve
 	$(PYTHON) -m service
@@ -28,6 +28,9 @@ bench: $(VENV)/.test
 
 bench-training: $(VENV)/.test
 	$(PYTHON) -m benchmarks.training $(if $(wildcard $(DATA)/mnist),--data $(DATA))
+
+bench-beside: $(VENV)/.test
+	$(PYTHON) -m benchmarks.beside
 
 endurance: $(VENV)/.test
 	$(PYTHON) -m benchmarks.endurance

@@ -122,7 +122,7 @@ def test_a_bug_is_500_with_an_id_and_nothing_else(digits_models: Path) -> None:
 def test_a_noise_that_a_model_was_not_trained_for_is_refused_by_name(digits_models: Path) -> None:
     """What a model knows is said by its manifest, not by the service."""
     full = Repository.open(digits_models, "", "CPUExecutionProvider", 1, 8).find("digits", None)
-    manifest = dataclasses.replace(full.manifest, noise_families=["gaussian", "rain", "masking"])
+    manifest = dataclasses.replace(full.manifest, noise_families=["gaussian", "rain", "masking", "poisson"])
     repository = Repository({"digits": {"1": Model(manifest, full.graphs)}}, "digits")
 
     async def scenario() -> None:
@@ -130,7 +130,7 @@ def test_a_noise_that_a_model_was_not_trained_for_is_refused_by_name(digits_mode
             body = np.zeros((1, 64), "<f4").tobytes()
             refused = await one.post("/v1/denoise?noise=salt-and-pepper", content=body)
             assert (refused.status_code, refused.json()["code"]) == (422, "invalid_option")
-            assert "gaussian, rain, masking and none" in refused.json()["detail"]
+            assert "gaussian, rain, masking, poisson and none" in refused.json()["detail"]
             assert (await one.post("/v1/denoise?noise=masking", content=body)).status_code == 200
 
     asyncio.run(scenario())
