@@ -19,7 +19,7 @@ from training.experiments.served import Client, Pixels
 from training.experiments.tasks import Seen, Task
 from training.rivals import classical
 from training.rivals.gaussian_conditional import ImageGaussian
-from training.rivals.unet import UNet
+from training.rivals.unet import Denoiser
 
 RIDGES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 CHOOSERS = 50
@@ -128,7 +128,7 @@ def rivals(images: ImageSet, seed: int) -> list[Method]:
     ]
 
 
-def by_unet(module: UNet) -> Method:
+def by_unet(module: Denoiser) -> Method:
     """The trained U-Net, told the level."""
 
     @torch.inference_mode()
