@@ -93,7 +93,7 @@ def test_the_table_of_a_service_of_its_own(
     assert {row["dataset"] for row in rows.values()} == {"digits"}
     assert len(rows) == 8 + 3 + 4
     noisy, ours = rows["Gaussian 0.25", "as it was seen"], rows["Gaussian 0.25", "ours, fast"]
-    assert float(ours["psnr_db"]) > float(noisy["psnr_db"]) + 1.0
+    assert float(ours["psnr_db"]) > float(noisy["psnr_db"]) + 0.5
     assert 0.5 < float(ours["coverage"]) <= 1.0
     assert float(ours["ms_batch_16"]) < float(ours["ms_batch_1"])
     assert float(rows["Gaussian 0.25", "ours, fast, level=auto"]["level_error"]) < 0.5

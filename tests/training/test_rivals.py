@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def test_the_unet_learns_and_resumes_bit_for_bit(tmp_path: Path) -> None:
 
     def interrupt(*_: Any) -> None:
         if next(steps) == 30:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGTERM)
 
     handle = register_optimizer_step_post_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shlex
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -58,6 +59,7 @@ def page(findings: Findings) -> str:
         "# Restoration beside classical methods and a U-Net",
         "",
         _command(findings),
+        "",
         *(f"- {note}" for note in findings.notes),
         "",
         "![PSNR by task](restoration.png)",
@@ -76,9 +78,12 @@ def _command(findings: Findings) -> str:
     images = max(row["images"] for row in findings.rows)
     versions = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
     processor = platform.processor() or platform.machine()
+    said = {"--tasks": plan.tasks, "--methods": plan.methods}
+    chosen = "".join(f" {flag} {shlex.join(names)}" for flag, names in said.items() if names != ("*",))
+    epochs = "" if plan.unet_epochs is None else f" --unet-epochs {plan.unet_epochs}"
     return (
-        f"    python -m training restore --images {plan.images} --seed {plan.seed}\n\n"
-        f"{images} test images, chosen and spoilt by seed {plan.seed}; {findings.seconds / 60.0:.0f} min, answers kept "
+        f"    python -m training restore --images {plan.images} --seed {plan.seed}{epochs}{chosen}\n\n"
+        f"{images} test images, chosen and spoilt by seed {plan.seed}; {findings.seconds:.0f} s, answers kept "
         f"from an earlier run apart. Python {platform.python_version()}, {processor}; {versions}."
     )
 
@@ -93,8 +98,8 @@ def _version(package: str) -> str:
 def _tables(rows: list[Row], timed: str) -> list[str]:
     """PSNR, SSIM and what else is told, methods down and tasks across; then the time."""
     own = [row for row in rows if row["method"].startswith("ours")]
-    times = [{**row, "task": f"{size} an image"} | {"ms": row.get(key)} for row in rows if row["task"] == timed
-             for size, key in (("batch 1", "ms_batch_1"), ("batch 16", "ms_batch_16"))]  # fmt: skip
+    times = [{**row, "task": f"batch of {size}"} | {"ms": row.get(key)} for row in rows if row["task"] == timed
+             for size, key in ((1, "ms_batch_1"), (16, "ms_batch_16"))]  # fmt: skip
     return [
         *_table("PSNR, dB", rows, lambda row: f"{row['psnr_db']:.2f}", best="psnr_db"),
         *_table("SSIM", rows, lambda row: f"{row['ssim']:.3f}", best="ssim"),
@@ -105,7 +110,7 @@ def _tables(rows: list[Row], timed: str) -> list[str]:
             [row for row in own if "level_error" in row],
             lambda row: f"{row['level_error']:.1%}",
         ),
-        *_table(f"Milliseconds, {timed}, one thread", times, lambda row: _or_dash(row["ms"], ".2f")),
+        *_table(f"Milliseconds an image, {timed}, one thread", times, lambda row: _or_dash(row["ms"], ".2f")),
     ]
 
 

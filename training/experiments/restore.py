@@ -23,6 +23,7 @@ from training.experiments.served import ROWS, Client, Pixels, served
 from training.experiments.tasks import SUBJECTS, Seen, Subject, Task
 from training.extras import needed
 from training.rivals import unet
+from training.trainer import stage_seconds
 
 REPEATS = 5
 """Requests whose median is a time, or fewer where they take long."""
@@ -106,6 +107,8 @@ def _compare_on(name: str, subject: Subject, images: ImageSet, client: Client, m
         epochs = plan.unet_epochs or subject.unet_epochs
         folder = plan.runs / f"unet-{name}-{epochs}"
         methods.insert(0, by_unet(unet.trained(images, folder, epochs, {"dataset": name})))
+        seconds = stage_seconds(folder)[unet.NAME]
+        findings.note(f"{name}: the U-Net was trained in {epochs} passes over the training images, {seconds:.0f} s")
     wanted = _wanted([method.name for method in methods], plan.methods)
     cells = [
         (task, method)
