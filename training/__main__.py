@@ -15,8 +15,12 @@ from training import pipeline
 from training.config import load
 from training.datasets.mnist import download
 from training.errors import TrainingError
-from training.experiments import FIGURES
+from training.experiments import FIGURES, restoration_report
 from training.experiments.oracle import score
+from training.experiments.restore import Plan, compare
+from training.experiments.separate import Plan as Separation
+from training.experiments.separate import separate
+from training.experiments.tasks import SUBJECTS
 from training.processes import ALONE, Processes, joined
 
 INTERRUPTED = 130
@@ -71,6 +75,17 @@ def _parser() -> argparse.ArgumentParser:
     oracle.add_argument("--draws", type=int, default=500, help="importance samples an image (%(default)s)")
     oracle.add_argument("--threads", type=int, help="CPU threads")
     oracle.set_defaults(command=_oracle)
+    restore = _asking_command(commands, "restore", "put a service's restored images beside those of other methods")
+    restore.add_argument(
+        "--unet-epochs", type=int, help="passes in which the rival U-Net is trained (the data set's own)"
+    )
+    restore.add_argument("--tasks", nargs="+", default=["*"], help="patterns of the tasks, such as 'Gaussian*'")
+    restore.add_argument("--methods", nargs="+", default=["*"], help="patterns of the methods, such as 'ours*'")
+    restore.set_defaults(command=_restore)
+    apart = _asking_command(commands, "separate", "measure how well a service's score tells images from other pictures")
+    apart.add_argument("--dataset", choices=SUBJECTS, default="mnist", help="whose test images (%(default)s)")
+    apart.add_argument("--draws", type=int, default=16, help="of the posterior, for each score (%(default)s)")
+    apart.set_defaults(command=_separate)
     fetch = commands.add_parser("download", help="fetch a data set")
     fetch.add_argument("dataset", choices=["mnist"])
     fetch.add_argument("--data", type=Path, required=True, help="directory to fetch into")
@@ -89,6 +104,20 @@ def _run_command(commands, name: str, help: str, command) -> argparse.ArgumentPa
     return parser
 
 
+def _asking_command(commands, name: str, help: str) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]  # noqa: A002, ANN001
+    """A command that asks a service over HTTP."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help)
+    parser.add_argument("--url", help="of the service to ask; without it one is started, and ended afterwards")
+    parser.add_argument("--models", type=Path, default=Path("models"), help="what that one serves (%(default)s)")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="where the data sets lie (%(default)s)")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder for what is kept (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("docs/results"), help="for the page (%(default)s)")
+    parser.add_argument("--images", type=int, default=200, help="test images of each data set (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the images and of what is done to them (%(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (%(default)s)")
+    return parser
+
+
 def _figure(options: argparse.Namespace) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -101,6 +130,29 @@ def _oracle(options: argparse.Namespace) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     print(json.dumps(score(options.data, options.runs / "oracle", options.out, options.draws), indent=2))
+
+
+def _restore(options: argparse.Namespace) -> None:
+    torch.set_num_threads(options.threads)
+    plan = Plan(
+        options.data,
+        options.runs / "restore",
+        options.url,
+        options.models,
+        options.images,
+        options.seed,
+        options.unet_epochs,
+        tuple(options.tasks),
+        tuple(options.methods),
+    )
+    print(f"wrote {restoration_report.write(compare(plan), options.out)}")
+
+
+def _separate(options: argparse.Namespace) -> None:
+    plan = Separation(
+        options.data, options.url, options.models, options.dataset, options.images, options.seed, options.draws
+    )
+    print(f"wrote {separate(plan, options.out)}")
 
 
 def _workshop(options: argparse.Namespace, processes: Processes = ALONE) -> pipeline.Workshop:

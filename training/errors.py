@@ -29,3 +29,19 @@ class CheckpointError(TrainingError):
 
 class ExportError(TrainingError):
     """The exported graphs do not compute what the trained model computes."""
+
+
+class ServiceError(TrainingError):
+    """A service that an experiment asks does not start or does not answer."""
+
+
+class RefusedError(ServiceError):
+    """The service answers that it cannot; `code` is its own."""
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class DependencyError(TrainingError):
+    """An optional package is not installed."""

@@ -14,11 +14,13 @@ COLUMNS = 5
 
 
 @contextmanager
-def panels(count: int, path: Path) -> Iterator[list[Any]]:
-    """A grid of `count` axes, written to `path` as PNG when the block ends."""
-    columns = max(1, min(COLUMNS, count))
+def panels(
+    count: int, path: Path, columns: int = COLUMNS, size: tuple[float, float] = (3.6, 3.0)
+) -> Iterator[list[Any]]:
+    """A grid of `count` axes, each of `size` in inches, written to `path` as PNG when the block ends."""
+    columns = max(1, min(columns, count))
     rows = max(1, math.ceil(count / columns))
-    figure = Figure(figsize=(3.6 * columns, 3.0 * rows), layout="constrained")
+    figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     flat = list(axes.flat)
     for axis in flat:

@@ -1,0 +1,22 @@
+"""Packages that only some commands need."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from training.errors import DependencyError
+
+
+def needed(module: str) -> Any:
+    """A module of the extra `evaluation`.
+
+    Raises: DependencyError naming the extra.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        package = module.split(".", 1)[0]
+        raise DependencyError(
+            f"{package} cannot be imported ({error}); pip install 'vae-service[evaluation]'"
+        ) from error
