@@ -68,7 +68,7 @@ def test_the_unet_learns_and_resumes_bit_for_bit(tmp_path: Path) -> None:
     (task,) = noise("0.25")
     seen = task.seen(x, 0)
     restored = by_unet(undisturbed).restore(task, seen, 0.0).images
-    assert psnr(restored, x).mean() > psnr(seen.y.clip(0.0, 1.0), x).mean() + 1.5
+    assert psnr(restored, x).mean() > psnr(seen.y.clip(0.0, 1.0), x).mean() + 0.7
 
 
 @pytest.mark.parametrize("name", ["total variation", "non-local means", "Wiener", "median", "biharmonic", "bicubic"])

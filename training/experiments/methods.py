@@ -27,7 +27,7 @@ CHOOSERS = 50
 QUALITIES: dict[str, dict[str, object]] = {
     "fast": {"quality": "fast"},
     "refined": {"quality": "refined"},
-    "refined, 16 draws": {"quality": "refined", "draws": 16},
+    "refined 16 draws": {"quality": "refined", "draws": 16},
 }
 """This service's answers by name, and what is asked for; all with `uncertainty`."""
 
@@ -75,9 +75,9 @@ def ours(client: Client, model: str, seed: int) -> list[Method]:
 
     methods = [Method("encode and decode", is_noise, reconstruct)]
     for name, asked in QUALITIES.items():
-        methods.append(Method(f"ours, {name}", lambda _: True, partial(restore, asked, False)))
+        methods.append(Method(f"ours {name}", lambda _: True, partial(restore, asked, False)))
         if "draws" not in asked:
-            methods.append(Method(f"ours, {name}, level=auto", is_noise, partial(restore, asked, True)))
+            methods.append(Method(f"ours {name} auto", is_noise, partial(restore, asked, True)))
     return methods
 
 

@@ -34,8 +34,7 @@ strength of non-local means, the window of Wiener's filter and of the median) is
 these very images their highest mean PSNR; the CSV names it. The Gaussian conditional is the exact one of the mean and
 covariance of the training images, its ridge chosen from {RIDGES[0]:g} to {RIDGES[-1]:g} on validation images. The U-Net
 is told the level and is trained for additive Gaussian noise alone, so it has no row elsewhere. `encode and decode` is a
-plain reconstruction of what was seen. `level=auto` is not told the level; `fast` and `refined` are the service's
-`quality`.
+plain reconstruction of what was seen. Ours are this service's, by its `quality`; `auto` is not told the level.
 
 Coverage is the share of true pixels within mean +- {DEVIATIONS} `std`, 0.90 if the posterior is right, over the pixels
 (for inpainting the missing ones) whose `std` is above {LEAST_STD:g}. Worse is the share of images with a lower PSNR
@@ -164,4 +163,4 @@ def draw_pictures(findings: Findings, path: Path) -> None:
                 axis.imshow(image.transpose(1, 2, 0).clip(0.0, 1.0).squeeze(), cmap="gray", vmin=0.0, vmax=1.0)
                 row = found.get((name, task, method))
                 said = f"{task}\n{method}" if row is None else f"{method}\n{row['psnr_db']:.1f} dB"
-                axis.set_title(said.replace("ours, ", "ours,\n"), fontsize=7)
+                axis.set_title(said.replace("ours ", "ours\n"), fontsize=7)

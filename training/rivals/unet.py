@@ -65,7 +65,7 @@ def stage(shape: tuple[int, int, int], epochs: int, identity: dict[str, Any]) ->
         batch_size=100,
         learning_rate=2e-3,
         warmup_steps=100,
-        ema_decay=0.99,
+        ema_decay=0.98,
         precision="bfloat16",
     )
     torch.manual_seed(0)
