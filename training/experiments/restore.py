@@ -89,7 +89,8 @@ def compare(plan: Plan) -> Findings:
             findings.models[name] = f"{model['model']} {model['version']}, {model['fingerprint']}"
             _compare_on(name, subject, images, client, model["model"], findings)
     if not findings.rows:
-        raise ConfigError(f"nothing to compare: {'; '.join(findings.notes) or 'no task and method has such a name'}")
+        notes = [] if findings.models else findings.notes
+        raise ConfigError(f"nothing to compare: {'; '.join(notes) or 'no task and method has such a name'}")
     findings.seconds = time.monotonic() - began
     return findings
 
