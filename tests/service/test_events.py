@@ -205,7 +205,7 @@ def test_what_goes_wrong_later_is_the_last_event(
 ) -> None:
     """Time that runs out, or a graph that fails, in the second window: a problem, and the stream ends in good order."""
     repository, asked = thinking(lambda step: seconds if step == WINDOW + 2 else 0.0)  # -1 s of sleep is an error
-    with serve(create_app(Settings(), repository)) as url, httpx.Client(base_url=url) as client:
+    with serve(create_app(Settings(), repository)) as url, httpx.Client(base_url=url, timeout=60) as client:
         answer = client.post(REFINED, json=body, headers={"accept": accept, "x-timeout-ms": "4000"})
         assert answer.status_code == 200, answer.text
         (_, progress), (kind, problem) = PARSERS[accept](answer.content)
@@ -220,7 +220,7 @@ def test_the_first_event_does_not_wait_for_the_answer_and_who_leaves_stops_the_w
 ) -> None:
     """A caller that hangs up after an event: few slices more are computed, and the queue is empty."""
     repository, asked = thinking(lambda _: 0.02)
-    with serve(create_app(Settings(), repository)) as url, httpx.Client(base_url=url) as client:
+    with serve(create_app(Settings(), repository)) as url, httpx.Client(base_url=url, timeout=60) as client:
         with client.stream("POST", REFINED, json=body, headers={"accept": SSE}) as answer:
             assert next(answer.iter_lines()) == "event: progress"
         steps = len(asked)
