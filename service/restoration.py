@@ -15,7 +15,7 @@ from service import latent
 from service.batcher import Arrays, Trip
 from service.latent import Noise
 from service.observation import LEAST_VARIANCE, Observation, OperatorName, operator_of, projected
-from service.refinement import REFINEMENT_STREAM, STEPS, Ascent, Waypoint, ascend, begin, climb_rows
+from service.refinement import RATE, REFINEMENT_STREAM, STEPS, Ascent, Waypoint, ascend, begin, climb_rows
 from service.vae import Compute, Graphs, Observe, Plan, Result, Rows, Submit, decode_draws, drawn_noise, sample_rows
 
 PRIOR_DRAWS = 64
@@ -183,7 +183,7 @@ async def _refine(
     if seen.estimated is not None:
         unknown[:, seen.estimated] = 1.0
     operators = (np.broadcast_to(part, (n, *part.shape)) for part in seen.through())
-    program = plan("refine", climb_rows, 0, "refinement", seen.y.shape[1:], rounds=STEPS)
+    program = plan("refine", climb_rows, 0, "refinement", seen.y.shape[1:], RATE, rounds=STEPS)
     given = (seen.y, seen.mask, seen.level, unknown, *operators)
 
     async def watch(way: Waypoint) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from service import latent
 from service.batcher import Arrays, Trip
 from service.latent import Noise, uniform
-from service.refinement import REFINEMENT_STREAM, STEPS, Waypoint, ascend, begin, climb_rows
+from service.refinement import NEARBY_RATE, REFINEMENT_STREAM, STEPS, Waypoint, ascend, begin, climb_rows
 from service.vae import Compute, Graphs, Observe, Plan, Result, Rows, Submit, decode_rows, encode_rows
 
 DRAWS = 16
@@ -141,7 +141,7 @@ async def _refined(
 ) -> tuple[Posterior, Trip]:
     """The q of each image that raises its ELBO, from q(z|x) on, and the time likewise."""
     _, eps = noise.normal(len(x), (STEPS, *q[0].shape[1:]), REFINEMENT_STREAM)
-    program = plan("climb", climb_rows, 0, "elbo_gradient", x.shape[1:], rounds=STEPS)
+    program = plan("climb", climb_rows, 0, "elbo_gradient", x.shape[1:], NEARBY_RATE, rounds=STEPS)
 
     async def watch(way: Waypoint) -> None:
         assert observe is not None

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SHARED = {"service.manifest", "service.pixels"}
+SHARED = {"service.golden", "service.manifest", "service.observation", "service.pixels"}
 BY_NAME = {"import_module", "__import__", "find_spec", "run_module"}
 
 
@@ -68,7 +68,7 @@ def test_service_knows_neither_torch_nor_the_trainer(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sources("training"), ids=name_of)
 def test_trainer_knows_of_the_service_what_they_share(path: Path) -> None:
-    """The trainer imports service.manifest and service.pixels, and nothing else of the service."""
+    """The trainer imports those modules that hold what both must see alike, and nothing else of the service."""
     of_service = {".".join(name.split(".")[:2]) for name in imported(path) if name.split(".")[0] == "service"}
     assert of_service - {"service"} <= SHARED
     assert not roots(path) & {"fastapi", "uvicorn", "starlette", "tests", "benchmarks"}

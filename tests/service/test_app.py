@@ -98,6 +98,7 @@ def test_every_endpoint_is_documented_with_an_example(client: httpx.Client) -> N
         "uncertainty",
         "completions",
         "preview",
+        "blur",
     }
     assert all(parameter["description"] for parameter in denoise.values())
     for path, methods in paths.items():

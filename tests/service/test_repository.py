@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from service.errors import StartError, UnknownModel
 from service.manifest import digest
 from service.repository import Model, Repository, version_key
+from service.vae import reconstruct_rows
 
 
 def opened(folder: Path, default: str = "") -> Repository:
@@ -97,6 +99,6 @@ def test_a_half_written_version_is_not_seen(copy: Path) -> None:
 
 def test_warm_programs_know_their_cost(model: Model) -> None:
     """After the warm-up, more rows cost no less, and a program that nobody has timed is never cheap."""
-    program = model.programs["reconstruct", 0]
+    program = model.plan("reconstruct", reconstruct_rows)
     assert 0 < program.cost_s(1) <= program.cost_s(8) < 1
-    assert model.programs.get(("reconstruct", 3)) is None
+    assert model.plan("reconstruct", reconstruct_rows, 3).cost_s(1) == math.inf

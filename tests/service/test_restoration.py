@@ -339,6 +339,7 @@ def test_the_factor_is_judged_once_the_body_has_named_it(
         "recognition": lambda y, *_: (np.zeros((len(y), 8), np.float32),) * 2,
         "decoder": lambda z: (np.full((len(z), *size), 0.5, np.float32),),
         "fusion": lambda x_mean, *_: (x_mean, np.full_like(x_mean, 0.01)),
+        "correction": lambda fused, variance, *_: (fused, variance),
     }
     odd = Model(dataclasses.replace(model.manifest, input_shape=list(size)), graphs)  # type: ignore[arg-type]
     small = np.random.default_rng(0).uniform(0.4, 0.6, (2, 1, 5, 3)).astype(np.float32)

@@ -154,7 +154,6 @@ def test_missing_table_is_named(tmp_path: Path) -> None:
     ("changes", "says"),
     [
         ({"model": {"likelihood": {"likelihood": "gaussian"}}}, "binarise = false"),
-        ({"model": {"likelihood": {"likelihood": "discretised_logistic"}}, "binarise": False}, "leave it out"),
         ({"model": {"prior": {"prior": "vamp"}}, "train": {"objective": "wake_sleep"}}, "VampPrior"),
     ],
 )
