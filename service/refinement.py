@@ -7,6 +7,7 @@ a slice, can never change an answer.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,8 @@ WINDOW = 10
 """After so many steps it is looked whether a row has come to rest; bound and level are means over the last ones."""
 RATE = 0.06
 """Adam's step size to begin with; it falls to 0 along half a cosine."""
+NEARBY_RATE = 0.01
+"""Likewise, where q starts near its best, as the encoder's of a whole image does: larger steps only shake it."""
 DECAYS = (0.9, 0.999)
 AT_REST = 0.05
 """Of its own standard deviation: where no mean has moved further in a window, a row is done."""
@@ -29,7 +32,6 @@ FIRST_LOG_VAR = math.log(0.1**2)
 """Of an unknown level around its estimate, on its unbounded scale."""
 
 _steps = np.arange(STEPS)
-RATES = (0.5 * RATE * (1.0 + np.cos(np.pi * _steps / STEPS))).astype(np.float32)
 DEBIASED = [(1.0 - decay ** (_steps + 1)).astype(np.float32) for decay in DECAYS]
 
 
@@ -58,15 +60,22 @@ def begin(mean: Rows, log_var: Rows, families: int) -> Ascent:
     return Ascent(q, np.zeros_like(q), np.zeros_like(q), np.zeros(rows, np.int64))
 
 
-def step(ascent: Ascent, gradient: Rows) -> Ascent:
+@lru_cache
+def rates(rate: float) -> Rows:
+    """Adam's step size at every step, from `rate` on."""
+    found: Rows = (0.5 * rate * (1.0 + np.cos(np.pi * _steps / STEPS))).astype(np.float32)
+    return found
+
+
+def step(ascent: Ascent, gradient: Rows, rate: float) -> Ascent:
     """One step of Adam up the gradient (n, 2, k).
 
     Source: Kingma and Ba (2015), algorithm 1.
     """
     first: Rows = ascent.first + np.float32(1.0 - DECAYS[0]) * (gradient - ascent.first)
     second: Rows = ascent.second + np.float32(1.0 - DECAYS[1]) * (gradient * gradient - ascent.second)
-    rate, *debiased = (table[ascent.done][:, None, None] for table in (RATES, *DEBIASED))
-    moved: Rows = rate * (first / debiased[0]) / (np.sqrt(second / debiased[1]) + np.float32(1e-8))
+    size, *debiased = (table[ascent.done][:, None, None] for table in (rates(rate), *DEBIASED))
+    moved: Rows = size * (first / debiased[0]) / (np.sqrt(second / debiased[1]) + np.float32(1e-8))
     return Ascent(ascent.q + moved, first, second, ascent.done + 1)
 
 
@@ -77,7 +86,7 @@ def at_rest(before: Rows, after: Rows) -> NDArray[np.bool_]:
     return found
 
 
-def climb_rows(graphs: Graphs, graph: str, _shape: tuple[int, ...]) -> Compute:
+def climb_rows(graphs: Graphs, graph: str, _shape: tuple[int, ...], rate: float) -> Compute:
     """An ascent, noise (n, k) and what else the graph takes -> the ascent a step on; what it tells at that draw.
 
     _shape: of what else it takes, since only rows of one shape can share a batch.
@@ -85,7 +94,7 @@ def climb_rows(graphs: Graphs, graph: str, _shape: tuple[int, ...]) -> Compute:
 
     def compute(q: Rows, first: Rows, second: Rows, done: Any, eps: Rows, *given: Rows) -> Arrays:
         *told, in_mean, in_log_var = graphs[graph](q[:, 0], q[:, 1], eps, *given)
-        return (*step(Ascent(q, first, second, done), np.stack([in_mean, in_log_var], 1)), *told)
+        return (*step(Ascent(q, first, second, done), np.stack([in_mean, in_log_var], 1), rate), *told)
 
     return compute
 

@@ -18,7 +18,7 @@ from service import manifest as manifests
 from service.batcher import Arrays
 from service.errors import StartError, UnknownModel
 from service.manifest import Manifest, ManifestError
-from service.refinement import STEPS, climb_rows
+from service.refinement import NEARBY_RATE, RATE, STEPS, climb_rows
 from service.restoration import denoise_rows
 from service.scoring import DRAWS, weigh_rows
 from service.session import Session
@@ -172,15 +172,15 @@ class Model:
             x, z = golden["log_joint/x"], golden["log_joint/z"]
             eps = np.zeros((len(z), DRAWS, *z.shape[1:]), np.float32)
             self.plan("weigh", weigh_rows, DRAWS).measure(max(1, max_rows // DRAWS), x, z, np.zeros_like(z), eps)
-        for operation, graph in (("refine", "refinement"), ("climb", "elbo_gradient")):
+        for operation, graph, rate in (("refine", "refinement", RATE), ("climb", "elbo_gradient", NEARBY_RATE)):
             if graph in self.graphs:
-                self._warm_ascent(operation, graph, golden)
+                self._warm_ascent(operation, graph, rate, golden)
 
-    def _warm_ascent(self, operation: str, graph: str, golden: Mapping[str, Any]) -> None:
+    def _warm_ascent(self, operation: str, graph: str, rate: float, golden: Mapping[str, Any]) -> None:
         mean, log_var, eps, *given = (golden[f"{graph}/{key}"] for key in self.manifest.graphs[graph].inputs)
         zero = np.zeros((len(mean), 2, mean.shape[1]), np.float32)
         ascent = (np.stack([mean, log_var], 1), zero, zero, np.zeros(len(mean), np.int64))
-        program = self.plan(operation, climb_rows, 0, graph, given[0].shape[1:], rounds=STEPS)
+        program = self.plan(operation, climb_rows, 0, graph, given[0].shape[1:], rate, rounds=STEPS)
         program.measure(MOST_REFINED, *ascent, eps, *given)
 
 

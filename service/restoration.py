@@ -14,7 +14,7 @@ from service import latent
 from service.batcher import Arrays
 from service.latent import Noise
 from service.observation import LEAST_VARIANCE, Observation, Operator, OperatorName, operator_of, projected
-from service.refinement import REFINEMENT_STREAM, STEPS, Ascent, ascend, begin, climb_rows
+from service.refinement import RATE, REFINEMENT_STREAM, STEPS, Ascent, ascend, begin, climb_rows
 from service.vae import Compute, Graph, Graphs, Plan, Result, Rows, Submit, decode_draws, drawn_noise, sample_rows
 
 PRIOR_DRAWS = 64
@@ -140,7 +140,7 @@ async def _refine(plan: Plan, submit: Submit, ascent: Ascent, seen: Observation,
     if seen.estimated is not None:
         unknown[:, seen.estimated] = 1.0
     operators = (np.broadcast_to(part, (n, *part.shape)) for part in seen.through())
-    program = plan("refine", climb_rows, 0, "refinement", seen.y.shape[1:], rounds=STEPS)
+    program = plan("refine", climb_rows, 0, "refinement", seen.y.shape[1:], RATE, rounds=STEPS)
     given = (seen.y, seen.mask, seen.level, unknown, *operators)
     ascent, (bound, level), spent = await ascend(submit, program, ascent, eps, given)
     mean, log_var = (np.ascontiguousarray(part) for part in ascent.q[..., :latent_dim].swapaxes(0, 1))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from service import latent
 from service.batcher import Arrays, Trip
 from service.latent import Noise, uniform
-from service.refinement import REFINEMENT_STREAM, STEPS, ascend, begin, climb_rows
+from service.refinement import NEARBY_RATE, REFINEMENT_STREAM, STEPS, ascend, begin, climb_rows
 from service.vae import Compute, Graphs, Plan, Result, Rows, Submit, decode_rows, encode_rows
 
 DRAWS = 16
@@ -139,7 +139,7 @@ async def _refined(
 ) -> tuple[Posterior, Trip]:
     """The q of each image that raises its ELBO, from q(z|x) on, and the time likewise."""
     _, eps = noise.normal(len(x), (STEPS, *q[0].shape[1:]), REFINEMENT_STREAM)
-    program = plan("climb", climb_rows, 0, "elbo_gradient", x.shape[1:], rounds=STEPS)
+    program = plan("climb", climb_rows, 0, "elbo_gradient", x.shape[1:], NEARBY_RATE, rounds=STEPS)
     ascent, _, spent = await ascend(submit, program, begin(*q, 0), eps, (x,))
     mean, log_var = (np.ascontiguousarray(part) for part in ascent.q.swapaxes(0, 1))
     return (mean, log_var), spent.after(before)

@@ -109,21 +109,20 @@ def exportables(
     """Everything the service needs, with golden rows: clean images `x` and what is `seen` of them after corruption."""
     mean, log_var = vae.posterior(x)
     eps = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
-    prior = vae.prior.frozen() if isinstance(vae.prior, LearnedPrior) else vae.prior
-    scored = VAE(vae.encoder, vae.decoder, vae.likelihood, prior)
     graphs = {
         "encoder": Exportable(vae.encoder, (x,), ("x",), ("mean", "log_var")),
         "decoder": Exportable(Decode(vae), (mean,), ("z",), ("x_mean",)),
-        "log_joint": Exportable(LogJoint(scored), (x, mean), ("x", "z"), ("log_likelihood", "log_prior")),
+        "log_joint": Exportable(LogJoint(vae), (x, mean), ("x", "z"), ("log_likelihood", "log_prior")),
         "elbo_gradient": Exportable(
-            ElboGradient(scored),
+            ElboGradient(vae),
             (mean, log_var, eps, x),
             ("q_mean", "q_log_var", "eps", "x"),
             ("elbo", "q_mean_gradient", "q_log_var_gradient"),
             gradients=True,
         ),
     }
-    if isinstance(prior, LearnedPrior):
+    if isinstance(vae.prior, LearnedPrior):
+        prior = vae.prior.frozen()
         noise = torch.randn(len(x), prior.noise_dim, generator=torch.Generator().manual_seed(0))
         graphs["prior"] = Exportable(Draw(prior), (noise,), ("eps",), ("z",))
     if restoration is not None:
@@ -284,9 +283,9 @@ def to_onnx(module: nn.Module, rows: tuple[Tensor, ...], graph: Exportable) -> b
 
 def _log_sigmoid(x: Any) -> Any:
     """log sigmoid(x) for every x: the exporter's log of onnxruntime's sigmoid is -inf below -37, even in double."""
-    zero, one = (opset18.CastLike(opset18.Constant(value_float=value), x) for value in (0.0, 1.0))
-    odds = opset18.Exp(opset18.Neg(opset18.Abs(x)))
-    return opset18.Sub(opset18.Min(x, zero), opset18.Log(opset18.Add(one, odds)))
+    op: Any = opset18
+    zero, one = (op.CastLike(op.Constant(value_float=value), x) for value in (0.0, 1.0))
+    return op.Sub(op.Min(x, zero), op.Log(op.Add(one, op.Exp(op.Neg(op.Abs(x))))))
 
 
 def _apart(rows: tuple[Tensor, ...], axes: tuple[dict[int, str], ...]) -> tuple[Tensor, ...]:

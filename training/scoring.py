@@ -13,6 +13,7 @@ from training.elbo import Bound
 from training.evaluate import is_grey
 from training.gaussian import DiagonalGaussian
 from training.model import VAE
+from training.priors.learned import LearnedPrior
 from training.trainer import keyed_generator
 
 DRAWS = 16
@@ -31,7 +32,9 @@ class LogJoint(nn.Module):
 
     def __init__(self, vae: VAE) -> None:
         super().__init__()
-        self.decoder, self.likelihood, self.prior = vae.decoder, vae.likelihood, deepcopy(vae.prior).double()
+        prior = vae.prior.frozen() if isinstance(vae.prior, LearnedPrior) else vae.prior
+        self.decoder, self.likelihood = vae.decoder, vae.likelihood
+        self.prior = deepcopy(prior).double()  # type: ignore[attr-defined]  # a module
 
     def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """(n, c, h, w), (n, d) -> (n,), (n,)."""
