@@ -330,12 +330,16 @@ def test_how_often_a_pixel_is_black_or_white_is_learned() -> None:
 
 
 def test_a_correction_moves_by_standard_deviations() -> None:
-    """What the network says is a shift in the fusion's deviations, and the logarithm of the variance's factor."""
+    """What the network says is a shift in the fusion's deviations, above the least, and the logarithm of the variance's
+    factor; what is certain stays.
+    """  # noqa: D205  # one promise
     said = torch.tensor([0.5, math.log(4.0)]).view(2, 1, 1)
     fused, variance = torch.full((2, 1, 3, 3), 0.25), torch.full((2, 1, 3, 3), 0.04)
     correction = Correction(Says(said.expand(2, 3, 3)))
     restored, wider = correction(fused, variance, fused, torch.ones_like(fused), levels(0.1, n=2))
-    torch.testing.assert_close(restored, torch.full_like(fused, 0.35), atol=1e-5, rtol=0.0)
+    torch.testing.assert_close(restored, torch.full_like(fused, 0.25 + 0.5 * 0.199), atol=1e-5, rtol=0.0)
+    certain, _ = correction(fused, torch.zeros_like(fused), fused, torch.ones_like(fused), levels(n=2))
+    torch.testing.assert_close(certain, fused, atol=1e-6, rtol=0.0)
     torch.testing.assert_close(wider, torch.full_like(fused, 0.16), atol=1e-5, rtol=0.0)
 
 
