@@ -121,14 +121,14 @@ SUBJECTS = {
         Mnist(dataset="mnist"),
         (*noise("0.1", "0.25", "0.5"), *FLIPS, MASKING, *INPAINTING, *ENLARGING),
         "Gaussian 0.25",
-        4,
+        8,
         frozenset({"mnist", "mnist_static"}),
     ),
     "frey": Subject(
         Frey(dataset="frey", split="contiguous"),
         (*noise("25/255", "50/255"), *FLIPS, MASKING, *INPAINTING, *ENLARGING),
         "Gaussian 50/255",
-        150,
+        40,
         frozenset({"frey"}),
     ),
     "digits": Subject(
