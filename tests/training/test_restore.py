@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,14 +17,7 @@ from training.experiments.restore import figures
 from training.experiments.served import served, started
 from training.experiments.tasks import SUBJECTS, Task
 
-
-@pytest.fixture(autouse=True)
-def signals() -> Iterator[None]:
-    """The command line installs handlers; the tests' process gets its own back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("own_signals")
 
 
 @pytest.fixture

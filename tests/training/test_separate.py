@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +11,7 @@ from service.routes import OPERATIONS
 from training.__main__ import main
 from training.experiments.separate import DIGITS, SCORES, Plan, figures, kinds, page, rotated, sheared
 
-
-@pytest.fixture(autouse=True)
-def signals() -> Iterator[None]:
-    """The command line installs handlers; the tests' process gets its own back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("own_signals")
 
 
 def plan(data: Path) -> Plan:
