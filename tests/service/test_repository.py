@@ -97,6 +97,6 @@ def test_a_half_written_version_is_not_seen(copy: Path) -> None:
 
 def test_warm_programs_know_their_cost(model: Model) -> None:
     """After the warm-up, more rows cost no less, and a program that nobody has timed is never cheap."""
-    program = model.programs["reconstruct", 0]
+    program = model.programs["reconstruct", 0, 1]
     assert 0 < program.cost_s(1) <= program.cost_s(8) < 1
-    assert model.programs.get(("reconstruct", 3)) is None
+    assert model.programs.get(("reconstruct", 3, 1)) is None
