@@ -32,7 +32,7 @@ class ScoreOptions(ImageOptions):
     """Seed of the draws and of the pixels; the answer names the one it used."""
     quality: Literal["fast", "refined"] = "fast"
     """`fast` takes q(z|x) from the encoder; `refined` goes on from there by variational inference for each image,
-    some ten times as much work, which gives way to everybody else's."""
+    some twenty times as much work, which gives way to everybody else's."""
     binarise: Literal["sample", "threshold", "none"] | None = None
     """How grey levels become the black and white that a model of such pixels knows: each pixel drawn with its grey
     level as its probability, or cut at 0.5. By default what was done to the images that the model was trained on."""

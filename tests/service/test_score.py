@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from numpy.typing import NDArray
 
 from service.app import create_app
-from service.batcher import Batcher
+from service.batcher import Batcher, Trip
 from service.config import Settings
 from service.latent import Noise, standard_normal, uniform
 from service.manifest import Scoring
@@ -146,6 +146,20 @@ def test_more_draws_than_a_slice_holds_are_one_estimate() -> None:
     log_weights = (joint[0] + joint[1]).reshape(3, draws) - log_q
     expected = np.log(np.exp(log_weights).mean(1))
     np.testing.assert_allclose(result.outputs["importance_weighted"], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(("images", "draws", "slices"), [(4, 16, 1), (5, 16, 2), (1, SLICE, 1), (1, 3 * SLICE, 3)])
+def test_much_work_is_cut_up_and_gives_way(images: int, draws: int, slices: int) -> None:
+    """Up to a slice of images times draws is short work; above it, long, whose thread gives way."""
+    linear, rounds = Linear(), []
+
+    async def submit(program: Any, arrays: Any, **_: Any) -> Trip:
+        if program.operation == "weigh":
+            rounds.append(program.rounds)
+        return Trip(program.run(*arrays), 0.0, 0.0)
+
+    asyncio.run(score(linear.model().plan, submit, linear.x(images), WISH._replace(draws=draws), Noise(1)))
+    assert rounds == [slices] * -(-draws // SLICE)
 
 
 def test_figures_are_those_of_the_graphs(client: httpx.Client, images: Rows, graphs: Graphs, model: Model) -> None:
