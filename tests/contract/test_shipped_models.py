@@ -157,7 +157,7 @@ def test_a_digit_comes_back_as_itself(repository: Repository, digits: Rows) -> N
 
 
 def test_an_answer_never_depends_on_its_batch_mates(repository: Repository) -> None:
-    """Bit for bit: every program of every shipped model, at every batch size, first and last row."""
+    """Bit for bit: every program of every shipped model, at every batch size that it may have, first and last row."""
     rng, mnist = np.random.default_rng(0), repository.find("mnist", None)
     mnist.plan("recognise", recognise_rows, 0, None)
     mnist.plan("fuse", fuse_rows, 0, None, completions=False)
@@ -178,7 +178,7 @@ def test_an_answer_never_depends_on_its_batch_mates(repository: Repository) -> N
             if shapes[-1] == seen[-1]:
                 rows[-1][::2, 1:] = 0.0  # every other image under Gaussian noise alone
             first = program.run(*(array[:1] for array in rows))
-            for size in range(1, 65):
+            for size in range(1, 64 // program.weight + 1):
                 batch = program.run(*(array[:size] for array in rows))
                 last = program.run(*(array[size - 1 : size] for array in rows))
                 for together, alone, single in zip(batch, first, last, strict=True):
