@@ -132,8 +132,9 @@ class OperationApp:
             if reply is not None:
                 return reply
         result = await operation.run(model, call.submit, inputs, options)
-        answer_form, content = write(_answer(model, result), accept, form)
-        return Reply(200, _headers(answer_form, _about(model, result), result), content, "ok", len(inputs.rows))
+        answer = _answer(model, result)
+        answer_form, content = write(answer, accept, form)
+        return Reply(200, _headers(answer_form, answer.about, result), content, "ok", len(inputs.rows))
 
     async def _watch(self, call: Call, inputs: Inputs, options: Any, form: str) -> Reply:
         """Events, from the first on: what goes wrong before it is a problem like every other."""
@@ -259,7 +260,7 @@ def _about(model: Model, result: Result) -> dict[str, Any]:
     return {"model": model.manifest.name, "version": model.manifest.version, **result.about}
 
 
-def _headers(form: str, about: dict[str, Any], result: Result, *, whole: bool = True) -> Headers:
+def _headers(form: str, about: Mapping[str, Any], result: Result, *, whole: bool = True) -> Headers:
     timing = server_timing(result.trip.queue_s, result.trip.inference_s if whole else None).encode()
     head = [*_named(form, about["model"], about["version"], *result.outputs), (b"server-timing", timing)]
     head += [(b"x-" + name.encode(), str(about[name]).encode()) for name in NAMED if name in about]

@@ -48,6 +48,11 @@ class Ascent(NamedTuple):
         """Some of the rows."""
         return Ascent(self.q[which], self.first[which], self.second[which], self.done[which])
 
+    def posterior(self, latent_dim: int) -> tuple[Rows, Rows]:
+        """mean and log_var of q(z) (n, d), without those of the level."""
+        mean, log_var = (np.ascontiguousarray(part) for part in self.q[..., :latent_dim].swapaxes(0, 1))
+        return mean, log_var
+
     def put(self, which: NDArray[np.int64], ascent: Ascent) -> None:
         """Overwrite some of the rows."""
         self.q[which], self.first[which], self.second[which], self.done[which] = ascent

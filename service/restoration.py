@@ -191,14 +191,8 @@ async def _refine(
         shown = {}
         if preview:
             so_far = seen._replace(level=way.told[1])
-            shown["images"] = (await _fused(plan, submit, so_far, *_posterior(way.ascent, latent_dim))).arrays[0]
+            shown["images"] = (await _fused(plan, submit, so_far, *way.ascent.posterior(latent_dim))).arrays[0]
         observe(way.result(shown))
 
     ascent, (bound, level), spent = await ascend(submit, program, ascent, eps, given, watch if observe else None)
-    return *_posterior(ascent, latent_dim), bound, level, spent
-
-
-def _posterior(ascent: Ascent, latent_dim: int) -> tuple[Rows, Rows]:
-    """mean and log_var of q(z | y), without those of the level."""
-    mean, log_var = (np.ascontiguousarray(part) for part in ascent.q[..., :latent_dim].swapaxes(0, 1))
-    return mean, log_var
+    return *ascent.posterior(latent_dim), bound, level, spent

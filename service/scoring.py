@@ -148,5 +148,4 @@ async def _refined(
         observe(way.result({}))
 
     ascent, _, spent = await ascend(submit, program, begin(*q, 0), eps, (x,), watch if observe else None)
-    mean, log_var = (np.ascontiguousarray(part) for part in ascent.q.swapaxes(0, 1))
-    return (mean, log_var), spent.after(before)
+    return ascent.posterior(eps.shape[2]), spent.after(before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from training.errors import DependencyError
@@ -20,3 +21,11 @@ def needed(module: str) -> Any:
         raise DependencyError(
             f"{package} cannot be imported ({error}); pip install 'vae-service[evaluation]'"
         ) from error
+
+
+def installed(package: str) -> str:
+    """The version of a package, or that it is absent."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +16,7 @@ from training.datasets import ImageSet, as_float
 from training.experiments.measures import psnr
 from training.experiments.served import Client, Pixels
 from training.experiments.tasks import Seen, Task
+from training.extras import installed
 from training.rivals import classical
 from training.rivals.gaussian_conditional import ImageGaussian
 from training.rivals.unet import Denoiser
@@ -98,7 +98,7 @@ def rivals(images: ImageSet, seed: int) -> list[Method]:
             chosen[task.name] = max(reached, key=lambda ridge: reached[ridge])
         return Restored(_conditional(gaussian(), task, seen, size, chosen[task.name]))
 
-    skimage, scipy = (f"{name} {_version(name)}" for name in ("scikit-image", "scipy"))
+    skimage, scipy = (f"{name} {installed(name)}" for name in ("scikit-image", "scipy"))
     planes = (
         (
             "total variation",
@@ -116,14 +116,14 @@ def rivals(images: ImageSet, seed: int) -> list[Method]:
         for name, does, function, settings, library in planes
     ]
     if min(size[1:]) >= classical.LEAST_BM3D:
-        kept = f"bm3d {_version('bm3d')}"
+        kept = f"bm3d {installed('bm3d')}"
         methods.append(Method("BM3D", is_gaussian, by_plane(classical.bm3d), batched=False, kept=kept))
     linear = f"{RIDGES} {CHOOSERS} {seed}"
     return [
         Method("as it was seen", is_noise, lambda _, seen, __: Restored(seen.y.clip(0.0, 1.0)), batched=False),
         *methods,
         Method("biharmonic", is_inpainting, biharmonic, batched=False, kept=skimage),
-        Method("bicubic", is_enlarging, partial(bicubic, size), batched=False, kept=f"pillow {_version('pillow')}"),
+        Method("bicubic", is_enlarging, partial(bicubic, size), batched=False, kept=f"pillow {installed('pillow')}"),
         Method("Gaussian conditional", is_linear, conditional, batched=False, kept=linear),
     ]
 
@@ -206,10 +206,3 @@ def _conditional(gaussian: ImageGaussian, task: Task, seen: Seen, size: tuple[in
         _, operator = task.linear(seen, 0, size)
         found = gaussian.given(np.stack([task.linear(seen, k, size)[0] for k in range(len(seen.y))]), operator, noise)
     return found.reshape(len(seen.y), *size).clip(0.0, 1.0).astype(np.float32)
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "absent"

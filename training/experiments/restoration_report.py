@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import shlex
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from training.experiments.measures import DEVIATIONS, LEAST_STD, MOST_DB
 from training.experiments.methods import RIDGES
 from training.experiments.restore import Findings
 from training.experiments.tasks import SCATTERED, SUBJECTS
+from training.extras import installed
 
 FIELDS = (
     "dataset", "task", "method", "images", "seed", "psnr_db", "psnr_standard_error", "ssim", "worse", "coverage",
@@ -75,7 +75,7 @@ def page(findings: Findings) -> str:
 def _command(findings: Findings) -> str:
     plan = findings.plan
     images = max(row["images"] for row in findings.rows)
-    versions = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
+    versions = ", ".join(f"{name} {installed(name)}" for name in PACKAGES)
     processor = platform.processor() or platform.machine()
     said = {"--tasks": plan.tasks, "--methods": plan.methods}
     chosen = "".join(f" {flag} {shlex.join(names)}" for flag, names in said.items() if names != ("*",))
@@ -85,13 +85,6 @@ def _command(findings: Findings) -> str:
         f"{images} test images, chosen and spoilt by seed {plan.seed}; {findings.seconds:.0f} s, answers kept "
         f"from an earlier run apart. Python {platform.python_version()}, {processor}; {versions}."
     )
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "(absent)"
 
 
 def _tables(rows: list[Row], timed: str) -> list[str]:
