@@ -128,14 +128,15 @@ def calibrate(plan: Plan) -> list[Path]:
 
 def _calibrate(plan: Plan, client: Client, model: dict[str, Any], subject: Subject) -> Path:
     path = plan.models / model["model"] / model["version"] / FILE_NAME
-    manifest = _same(path, model["fingerprint"])
+    manifest = _manifest(path, model["fingerprint"])
     x = chosen(subject.dataset.load(plan.data).validation, plan.images, plan.seed)
-    asking = Asking(client.images, manifest, model["calibration"], x, plan.seed, plan.runs / model["fingerprint"])
+    applied, kept = model.get("calibration", {}), plan.runs / model["fingerprint"]
+    asking = Asking(client.images, manifest, applied, x, plan.seed, kept)
     tasks = [task for task in (*subject.tasks, *POISSON, BLURRING) if task.family in {"none", *manifest.noise_families}]
     qualities = QUALITIES if "refinement" in manifest.graphs else QUALITIES[:1]
     found = {quality: _factors(asking, tasks, quality) for quality in qualities}
     _write(replace(manifest, calibration=Calibration(found, len(x), plan.seed)), path)
-    shutil.rmtree(asking.kept)
+    shutil.rmtree(kept)
     return path
 
 
@@ -157,7 +158,7 @@ def factor_of(told: Told) -> float:
     return round(float(FACTORS[place]), 3)
 
 
-def _same(path: Path, fingerprint: str) -> Manifest:
+def _manifest(path: Path, fingerprint: str) -> Manifest:
     """The manifest at `path`, if it is that of the model that is served."""
     try:
         manifest = manifests.read(path.parent)
