@@ -25,6 +25,7 @@ EXAMPLE = {
     "operations": ["encode", "decode", "reconstruct", "denoise", "sample"],
     "quality": {"test_nll_nats": 84.5, "importance_samples": 1000, "images": 10000},
     "training": {"seconds": {"vae": 1552.5}},
+    "calibration": {"fast": {"gaussian": 0.96}, "refined": {"gaussian": 0.97}},
     "fingerprint": "0123456789abcdef",
 }
 
@@ -50,6 +51,7 @@ def models_router(repository: Repository, operations: tuple[Operation, ...]) -> 
             "operations": [operation.name for operation in operations if operation.offered_by(model)],
             "quality": manifest.quality,
             "training": manifest.training,
+            "calibration": {} if manifest.calibration is None else manifest.calibration.factors,
             "fingerprint": manifest.fingerprint,
         }
 
