@@ -37,10 +37,8 @@ class Library:
     open: Callable[[Path], Model]
 
     def names(self) -> list[str]:
-        """Models that have a version and that the selection knows; half-written ones are hidden."""
-        found = {path.parent.name for path in self.folder.glob("*/*/") if _is_seen(path) and _is_seen(path.parent)}
-        known = self.selection.models
-        return sorted(found if known is None else found & known)
+        """Models that have a version; half-written ones are hidden."""
+        return sorted({path.parent.name for path in self.folder.glob("*/*/") if _is_seen(path.parent, path)})
 
     def versions(self, model: str) -> set[str]:
         """Those that lie there now."""
@@ -106,11 +104,13 @@ class Repository:
         names = library.names()
         if not names:
             raise StartError(f"{folder.resolve()} holds no model; expected <name>/<version>/{manifests.FILE_NAME}")
-        for name in (selection.models or set()) - set(names):
-            raise StartError(f"VAE_VERSIONS names {name}, but the models are {', '.join(names)}")
-        default = default or names[0]
-        if default not in names:
-            raise StartError(f"VAE_DEFAULT_MODEL is {default!r}, but the models are {', '.join(names)}")
+        selected = sorted(selection.models or names)
+        for name in selected:
+            if name not in names:
+                raise StartError(f"VAE_VERSIONS names {name}, but the models are {', '.join(names)}")
+        default = default or selected[0]
+        if default not in selected:
+            raise StartError(f"VAE_DEFAULT_MODEL is {default!r}, but the models are {', '.join(selected)}")
         repository = cls({}, default, library)
         for name in names:
             repository.settle(name, standing)
@@ -233,5 +233,5 @@ class Repository:
         return NotReady(f"no version of model {name} is served; /v1/models/{name} says why")
 
 
-def _is_seen(path: Path) -> bool:
-    return not path.name.startswith(".")
+def _is_seen(*paths: Path) -> bool:
+    return not any(path.name.startswith(".") for path in paths)
