@@ -24,7 +24,7 @@ from service.intake import disconnected, read_body
 from service.latent import BLOCK_ROWS
 from service.model import Model
 from service.negotiation import acceptable, form_of, write
-from service.operation import Inputs, Operation, Rows
+from service.operation import Inputs, LatentOptions, Operation, Rows
 from service.repository import Repository
 from service.telemetry import server_timing
 from service.vae import Observe, Result, Submit
@@ -232,8 +232,11 @@ def _check_fingerprint(model: Model, header: bytes | None, options: Any) -> None
 
     Raises: WrongModel.
     """
+    option = options.fingerprint if isinstance(options, LatentOptions) else None
+    if header is None and option is None:
+        return
     manifest = model.manifest
-    for named in (header and header.decode("latin-1"), getattr(options, "fingerprint", None)):
+    for named in (header and header.decode("latin-1"), option):
         if named is not None and named != manifest.fingerprint:
             raise WrongModel(
                 f"the request is for the model with fingerprint {named!r:.80}, but {manifest.name} version "

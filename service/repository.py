@@ -16,6 +16,8 @@ from service.orders import WHOLE, Standing
 from service.selection import Selection, version_key
 
 State = Literal["ready", "loading", "unloaded", "failed"]
+Stamp = tuple[tuple[str, int, int], ...]
+"""Name, size and time of change of every file of a version."""
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +27,7 @@ class Condition(NamedTuple):
 
     state: State
     reason: str = ""
-    stamp: tuple[tuple[str, int, int], ...] = ()
+    stamp: Stamp = ()
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Library:
         """Those that lie there now."""
         return {path.name for path in (self.folder / model).glob("*/") if _is_seen(path)}
 
-    def stamp(self, model: str, version: str) -> tuple[tuple[str, int, int], ...]:
+    def stamp(self, model: str, version: str) -> Stamp:
         """Changes with any file of a version."""
         try:
             files = [(path.name, path.stat()) for path in (self.folder / model / version).iterdir()]
@@ -183,18 +185,16 @@ class Repository:
         anew = found | served.keys() if WHOLE in again else set(again)
         conditions = {v: known for v, known in self.conditions.get(name, {}).items() if v in found or v in served}
         failed = {v for v, known in conditions.items() if known.state == "failed"} - anew
+        failed = {version for version in failed if not standing.is_unloaded(name, version)}
         for version in served.keys() & anew:
             self._renew(name, version, served, conditions)
         while missing := standing.wanted(library.selection, name, found | served.keys(), failed) - served.keys():
             for version in sorted(missing, key=version_key):
-                self._note(name, {**conditions, version: Condition("loading")})
-                try:
-                    served[version] = library.open(library.folder / name / version)
-                    conditions[version] = Condition("ready")
-                except StartError as error:
+                model = self._open(name, version, conditions)
+                if model is None:
                     failed.add(version)
-                    stamp = library.stamp(name, version)
-                    conditions[version] = Condition("failed", library.reason(error), stamp)
+                else:
+                    served[version] = model
         wanted = standing.wanted(library.selection, name, found | served.keys(), failed)
         for version in (found | served.keys()) - wanted - failed:
             by_order = standing.is_unloaded(name, version)
@@ -202,6 +202,20 @@ class Repository:
             conditions[version] = Condition("unloaded", reason)
         self._serve(name, {version: served[version] for version in sorted(wanted, key=version_key)})
         self._note(name, conditions)
+
+    def _open(self, name: str, version: str, conditions: dict[str, Condition]) -> Model | None:
+        """One version, and how it went; None where it cannot be served."""
+        library = self._library
+        assert library is not None
+        stamp = library.stamp(name, version)
+        self._note(name, {**conditions, version: Condition("loading")})
+        try:
+            model = library.open(library.folder / name / version)
+        except StartError as error:
+            conditions[version] = Condition("failed", library.reason(error), stamp)
+            return None
+        conditions[version] = Condition("ready")
+        return model
 
     def _renew(self, name: str, version: str, served: dict[str, Model], conditions: dict[str, Condition]) -> None:
         """Put what lies in the folder in the place of what is served under the same number, if it can be."""

@@ -19,6 +19,6 @@ decode = Operation(
     options=LatentOptions,
     run=_run,
     takes="latents",
-    example={"latents": [[0.3, -0.8]], "fingerprint": "0123456789abcdef"},
+    example={"latents": [[0.3, -0.8]]},
     answer={"images": [[[[0.0, 0.9], [0.1, 0.0]]]]},
 )

@@ -28,7 +28,7 @@ from service.selection import Selection
 RAW = {"content-type": "application/octet-stream", "accept": "application/octet-stream"}
 Z = np.zeros((3, 2), "<f4")
 URL = "http://x/v1/models/mnist-2d"
-CALLERS = 3
+CALLERS = 2
 Brighter = Callable[..., Path]
 Seal = Callable[..., None]
 
@@ -169,6 +169,8 @@ def test_a_bad_version_leaves_the_old_serving_and_says_why(flat_models: Path, br
                 assert reason in found["2"][1]
                 assert await version(one) == "1"
                 assert reason in (await one.get("http://x/health/ready")).json()["failed"][0]
+            assert (await one.post("/versions/2/unload")).status_code == 200
+            assert "failed" not in (await one.get("http://x/health/ready")).json()
             brighter(flat_models, "2")
             assert (await one.post("/load")).status_code == 200
             assert await version(one) == "2"

@@ -70,7 +70,7 @@ def test_latents_of_another_model_are_refused_by_both_names(flat_models: Path, b
 
     async def scenario() -> None:
         async with client(flat_models) as one:
-            own, other = ((await one.get(f"/{version}")).json()["fingerprint"] for version in "12")
+            own, other = [(await one.get(f"/{version}")).json()["fingerprint"] for version in "12"]
             for fingerprint, status in ((own, 200), (other, 409)):
                 said: tuple[tuple[str, dict[str, Any]], ...] = (
                     ("decode", {"json": {"latents": LATENTS, "fingerprint": fingerprint}}),
@@ -87,6 +87,8 @@ def test_latents_of_another_model_are_refused_by_both_names(flat_models: Path, b
                         assert answer.json()["code"] == "wrong_model"
                         assert own in answer.json()["detail"]
                         assert other in answer.json()["detail"]
+            (document,) = (await one.get("http://x/openapi.json")).json()["paths"]["/v1/decode"].values()
+            assert {named["name"] for named in document["parameters"]} == {"fingerprint", "X-Fingerprint"}
             longer = await one.post("/1/decode", json={"latents": [[0.0] * 40], "fingerprint": other})
             assert longer.status_code == 409
 
