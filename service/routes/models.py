@@ -19,7 +19,7 @@ EXAMPLE = {
     "versions": ["1"],
     "states": [
         {"version": "1", "state": "ready", "reason": ""},
-        {"version": "2", "state": "failed", "reason": "mnist/2/decoder.onnx: No such file; export the model again"},
+        {"version": "2", "state": "failed", "reason": "mnist/2 cannot be opened: not a graph"},
     ],
     "default": True,
     "input_shape": [1, 28, 28],
