@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
@@ -13,16 +15,21 @@ from starlette.types import ASGIApp
 
 from service import __version__, problems
 from service.config import Settings, read_settings
+from service.control import Control
 from service.endpoint import Context
 from service.engine import Engine
 from service.errors import ServiceError
+from service.orders import Orders, Standing
 from service.repository import Repository
 from service.route import Shortcut
 from service.routes import OPERATIONS, add_operations
+from service.routes.control import control_router
 from service.routes.health import health_router
 from service.routes.metrics import metrics_router
 from service.routes.models import models_router
+from service.selection import Selection
 from service.session import cpu_count, execution_provider
+from service.telemetry import SHARED_FOLDER
 
 SWITCH_S = 3e-4
 """How soon the event loop makes room for the thread that computes; Python's 5 ms let it stand idle for a fifth."""
@@ -41,14 +48,17 @@ class Service(FastAPI):
         return app
 
 
-def open_repository(settings: Settings) -> Repository:
-    """Every model checked, opened and warmed.
+def open_repository(settings: Settings, standing: Standing = Standing()) -> Repository:  # noqa: B008  # a tuple
+    """What the setting and the orders that stand want, checked, opened and warmed.
 
     Raises: StartError.
     """
     provider = execution_provider(settings.execution_provider)
     threads = settings.threads or max(1, cpu_count() // settings.workers)
-    return Repository.open(settings.models, settings.default_model, provider, threads, settings.max_rows)
+    selection = Selection(settings.versions)
+    return Repository.open(
+        settings.models, settings.default_model, provider, threads, settings.max_rows, selection, standing
+    )
 
 
 def create_app(settings: Settings, repository: Repository | None = None) -> FastAPI:
@@ -56,13 +66,16 @@ def create_app(settings: Settings, repository: Repository | None = None) -> Fast
 
     Raises: StartError.
     """
-    repository = repository or open_repository(settings)
+    orders = Orders(Path(os.environ[SHARED_FOLDER]) if settings.workers > 1 and SHARED_FOLDER in os.environ else None)
+    repository = repository or open_repository(settings, orders.read())
     engine = Engine(settings)
+    control = Control(repository, orders, settings, engine.telemetry)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         settle()
-        yield
+        async with control.running():
+            yield
         await engine.close()
 
     app = Service(
@@ -75,6 +88,7 @@ def create_app(settings: Settings, repository: Repository | None = None) -> Fast
     add_operations(app, Context(settings, repository, engine))
     for router in (
         models_router(repository, OPERATIONS),
+        control_router(repository, control, allowed=settings.model_control),
         health_router(repository, engine),
         metrics_router(engine.telemetry),
     ):

@@ -7,10 +7,11 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.errors import StartError
+from service.selection import ALL, Selection
 
 PREFIX = "VAE_"
 NOT_OURS = {"VAE_DATA"}  # where the tests find real data; often set in the same shell
@@ -28,6 +29,13 @@ class Settings(BaseSettings):
     """The model repository: <name>/<version>/manifest.json."""
     default_model: str = ""
     """The model that /v1/<operation> means; empty is the first by name."""
+    versions: Annotated[str, AfterValidator(lambda text: Selection(text).text)] = ALL
+    """Versions that are served: `all`, `latest`, or a list such as `mnist:2,mnist:3,mnist-2d:latest`; models that a
+    list does not name are not served. Requests that name no version get the latest that is served."""
+    model_control: bool = False
+    """Whether models may be loaded and unloaded over HTTP."""
+    poll_s: Annotated[float, Field(ge=0)] = 0.0
+    """How often the folder is looked through for new versions; 0 is never."""
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000

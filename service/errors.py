@@ -27,6 +27,24 @@ class UnknownModel(ServiceError):
     code = "unknown_model"
 
 
+class WrongModel(ServiceError):
+    """The latents are said to be of another model than the one that is asked; the message names both."""
+
+    code = "wrong_model"
+
+
+class ControlOff(ServiceError):
+    """Models are not loaded and unloaded over HTTP unless the operator says so."""
+
+    code = "control_off"
+
+
+class LoadRefused(ServiceError):
+    """A version cannot be served; what was served before still is."""
+
+    code = "load_refused"
+
+
 class UnsupportedMediaType(ServiceError):
     """No codec reads this body."""
 

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ class Manifest:
     scoring: Scoring | None = None
     calibration: Calibration | None = None
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Sixteen hex digits that change when any graph does: whose latents these are."""
         digests = "".join(f"{name}:{graph.sha256};" for name, graph in sorted(self.graphs.items()))

@@ -16,10 +16,15 @@ log = logging.getLogger(__name__)
 MEDIA_TYPE = "application/problem+json"
 INTERNAL = 500
 CLIENT_CLOSED_REQUEST = 499  # as nginx logs it; it reaches nobody
+CONTROL = (errors.ControlOff, errors.LoadRefused)
+"""What only loading and unloading answer with."""
 STATUS: dict[type[errors.ServiceError], int] = {
     errors.Unreadable: 400,
     errors.UnknownModel: 404,
+    errors.ControlOff: 403,
     errors.NotAcceptable: 406,
+    errors.LoadRefused: 409,
+    errors.WrongModel: 409,
     errors.TooLarge: 413,
     errors.UnsupportedMediaType: 415,
     errors.InvalidShape: 422,
@@ -34,9 +39,11 @@ STATUS: dict[type[errors.ServiceError], int] = {
 }
 TITLES = {
     400: "Bad Request",
+    403: "Forbidden",
     404: "Not Found",
     405: "Method Not Allowed",
     406: "Not Acceptable",
+    409: "Conflict",
     413: "Content Too Large",
     415: "Unsupported Media Type",
     422: "Unprocessable Content",
@@ -68,13 +75,11 @@ def describe(error: Exception) -> tuple[int, str, bytes, dict[str, str]]:
     return INTERNAL, "internal_error", problem(INTERNAL, "internal_error", detail), {}
 
 
-def documented() -> dict[int | str, dict[str, Any]]:
-    """Every status an operation may answer with, for OpenAPI."""
+def documented(*kinds: type[errors.ServiceError]) -> dict[int | str, dict[str, Any]]:
+    """The statuses of these errors, without any of all that an operation may answer with, for OpenAPI."""
     codes: dict[int, list[str]] = {}
-    for kind, status in STATUS.items():
-        if status == CLIENT_CLOSED_REQUEST:
-            continue
-        codes.setdefault(status, []).append(kind.code)
+    for kind in kinds or [kind for kind in STATUS if kind not in (errors.CallerGone, *CONTROL)]:
+        codes.setdefault(STATUS[kind], []).append(kind.code)
     schema = {
         "type": "object",
         "required": ["type", "title", "status", "code", "detail"],

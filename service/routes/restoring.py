@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from service.calibration import calibrated
 from service.errors import InvalidOption
 from service.latent import Noise
+from service.model import Model
 from service.observation import Observation, OperatorName, Rows
 from service.operation import DrawOptions, Inputs, check_refinable
 from service.pixels import Fit
-from service.repository import Model
 from service.restoration import Wish, level_rows, prior_mean, restore
 from service.tiling import Tiling
 from service.vae import Observe, Result, Submit

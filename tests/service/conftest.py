@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from service.app import create_app
 from service.config import Settings
-from service.repository import Model, Repository
+from service.model import Model
+from service.repository import Repository
 from service.session import Session
 
 Graph = Callable[..., tuple[NDArray[np.float32], ...]]

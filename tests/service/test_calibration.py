@@ -15,8 +15,9 @@ from service.app import create_app
 from service.calibration import APART, BESIDE, MOST_STD, calibrated, ways, widened
 from service.config import Settings
 from service.manifest import Calibration
+from service.model import Model
 from service.observation import Observation
-from service.repository import Model, Repository
+from service.repository import Repository
 
 Rows = NDArray[np.float32]
 FAMILIES = ["gaussian", "masking"]
