@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fastapi import FastAPI, Response
-from limits.storage import MemoryStorage
 from limits.strategies import SlidingWindowCounterRateLimiter
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -20,6 +19,7 @@ from service import problems
 from service.config import Settings, split
 from service.errors import Forbidden, RateLimited, ServiceError, Unauthenticated
 from service.keys import CONTROL, INFER, Keyring, Limits, limits_of
+from service.rates import Counts
 
 OPS = re.compile(r"/health(/.*)?|/metrics")
 PAGES = {"/docs", "/openapi.json"}
@@ -63,7 +63,7 @@ class Doors:
         self._keys = keys
         self._anonymous = anonymous
         self._refused = refused
-        self._rates = SlidingWindowCounterRateLimiter(MemoryStorage())
+        self._rates = SlidingWindowCounterRateLimiter(Counts())
         self._running: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
