@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import tempfile
+from functools import partial
 from typing import Any
 
 import uvicorn
@@ -15,6 +16,8 @@ from uvicorn.supervisors import Multiprocess
 from service.app import create_app, open_repository
 from service.config import Settings, read_settings
 from service.errors import StartError
+from service.exposure import check
+from service.protocol import Protocol
 from service.telemetry import SHARED_FOLDER
 
 
@@ -24,19 +27,21 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         settings = read_settings(sys.argv[1:] if arguments is None else arguments)
-        listener = listen(settings)
+        check(settings)
+        listeners = [listen(settings, settings.port)]
+        if settings.ops_port is not None:
+            listeners.append(listen(settings, settings.ops_port))
+            settings = settings.model_copy(update={"ops_port": listeners[1].getsockname()[1]})
         repository = open_repository(settings)
     except StartError as error:
         print(f"vae-serve: {error}", file=sys.stderr)
         return 1
-    host, port = listener.getsockname()[:2]
-    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104  # an address one can type
-    print(welcome(f"http://{shown}:{port}", list(repository.models)), flush=True)
+    print(welcome(list(repository.models), *(url_of(settings, listener) for listener in listeners)), flush=True)
     if settings.workers > 1:
         del repository  # it was opened to see that it can be; every worker opens its own
-        supervise(settings, listener)
+        supervise(settings, listeners)
     else:
-        uvicorn.Server(server_config(settings, create_app(settings, repository))).run([listener])
+        uvicorn.Server(server_config(settings, create_app(settings, repository))).run(listeners)
     return 0
 
 
@@ -46,39 +51,53 @@ def server_config(settings: Settings, app: Any, **more: Any) -> uvicorn.Config:
         app,
         log_level="info",
         access_log=settings.access_log,
+        http=partial(Protocol, settings=settings),  # type: ignore[arg-type]  # which makes one
+        ws="none",
+        proxy_headers=bool(settings.trusted_proxies),
+        forwarded_allow_ips=settings.trusted_proxies,
+        ssl_certfile=settings.tls_certificate or None,
+        ssl_keyfile=settings.tls_key or None,
         server_header=False,
         timeout_graceful_shutdown=round(settings.timeout_s),
         **more,
     )
 
 
-def supervise(settings: Settings, listener: socket.socket) -> None:
-    """Serve in several processes on one port; one that dies is replaced. Their metrics are added up in a folder."""
+def supervise(settings: Settings, listeners: list[socket.socket]) -> None:
+    """Serve in several processes on the same ports; one that dies is replaced. A folder adds up their metrics."""
     with tempfile.TemporaryDirectory(prefix="vae-metrics-") as folder:
         os.environ |= settings.to_environment() | {SHARED_FOLDER: folder}
         config = server_config(settings, "service.app:create_worker_app", factory=True, workers=settings.workers)
-        Multiprocess(config, [listener]).run()
+        Multiprocess(config, listeners).run()
 
 
-def listen(settings: Settings) -> socket.socket:
-    """The port, taken before the models are opened, so that a taken one is told at once.
+def listen(settings: Settings, port: int) -> socket.socket:
+    """A port, taken before the models are opened, so that a taken one is told at once.
 
     Raises: StartError.
     """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+        return socket.create_server((settings.host, port), family=family, backlog=2048)
     except OSError as error:
         raise StartError(
-            f"cannot listen on {settings.host}:{settings.port} ({error.strerror}); set VAE_PORT or VAE_HOST"
+            f"cannot listen on {settings.host}:{port} ({error.strerror}); set VAE_PORT, VAE_OPS_PORT or VAE_HOST"
         ) from error
 
 
-def welcome(url: str, models: list[str]) -> str:
+def url_of(settings: Settings, listener: socket.socket) -> str:
+    """What one can type."""
+    host, port = listener.getsockname()[:2]
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104
+    return f"{'https' if settings.tls_certificate else 'http'}://{shown}:{port}"
+
+
+def welcome(models: list[str], url: str, ops_url: str = "") -> str:
     """What to try first."""
     return (
         f"serving {', '.join(models)} on {url}   (documentation: {url}/docs)\n"
         f"try: curl -s -X POST '{url}/v1/sample?count=16&seed=7' -H 'Accept: image/png' -o digits.png"
+        + (f"\nhealth and metrics on {ops_url}" if ops_url else "")
     )
 
 

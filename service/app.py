@@ -9,17 +9,20 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from service import __version__, problems
 from service.config import Settings, read_settings
 from service.control import Control
+from service.doors import add_doors
 from service.endpoint import Context
 from service.engine import Engine
 from service.errors import ServiceError
 from service.orders import Orders, Standing
+from service.pages import PageHeaders
 from service.repository import Repository
 from service.route import Shortcut
 from service.routes import OPERATIONS, add_operations
@@ -41,7 +44,7 @@ class Service(FastAPI):
     def build_middleware_stack(self) -> ASGIApp:
         """Added middleware, then the shortcut, then FastAPI's own."""
         added, self.user_middleware = self.user_middleware, []
-        app: ASGIApp = Shortcut(super().build_middleware_stack(), self.router.routes)
+        app: ASGIApp = Shortcut(PageHeaders(super().build_middleware_stack()), self.router.routes)
         self.user_middleware = added
         for middleware in reversed(added):
             app = middleware.cls(app, *middleware.args, **middleware.kwargs)
@@ -83,6 +86,9 @@ def create_app(settings: Settings, repository: Repository | None = None) -> Fast
         version=__version__,
         summary="Variational auto-encoders over HTTP: encode, decode, reconstruct, restore, sample.",
         lifespan=lifespan,
+        openapi_url="/openapi.json" if settings.docs else None,
+        redoc_url=None,
+        dependencies=[Depends(HTTPBearer(auto_error=False))] if settings.api_keys else [],  # told in OpenAPI
         telemetry={"tracing": False, "metrics": False, "logs": False},  # asked for at every request; ours is /metrics
     )
     add_operations(app, Context(settings, repository, engine))
@@ -93,6 +99,7 @@ def create_app(settings: Settings, repository: Repository | None = None) -> Fast
         metrics_router(engine.telemetry),
     ):
         app.include_router(router)
+    add_doors(app, settings, engine.telemetry.refused)
     app.add_exception_handler(ServiceError, _service_problem)
     app.add_exception_handler(HTTPException, _http_problem)
     return app

@@ -19,34 +19,47 @@ CLIENT_CLOSED_REQUEST = 499  # as nginx logs it; it reaches nobody
 CONTROL = (errors.ControlOff, errors.LoadRefused)
 """What only loading and unloading answer with."""
 STATUS: dict[type[errors.ServiceError], int] = {
+    errors.Malformed: 400,
     errors.Unreadable: 400,
-    errors.UnknownModel: 404,
+    errors.Unauthenticated: 401,
+    errors.Forbidden: 403,
     errors.ControlOff: 403,
+    errors.UnknownModel: 404,
     errors.NotAcceptable: 406,
+    errors.SlowRequest: 408,
     errors.LoadRefused: 409,
     errors.WrongModel: 409,
     errors.TooLarge: 413,
+    errors.UrlTooLong: 414,
     errors.UnsupportedMediaType: 415,
     errors.InvalidShape: 422,
     errors.InvalidValue: 422,
     errors.InvalidOption: 422,
     errors.UnsupportedOperation: 422,
+    errors.RateLimited: 429,
+    errors.HeadersTooLarge: 431,
     errors.CallerGone: CLIENT_CLOSED_REQUEST,
     errors.InferenceFailed: INTERNAL,
     errors.Overloaded: 503,
     errors.NotReady: 503,
+    errors.TooManyConnections: 503,
     errors.DeadlinePassed: 504,
 }
 TITLES = {
     400: "Bad Request",
+    401: "Unauthorized",
     403: "Forbidden",
     404: "Not Found",
     405: "Method Not Allowed",
     406: "Not Acceptable",
+    408: "Request Timeout",
     409: "Conflict",
     413: "Content Too Large",
+    414: "URI Too Long",
     415: "Unsupported Media Type",
     422: "Unprocessable Content",
+    429: "Too Many Requests",
+    431: "Request Header Fields Too Large",
     500: "Internal Server Error",
     503: "Service Unavailable",
     504: "Gateway Timeout",
@@ -64,7 +77,9 @@ def describe(error: Exception) -> tuple[int, str, bytes, dict[str, str]]:
     if isinstance(error, errors.ServiceError):
         status = STATUS.get(type(error), INTERNAL)
         headers = {}
-        if isinstance(error, errors.Overloaded):
+        if isinstance(error, errors.Unauthenticated):
+            headers["www-authenticate"] = "Bearer"
+        if isinstance(error, errors.Overloaded | errors.RateLimited):
             headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
         elif status == STATUS[errors.NotReady]:
             headers["retry-after"] = "1"

@@ -46,6 +46,9 @@ class Telemetry:
             registry=self.registry,
         )
         self._rows = Counter("vae_rows", "Rows by outcome", (*labels, "outcome"), registry=self.registry)
+        self._refused = Counter(
+            "vae_refused", "Calls turned away at the door, by the problem's code", ("code",), registry=self.registry
+        )
         self._queue = Histogram(
             "vae_queue_seconds", "Wait before a batch, a part of a request each", labels, buckets=SECONDS,
             registry=self.registry,
@@ -74,6 +77,10 @@ class Telemetry:
     def request(self, model: str, operation: str, outcome: str, rows: int) -> None:
         """Count one request."""
         self._note(partial(self._add_request, model, operation, outcome, rows))
+
+    def refused(self, code: str) -> None:
+        """Count one call turned away before it was anybody's operation."""
+        self._note(self._refused.labels(code).inc)
 
     def batch(self, program: Any, rows: int, queue_s: list[float], inference_s: float) -> None:
         """Record one batch."""
