@@ -15,6 +15,7 @@ from uvicorn.supervisors import Multiprocess
 from service.app import create_app, open_repository
 from service.config import Settings, read_settings
 from service.errors import StartError
+from service.sources import local_copy
 from service.telemetry import SHARED_FOLDER
 
 
@@ -25,6 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         settings = read_settings(sys.argv[1:] if arguments is None else arguments)
         listener = listen(settings)
+        settings = settings.model_copy(update={"models": local_copy(settings)})  # fetched once, for all workers
         repository = open_repository(settings)
     except StartError as error:
         print(f"vae-serve: {error}", file=sys.stderr)

@@ -23,6 +23,7 @@ from service.routes.health import health_router
 from service.routes.metrics import metrics_router
 from service.routes.models import models_router
 from service.session import cpu_count, execution_provider
+from service.sources import local_copy
 
 SWITCH_S = 3e-4
 """How soon the event loop makes room for the thread that computes; Python's 5 ms let it stand idle for a fifth."""
@@ -42,13 +43,13 @@ class Service(FastAPI):
 
 
 def open_repository(settings: Settings) -> Repository:
-    """Every model checked, opened and warmed.
+    """Every model fetched if need be, checked, opened and warmed.
 
     Raises: StartError.
     """
     provider = execution_provider(settings.execution_provider)
     threads = settings.threads or max(1, cpu_count() // settings.workers)
-    return Repository.open(settings.models, settings.default_model, provider, threads, settings.max_rows)
+    return Repository.open(local_copy(settings), settings.default_model, provider, threads, settings.max_rows)
 
 
 def create_app(settings: Settings, repository: Repository | None = None) -> FastAPI:

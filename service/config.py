@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.errors import StartError
 
 PREFIX = "VAE_"
 NOT_OURS = {"VAE_DATA"}  # where the tests find real data; often set in the same shell
+
+
+def _located(value: Any) -> Any:
+    """A URL as it is, anything else as a path."""
+    return Path(value) if isinstance(value, str) and "://" not in value else value
 
 
 class Settings(BaseSettings):
@@ -24,8 +30,12 @@ class Settings(BaseSettings):
         use_attribute_docstrings=True,
     )  # fmt: skip
 
-    models: Path = Path("models")
-    """The model repository: <name>/<version>/manifest.json."""
+    models: Annotated[Path | str, BeforeValidator(_located)] = Path("models")
+    """The model repository: <name>/<version>/manifest.json in a folder, or at a URL that fsspec opens (s3://bucket/x)."""
+    models_options: dict[str, Any] = {}
+    """Of the file system behind such a URL, in JSON: {"endpoint_url": "..."} names another store than Amazon's."""
+    cache: str = ""
+    """Where models from a URL are kept; empty is a folder of this user's in the temporary folder."""
     default_model: str = ""
     """The model that /v1/<operation> means; empty is the first by name."""
     host: str = "127.0.0.1"
@@ -61,7 +71,10 @@ class Settings(BaseSettings):
 
     def to_environment(self) -> dict[str, str]:
         """The same settings as environment variables, for worker processes."""
-        return {PREFIX + name.upper(): str(value) for name, value in self.model_dump(mode="json").items()}
+        return {
+            PREFIX + name.upper(): value if isinstance(value, str) else json.dumps(value)
+            for name, value in self.model_dump(mode="json").items()
+        }
 
 
 def read_settings(arguments: list[str] | None = None) -> Settings:
