@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
 import sys
 import tempfile
+from logging.config import dictConfig
 from typing import Any
 
 import uvicorn
@@ -15,8 +17,11 @@ from uvicorn.supervisors import Multiprocess
 from service.app import create_app, open_repository
 from service.config import Settings, read_settings
 from service.errors import StartError
+from service.logs import Format, log_config
 from service.sources import local_copy
 from service.telemetry import SHARED_FOLDER
+
+log = logging.getLogger("service")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,21 +30,45 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         settings = read_settings(sys.argv[1:] if arguments is None else arguments)
-        listener = listen(settings)
-        settings = settings.model_copy(update={"models": local_copy(settings)})  # fetched once, for all workers
-        repository = open_repository(settings)
     except StartError as error:
+        return refuse(error, "text")
+    dictConfig(log_config(settings.log_format))
+    try:
+        serve(settings)
+    except StartError as error:
+        return refuse(error, settings.log_format)
+    return 0
+
+
+def refuse(error: StartError, form: Format) -> int:
+    """Say in one line why it does not start; gives the exit status."""
+    if form == "json":
+        log.critical("%s", error)
+    else:
         print(f"vae-serve: {error}", file=sys.stderr)
-        return 1
+    return 1
+
+
+def serve(settings: Settings) -> None:
+    """Listen, open the models, serve until stopped.
+
+    Raises: StartError.
+    """
+    listener = listen(settings)
+    settings = settings.model_copy(update={"models": local_copy(settings)})  # fetched once, for all workers
+    repository = open_repository(settings)
     host, port = listener.getsockname()[:2]
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104  # an address one can type
-    print(welcome(f"http://{shown}:{port}", list(repository.models)), flush=True)
+    url, models = f"http://{shown}:{port}", list(repository.models)
+    if settings.log_format == "json":
+        log.info("serving %s on %s", ", ".join(models), url)
+    else:
+        print(welcome(url, models), flush=True)
     if settings.workers > 1:
         del repository  # it was opened to see that it can be; every worker opens its own
         supervise(settings, listener)
     else:
         uvicorn.Server(server_config(settings, create_app(settings, repository))).run([listener])
-    return 0
 
 
 def server_config(settings: Settings, app: Any, **more: Any) -> uvicorn.Config:
@@ -47,7 +76,8 @@ def server_config(settings: Settings, app: Any, **more: Any) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         log_level="info",
-        access_log=settings.access_log,
+        log_config=log_config(settings.log_format),
+        access_log=False,  # ours knows the request's id
         server_header=False,
         timeout_graceful_shutdown=round(settings.timeout_s),
         **more,

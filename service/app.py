@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import sys
 from collections.abc import AsyncIterator
@@ -24,6 +25,8 @@ from service.routes.metrics import metrics_router
 from service.routes.models import models_router
 from service.session import cpu_count, execution_provider
 from service.sources import local_copy
+from service.tracing import Named, TracedEngine, finish, tracer_provider
+from service.tracking import AccessLog, Tracking
 
 SWITCH_S = 3e-4
 """How soon the event loop makes room for the thread that computes; Python's 5 ms let it stand idle for a fifth."""
@@ -58,20 +61,30 @@ def create_app(settings: Settings, repository: Repository | None = None) -> Fast
     Raises: StartError.
     """
     repository = repository or open_repository(settings)
-    engine = Engine(settings)
+    provider = tracer_provider() if settings.tracing else None
+    engine = TracedEngine(settings, provider) if provider else Engine(settings)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         settle()
         yield
         await engine.close()
+        if provider:
+            await asyncio.to_thread(finish, provider)
 
     app = Service(
         title="VAE service",
         version=__version__,
         summary="Variational auto-encoders over HTTP: encode, decode, reconstruct, restore, sample.",
         lifespan=lifespan,
-        telemetry={"tracing": False, "metrics": False, "logs": False},  # asked for at every request; ours is /metrics
+        # What is on is asked for at every request; metrics are ours, at /metrics.
+        telemetry={
+            "tracing": settings.tracing,
+            "tracer_provider": provider,
+            "operation_spans": False,
+            "metrics": False,
+            "logs": False,
+        },
     )
     add_operations(app, Context(settings, repository, engine))
     for router in (
@@ -82,7 +95,18 @@ def create_app(settings: Settings, repository: Repository | None = None) -> Fast
         app.include_router(router)
     app.add_exception_handler(ServiceError, _service_problem)
     app.add_exception_handler(HTTPException, _http_problem)
+    app.add_exception_handler(Exception, _service_problem)
+    add_middleware(app, settings)
     return app
+
+
+def add_middleware(app: FastAPI, settings: Settings) -> None:
+    """What is around every request; the last one is outermost, and what is off is not there."""
+    if settings.tracing:
+        app.add_middleware(Named)
+    if settings.access_log:
+        app.add_middleware(AccessLog)
+    app.add_middleware(Tracking)
 
 
 def create_worker_app() -> FastAPI:

@@ -68,6 +68,10 @@ class Settings(BaseSettings):
     """Pixels in one PNG, JPEG or WebP, checked before it is decoded."""
     access_log: bool = False
     """Whether every request is logged."""
+    log_format: Literal["text", "json"] = "text"
+    """How the log is written; `json` is one object a line, on standard output."""
+    tracing: bool = False
+    """Whether requests are traced by OpenTelemetry; OTEL_EXPORTER_OTLP_ENDPOINT names the collector."""
 
     def to_environment(self) -> dict[str, str]:
         """The same settings as environment variables, for worker processes."""
