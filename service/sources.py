@@ -56,10 +56,13 @@ def sync(url: str, folder: Path, options: Mapping[str, Any] | None = None, waits
     Raises: StartError in one line that names the file and the fix.
     """
     store = Store(url, options or {}, waits_s)
-    with _alone(folder):
-        versions = store.versions()
-        fetched = [_bring(store, source, folder / name / version) for (name, version), source in versions.items()]
-        _forget_others(folder, set(versions))
+    try:
+        with _alone(folder):
+            versions = store.versions()
+            fetched = [_bring(store, source, folder / name / version) for (name, version), source in versions.items()]
+            _forget_others(folder, set(versions))
+    except OSError as error:
+        raise _no_room(folder, error) from error
     log.info("%s: %d versions checked, %.1f MB fetched", url, len(versions), sum(fetched) / 1e6)
     return folder
 
@@ -136,9 +139,7 @@ class Store:
                 )
             unfinished.rename(folder / entry.file)
         except OSError as error:
-            raise StartError(
-                f"{unfinished}: {error.strerror}; make room, or set VAE_CACHE to another folder"
-            ) from error
+            raise _no_room(unfinished, error) from error
         finally:
             unfinished.unlink(missing_ok=True)
         return size
@@ -195,11 +196,12 @@ def _bring(store: Store, source: str, folder: Path) -> int:
     if _is_manifest(folder / manifests.FILE_NAME, text) and all(_holds(folder, entry) for entry in files):
         return 0
     hidden, fetched = folder.with_name(f".{folder.name}"), 0
-    _write(hidden / manifests.FILE_NAME, text)
+    hidden.mkdir(parents=True, exist_ok=True)
+    (hidden / manifests.FILE_NAME).write_bytes(text)
     for done, entry in enumerate(files, 1):
         if not _holds(hidden, entry):
             if _holds(folder, entry):
-                _take(folder / entry.file, hidden / entry.file)
+                shutil.copyfile(folder / entry.file, hidden / entry.file)
             else:
                 fetched += store.fetch(source, entry, hidden)
         log.info("%s: %d of %d files, %.1f MB fetched", store.shown(source), done, len(files), fetched / 1e6)
@@ -221,19 +223,6 @@ def _holds(folder: Path, entry: File | Graph | Golden) -> bool:
         return False
 
 
-def _take(path: Path, target: Path) -> None:
-    target.unlink(missing_ok=True)
-    os.link(path, target)
-
-
-def _write(path: Path, text: bytes) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(text)
-    except OSError as error:
-        raise StartError(f"{path}: {error.strerror}; make room, or set VAE_CACHE to another folder") from error
-
-
 def _forget_others(folder: Path, versions: set[tuple[str, str]]) -> None:
     """Remove the versions, and what is left of interrupted ones, that are no longer in the repository."""
     for path in folder.glob("*/*/"):
@@ -247,9 +236,8 @@ def _forget_others(folder: Path, versions: set[tuple[str, str]]) -> None:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """While no other process brings the same folder up to date."""
-    lock = folder / ".lock"
-    _write(lock, b"")
-    with lock.open("wb") as file:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -269,6 +257,11 @@ def _own_temporary_folder() -> Path:
     if not ours or folder.is_symlink():
         raise StartError(f"{folder} is somebody else's; set VAE_CACHE to a folder for models")
     return folder
+
+
+def _no_room(path: Path, error: OSError) -> StartError:
+    """What stands in the way of writing there, and the fix."""
+    return StartError(f"{error.filename or path}: {error.strerror}; make room, or set VAE_CACHE to another folder")
 
 
 def _said(error: Exception) -> str:
