@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
 import sys
 import tempfile
 from functools import partial
+from logging.config import dictConfig
 from typing import Any
 
 import uvicorn
@@ -17,8 +19,12 @@ from service.app import create_app, open_repository
 from service.config import Settings, read_settings
 from service.errors import StartError
 from service.exposure import check
+from service.logs import Format, log_config
 from service.protocol import Protocol
+from service.sources import local_copy
 from service.telemetry import SHARED_FOLDER
+
+log = logging.getLogger("service")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,21 +34,46 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         settings = read_settings(sys.argv[1:] if arguments is None else arguments)
         check(settings)
-        listeners = [listen(settings, settings.port)]
-        if settings.ops_port is not None:
-            listeners.append(listen(settings, settings.ops_port))
-            settings = settings.model_copy(update={"ops_port": listeners[1].getsockname()[1]})
-        repository = open_repository(settings)
     except StartError as error:
+        return refuse(error, "text")
+    dictConfig(log_config(settings.log_format))
+    try:
+        serve(settings)
+    except StartError as error:
+        return refuse(error, settings.log_format)
+    return 0
+
+
+def refuse(error: StartError, form: Format) -> int:
+    """Say in one line why it does not start; gives the exit status."""
+    if form == "json":
+        log.critical("%s", error)
+    else:
         print(f"vae-serve: {error}", file=sys.stderr)
-        return 1
-    print(welcome(list(repository.models), *(url_of(settings, listener) for listener in listeners)), flush=True)
+    return 1
+
+
+def serve(settings: Settings) -> None:
+    """Listen, open the models, serve until stopped.
+
+    Raises: StartError.
+    """
+    listeners = [listen(settings, settings.port)]
+    if settings.ops_port is not None:
+        listeners.append(listen(settings, settings.ops_port))
+        settings = settings.model_copy(update={"ops_port": listeners[1].getsockname()[1]})
+    settings = settings.model_copy(update={"models": local_copy(settings)})  # fetched once, for all workers
+    repository = open_repository(settings)
+    urls, models = [url_of(settings, listener) for listener in listeners], list(repository.models)
+    if settings.log_format == "json":
+        log.info("serving %s on %s", ", ".join(models), " and ".join(urls))
+    else:
+        print(welcome(models, *urls), flush=True)
     if settings.workers > 1:
         del repository  # it was opened to see that it can be; every worker opens its own
         supervise(settings, listeners)
     else:
         uvicorn.Server(server_config(settings, create_app(settings, repository))).run(listeners)
-    return 0
 
 
 def server_config(settings: Settings, app: Any, **more: Any) -> uvicorn.Config:
@@ -50,7 +81,8 @@ def server_config(settings: Settings, app: Any, **more: Any) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         log_level="info",
-        access_log=settings.access_log,
+        log_config=log_config(settings.log_format),
+        access_log=False,  # ours knows the request's id
         http=partial(Protocol, settings=settings),  # type: ignore[arg-type]  # which makes one
         ws="none",
         proxy_headers=bool(settings.trusted_proxies),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import sys
@@ -32,7 +33,10 @@ from service.routes.metrics import metrics_router
 from service.routes.models import models_router
 from service.selection import Selection
 from service.session import cpu_count, execution_provider
+from service.sources import local_copy
 from service.telemetry import SHARED_FOLDER
+from service.tracing import Named, TracedEngine, finish, tracer_provider
+from service.tracking import AccessLog, Tracking
 
 SWITCH_S = 3e-4
 """How soon the event loop makes room for the thread that computes; Python's 5 ms let it stand idle for a fifth."""
@@ -52,16 +56,14 @@ class Service(FastAPI):
 
 
 def open_repository(settings: Settings, standing: Standing = Standing()) -> Repository:  # noqa: B008  # a tuple
-    """What the setting and the orders that stand want, checked, opened and warmed.
+    """What the setting and the orders that stand want, fetched if need be, checked, opened and warmed.
 
     Raises: StartError.
     """
     provider = execution_provider(settings.execution_provider)
     threads = settings.threads or max(1, cpu_count() // settings.workers)
-    selection = Selection(settings.versions)
-    return Repository.open(
-        settings.models, settings.default_model, provider, threads, settings.max_rows, selection, standing
-    )
+    models, selection = local_copy(settings), Selection(settings.versions)
+    return Repository.open(models, settings.default_model, provider, threads, settings.max_rows, selection, standing)
 
 
 def create_app(settings: Settings, repository: Repository | None = None) -> FastAPI:
@@ -71,7 +73,8 @@ def create_app(settings: Settings, repository: Repository | None = None) -> Fast
     """
     orders = Orders(Path(os.environ[SHARED_FOLDER]) if settings.workers > 1 and SHARED_FOLDER in os.environ else None)
     repository = repository or open_repository(settings, orders.read())
-    engine = Engine(settings)
+    provider = tracer_provider() if settings.tracing else None
+    engine = TracedEngine(settings, provider) if provider else Engine(settings)
     control = Control(repository, orders, settings, engine.telemetry)
 
     @asynccontextmanager
@@ -80,6 +83,8 @@ def create_app(settings: Settings, repository: Repository | None = None) -> Fast
         async with control.running():
             yield
         await engine.close()
+        if provider:
+            await asyncio.to_thread(finish, provider)
 
     app = Service(
         title="VAE service",
@@ -89,7 +94,14 @@ def create_app(settings: Settings, repository: Repository | None = None) -> Fast
         openapi_url="/openapi.json" if settings.docs else None,
         redoc_url=None,
         dependencies=[Depends(HTTPBearer(auto_error=False))] if settings.api_keys else [],  # told in OpenAPI
-        telemetry={"tracing": False, "metrics": False, "logs": False},  # asked for at every request; ours is /metrics
+        # What is on is asked for at every request; metrics are ours, at /metrics.
+        telemetry={
+            "tracing": settings.tracing,
+            "tracer_provider": provider,
+            "operation_spans": False,
+            "metrics": False,
+            "logs": False,
+        },
     )
     add_operations(app, Context(settings, repository, engine))
     for router in (
@@ -102,7 +114,18 @@ def create_app(settings: Settings, repository: Repository | None = None) -> Fast
     add_doors(app, settings, engine.telemetry.refused)
     app.add_exception_handler(ServiceError, _service_problem)
     app.add_exception_handler(HTTPException, _http_problem)
+    app.add_exception_handler(Exception, _service_problem)
+    add_middleware(app, settings)
     return app
+
+
+def add_middleware(app: FastAPI, settings: Settings) -> None:
+    """What is around every request; the last one is outermost, and what is off is not there."""
+    if settings.tracing:
+        app.add_middleware(Named)
+    if settings.access_log:
+        app.add_middleware(AccessLog)
+    app.add_middleware(Tracking)
 
 
 def create_worker_app() -> FastAPI:

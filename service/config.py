@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
+import json
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from limits import parse_many
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.errors import StartError
@@ -32,8 +33,14 @@ def _proxies(value: str) -> str:
     return value
 
 
+def _located(value: Any) -> Any:
+    """A URL as it is, anything else as a path."""
+    return Path(value) if isinstance(value, str) and "://" not in value else value
+
+
 Rate = Annotated[str, AfterValidator(_rate)]
 Proxies = Annotated[str, AfterValidator(_proxies)]
+Location = Annotated[Path | str, BeforeValidator(_located)]
 
 
 class Settings(BaseSettings):
@@ -44,8 +51,12 @@ class Settings(BaseSettings):
         use_attribute_docstrings=True,
     )  # fmt: skip
 
-    models: Path = Path("models")
-    """The model repository: <name>/<version>/manifest.json."""
+    models: Location = Path("models")
+    """The model repository: <name>/<version>/manifest.json in a folder, or at a URL that fsspec opens (s3://bucket/x)."""
+    models_options: dict[str, Any] = {}
+    """Of the file system behind such a URL, in JSON: {"endpoint_url": "..."} names another store than Amazon's."""
+    cache: str = ""
+    """Where models from a URL are kept; empty is a folder of this user's in the temporary folder."""
     default_model: str = ""
     """The model that /v1/<operation> means; empty is the first by name."""
     versions: Annotated[str, AfterValidator(lambda text: Selection(text).text)] = ALL
@@ -121,11 +132,18 @@ class Settings(BaseSettings):
     """PEM file of the certificate's key; empty finds it in the certificate's file."""
     access_log: bool = False
     """Whether every request is logged."""
+    log_format: Literal["text", "json"] = "text"
+    """How the log is written; `json` is one object a line, on standard output."""
+    tracing: bool = False
+    """Whether requests are traced by OpenTelemetry; OTEL_EXPORTER_OTLP_ENDPOINT names the collector."""
 
     def to_environment(self) -> dict[str, str]:
         """The same settings as environment variables, for worker processes."""
         values = self.model_dump(mode="json", exclude_none=True)
-        return {PREFIX + name.upper(): str(value) for name, value in values.items()}
+        return {
+            PREFIX + name.upper(): value if isinstance(value, str) else json.dumps(value)
+            for name, value in values.items()
+        }
 
 
 def split(value: str) -> list[str]:

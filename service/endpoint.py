@@ -103,8 +103,15 @@ class OperationApp:
             reply = await self._answer(call)
         except Exception as error:  # noqa: BLE001  # the one place where errors become answers
             reply = _refusal(error)
-        outcome = await self._send(reply, send)
-        self.context.engine.telemetry.request(label, self.operation.name, outcome, reply.rows)
+        served: dict[str, Any] = {
+            "model": label,
+            "operation": self.operation.name,
+            "outcome": reply.outcome,
+            "rows": reply.rows,
+        }
+        scope["served"] = served  # for the access log and the trace
+        served["outcome"] = await self._send(reply, send)
+        self.context.engine.telemetry.request(**served)
 
     async def _answer(self, call: Call) -> Reply:
         content_type = call.headers.get(b"content-type", b"").decode("latin-1")

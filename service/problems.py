@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-import secrets
 from typing import Any
 
 import orjson
 
 from service import errors
+from service.tracking import request_id
 
 log = logging.getLogger(__name__)
 
@@ -73,10 +73,15 @@ def problem(status: int, code: str, detail: str) -> bytes:
 
 
 def describe(error: Exception) -> tuple[int, str, bytes, dict[str, str]]:
-    """(status, code, body, headers) of any error; one that is not ours is a bug, logged under an id and not told."""
+    """(status, code, body, headers) of any error; one that is not ours is a bug, logged and not told.
+
+    What is the service's own fault is logged under the id of the request.
+    """
     if isinstance(error, errors.ServiceError):
         status = STATUS.get(type(error), INTERNAL)
         headers = {}
+        if status == INTERNAL:
+            log.error("request %s: %s", request_id(), error)
         if isinstance(error, errors.Unauthenticated):
             headers["www-authenticate"] = "Bearer"
         if isinstance(error, errors.Overloaded | errors.RateLimited):
@@ -84,7 +89,7 @@ def describe(error: Exception) -> tuple[int, str, bytes, dict[str, str]]:
         elif status == STATUS[errors.NotReady]:
             headers["retry-after"] = "1"
         return status, error.code, problem(status, error.code, str(error)), headers
-    identity = secrets.token_hex(6)
+    identity = request_id()
     log.error("internal error %s", identity, exc_info=error)
     detail = f"an error of the service itself; its log has the cause under {identity}"
     return INTERNAL, "internal_error", problem(INTERNAL, "internal_error", detail), {}

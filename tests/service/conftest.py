@@ -77,6 +77,20 @@ def model(digits_models: Path) -> Model:
 
 
 @pytest.fixture(scope="session")
+def small_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model repository with the smallest model that comes with the project, where any model will do."""
+    folder = tmp_path_factory.mktemp("small")
+    (folder / "mnist-2d").symlink_to(Path(__file__).parents[2] / "models" / "mnist-2d")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small(small_models: Path) -> Repository:
+    """The same, opened."""
+    return Repository.open(small_models, "", "CPUExecutionProvider", 1, 8)
+
+
+@pytest.fixture(scope="session")
 def graphs(digits_models: Path) -> dict[str, Graph]:
     """The model's graphs, run without the service."""
     folder = next((digits_models / "digits").iterdir())
