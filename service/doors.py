@@ -28,8 +28,8 @@ CONTROLS = re.compile(r"/v1/models/.+/(un)?load\s*", re.DOTALL)
 NETWORK_BITS = 64
 """Of an IPv6 address, those that are somebody's; the others are the somebody's to choose."""
 EXPOSED = [
-    "Retry-After", "Server-Timing", "WWW-Authenticate", "X-Binarisation", "X-Level", "X-Model", "X-Model-Version",
-    "X-Note", "X-Outputs", "X-Request-Id", "X-Seed",
+    "Retry-After", "Server-Timing", "WWW-Authenticate", "X-Binarisation", "X-Fingerprint", "X-Level", "X-Model",
+    "X-Model-Version", "X-Note", "X-Outputs", "X-Request-Id", "X-Seed",
 ]  # fmt: skip
 """Headers of answers that scripts of other origins may read."""
 

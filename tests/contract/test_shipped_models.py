@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from service.app import create_app
 from service.calibration import APART, BESIDE
 from service.config import Settings
+from service.observation import operator_of
 from service.repository import Repository
 from service.restoration import fuse_rows, recognise_rows
 from training.datasets.mnist import read_images
@@ -193,9 +194,11 @@ def test_an_answer_never_depends_on_its_batch_mates(repository: Repository) -> N
     mnist.plan("fuse", fuse_rows, 0, None, completions=False)
     for model in (mnist, repository.find("mnist-2d", None)):
         # An ascent's rows are states, not images: its own tests see to it.
-        for program in (program for program in model.programs.values() if program.rounds == 1):
+        for key, program in [item for item in model.programs.items() if item[1].rounds == 1]:
             image, latent = model.input_shape, model.latent_shape
-            seen = [image, image, (len(model.manifest.noise_families),)]
+            operator = key[3] if program.operation == "fuse" else None
+            shown = image if operator is None else operator_of(operator).seen(np.zeros(image, np.float32)).shape
+            seen = [shown, shown, (len(model.manifest.noise_families),)]
             shapes = {
                 "weigh": [image, latent, latent, (16, *latent)],
                 "decode": [latent],
