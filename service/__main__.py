@@ -12,7 +12,7 @@ from typing import Any
 import uvicorn
 from uvicorn.supervisors import Multiprocess
 
-from service.app import create_app, open_repository
+from service.app import create_app, end_process, open_repository
 from service.config import Settings, read_settings
 from service.errors import StartError
 from service.telemetry import SHARED_FOLDER
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
         del repository  # it was opened to see that it can be; every worker opens its own
         supervise(settings, listener)
     else:
-        uvicorn.Server(server_config(settings, create_app(settings, repository))).run([listener])
+        uvicorn.Server(server_config(settings, create_app(settings, repository, end_process))).run([listener])
     return 0
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request, Response
@@ -16,6 +17,7 @@ from service.config import Settings, read_settings
 from service.endpoint import Context
 from service.engine import Engine
 from service.errors import ServiceError
+from service.memory import Memory
 from service.repository import Repository
 from service.route import Shortcut
 from service.routes import OPERATIONS, add_operations
@@ -51,13 +53,16 @@ def open_repository(settings: Settings) -> Repository:
     return Repository.open(settings.models, settings.default_model, provider, threads, settings.max_rows)
 
 
-def create_app(settings: Settings, repository: Repository | None = None) -> FastAPI:
+def create_app(
+    settings: Settings, repository: Repository | None = None, on_stuck: Callable[[], None] | None = None
+) -> FastAPI:
     """The whole service around a repository (None opens the one that the settings name).
 
+    on_stuck: called where a batch does not come back.
     Raises: StartError.
     """
     repository = repository or open_repository(settings)
-    engine = Engine(settings)
+    engine = Engine(settings, on_stuck)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -72,7 +77,7 @@ def create_app(settings: Settings, repository: Repository | None = None) -> Fast
         lifespan=lifespan,
         telemetry={"tracing": False, "metrics": False, "logs": False},  # asked for at every request; ours is /metrics
     )
-    add_operations(app, Context(settings, repository, engine))
+    add_operations(app, Context(settings, repository, engine, Memory(settings.memory_bytes)))
     for router in (
         models_router(repository, OPERATIONS),
         health_router(repository, engine),
@@ -86,7 +91,12 @@ def create_app(settings: Settings, repository: Repository | None = None) -> Fast
 
 def create_worker_app() -> FastAPI:
     """The service of one of several worker processes; settings come by the environment."""
-    return create_app(read_settings())
+    return create_app(read_settings(), on_stuck=end_process)
+
+
+def end_process() -> None:
+    """As if an operator asked for it: who can still be answered is."""
+    signal.raise_signal(signal.SIGTERM)
 
 
 def settle() -> None:

@@ -22,6 +22,7 @@ from service.engine import Engine
 from service.errors import CallerGone, InvalidOption
 from service.intake import disconnected, read_body
 from service.latent import BLOCK_ROWS
+from service.memory import Memory, Share, answer_bytes
 from service.negotiation import acceptable, form_of, write
 from service.operation import Inputs, Operation, Rows
 from service.repository import Model, Repository
@@ -49,6 +50,7 @@ class Context:
     settings: Settings
     repository: Repository
     engine: Engine
+    memory: Memory
 
 
 class Call(NamedTuple):
@@ -60,6 +62,7 @@ class Call(NamedTuple):
     body: Body
     submit: Submit
     gone: Callable[[], bool]
+    share: Share
 
 
 class Reply(NamedTuple):
@@ -88,17 +91,24 @@ class OperationApp:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request; every error is answered as a problem."""
+        share = Share(self.context.memory)
+        try:
+            await self._serve(scope, receive, send, share)
+        finally:
+            share.give_back()
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, share: Share) -> None:
         path, label = scope["path_params"], "unknown"
         try:
             model = self.context.repository.find(path.get("model"), path.get("version"))
             label = model.manifest.name
             self.operation.check_offered(model)
             headers = dict(scope["headers"])
-            body = await read_body(receive, headers, self.context.settings.max_body_bytes)
+            body = await read_body(receive, headers, self.context.settings.max_body_bytes, share)
             if body is None:
                 return
             gone = partial(disconnected, receive)
-            call = Call(model, scope["query_string"], headers, body, self._submit(headers, gone), gone)
+            call = Call(model, scope["query_string"], headers, body, self._submit(headers, gone), gone, share)
             reply = await self._answer(call)
         except Exception as error:  # noqa: BLE001  # the one place where errors become answers
             reply = _refusal(error)
@@ -117,17 +127,23 @@ class OperationApp:
             settings.max_pixels,
             operation.masked,
             operation.or_latents,
+            self.context.memory.limit,
         )
         payload = READERS[form](call.body, content_type, intake) if form else Payload(None)
         if payload.options:
             options = self._options({**_pairs(call.query), **payload.options})
-        inputs = admit(operation, model, payload, options, settings.max_request_rows)
+        best = next(iter(acceptable(accept, form)), "")
+        in_parts = best in HEADERS and getattr(options, "fit", None) != "tile"
+
+        def room(rows: int) -> None:
+            call.share.need(answer_bytes(model, options, min(rows, 2 * PART_ROWS) if in_parts else rows))
+
+        inputs = admit(operation, model, payload, options, settings.max_request_rows, room)
         if operation.check is not None:
             operation.check(model, inputs, options)
-        best = next(iter(acceptable(accept, form)), "")
         if best in EVENTS:
             return await self._watch(call, inputs, options, best)
-        if best in HEADERS and len(inputs.rows) > PART_ROWS and inputs.tiling is None:
+        if in_parts and len(inputs.rows) > PART_ROWS:
             reply = await self._stream(call, inputs, options, best)
             if reply is not None:
                 return reply

@@ -54,6 +54,9 @@ def problem(status: int, code: str, detail: str) -> bytes:
 
 def describe(error: Exception) -> tuple[int, str, bytes, dict[str, str]]:
     """(status, code, body, headers) of any error; one that is not ours is a bug, logged under an id and not told."""
+    if isinstance(error, MemoryError):
+        log.error("no memory for a request", exc_info=error)
+        error = errors.Overloaded("there is not enough memory for this request now; send fewer rows, or later", 1.0)
     if isinstance(error, errors.ServiceError):
         status = STATUS.get(type(error), INTERNAL)
         headers = {}

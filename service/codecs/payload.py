@@ -20,6 +20,7 @@ class Intake(NamedTuple):
     """What the operation takes: the array's name, the shape of one row, how large a picture may be.
 
     masked: whether a picture's transparency is a mask. or_latents: whether latents may come in place of images.
+    memory_bytes: what reading it may take.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Intake(NamedTuple):
     max_pixels: int
     masked: bool = False
     or_latents: bool = False
+    memory_bytes: int = 2**30
 
     @property
     def is_images(self) -> bool:
