@@ -54,15 +54,15 @@ def open_repository(settings: Settings) -> Repository:
 
 
 def create_app(
-    settings: Settings, repository: Repository | None = None, on_stuck: Callable[[], None] | None = None
+    settings: Settings, repository: Repository | None = None, on_failure: Callable[[], None] | None = None
 ) -> FastAPI:
     """The whole service around a repository (None opens the one that the settings name).
 
-    on_stuck: called where a batch does not come back.
+    on_failure: called where the engine takes no more work.
     Raises: StartError.
     """
     repository = repository or open_repository(settings)
-    engine = Engine(settings, on_stuck)
+    engine = Engine(settings, on_failure)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -91,7 +91,7 @@ def create_app(
 
 def create_worker_app() -> FastAPI:
     """The service of one of several worker processes; settings come by the environment."""
-    return create_app(read_settings(), on_stuck=end_process)
+    return create_app(read_settings(), on_failure=end_process)
 
 
 def end_process() -> None:

@@ -154,7 +154,8 @@ class Batcher:
     linger_ms: how long the first arrival waits for company; 0 is never. inline_s: batches that cost less than this run
     in the event loop. background: whether the thread gives way to all others, for long work. batch_limit_s: a batch
     that takes the thread longer is stuck: everybody is answered, and no work is taken until it comes back. observe:
-    called with (program, rows, queue_s of each part, inference_s) after each batch. on_stuck: called without arguments.
+    called with (program, rows, queue_s of each part, inference_s) after each batch. on_failure: called where no more
+    work is taken, because a batch is stuck or the batcher itself has failed.
     """
 
     def __init__(
@@ -168,14 +169,14 @@ class Batcher:
         batch_limit_s: float = math.inf,
         clock: Callable[[], float] = time.monotonic,
         observe: Callable[[Program, int, list[float], float], None] | None = None,
-        on_stuck: Callable[[], None] | None = None,
+        on_failure: Callable[[], None] | None = None,
     ) -> None:
         self.max_rows, self.queue_rows, self.batch_limit_s = max_rows, queue_rows, batch_limit_s
         self.linger_s, self.inline_s = linger_ms / 1000.0, inline_s
         self.queued_rows = 0
         self.failure: BaseException | None = None
         self.stuck = False
-        self._clock, self._observe, self._on_stuck = clock, observe, on_stuck
+        self._clock, self._observe, self._on_failure = clock, observe, on_failure
         self._lanes: OrderedDict[Program, deque[_Job]] = OrderedDict()
         self._thread = ComputingThread("inference", _yield_to_others if background else None)
         self._scheduled: asyncio.Handle | None = None
@@ -342,10 +343,13 @@ class Batcher:
     def _compute(self, batch: _Batch) -> list[_Done]:
         """Batch after batch of it, until somebody else comes."""
         results: list[_Done] = []
-        for arrays in batch.stacks():
-            if results and (self._lanes or isinstance(results[-1].arrays, ServiceError)):
-                break
-            results.append(self._run(batch.program, arrays))
+        try:
+            for arrays in batch.stacks():
+                if results and (self._lanes or isinstance(results[-1].arrays, ServiceError)):
+                    break
+                results.append(self._run(batch.program, arrays))
+        except MemoryError:  # of putting the parts together
+            results.append(_Done(_no_memory(), 0.0))
         return results
 
     def _run(self, program: Program, arrays: Arrays) -> _Done:
@@ -396,8 +400,7 @@ class Batcher:
         self.stuck = True
         self._fail_running()
         self._fail_waiting()
-        if self._on_stuck is not None:
-            self._on_stuck()
+        self._report()
 
     def _end_if_idle(self) -> None:
         """What `close` waits for: that nobody waits for the batch that runs."""
@@ -418,7 +421,6 @@ class Batcher:
                 self._turn()
 
     def _land(self, batch: _Batch, results: list[_Done]) -> None:
-        self._running = None
         self._lone = len(batch.parts) == 1
         self._measure(batch)
         queue_s = [job.queue_s for job, _, _ in batch.parts]
@@ -430,6 +432,7 @@ class Batcher:
                 row += size
             self._tell(batch.program, row, queue_s, inference_s)
             queue_s = []
+        self._running = None  # not before: what breaks above fails whoever is in it
         for job, _, _ in batch.parts:
             self._put_back(batch.program, job)
         self._end_if_idle()
@@ -445,8 +448,12 @@ class Batcher:
         job.inference_s += inference_s
         job.pieces.append(part)
         if job.taken == job.rows:
-            whole = part if len(job.pieces) == 1 else tuple(map(np.concatenate, zip(*job.pieces, strict=True)))
-            job.future.set_result(Trip(whole, job.queue_s, job.inference_s))
+            try:
+                whole = part if len(job.pieces) == 1 else tuple(map(np.concatenate, zip(*job.pieces, strict=True)))
+            except MemoryError:
+                job.future.set_exception(_no_memory())
+            else:
+                job.future.set_result(Trip(whole, job.queue_s, job.inference_s))
 
     def _put_back(self, program: Program, job: _Job) -> None:
         """A job with rows left goes to the end of its lane."""
@@ -476,6 +483,11 @@ class Batcher:
         self._running = None
         self._fail_waiting()
         self._end_if_idle()
+        self._report()
+
+    def _report(self) -> None:
+        if self._on_failure is not None:
+            self._on_failure()
 
     def _fail_running(self) -> None:
         for job, _, _ in self._running.parts if self._running else ():

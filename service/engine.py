@@ -14,10 +14,10 @@ from service.telemetry import Telemetry
 class Engine:
     """What computes, behind one `submit`: nobody waits for long work, which takes what processor time is left.
 
-    on_stuck: called where a batch does not come back.
+    on_failure: called where no more work is taken.
     """
 
-    def __init__(self, settings: Settings, on_stuck: Callable[[], None] | None = None) -> None:
+    def __init__(self, settings: Settings, on_failure: Callable[[], None] | None = None) -> None:
         self.telemetry = Telemetry(lambda: (self.queued_rows, self.running))
         self._short, self._long = (
             Batcher(
@@ -28,7 +28,7 @@ class Engine:
                 background=background,
                 batch_limit_s=settings.batch_limit_s,
                 observe=self.telemetry.batch,
-                on_stuck=on_stuck,
+                on_failure=on_failure,
             )
             for inline_us, background in ((settings.inline_us, False), (0.0, True))
         )

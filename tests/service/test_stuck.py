@@ -82,7 +82,7 @@ def test_a_stuck_batch_is_found_out_and_forgiven_when_it_comes_back() -> None:
 
     async def scenario() -> None:
         told: list[int] = []
-        gated, batcher = Gated(), engine(batch_limit_s=0.2, on_stuck=lambda: told.append(1))
+        gated, batcher = Gated(), engine(batch_limit_s=0.2, on_failure=lambda: told.append(1))
         running, waiting = (asyncio.create_task(batcher.submit(gated, ONE)) for _ in range(2))
         with pytest.raises(InferenceFailed):
             await running
@@ -174,6 +174,32 @@ def test_a_batch_without_memory_fails_alone() -> None:
         with pytest.raises(Overloaded, match="memory"):
             await batcher.submit(Greedy(), (np.ones((2, 2), np.float32),))
         assert (await batcher.submit(Greedy(), ONE)).arrays[0].shape == (1, 2)
+        await batcher.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_bug_while_answers_are_handed_out_leaves_nobody_waiting() -> None:
+    """Whoever was in the batch is told, and whoever is to restart the service."""
+
+    class Unsliceable:
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, _: Any) -> Any:
+            raise ZeroDivisionError
+
+    class Confused(Gated):
+        def run(self, *_: Any) -> Any:
+            return (Unsliceable(),)
+
+    async def scenario() -> None:
+        told = asyncio.Event()
+        batcher = engine(on_failure=told.set)
+        with pytest.raises(InferenceFailed):
+            await asyncio.wait_for(batcher.submit(Confused(), ONE), 5)
+        assert told.is_set()
+        assert not batcher.healthy
         await batcher.close()
 
     asyncio.run(scenario())
