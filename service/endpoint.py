@@ -34,6 +34,8 @@ NAMED = ("seed", "binarisation", "note")
 """What is said about an answer, in a header of its own."""
 HEADER_NUMBERS = 16
 """Lists longer than this are not repeated in a header."""
+REMEMBERED = 256
+"""Longer query strings and Accept headers are nobody's, and are not remembered."""
 PART_ROWS = 4 * BLOCK_ROWS
 """Binary answers of more rows are sent in parts of this many, so that they need no more memory."""
 
@@ -87,7 +89,7 @@ class OperationApp:
     def __init__(self, operation: Operation, context: Context) -> None:
         self.operation = operation
         self.context = context
-        self.options_of_query = lru_cache(1024)(lambda query: self._options(_pairs(query)))
+        self._remembered = lru_cache(1024)(lambda query: self._options(_pairs(query)))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request; every error is answered as a problem."""
@@ -117,7 +119,7 @@ class OperationApp:
 
     async def _answer(self, call: Call) -> Reply:
         content_type = call.headers.get(b"content-type", b"").decode("latin-1")
-        accept = call.headers.get(b"accept", b"*/*").decode("latin-1")
+        accept = call.headers.get(b"accept", b"*/*")[:REMEMBERED].decode("latin-1")
         model, settings, operation = call.model, self.context.settings, self.operation
         form = form_of(content_type, call.body, operation)
         options = self.options_of_query(call.query)
@@ -133,7 +135,7 @@ class OperationApp:
         if payload.options:
             options = self._options({**_pairs(call.query), **payload.options})
         best = next(iter(acceptable(accept, form)), "")
-        in_parts = best in HEADERS and getattr(options, "fit", None) != "tile"
+        in_parts = best in HEADERS and getattr(options, "fit", None) is None  # what is fitted is there as a whole
 
         def room(rows: int) -> None:
             call.share.need(answer_bytes(model, options, min(rows, 2 * PART_ROWS) if in_parts else rows))
@@ -143,10 +145,11 @@ class OperationApp:
             operation.check(model, inputs, options)
         if best in EVENTS:
             return await self._watch(call, inputs, options, best)
-        if in_parts and len(inputs.rows) > PART_ROWS:
+        if best in HEADERS and len(inputs.rows) > PART_ROWS and inputs.tiling is None:
             reply = await self._stream(call, inputs, options, best)
             if reply is not None:
                 return reply
+            call.share.need(answer_bytes(model, options, len(inputs.rows)))
         result = await operation.run(model, call.submit, inputs, options)
         answer = _answer(model, result)
         answer_form, content = write(answer, accept, form)
@@ -217,6 +220,13 @@ class OperationApp:
             end = reply.events.frame("error", content)
         await send({"type": "http.response.body", "body": end})
         return outcome
+
+    def options_of_query(self, query: bytes) -> Any:
+        """The options that a query string names.
+
+        Raises: InvalidOption.
+        """
+        return self._remembered(query) if len(query) <= REMEMBERED else self._options(_pairs(query))
 
     def _options(self, named: Mapping[str, Any]) -> Any:
         try:

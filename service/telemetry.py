@@ -15,6 +15,7 @@ from prometheus_client import (
     Counter,
     Gauge,
     Histogram,
+    ProcessCollector,
     disable_created_metrics,
     generate_latest,
     multiprocess,
@@ -58,6 +59,9 @@ class Telemetry:
         live = partial(Gauge, registry=self.registry, multiprocess_mode="livesum")
         self._queued = live("vae_queued_rows", "Rows that wait")
         self._running = live("vae_running_batches", "Batches that are being computed")
+        self._tasks = live("vae_tasks", "Tasks of the event loop: a request has one or two")
+        if SHARED_FOLDER not in os.environ:
+            ProcessCollector(registry=self.registry)  # memory, descriptors, processor time; of one process alone
         self._request_child = cache(self._requests.labels)
         self._rows_child = cache(self._rows.labels)
         self._batch_children = cache(
@@ -82,6 +86,7 @@ class Telemetry:
         queued_rows, running = self._load()
         self._queued.set(queued_rows)
         self._running.set(running)
+        self._tasks.set(len(asyncio.all_tasks()))
 
     def _note(self, add: Callable[[], None]) -> None:
         if not self._noted:

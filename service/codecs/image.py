@@ -11,6 +11,9 @@ from service.errors import TooLarge, Unreadable
 from service.pixels import Pixels, opacity, to_array, to_image
 
 FORMATS = ("PNG", "JPEG", "WEBP")
+Image.MAX_IMAGE_PIXELS = (
+    None  # VAE_MAX_PIXELS is looked at below; Pillow would warn, and remember each size it warned of
+)
 
 
 def read(body: Body, _content_type: str, intake: Intake) -> Payload:
@@ -33,8 +36,6 @@ def parse(body: Body, intake: Intake, before: int = 0) -> tuple[Pixels, Pixels |
             return to_array(picture, intake.shape[0]), opacity(picture) if intake.masked else None
     except TooLarge:
         raise
-    except Image.DecompressionBombError as error:  # above Pillow's own limit, which no setting of ours passes
-        raise TooLarge(f"the picture is above VAE_MAX_PIXELS ({intake.max_pixels})") from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
         raise Unreadable(f"the picture cannot be read ({str(error)[:120]}); send a whole PNG, JPEG or WebP") from error
 

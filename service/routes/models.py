@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter
 
 from service.operation import Operation
+from service.problems import documented
 from service.repository import Model, Repository
 from service.routes.examples import example
 
@@ -27,6 +28,7 @@ EXAMPLE = {
     "training": {"seconds": {"vae": 1552.5}},
     "fingerprint": "0123456789abcdef",
 }
+ONE = {**example(EXAMPLE), 404: documented()[404]}
 
 
 def models_router(repository: Repository, operations: tuple[Operation, ...]) -> APIRouter:
@@ -57,11 +59,11 @@ def models_router(repository: Repository, operations: tuple[Operation, ...]) -> 
     async def all_models() -> dict[str, Any]:
         return {"models": [describe(repository.find(name, None)) for name in repository.models]}
 
-    @router.get("/{model}", summary="One model at its latest version", responses=example(EXAMPLE))
+    @router.get("/{model}", summary="One model at its latest version", responses=ONE)
     async def one_model(model: str) -> dict[str, Any]:
         return describe(repository.find(model, None))
 
-    @router.get("/{model}/versions/{version}", summary="One version of a model", responses=example(EXAMPLE))
+    @router.get("/{model}/versions/{version}", summary="One version of a model", responses=ONE)
     async def one_version(model: str, version: str) -> dict[str, Any]:
         return describe(repository.find(model, version))
 

@@ -20,7 +20,9 @@ from service.app import create_app
 from service.config import Settings
 from service.errors import Overloaded, TooLarge
 from service.memory import Memory, Share
-from service.repository import Repository
+from service.repository import MOST_PROGRAMS, Model, Repository
+from service.restoration import fuse_rows
+from service.vae import encode_rows
 
 MIB = 2**20
 RAW = {"content-type": "application/octet-stream"}
@@ -58,6 +60,16 @@ GREEDY: dict[str, tuple[str, dict[str, Any], int]] = {
     "much noise": ("score?quality=refined", {"content": IMAGES, "headers": {**RAW, **JSON}}, MIB),
     "small images to be large": ("encode?fit=resize", {"json": {"images": [[[0.0]]] * 9000}}, MIB),
     "many tiles": ("denoise?fit=tile", {"json": {"images": np.zeros((8, 4096), int).tolist()}}, MIB),
+    "the same in parts": (
+        "encode?fit=resize",
+        {"json": {"images": [[[0.0]]] * 9000}, "headers": {"accept": "application/x-npy"}},
+        MIB,
+    ),
+    "a form that cannot hold it": (
+        "encode?draws=4",
+        {"content": np.zeros((1200, 64), "<f4").tobytes(), "headers": {**RAW, "accept": "application/x-npy,*/*;q=0.5"}},
+        MIB,
+    ),
     "many numbers": ("encode", {"json": {"images": [0] * (MIB // 2)}}, 4 * MIB),
     "a large body": ("encode", {"content": bytes(2 * MIB), "headers": RAW}, MIB),
 }
@@ -97,6 +109,25 @@ def test_what_others_leave_no_room_for_may_come_back(slow: Callable[[float], Rep
     assert refused.json()["code"] == "overloaded"
     assert "VAE_MEMORY_BYTES" in refused.json()["detail"]
     assert int(refused.headers["retry-after"]) >= 1
+
+
+def test_programs_are_not_remembered_for_ever(model: Model) -> None:
+    """However many blurs are named; what requests without options need stays."""
+    usual = model.plan("encode", encode_rows)
+    for k in range(2 * MOST_PROGRAMS):
+        assert model.plan("fuse", fuse_rows, 0, ("blur", 1.0 + k, 8, 8)).operation == "fuse"
+    assert len(model.programs) <= MOST_PROGRAMS
+    assert model.plan("encode", encode_rows) is usual
+
+
+def test_long_queries_are_not_remembered(digits_models: Path) -> None:
+    """Nor are they any worse for it."""
+    app = app_of(digits_models, 3 * MIB)
+    first, again = answers(app, *[(f"sample?seed={'0' * 4000}7", {"headers": NPY})] * 2)
+    short = answers(app, ("sample?seed=7", {"headers": NPY}))[0]
+    assert first.content == again.content == short.content
+    route = next(one for one in app.routes if getattr(one, "path", "") == "/v1/sample")
+    assert route.app._remembered.cache_info().currsize == 1  # type: ignore[attr-defined]
 
 
 def test_shares_are_given_back() -> None:
