@@ -65,7 +65,7 @@ def ask_all(url: str, cases: Any, statuses: Counter[int]) -> None:
     )  # fmt: skip
     @given(cases)
     def ask(case: Any) -> None:
-        answer = case.call(base_url=url)
+        answer = case.call(base_url=url, timeout=60)
         statuses[answer.status_code] += 1
         assert answer.status_code < 500, (case.as_curl_command(), answer.text)
         case.validate_response(answer, excluded_checks=EXCLUDED)
