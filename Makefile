@@ -5,7 +5,7 @@ PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint 
 DATA ?= data
 CONFIG ?= training/configs/mnist.toml
 
-.PHONY: setup serve train test lint bench bench-training bench-beside endurance clean
+.PHONY: setup serve train test lint bench bench-training bench-beside fuzz soak clean
 
 serve: $(VENV)/.serve
 	$(PYTHON) -m service
@@ -32,11 +32,21 @@ bench-training: $(VENV)/.test
 bench-beside: $(VENV)/.test
 	$(PYTHON) -m benchmarks.beside
 
-endurance: $(VENV)/.test
-	$(PYTHON) -m benchmarks.endurance
+# Every reader for FUZZ_S seconds, then requests made up from the OpenAPI document, another set each time.
+FUZZ_S ?= 300
+fuzz: $(VENV)/.test
+	@for target in json npy raw image multipart query manifest; do \
+	  mkdir -p .fuzz/$$target && \
+	  $(PYTHON) -m tests.fuzz.harness $$target .fuzz/$$target -max_total_time=$(FUZZ_S) -max_len=8192 -timeout=10 \
+	    -rss_limit_mb=1024 -artifact_prefix=.fuzz/$$target- || exit 1; \
+	done
+	FUZZ_EXAMPLES=200 FUZZ_SEED=$$(date +%s) $(PYTHON) -m pytest tests/fuzz/test_openapi.py
+
+soak: $(VENV)/.test
+	$(PYTHON) -m benchmarks.soak $(if $(MINUTES),--minutes $(MINUTES))
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .fuzz .mypy_cache .ruff_cache .pytest_cache
 
 # An environment is made once, completed when what it depends on changes, and left alone otherwise.
 $(VENV)/bin/python:

@@ -13,10 +13,12 @@ from benchmarks import bodies
 from benchmarks.bodies import Body
 
 CALLERS = 8
-RATE = 40.0
+RATE = 20.0
 """Requests a second of all callers together, where the server keeps up; each caller has one under way at most."""
 TIMEOUT_S = 30.0
-HUNG_UP, NO_ANSWER = "hung up", "no answer"
+HUNG_UP, NO_ANSWER, CHANGED = "hung up", "no answer", "another answer than at first"
+BLUR = "{blur}"
+"""In a path: a blur that nobody named before."""
 
 
 class Call(NamedTuple):
@@ -35,26 +37,31 @@ class Call(NamedTuple):
 def calls() -> list[Call]:
     """The mixture."""
     one, many = bodies.images(1), bodies.images(1024)
+    sampled, events = {"accept": bodies.JSON}, {"accept": "text/event-stream"}
     json, raw, npy = bodies.json("/v1/reconstruct"), bodies.raw("/v1/reconstruct"), bodies.npy("/v1/reconstruct")
     return [
-        Call("reconstruct, JSON", 26, json.ask(one)),
-        Call("reconstruct, binary", 22, raw.ask(one)),
+        Call("reconstruct, JSON", 22, json.ask(one)),
+        Call("reconstruct, binary", 18, raw.ask(one)),
         Call("reconstruct, binary, conv", 8, bodies.raw("/v1/models/conv/reconstruct").ask(one)),
         Call("reconstruct, 1,024 rows, npy", 4, npy.ask(many)),
         Call("denoise, PNG", 14, bodies.png("/v1/denoise").ask(one)),
-        Call("sample, 16 images, JSON", 10, Body("/v1/sample?count=16", {"accept": bodies.JSON}, b"")),
-        Call("an image of another shape", 4, json.ask(one[:, :, :9]), "422"),
-        Call("an unknown option", 4, bodies.raw("/v1/reconstruct?drawz=1").ask(one), "422"),
+        Call("denoise, a new blur each", 4, bodies.raw(f"/v1/denoise?blur={BLUR}&level=0.1").ask(one)),
+        Call("sample, 16 images, JSON", 8, Body("/v1/sample?count=16&seed=7", sampled, b"")),
+        Call("sample, as events", 4, Body("/v1/sample?count=2&seed=7", events, b"")),
+        Call("an image of another shape", 3, json.ask(one[:, :, :9]), "422"),
+        Call("an unknown option", 3, bodies.raw("/v1/reconstruct?drawz=1").ask(one), "422"),
+        Call("an unknown model", 2, bodies.raw("/v1/models/nobody/reconstruct").ask(one), "404"),
+        Call("too many rows", 2, Body("/v1/sample?count=16385", sampled, b""), "413"),
         Call("1,024 rows, hung up half sent", 4, npy.ask(many), HUNG_UP, "half sent"),
         Call("1,024 rows, hung up unanswered", 4, npy.ask(many), HUNG_UP, "unanswered"),
     ]
 
 
 class Mixture:
-    """The load; `outcomes` counts, by the title of the call: statuses, HUNG_UP, or NO_ANSWER and why."""
+    """The load; `outcomes` counts, by the title of the call: statuses, HUNG_UP, CHANGED, or NO_ANSWER and why."""
 
     def __init__(self, port: int) -> None:
-        self._port, self._calls = port, calls()
+        self._port, self._calls, self._firsts = port, calls(), dict[str, bytes]()
         self.outcomes: dict[str, Counter[str]] = {call.title: Counter() for call in self._calls}
 
     async def run(self, seconds: float) -> None:
@@ -63,20 +70,30 @@ class Mixture:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{self._port}", timeout=TIMEOUT_S) as client:
             await asyncio.gather(*(self._caller(client, random.Random(seed), end) for seed in range(CALLERS)))  # noqa: S311  # no secret
 
+    def answered(self) -> int:
+        """Calls that were answered, and whole."""
+        return sum(
+            count
+            for found in self.outcomes.values()
+            for outcome, count in found.items()
+            if outcome != HUNG_UP and not outcome.startswith(NO_ANSWER)
+        )
+
+    def hung_up(self) -> int:
+        """Calls that were broken off by the caller."""
+        return sum(found[HUNG_UP] for found in self.outcomes.values())
+
     def wrong(self) -> int:
         """Calls that ended otherwise than they should."""
         return sum(self.outcomes[call.title].total() - self.outcomes[call.title][call.right] for call in self._calls)
 
     def summary(self) -> str:
         """Whether every request was answered, in a sentence."""
-        counts = Counter[str]()
-        for found in self.outcomes.values():
-            counts.update(found)
-        lost = sum(count for outcome, count in counts.items() if outcome.startswith(NO_ANSWER))
-        gone, whole = counts[HUNG_UP], counts.total() - counts[HUNG_UP]
+        total = sum(found.total() for found in self.outcomes.values())
         return (
-            f"{counts.total():,} calls, of which {gone:,} hung up. Of the other {whole:,}, {whole - lost:,} were "
-            f"answered; {self.wrong():,} calls ended otherwise than they should."
+            f"{total:,} calls, of which {self.hung_up():,} hung up. Of the other {total - self.hung_up():,}, "
+            f"{self.answered():,} were answered; {self.wrong():,} calls ended otherwise than they should. An answer is "
+            "right where it is, byte for byte, the first that such a call had."
         )
 
     def table(self) -> str:
@@ -96,17 +113,19 @@ class Mixture:
             if asyncio.get_running_loop().time() >= end:
                 return
             (call,) = dice.choices(self._calls, weights)
-            self.outcomes[call.title][await self._outcome(client, call, dice.uniform(0.0, 0.02))] += 1
+            self.outcomes[call.title][await self._outcome(client, call, dice)] += 1
 
-    async def _outcome(self, client: httpx.AsyncClient, call: Call, patience_s: float) -> str:
+    async def _outcome(self, client: httpx.AsyncClient, call: Call, dice: random.Random) -> str:
+        path = call.body.path.replace(BLUR, str(dice.uniform(0.5, 3.0)))
         try:
             if call.leaves:
-                await self._hang_up(call, patience_s)
+                await self._hang_up(call, dice.uniform(0.0, 0.02))
                 return HUNG_UP
-            answer = await client.post(call.body.path, content=call.body.content, headers=call.body.headers)
+            answer = await client.post(path, content=call.body.content, headers=call.body.headers)
         except (OSError, httpx.HTTPError) as error:
             return f"{NO_ANSWER}: {type(error).__name__}"
-        return str(answer.status_code)
+        same = path != call.body.path or self._firsts.setdefault(call.title, answer.content) == answer.content
+        return str(answer.status_code) if same else CHANGED
 
     async def _hang_up(self, call: Call, patience_s: float) -> None:
         """Begin the call on a connection of its own, wait a little, and leave by a reset."""

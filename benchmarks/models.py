@@ -66,4 +66,13 @@ ABOUT = {
     "dataset": "none",
     "training": {},
     "quality": {},
+    # Nobody asks these models to score, but their graphs can, which the service wants to know of.
+    "scoring": {
+        "binary": True,
+        "binarisation": "none",
+        "elbo_percentiles_nats": [float(percent) for percent in range(101)],
+        "images": 1,
+        "draws": 1,
+        "seed": 0,
+    },
 }

@@ -37,11 +37,12 @@ def serving(found: dict[str, Any]) -> Any:
     return figure
 
 
-def endurance(found: dict[str, Any]) -> Any:
+def soak(found: dict[str, Any]) -> Any:
     """Resident memory over time, from zero, so that what looks flat is."""
     figure, axis = plt.subplots(figsize=(7.2, 3.2))
     minutes, memory = [moment / 60.0 for moment, _ in found["memory"]], [mib for _, mib in found["memory"]]
     axis.plot(minutes, memory, color=OURS)
+    axis.axvline(found["warm_up_s"] / 60.0, color=OTHERS, linestyle=":")
     axis.set_ylim(0.0, 1.2 * max(memory))
     axis.set_xlabel("minutes under load")
     axis.set_ylabel("resident memory, MiB")
@@ -70,7 +71,7 @@ def training(found: dict[str, Any]) -> Any:
 
 def main(kind: str, raw: str, out: str) -> None:
     """One kind of plot of the raw findings."""
-    figure = {"serving": serving, "endurance": endurance, "training": training}[kind](json.loads(Path(raw).read_text()))
+    figure = {"serving": serving, "soak": soak, "training": training}[kind](json.loads(Path(raw).read_text()))
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()

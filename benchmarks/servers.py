@@ -75,6 +75,14 @@ class Server:
         """Resident memory of all its processes, whatever else maps the same pages."""
         return sum(_memory_kib(pid, b"Rss:") for pid in self._pids()) / 1024.0
 
+    def threads(self) -> int:
+        """Of all its processes."""
+        return sum(len(list(Path(f"/proc/{pid}/task").iterdir())) for pid in self._pids())
+
+    def descriptors(self) -> int:
+        """Open files and connections of all its processes."""
+        return sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in self._pids())
+
     def cpu_s(self) -> float:
         """Processor time that its processes have taken, to a hundredth of a second."""
         return sum(map(_cpu_ticks, self._pids())) / TICKS_S

@@ -15,7 +15,7 @@ from typing import Any
 import uvicorn
 from uvicorn.supervisors import Multiprocess
 
-from service.app import create_app, open_repository
+from service.app import create_app, end_process, open_repository
 from service.config import Settings, read_settings
 from service.errors import StartError
 from service.exposure import check
@@ -73,7 +73,7 @@ def serve(settings: Settings) -> None:
         del repository  # it was opened to see that it can be; every worker opens its own
         supervise(settings, listeners)
     else:
-        uvicorn.Server(server_config(settings, create_app(settings, repository))).run(listeners)
+        uvicorn.Server(server_config(settings, create_app(settings, repository, end_process))).run(listeners)
 
 
 def server_config(settings: Settings, app: Any, **more: Any) -> uvicorn.Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,14 +20,22 @@ OBSERVED_MARGIN = 10.0
 """How many widths of the value range an observed, noisy value may lie outside it."""
 
 
-def admit(operation: Operation, model: Model, payload: Payload, options: Any, max_rows: int) -> Inputs:
+def admit(
+    operation: Operation,
+    model: Model,
+    payload: Payload,
+    options: Any,
+    max_rows: int,
+    room: Callable[[int], None],
+) -> Inputs:
     """The payload as rows of the model's shape.
 
-    max_rows: rows a request may have, draws counted.
-    Raises: InvalidShape, TooLarge, InvalidValue, InvalidOption.
+    max_rows: rows a request may have, draws counted. room: asked for the memory that so many rows need.
+    Raises: InvalidShape, TooLarge, InvalidValue, InvalidOption, and what `room` raises.
     """
     if operation.takes is None:
         check_count(options.count, max_rows)
+        room(options.count)
         return Inputs(np.empty((options.count, 0), np.float32))
     if payload.array is None:
         raise InvalidShape(f'the body lacks "{operation.takes}"')
@@ -39,8 +48,10 @@ def admit(operation: Operation, model: Model, payload: Payload, options: Any, ma
         images = as_images(payload.array, shape[0], name)
         tiles = tiling(len(images), (images.shape[2], images.shape[3]), (shape[1], shape[2]))
         shape = images.shape[1:]
-    rows = _shaped(payload.array, shape, name, options, max_rows)
-    check_count((tiles.images * tiles.tiles if tiles else len(rows)) * options.multiplicity, max_rows)
+    rows = _shaped(payload.array, shape, name, options, max_rows, room)
+    count = tiles.images * tiles.tiles if tiles else len(rows)
+    check_count(count * options.multiplicity, max_rows)
+    room(count)
     check_range(rows, *_bounds(operation, model, name), name)
     if payload.mask is None and operation.masked:
         raise InvalidShape(
@@ -49,25 +60,28 @@ def admit(operation: Operation, model: Model, payload: Payload, options: Any, ma
         )
     if payload.mask is not None and not operation.observed:
         raise InvalidOption(f"{operation.name} takes no mask")
-    mask = None if payload.mask is None else _mask(payload.mask, shape, options, len(rows))
+    mask = None if payload.mask is None else _mask(payload.mask, shape, options, len(rows), room)
     if tiles is not None:
         rows, mask = tiles.cut(rows), None if mask is None else tiles.cut(mask)
     return Inputs(rows, mask, latents=payload.latents, tiling=tiles)
 
 
-def _shaped(array: NDArray[Any], shape: tuple[int, ...], name: str, options: Any, max_rows: int) -> Rows:
+def _shaped(
+    array: NDArray[Any], shape: tuple[int, ...], name: str, options: Any, max_rows: int, room: Callable[[int], None]
+) -> Rows:
     """Rows of that shape, brought there where the caller says how."""
     how = getattr(options, "fit", None)
     if how in (None, "tile") or name == "latents":
         return as_rows(array, shape, name)
     images = as_images(array, shape[0], name)
     check_count(len(images), max_rows)
+    room(len(images))
     return images if images.shape[1:] == shape else fit(images, (shape[1], shape[2]), how)
 
 
-def _mask(array: NDArray[Any], shape: tuple[int, ...], options: Any, rows: int) -> Rows:
+def _mask(array: NDArray[Any], shape: tuple[int, ...], options: Any, rows: int, room: Callable[[int], None]) -> Rows:
     """1 where seen, for every channel; one mask for all rows, or one a row."""
-    mask = _shaped(array, (1, *shape[1:]), "mask", options, rows)
+    mask = _shaped(array, (1, *shape[1:]), "mask", options, rows, room)
     check_range(mask, 0.0, 1.0, "mask")
     if len(mask) not in (1, rows):
         raise InvalidShape(f"{len(mask)} masks for {rows} images; send one, or one an image")

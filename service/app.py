@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from service.doors import add_doors
 from service.endpoint import Context
 from service.engine import Engine
 from service.errors import ServiceError
+from service.memory import Memory
 from service.orders import Orders, Standing
 from service.pages import PageHeaders
 from service.repository import Repository
@@ -66,15 +68,18 @@ def open_repository(settings: Settings, standing: Standing = Standing()) -> Repo
     return Repository.open(models, settings.default_model, provider, threads, settings.max_rows, selection, standing)
 
 
-def create_app(settings: Settings, repository: Repository | None = None) -> FastAPI:
+def create_app(
+    settings: Settings, repository: Repository | None = None, on_failure: Callable[[], None] | None = None
+) -> FastAPI:
     """The whole service around a repository (None opens the one that the settings name).
 
+    on_failure: called where the engine takes no more work.
     Raises: StartError.
     """
     orders = Orders(Path(os.environ[SHARED_FOLDER]) if settings.workers > 1 and SHARED_FOLDER in os.environ else None)
     repository = repository or open_repository(settings, orders.read())
     provider = tracer_provider() if settings.tracing else None
-    engine = TracedEngine(settings, provider) if provider else Engine(settings)
+    engine = TracedEngine(settings, provider, on_failure) if provider else Engine(settings, on_failure)
     control = Control(repository, orders, settings, engine.telemetry)
 
     @asynccontextmanager
@@ -103,7 +108,7 @@ def create_app(settings: Settings, repository: Repository | None = None) -> Fast
             "logs": False,
         },
     )
-    add_operations(app, Context(settings, repository, engine))
+    add_operations(app, Context(settings, repository, engine, Memory(settings.memory_bytes)))
     for router in (
         models_router(repository, OPERATIONS),
         control_router(repository, control, allowed=settings.model_control),
@@ -130,7 +135,12 @@ def add_middleware(app: FastAPI, settings: Settings) -> None:
 
 def create_worker_app() -> FastAPI:
     """The service of one of several worker processes; settings come by the environment."""
-    return create_app(read_settings())
+    return create_app(read_settings(), on_failure=end_process)
+
+
+def end_process() -> None:
+    """As if an operator asked for it: who can still be answered is."""
+    signal.raise_signal(signal.SIGTERM)
 
 
 def settle() -> None:

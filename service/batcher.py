@@ -3,25 +3,29 @@
 A lone caller never waits: there is no timer. What arrives while a batch runs, or in the same turn of the event loop,
 travels together. Cheap batches run in the event loop, the others in one thread. Programs take turns, and so do
 requests too large for one batch, so nobody waits for a stranger's whole request. What cannot be done in time is refused
-before it is queued. Long work, cut into slices, has a batcher of its own whose thread runs when no other would.
+before it is queued, and whose time is up is told so, even where the thread hangs. Long work, cut into slices, has a
+batcher of its own whose thread runs when no other would.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service.errors import CallerGone, DeadlinePassed, InferenceFailed, NotReady, Overloaded
+from service.errors import CallerGone, DeadlinePassed, InferenceFailed, NotReady, Overloaded, ServiceError
+from service.thread import ComputingThread
 
 Arrays = tuple[NDArray[Any], ...]
 
@@ -31,6 +35,8 @@ PROBE_AFTER_S = 0.005
 RUN_BATCHES = 4
 """While nobody else waits, the thread goes on with a large request for as many batches before it reports back."""
 LOWEST_PRIORITY = 19
+WATCH_S = 0.1
+"""How often it is looked, while the thread computes, whether somebody's time is up and whether it is stuck."""
 IN_TIME = 0.75
 """A request is queued where what waits before it should take less than this share of its time."""
 
@@ -134,9 +140,9 @@ class _Batch(NamedTuple):
 
 
 class _Done(NamedTuple):
-    """One batch's arrays and seconds; None where the program failed, which is logged."""
+    """One batch's arrays, or why there are none, and its seconds."""
 
-    arrays: Arrays | None
+    arrays: Arrays | ServiceError
     inference_s: float
 
 
@@ -146,8 +152,10 @@ class Batcher:
     max_rows: rows in a batch. queue_rows: rows that may wait; above it a request is refused at once. A request
     of more than a batch counts as one batch: it takes turns, so that is what it keeps a newcomer waiting.
     linger_ms: how long the first arrival waits for company; 0 is never. inline_s: batches that cost less than this run
-    in the event loop. background: whether the thread gives way to all others, for long work. observe: called with
-    (program, rows, queue_s of each part, inference_s) after each batch.
+    in the event loop. background: whether the thread gives way to all others, for long work. batch_limit_s: a batch
+    that takes the thread longer is stuck: everybody is answered, and no work is taken until it comes back. observe:
+    called with (program, rows, queue_s of each part, inference_s) after each batch. on_failure: called where no more
+    work is taken, because a batch is stuck or the batcher itself has failed.
     """
 
     def __init__(
@@ -158,26 +166,30 @@ class Batcher:
         linger_ms: float = 0.0,
         inline_s: float = 0.0,
         background: bool = False,
+        batch_limit_s: float = math.inf,
         clock: Callable[[], float] = time.monotonic,
         observe: Callable[[Program, int, list[float], float], None] | None = None,
+        on_failure: Callable[[], None] | None = None,
     ) -> None:
-        self.max_rows, self.queue_rows = max_rows, queue_rows
+        self.max_rows, self.queue_rows, self.batch_limit_s = max_rows, queue_rows, batch_limit_s
         self.linger_s, self.inline_s = linger_ms / 1000.0, inline_s
         self.queued_rows = 0
         self.failure: BaseException | None = None
-        self._clock, self._observe = clock, observe
+        self.stuck = False
+        self._clock, self._observe, self._on_failure = clock, observe, on_failure
         self._lanes: OrderedDict[Program, deque[_Job]] = OrderedDict()
-        self._thread = ThreadPoolExecutor(1, "inference", _yield_to_others if background else None)
+        self._thread = ComputingThread("inference", _yield_to_others if background else None)
         self._scheduled: asyncio.Handle | None = None
+        self._watching: asyncio.Handle | None = None
         self._running: _Batch | None = None
         self._closed: asyncio.Event | None = None
-        self._row_s, self._landed = 1e-4, 0.0  # a guess, until something has had to wait
+        self._row_s, self._landed, self._began = 1e-4, 0.0, 0.0  # a guess, until something has had to wait
         self._lone, self._pause = False, False
 
     @property
     def healthy(self) -> bool:
         """Whether it takes work."""
-        return self.failure is None and self._closed is None
+        return self.failure is None and self._closed is None and not self.stuck
 
     @property
     def running(self) -> int:
@@ -195,7 +207,7 @@ class Batcher:
     ) -> Trip:
         """Run `program` over the rows of `arrays`, beside whoever else is waiting.
 
-        deadline: on this batcher's clock; work that has not begun by then is not begun.
+        deadline: on this batcher's clock; work that has not begun by then is not begun, and nobody waits longer.
         gone: whether the caller has left; asked before work that has waited a while, or is a further part, is begun.
         begun: whether it is a further part of an answer that has begun, which a full queue does not refuse.
         Raises: Overloaded, DeadlinePassed, CallerGone, NotReady, InferenceFailed.
@@ -216,14 +228,13 @@ class Batcher:
         return await job.future
 
     async def close(self) -> None:
-        """Refuse new work, finish the batch that runs, answer everybody else with NotReady."""
+        """Refuse new work, finish the batch that runs while anybody waits for it, answer the others with NotReady."""
         if self._closed is None:
             self._closed = asyncio.Event()
             self._fail_waiting()
-            if self._running is None:
-                self._closed.set()
+            self._end_if_idle()
         await self._closed.wait()
-        self._thread.shutdown(wait=True)
+        self._thread.close()
 
     def drain_s(self) -> float:
         """How long what waits should take, from the measured rate."""
@@ -249,8 +260,8 @@ class Batcher:
         self._pause = True
         asyncio.get_running_loop().call_soon(self._unpause)
         done = self._run(program, arrays)
-        if done.arrays is None:
-            raise _failed()
+        if isinstance(done.arrays, ServiceError):
+            raise done.arrays
         self._tell(program, len(arrays[0]), [0.0], done.inference_s)
         return Trip(done.arrays, 0.0, done.inference_s)
 
@@ -274,8 +285,10 @@ class Batcher:
                 self._land(batch, self._compute(batch))
             else:
                 self._running = batch = self._extended(batch)
-                work = loop.run_in_executor(self._thread, self._compute, batch)
-                work.add_done_callback(lambda done: self._land_from_thread(batch, done))
+                self._began = self._clock()
+                self._thread.run(partial(self._compute_apart, loop, batch))
+                if self._watching is None:
+                    self._watching = loop.call_later(WATCH_S, self._watch)
         except Exception as error:  # noqa: BLE001  # a bug here would hang every caller; fail them all instead
             self._die(error)
 
@@ -322,7 +335,7 @@ class Batcher:
     def _pointless(self, job: _Job, now: float) -> bool:
         """Whether nobody would read the answer; the job's future then says why."""
         if job.deadline is not None and now >= job.deadline:
-            job.future.set_exception(DeadlinePassed("the request's time ran out while it waited for its turn"))
+            job.future.set_exception(_too_late())
         elif job.gone is not None and (job.begun or now - job.arrived > PROBE_AFTER_S) and job.gone():
             job.future.set_exception(CallerGone("the caller hung up"))
         return job.future.done()
@@ -330,25 +343,76 @@ class Batcher:
     def _compute(self, batch: _Batch) -> list[_Done]:
         """Batch after batch of it, until somebody else comes."""
         results: list[_Done] = []
-        for arrays in batch.stacks():
-            if results and (self._lanes or results[-1].arrays is None):
-                break
-            results.append(self._run(batch.program, arrays))
+        try:
+            for arrays in batch.stacks():
+                if results and (self._lanes or isinstance(results[-1].arrays, ServiceError)):
+                    break
+                results.append(self._run(batch.program, arrays))
+        except MemoryError:  # of putting the parts together
+            results.append(_Done(_no_memory(), 0.0))
         return results
 
     def _run(self, program: Program, arrays: Arrays) -> _Done:
-        started = self._clock()
+        self._began = started = self._clock()
+        found: Arrays | ServiceError
         try:
             found = program.run(*arrays)
             _check_rows(len(arrays[0]), found)
-        except Exception:
+        except Exception as error:
             log.exception("a batch of %d rows failed", len(arrays[0]))
-            return _Done(None, self._clock() - started)
+            found = _no_memory() if isinstance(error, MemoryError) else _failed()
         return _Done(found, self._clock() - started)
 
-    def _land_from_thread(self, batch: _Batch, done: asyncio.Future[list[_Done]]) -> None:
+    def _compute_apart(self, loop: asyncio.AbstractEventLoop, batch: _Batch) -> None:
+        """In the thread; the loop may have ended meanwhile."""
+        done: list[_Done] | Exception
         try:
-            self._land(batch, done.result())
+            done = self._compute(batch)
+        except Exception as error:  # noqa: BLE001  # as in _turn
+            done = error
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(self._land_from_thread, batch, done)
+
+    def _watch(self) -> None:
+        """While the thread computes: tell those whose time is up, and find out whether it is stuck."""
+        self._watching = None
+        if self._running is None:
+            return
+        now = self._clock()
+        for job in self._jobs():
+            if job.deadline is not None and now >= job.deadline and not job.future.done():
+                job.future.set_exception(_too_late())
+        if not self.stuck and now - self._began > self.batch_limit_s:
+            self._stick()
+        self._end_if_idle()
+        self._watching = asyncio.get_running_loop().call_later(WATCH_S, self._watch)
+
+    def _jobs(self) -> Iterator[_Job]:
+        """Of the batch that runs, then those that wait."""
+        for job, _, _ in self._running.parts if self._running else ():
+            yield job
+        for lane in self._lanes.values():
+            yield from lane
+
+    def _stick(self) -> None:
+        """Answer everybody; the thread cannot be broken off."""
+        log.critical("a batch has run for more than VAE_BATCH_LIMIT_S (%g); no more work is taken", self.batch_limit_s)
+        self.stuck = True
+        self._fail_running()
+        self._fail_waiting()
+        self._report()
+
+    def _end_if_idle(self) -> None:
+        """What `close` waits for: that nobody waits for the batch that runs."""
+        if self._closed is not None and all(job.future.done() for job in self._jobs()):
+            self._closed.set()
+
+    def _land_from_thread(self, batch: _Batch, done: list[_Done] | Exception) -> None:
+        self.stuck = False
+        try:
+            if isinstance(done, Exception):
+                raise done  # noqa: TRY301  # a bug like those of landing
+            self._land(batch, done)
         except Exception as error:  # noqa: BLE001  # as in _turn
             self._die(error)
         else:
@@ -357,7 +421,6 @@ class Batcher:
                 self._turn()
 
     def _land(self, batch: _Batch, results: list[_Done]) -> None:
-        self._running = None
         self._lone = len(batch.parts) == 1
         self._measure(batch)
         queue_s = [job.queue_s for job, _, _ in batch.parts]
@@ -365,28 +428,32 @@ class Batcher:
             row = 0
             for job, _, stop in batch.parts:
                 size = min(stop - job.taken, batch.capacity)
-                self._deliver(job, size, arrays and tuple(array[row : row + size] for array in arrays), inference_s)
+                self._deliver(job, size, _rows(arrays, row, row + size), inference_s)
                 row += size
             self._tell(batch.program, row, queue_s, inference_s)
             queue_s = []
+        self._running = None  # not before: what breaks above fails whoever is in it
         for job, _, _ in batch.parts:
             self._put_back(batch.program, job)
-        if self._closed is not None:
-            self._closed.set()
+        self._end_if_idle()
         self._schedule(asyncio.get_running_loop())
 
-    def _deliver(self, job: _Job, rows: int, part: Arrays | None, inference_s: float) -> None:
+    def _deliver(self, job: _Job, rows: int, part: Arrays | ServiceError, inference_s: float) -> None:
         job.taken += rows
         if job.future.done():
             return
-        if part is None:
-            job.future.set_exception(_failed())
+        if isinstance(part, ServiceError):
+            job.future.set_exception(part)
             return
         job.inference_s += inference_s
         job.pieces.append(part)
         if job.taken == job.rows:
-            whole = part if len(job.pieces) == 1 else tuple(map(np.concatenate, zip(*job.pieces, strict=True)))
-            job.future.set_result(Trip(whole, job.queue_s, job.inference_s))
+            try:
+                whole = part if len(job.pieces) == 1 else tuple(map(np.concatenate, zip(*job.pieces, strict=True)))
+            except MemoryError:
+                job.future.set_exception(_no_memory())
+            else:
+                job.future.set_result(Trip(whole, job.queue_s, job.inference_s))
 
     def _put_back(self, program: Program, job: _Job) -> None:
         """A job with rows left goes to the end of its lane."""
@@ -412,13 +479,20 @@ class Batcher:
     def _die(self, error: BaseException) -> None:
         log.critical("the batcher failed and takes no more work", exc_info=error)
         self.failure = error
-        running, self._running = self._running, None
-        for job, _, _ in running.parts if running else []:
+        self._fail_running()
+        self._running = None
+        self._fail_waiting()
+        self._end_if_idle()
+        self._report()
+
+    def _report(self) -> None:
+        if self._on_failure is not None:
+            self._on_failure()
+
+    def _fail_running(self) -> None:
+        for job, _, _ in self._running.parts if self._running else ():
             if not job.future.done():
                 job.future.set_exception(_failed())
-        self._fail_waiting()
-        if self._closed is not None:
-            self._closed.set()
 
     def _fail_waiting(self) -> None:
         for lane in self._lanes.values():
@@ -429,12 +503,25 @@ class Batcher:
         self._lanes.clear()
 
 
+def _rows(found: Arrays | ServiceError, start: int, stop: int) -> Arrays | ServiceError:
+    """Some of a batch's rows, as views, or why there are none."""
+    return found if isinstance(found, ServiceError) else tuple(array[start:stop] for array in found)
+
+
 def _yield_to_others() -> None:
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
 
 
 def _failed() -> InferenceFailed:
     return InferenceFailed("the model failed on this batch; the cause is in the log")
+
+
+def _no_memory() -> Overloaded:
+    return Overloaded("there is not enough memory for this batch; send fewer rows, or lower VAE_MAX_ROWS", 1.0)
+
+
+def _too_late() -> DeadlinePassed:
+    return DeadlinePassed("the request's time ran out: X-Timeout-Ms, or else VAE_TIMEOUT_S")
 
 
 def _stopped() -> NotReady:

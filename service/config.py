@@ -86,6 +86,9 @@ class Settings(BaseSettings):
     """Batches that cost less than this many microseconds run in the event loop, the others in a thread."""
     timeout_s: Annotated[float, Field(gt=0)] = 30.0
     """How long a request may wait before it is answered 504; X-Timeout-Ms can only shorten it."""
+    batch_limit_s: Annotated[float, Field(gt=0)] = 60.0
+    """A batch that takes longer is stuck: its callers are answered 500, readiness turns false, and the process ends, to
+    be started anew by VAE_WORKERS or by whatever keeps it running."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 64 * 2**20
     """Size of a request's body."""
     max_request_rows: Annotated[int, Field(ge=1)] = 16384
@@ -93,7 +96,10 @@ class Settings(BaseSettings):
     max_draws: Annotated[int, Field(ge=1)] = 64
     """Posterior draws a row may ask for."""
     max_pixels: Annotated[int, Field(ge=1, le=89_478_485)] = 16 * 2**20
-    """Pixels in one PNG, JPEG or WebP, checked before it is decoded."""
+    """Pixels in the PNG, JPEG and WebP files of one request, checked before they are decoded."""
+    memory_bytes: Annotated[int, Field(ge=2**20)] = 512 * 2**20
+    """What the requests under way may take together in each worker, by an estimate of bodies, rows and answers: one
+    that alone needs more is answered 413, one that others leave no room for 503."""
     max_url_bytes: Annotated[int, Field(ge=256)] = 8192
     """Path and query of a request."""
     max_header_bytes: Annotated[int, Field(ge=1024)] = 32768

@@ -22,6 +22,7 @@ from service.engine import Engine
 from service.errors import CallerGone, InvalidOption, WrongModel
 from service.intake import disconnected, read_body
 from service.latent import BLOCK_ROWS
+from service.memory import Memory, Share, answer_bytes
 from service.model import Model
 from service.negotiation import acceptable, form_of, write
 from service.operation import Inputs, LatentOptions, Operation, Rows
@@ -34,6 +35,8 @@ NAMED = ("seed", "binarisation", "note")
 """What is said about an answer, in a header of its own."""
 HEADER_NUMBERS = 16
 """Lists longer than this are not repeated in a header."""
+REMEMBERED = 256
+"""Longer query strings and Accept headers are nobody's, and are not remembered."""
 PART_ROWS = 4 * BLOCK_ROWS
 """Binary answers of more rows are sent in parts of this many, so that they need no more memory."""
 
@@ -50,6 +53,7 @@ class Context:
     settings: Settings
     repository: Repository
     engine: Engine
+    memory: Memory
 
 
 class Call(NamedTuple):
@@ -61,6 +65,7 @@ class Call(NamedTuple):
     body: Body
     submit: Submit
     gone: Callable[[], bool]
+    share: Share
 
 
 class Reply(NamedTuple):
@@ -85,21 +90,28 @@ class OperationApp:
     def __init__(self, operation: Operation, context: Context) -> None:
         self.operation = operation
         self.context = context
-        self.options_of_query = lru_cache(1024)(lambda query: self._options(_pairs(query)))
+        self._remembered = lru_cache(1024)(lambda query: self._options(_pairs(query)))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request; every error is answered as a problem."""
+        share = Share(self.context.memory)
+        try:
+            await self._serve(scope, receive, send, share)
+        finally:
+            share.give_back()
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, share: Share) -> None:
         path, label = scope["path_params"], "unknown"
         try:
             model = self.context.repository.find(path.get("model"), path.get("version"))
             label = model.manifest.name
             self.operation.check_offered(model)
             headers = dict(scope["headers"])
-            body = await read_body(receive, headers, self.context.settings.max_body_bytes)
+            body = await read_body(receive, headers, self.context.settings.max_body_bytes, share)
             if body is None:
                 return
             gone = partial(disconnected, receive)
-            call = Call(model, scope["query_string"], headers, body, self._submit(headers, gone), gone)
+            call = Call(model, scope["query_string"], headers, body, self._submit(headers, gone), gone, share)
             reply = await self._answer(call)
         except Exception as error:  # noqa: BLE001  # the one place where errors become answers
             reply = _refusal(error)
@@ -115,7 +127,7 @@ class OperationApp:
 
     async def _answer(self, call: Call) -> Reply:
         content_type = call.headers.get(b"content-type", b"").decode("latin-1")
-        accept = call.headers.get(b"accept", b"*/*").decode("latin-1")
+        accept = call.headers.get(b"accept", b"*/*")[:REMEMBERED].decode("latin-1")
         model, settings, operation = call.model, self.context.settings, self.operation
         form = form_of(content_type, call.body, operation)
         options = self.options_of_query(call.query)
@@ -125,21 +137,28 @@ class OperationApp:
             settings.max_pixels,
             operation.masked,
             operation.or_latents,
+            self.context.memory.limit,
         )
         payload = READERS[form](call.body, content_type, intake) if form else Payload(None)
         if payload.options:
             options = self._options({**_pairs(call.query), **payload.options})
         _check_fingerprint(model, call.headers.get(b"x-fingerprint"), options)
-        inputs = admit(operation, model, payload, options, settings.max_request_rows)
+        best = next(iter(acceptable(accept, form)), "")
+        in_parts = best in HEADERS and getattr(options, "fit", None) is None  # what is fitted is there as a whole
+
+        def room(rows: int) -> None:
+            call.share.need(answer_bytes(model, options, min(rows, 2 * PART_ROWS) if in_parts else rows))
+
+        inputs = admit(operation, model, payload, options, settings.max_request_rows, room)
         if operation.check is not None:
             operation.check(model, inputs, options)
-        best = next(iter(acceptable(accept, form)), "")
         if best in EVENTS:
             return await self._watch(call, inputs, options, best)
         if best in HEADERS and len(inputs.rows) > PART_ROWS and inputs.tiling is None:
             reply = await self._stream(call, inputs, options, best)
             if reply is not None:
                 return reply
+            call.share.need(answer_bytes(model, options, len(inputs.rows)))
         result = await operation.run(model, call.submit, inputs, options)
         answer = _answer(model, result)
         answer_form, content = write(answer, accept, form)
@@ -210,6 +229,13 @@ class OperationApp:
             end = reply.events.frame("error", content)
         await send({"type": "http.response.body", "body": end})
         return outcome
+
+    def options_of_query(self, query: bytes) -> Any:
+        """The options that a query string names.
+
+        Raises: InvalidOption.
+        """
+        return self._remembered(query) if len(query) <= REMEMBERED else self._options(_pairs(query))
 
     def _options(self, named: Mapping[str, Any]) -> Any:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from service.batcher import Arrays, Batcher, Program, Trip
@@ -11,9 +12,12 @@ from service.telemetry import Telemetry
 
 
 class Engine:
-    """What computes, behind one `submit`: nobody waits for long work, which takes what processor time is left."""
+    """What computes, behind one `submit`: nobody waits for long work, which takes what processor time is left.
 
-    def __init__(self, settings: Settings) -> None:
+    on_failure: called where no more work is taken.
+    """
+
+    def __init__(self, settings: Settings, on_failure: Callable[[], None] | None = None) -> None:
         self.telemetry = Telemetry(lambda: (self.queued_rows, self.running))
         self._short, self._long = (
             Batcher(
@@ -22,7 +26,9 @@ class Engine:
                 linger_ms=settings.linger_ms,
                 inline_s=inline_us / 1e6,
                 background=background,
+                batch_limit_s=settings.batch_limit_s,
                 observe=self.telemetry.batch,
+                on_failure=on_failure,
             )
             for inline_us, background in ((settings.inline_us, False), (0.0, True))
         )

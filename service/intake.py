@@ -8,16 +8,17 @@ from starlette.types import Receive
 
 from service.codecs import Body
 from service.errors import Malformed, TooLarge, UnsupportedMediaType
+from service.memory import Share
 
 LONGEST_LENGTH = 19
 """Digits in a Content-Length; more are above every limit."""
 
 
-async def read_body(receive: Receive, headers: dict[bytes, bytes], limit: int) -> Body | None:
+async def read_body(receive: Receive, headers: dict[bytes, bytes], limit: int, share: Share) -> Body | None:
     """The whole body; None where the caller has gone.
 
-    Raises: TooLarge before the rest is read, UnsupportedMediaType for a compressed body, Malformed for a length that
-        is none.
+    Raises: TooLarge and Overloaded before the rest is read, UnsupportedMediaType for a compressed body, Malformed for
+        a length that is none.
     """
     coded = headers.get(b"transfer-encoding", b"chunked").lower() != b"chunked"
     if coded or headers.get(b"content-encoding", b"identity") != b"identity":
@@ -29,11 +30,14 @@ async def read_body(receive: Receive, headers: dict[bytes, bytes], limit: int) -
         raise _too_large(limit)
     message = await receive()
     body: Body = message.get("body", b"")
+    share.grow(len(body))
     if message.get("more_body"):
         body = bytearray(body)  # grows in place, so that a large body is in memory once
     while message.get("more_body") and len(body) <= limit:
         message = await receive()
-        body += message.get("body", b"")
+        further = message.get("body", b"")
+        share.grow(len(further))
+        body += further
     if len(body) > limit:
         raise _too_large(limit)
     return None if message["type"] == "http.disconnect" else body

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ WORTH = 1.1
 """A larger batch must be cheaper a row by this."""
 OWN_THREAD = ("refinement", "elbo_gradient", "log_joint")
 """Graphs of long work: onnxruntime's threads would not give way to others as the one that calls it does."""
+MOST_PROGRAMS = 256
+"""Programs that a model remembers: a stranger can name any blur."""
 MOST_REFINED = 16
 """Rows that a step of refinement is measured with at most."""
 
@@ -121,7 +124,7 @@ class Model:
     def plan(
         self, operation: str, rows: Any, draws: int = 0, *choices: Any, rounds: int = 1, **further: Any
     ) -> ModelProgram:
-        """The program that computes `operation` with these static choices; always the same object for the same ones.
+        """The program that computes `operation` with these static choices; the same object while it is remembered.
 
         rounds: into how many slices its work is cut; more than one makes it long work.
         One that has not been measured counts as costing what the first of its operation costs at as many draws.
@@ -129,6 +132,8 @@ class Model:
         key = (operation, draws, rounds, *choices, *further.items())
         program = self.programs.get(key)
         if program is None:
+            if len(self.programs) >= MOST_PROGRAMS:  # the oldest but those that were warmed
+                del self.programs[next(islice(self.programs, MOST_PROGRAMS // 2, None))]
             compute = rows(self.graphs, *choices, **further)
             alike = (
                 known.timing

@@ -30,6 +30,11 @@ class Options(BaseModel):
         """Rows that one row of the request becomes."""
         return max(1, getattr(self, "draws", 0))
 
+    @property
+    def pictures(self) -> int:
+        """Pictures, as far as memory goes, that one row of the request becomes."""
+        return 1
+
 
 class ImageOptions(Options):
     """Options of everything that takes images."""

@@ -77,6 +77,9 @@ def describe(error: Exception) -> tuple[int, str, bytes, dict[str, str]]:
 
     What is the service's own fault is logged under the id of the request.
     """
+    if isinstance(error, MemoryError):
+        log.error("request %s: no memory", request_id(), exc_info=error)
+        error = errors.Overloaded("there is not enough memory for this request now; send fewer rows, or later", 1.0)
     if isinstance(error, errors.ServiceError):
         status = STATUS.get(type(error), INTERNAL)
         headers = {}

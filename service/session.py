@@ -18,6 +18,8 @@ import onnxruntime as ort  # after the line above
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 ERROR_SEVERITY = 3
+NO_MEMORY = ("bad_alloc", "Failed to allocate memory")
+"""How onnxruntime says that there is none, in its own and in the operating system's words."""
 
 
 def execution_provider(wanted: str) -> str:
@@ -72,6 +74,14 @@ class Session:
         self.outputs = [tensor.name for tensor in self._session.get_outputs()]
 
     def __call__(self, *arrays: NDArray[Any]) -> tuple[NDArray[np.float32], ...]:
-        """Run the graph on float32 arrays, one an input, sharing their first axis."""
+        """Run the graph on float32 arrays, one an input, sharing their first axis.
+
+        Raises: MemoryError where there is too little for it, else onnxruntime's own.
+        """
         feed = dict(zip(self.inputs, arrays, strict=True))
-        return tuple(self._session.run(self.outputs, feed))
+        try:
+            return tuple(self._session.run(self.outputs, feed))
+        except Exception as error:
+            if any(words in str(error) for words in NO_MEMORY):
+                raise MemoryError(str(error)) from error
+            raise

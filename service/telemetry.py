@@ -15,6 +15,7 @@ from prometheus_client import (
     Counter,
     Gauge,
     Histogram,
+    ProcessCollector,
     disable_created_metrics,
     generate_latest,
     multiprocess,
@@ -66,6 +67,9 @@ class Telemetry:
             "vae_ready_versions", "Versions that are served", ("model",), registry=self.registry,
             multiprocess_mode="livemin",
         )  # fmt: skip
+        self._tasks = live("vae_tasks", "Tasks of the event loop: a request has one or two")
+        if SHARED_FOLDER not in os.environ:
+            ProcessCollector(registry=self.registry)  # memory, descriptors, processor time; of one process alone
         self._request_child = cache(self._requests.labels)
         self._rows_child = cache(self._rows.labels)
         self._batch_children = cache(
@@ -98,6 +102,7 @@ class Telemetry:
         queued_rows, running = self._load()
         self._queued.set(queued_rows)
         self._running.set(running)
+        self._tasks.set(len(asyncio.all_tasks()))
 
     def _note(self, add: Callable[[], None]) -> None:
         if not self._noted:

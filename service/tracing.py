@@ -6,6 +6,7 @@ The SDK and its exporter are the extra `tracing`; they are set up by the standar
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from opentelemetry import trace
@@ -56,8 +57,10 @@ def finish(provider: TracerProvider) -> None:
 class TracedEngine(Engine):
     """An engine that adds to each request's span how long it waited, and how its batch went."""
 
-    def __init__(self, settings: Settings, provider: TracerProvider) -> None:
-        super().__init__(settings)
+    def __init__(
+        self, settings: Settings, provider: TracerProvider, on_failure: Callable[[], None] | None = None
+    ) -> None:
+        super().__init__(settings, on_failure)
         self._tracer = provider.get_tracer(__name__, __version__)
 
     async def submit(self, program: Program, arrays: Arrays, **known: Any) -> Trip:

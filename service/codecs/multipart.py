@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from python_multipart import FormParser
@@ -11,6 +12,8 @@ from python_multipart.multipart import parse_options_header
 from service.codecs import image, npy
 from service.codecs.payload import Body, Intake, Payload
 from service.errors import Unreadable
+
+logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of what the caller is told
 
 
 def read(body: Body, content_type: str, intake: Intake) -> Payload:

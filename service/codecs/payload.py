@@ -20,6 +20,7 @@ class Intake(NamedTuple):
     """What the operation takes: the array's name, the shape of one row, how large a picture may be.
 
     masked: whether a picture's transparency is a mask. or_latents: whether latents may come in place of images.
+    memory_bytes: what reading it may take.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Intake(NamedTuple):
     max_pixels: int
     masked: bool = False
     or_latents: bool = False
+    memory_bytes: int = 2**30
 
     @property
     def is_images(self) -> bool:
@@ -110,13 +112,13 @@ def as_images(array: NDArray[Any], channels: int, name: str) -> Pixels:
 
     Raises: InvalidShape.
     """
-    axes = array.ndim
-    if channels == 1 and axes in (2, 3):
-        array = array.reshape(-1, 1, *array.shape[-2:])
-    elif axes == 3 and array.shape[0] == channels:
+    shape, axes = array.shape, array.ndim
+    if channels == 1 and axes in (2, 3) and 0 not in shape:
+        array = array.reshape(-1, 1, *shape[-2:])
+    elif axes == 3 and shape[0] == channels:
         array = array[None]
-    if array.ndim != 4 or array.shape[1] != channels or 0 in array.shape:
-        raise InvalidShape(f"{name} has shape {tuple(array.shape)}; the model takes (n, {channels}, height, width)")
+    if array.ndim != 4 or array.shape[1] != channels or 0 in shape:
+        raise InvalidShape(f"{name} has shape {tuple(shape)}; the model takes (n, {channels}, height, width)")
     return np.ascontiguousarray(array, np.float32)
 
 

@@ -14,9 +14,14 @@ from numpy.typing import NDArray
 
 from service.codecs import image
 from service.codecs.payload import Answer, Body, Intake, Payload
-from service.errors import InvalidShape, Unreadable
+from service.errors import InvalidShape, TooLarge, Unreadable
+from service.pixels import Pixels
 
 MOST_AXES = 8
+LARGE = 2**20
+"""Bytes of a body that is worth a look at how much reading it takes."""
+NUMBER_BYTES = 48
+"""What the parser and the array take for one number."""
 NUMBERS = "{} must be nested lists of numbers, without text, null, true or false"
 
 
@@ -25,6 +30,11 @@ def read(body: Body, _content_type: str, intake: Intake) -> Payload:
 
     Numbers go from the text to the array without becoming Python's.
     """
+    if len(body) > LARGE and body.count(b",") * NUMBER_BYTES > intake.memory_bytes:
+        raise TooLarge(
+            f"reading {body.count(b',')} numbers from JSON takes more than VAE_MEMORY_BYTES ({intake.memory_bytes}); "
+            "send fewer, or the same as application/x-npy"
+        )
     try:
         content = simdjson.Parser().parse(bytes(body) or b"{}")
     except (ValueError, RuntimeError) as error:
@@ -52,10 +62,17 @@ def _arrays(value: Any, intake: Intake) -> tuple[NDArray[Any], NDArray[Any] | No
     texts = [value] if isinstance(value, str) else value
     if not (isinstance(texts, list | simdjson.Array) and len(texts) and isinstance(texts[0], str)):
         return _numbers(value, intake.name), None
-    pictures, masks = zip(*(image.parse(_base64(text), intake) for text in texts), strict=True)
+    pixels, pictures = 0, list[Pixels]()
+    masks: list[Pixels | None] = []
+    for text in texts:
+        picture, mask = image.parse(_base64(text), intake, pixels)
+        pixels += picture[0].size
+        pictures.append(picture)
+        masks.append(mask)
     if len({picture.shape for picture in pictures}) > 1:
         raise InvalidShape("the pictures of one request must be of one size; send them one by one")
-    return np.stack(pictures), None if any(mask is None for mask in masks) else np.stack(masks)
+    seen = [mask for mask in masks if mask is not None]
+    return np.stack(pictures), np.stack(seen) if len(seen) == len(pictures) else None
 
 
 def _base64(text: Any) -> bytes:

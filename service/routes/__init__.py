@@ -81,23 +81,36 @@ def _headers(operation: Operation) -> dict[str, Any]:
     return {"parameters": [{**named, "schema": {"type": "string"}, "description": option.description}]}
 
 
+ARRAYS = {
+    "images": "Rows as nested numbers, (n, c, h, w), (n, h, w) or (h, w), or base64 strings of PNG, JPEG or WebP files",
+    "latents": "Rows as nested numbers, of the model's latent shape",
+    "mask": "1 where a pixel is seen, 0 where it is missing: one for all images or one an image",
+}
+
+
 def _object(operation: Operation) -> dict[str, Any]:
     schema = operation.options.model_json_schema()
-    properties = dict(schema.get("properties", {}))
-    if operation.takes:
-        names = [operation.takes, *(["latents"] if operation.or_latents else [])]
-        properties = {**{name: {"type": "array", "items": {}} for name in names}, **properties}
-        return {
-            "type": "object",
-            "required": [] if operation.or_latents else names,
-            "properties": properties,
-            "additionalProperties": False,
-        }
-    return {"type": "object", "properties": properties, "additionalProperties": False}
+    names = [*([operation.takes] if operation.takes else []), *(["latents"] if operation.or_latents else [])]
+    names += ["mask"] if operation.observed else []
+    arrays = {name: {"type": "array", "items": {}, "minItems": 1, "description": ARRAYS[name]} for name in names}
+    return {
+        "type": "object",
+        "required": [operation.takes] if operation.takes and not operation.or_latents else [],
+        "properties": {**arrays, **schema.get("properties", {})},
+        "additionalProperties": False,
+    }
+
+
+def _answer(operation: Operation) -> dict[str, Any]:
+    """What a JSON answer always has, and of which type its fields are."""
+    types = {list: "array", int: "integer", str: "string"}
+    fields = {name: {"type": types[type(value)]} for name, value in operation.answer.items()}
+    about = {"model": {"type": "string"}, "version": {"type": "string"}}
+    return {"type": "object", "required": [*about], "properties": {**about, **fields}}
 
 
 def _answers(operation: Operation) -> dict[str, Any]:
-    content: dict[str, Any] = {"application/json": {"example": operation.answer}}
+    content: dict[str, Any] = {"application/json": {"schema": _answer(operation), "example": operation.answer}}
     pictures = "images" in operation.answer
     for form in WRITERS:
         if form in EVENTS:

@@ -28,6 +28,11 @@ class InterpolateOptions(ImageOptions, LatentOptions):
         """Rows that one row of the request becomes."""
         return self.steps
 
+    @property
+    def pictures(self) -> int:
+        """As many."""
+        return self.steps
+
 
 async def _run(model: Model, submit: Submit, inputs: Inputs, options: InterpolateOptions) -> Result:
     if len(inputs.rows) != 2:

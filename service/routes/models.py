@@ -8,6 +8,7 @@ from fastapi import APIRouter
 
 from service.model import Model
 from service.operation import Operation
+from service.problems import documented
 from service.repository import Repository
 from service.routes.examples import example
 
@@ -35,6 +36,7 @@ EXAMPLE = {
     "calibration": {"fast": {"gaussian": 0.96}, "refined": {"gaussian": 0.97}},
     "fingerprint": "0123456789abcdef",
 }
+ONE = {**example(EXAMPLE), 404: documented()[404]}
 
 
 def states(repository: Repository, name: str) -> list[dict[str, str]]:
@@ -85,11 +87,11 @@ def models_router(repository: Repository, operations: tuple[Operation, ...]) -> 
     async def all_models() -> dict[str, Any]:
         return {"models": [latest(name) for name in repository.conditions]}
 
-    @router.get("/{model}", summary="One model at its latest version", responses=example(EXAMPLE))
+    @router.get("/{model}", summary="One model at its latest version", responses=ONE)
     async def one_model(model: str) -> dict[str, Any]:
         return latest(model)
 
-    @router.get("/{model}/versions/{version}", summary="One version of a model", responses=example(EXAMPLE))
+    @router.get("/{model}/versions/{version}", summary="One version of a model", responses=ONE)
     async def one_version(model: str, version: str) -> dict[str, Any]:
         if version in repository.conditions.get(model, ()) and version not in repository.models.get(model, ()):
             return {"model": model, **condition(model, version), **overview(model)}

@@ -36,6 +36,11 @@ class RestoreOptions(DrawOptions):
     preview: bool = False
     """Whether events of progress hold `images` as they are thought to be so far; without effect on other answers."""
 
+    @property
+    def pictures(self) -> int:
+        """What was seen and what of it, the mean, the deviation, the completions."""
+        return 3 + self.uncertainty + (self.draws if self.completions else 0)
+
 
 class TiledOptions(RestoreOptions):
     """Of what can be done tile by tile."""

@@ -92,6 +92,20 @@ def test_inner_layers_know_neither_http_nor_onnx(path: Path) -> None:
     assert not roots(path) & {"fastapi", "starlette", "uvicorn", "httpx", "onnxruntime", "PIL"}
 
 
+def test_a_clock_that_is_set_back_is_noticed_by_nobody() -> None:
+    """No file of the service asks for the time of day: every deadline and duration is of a clock that only goes on.
+
+    But for doors.py, as the library that counts rates does.
+    """
+    clocks = {"time": {"time", "time_ns", "localtime", "gmtime"}, "datetime": {"datetime", "date"}}
+    for path in (one for one in sources("service") if one.name != "doors.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                assert node.attr not in clocks.get(node.value.id, ()), name_of(path)
+            if isinstance(node, ast.ImportFrom):
+                assert not clocks.get(node.module or "", set()) & {alias.name for alias in node.names}, name_of(path)
+
+
 def test_no_import_is_overlooked() -> None:
     """The rules above see an import inside a function, under another name, by name and relative."""
     source = (

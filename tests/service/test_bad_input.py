@@ -82,6 +82,7 @@ CASES: dict[str, Case] = {
     "an object for images": ("encode", {"json": {"images": {"a": 1}}}, 422, "invalid_shape"),
     "a huge integer": ("encode", {"content": b'{"images": [[1e999]]}', "headers": JSON}, *UNREADABLE),
     "another size": ("encode", {"json": {"images": np.zeros((9, 8)).tolist()}}, 422, "invalid_shape"),
+    "an empty image to be made larger": ("encode?fit=resize", {"json": {"images": [[]]}}, 422, "invalid_shape"),
     "not base64": ("encode", {"json": {"images": ["!!!"]}}, *UNREADABLE),
     "base64 of no picture": (
         "encode",

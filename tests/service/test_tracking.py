@@ -21,7 +21,8 @@ from fastapi import FastAPI
 
 from service.app import create_app
 from service.config import Settings
-from service.repository import Model, Repository
+from service.model import Model
+from service.repository import Repository
 
 ROOT = Path(__file__).parents[2]
 RAW = {"content-type": "application/octet-stream", "accept": "application/octet-stream"}

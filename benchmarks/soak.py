@@ -1,0 +1,233 @@
+"""The service under a long, mixed load (`make soak`): memory, threads, descriptors, tasks; every answer counted."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import httpx
+import torch
+
+from benchmarks import bodies, mixture, models, pages
+from benchmarks.environments import ignored_home
+from benchmarks.mixture import Mixture
+from benchmarks.servers import Server, end_when_asked
+from service.config import Settings
+from service.manifest import FILE_NAME
+
+REST_S, IDLE_S = 5.0, 20.0
+SAMPLE_S = 5.0
+RELOAD_S = 15.0
+WARM_UP, WINDOWS = 0.1, 10
+"""The share of the time that is not judged, and the parts of the rest whose medians are compared."""
+FLAT = 0.05
+COMMAND = [sys.executable, "-m", "benchmarks.peers.ours"]
+RELOADS = "model_control" in Settings.model_fields
+"""Whether this service can load and unload while it serves."""
+
+
+class Rest(NamedTuple):
+    """What it holds when nobody calls: a leak is more of it after the load than before."""
+
+    threads: int
+    descriptors: int
+    tasks: int
+    requests: int
+    """Counted by the service itself so far."""
+    cpu: float
+    """The share of a core that it takes."""
+
+
+@dataclass
+class Soak:
+    """What one run found; memory is (seconds under load, MiB resident)."""
+
+    minutes: float
+    warm_up_s: float
+    reloads: int = 0
+    before: Rest | None = None
+    after: Rest | None = None
+    memory: list[tuple[float, float]] = field(default_factory=list)
+
+    def medians(self) -> list[float]:
+        """Of memory, in each part of the time after the warm-up."""
+        part_s = (60.0 * self.minutes - self.warm_up_s) / WINDOWS
+        parts: list[list[float]] = [[] for _ in range(WINDOWS)]
+        for moment, mib in self.memory:
+            if moment >= self.warm_up_s:
+                parts[min(WINDOWS - 1, int((moment - self.warm_up_s) / part_s))].append(mib)
+        return [median(part) for part in parts if part]
+
+    def growth(self) -> float:
+        """How far any part's median is above the first one's, as a share of it."""
+        first, *others = self.medians()
+        return max((other / first - 1.0 for other in others), default=0.0)
+
+
+def main() -> int:
+    """Measure, write docs/results/soak.md and .png; 1 where anything is otherwise than it should be."""
+    options = parse()
+    end_when_asked()
+    home = ignored_home()
+    write_models(home / "soak-models")
+    found, probe = Soak(options.minutes, 60.0 * options.minutes * WARM_UP), bodies.json("/v1/reconstruct")
+    os.environ |= {"VAE_MODEL_CONTROL": "true"} if RELOADS else {}
+    server = Server(COMMAND, home / "soak-models" / "mlp" / "1", probe.ask(bodies.images(1)), home / "soak.log")
+    try:
+        load = Mixture(server.port)
+        asyncio.run(under_load(server, Mixture(server.port), Soak(0.0, 0.0), 60.0 * options.minutes * WARM_UP / 2))
+        found.before = at_rest(server)
+        asyncio.run(under_load(server, load, found, 60.0 * options.minutes))
+        found.after = at_rest(server)
+    finally:
+        server.stop()
+    raw = home / "soak.json"
+    raw.write_text(json.dumps(asdict(found) | {"outcomes": load.outcomes}))
+    failures = wrongs(found, load)
+    pages.write(page(found, load, failures, options.out.with_suffix(".png").name), options.out, "soak", raw)
+    print("\n".join(failures) or "as it should be")
+    return 1 if failures else 0
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=30.0, help="under load; the rest takes two more")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/soak.md"))
+    return parser.parse_args()
+
+
+def write_models(repository: Path) -> None:
+    """Those of the benchmark, and a second version of one, alike but for its number, to come and go."""
+    torch.set_num_threads(1)  # on cores that have other work, its threads wait for each other
+    models.write(repository)
+    shutil.copytree(repository / "conv" / "1", repository / "conv" / "2", dirs_exist_ok=True)
+    manifest = repository / "conv" / "2" / FILE_NAME
+    manifest.write_text(manifest.read_text().replace('"version": "1"', '"version": "2"'))
+
+
+def at_rest(server: Server) -> Rest:
+    """After a little rest."""
+    time.sleep(REST_S)
+    started, taken = time.perf_counter(), server.cpu_s()
+    time.sleep(IDLE_S)
+    cpu = (server.cpu_s() - taken) / (time.perf_counter() - started)
+    text = httpx.get(f"http://127.0.0.1:{server.port}/metrics", headers={"connection": "close"}).text
+    time.sleep(0.5)  # until that connection is closed
+    tasks, requests = (total(text, name) for name in ("vae_tasks", "vae_requests_total"))
+    return Rest(server.threads(), server.descriptors(), tasks, requests, cpu)
+
+
+def total(metrics: str, name: str) -> int:
+    """Of a metric, over its labels."""
+    return int(sum(map(float, re.findall(rf"^{name}(?:{{.*}})? (\S+)$", metrics, re.MULTILINE))))
+
+
+async def under_load(server: Server, load: Mixture, found: Soak, seconds: float) -> None:
+    """Put the load on it, and write down its memory meanwhile."""
+    beside = [asyncio.create_task(weigh(server, found.memory)), asyncio.create_task(reload(server, found))]
+    await load.run(seconds)
+    for task in beside:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+async def weigh(server: Server, memory: list[tuple[float, float]]) -> None:
+    """Its resident memory every five seconds, for ever."""
+    started = time.perf_counter()
+    while True:
+        memory.append((time.perf_counter() - started, await asyncio.to_thread(server.resident_mib)))
+        await asyncio.sleep(SAMPLE_S)
+
+
+async def reload(server: Server, found: Soak) -> None:
+    """The second version unloaded and loaded again, for ever; requests go to the first one meanwhile."""
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", timeout=60.0) as client:
+        while RELOADS:
+            await asyncio.sleep(RELOAD_S)
+            for order in ("unload", "load"):
+                (await client.post(f"/v1/models/conv/versions/2/{order}")).raise_for_status()
+            found.reloads += 1
+
+
+def wrongs(found: Soak, load: Mixture) -> list[str]:
+    """What is otherwise than it should be, a line each."""
+    before, after = found.before, found.after
+    assert before is not None
+    assert after is not None
+    counted, answered = after.requests - before.requests, load.answered()
+    checks = {
+        f"{load.wrong():,} calls ended otherwise than they should": load.wrong() == 0,
+        f"the service counts {counted:,} requests, callers {answered:,} answers and {load.hung_up():,} hang-ups": (
+            answered <= counted <= answered + load.hung_up()
+        ),
+        f"resident memory grew by {found.growth():.1%}, more than {FLAT:.0%}": found.growth() <= FLAT,
+        f"threads: {before.threads} before, {after.threads} after": after.threads <= before.threads,
+        f"descriptors: {before.descriptors} before, {after.descriptors} after": (
+            after.descriptors <= before.descriptors
+        ),
+        f"tasks: {before.tasks} before, {after.tasks} after": after.tasks <= before.tasks,
+    }
+    return [said for said, good in checks.items() if not good]
+
+
+def page(found: Soak, load: Mixture, failures: list[str], plot: str) -> str:
+    """The whole page."""
+    parts = [
+        "# The service under a long, mixed load",
+        setting(found),
+        "\n".join(f"- **{failure}**" for failure in failures) or "Everything was as it should be.",
+        f"![Memory over time]({plot})",
+        figures(found),
+        "## What became of the calls",
+        load.summary(),
+        load.table(),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def setting(found: Soak) -> str:
+    """Machine and load."""
+    reloads = f"; a version unloaded and loaded again {found.reloads} times" if found.reloads else ""
+    return (
+        f"{pages.machine()}, shared by server and callers. One worker, one thread for onnxruntime, the two models of "
+        f"the benchmark; {mixture.CALLERS} callers, {mixture.RATE:g} requests a second between them, for "
+        f"{found.minutes:g} minutes{reloads}. `make soak` makes this page."
+    )
+
+
+def figures(found: Soak) -> str:
+    """What it holds, before and after."""
+    first, last, most = found.memory[0][1], found.memory[-1][1], max(mib for _, mib in found.memory)
+    medians = found.medians()
+    lines = [
+        "| | |",
+        "|---|--:|",
+        f"| resident memory: first, last, most | {first:.0f}, {last:.0f}, {most:.0f} MiB |",
+        f"| its medians in the tenths after the warm-up: first, most | {medians[0]:.1f}, {max(medians):.1f} MiB |",
+        f"| growth | {found.growth():.1%} |",
+    ]
+    assert found.before is not None
+    assert found.after is not None
+    for name, before, after in zip(Rest._fields, found.before, found.after, strict=True):
+        if name == "cpu":
+            lines.append(f"| idle, share of a core, before and after | {before:.2%}, {after:.2%} |")
+        elif name != "requests":
+            lines.append(f"| {name} at rest, before and after | {before}, {after} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""Coverage-guided fuzzing of everything that reads a stranger's bytes.
+
+`python -m tests.fuzz.harness TARGET CORPUS [flags of libFuzzer]`, where TARGET is one of TARGETS, or `all` of them in
+turn by the first byte, and CORPUS a folder, to which the first inputs are added. Whatever is raised but the error that
+a reader promises is a crash, and ends the process with its input written down.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import logging
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import atheris
+import numpy as np
+from PIL import Image
+
+with atheris.instrument_imports(include=["service", "python_multipart"]):
+    from service import manifest
+    from service.admission import check_range
+    from service.codecs import READERS, Intake
+    from service.codecs.payload import as_images, as_rows
+    from service.config import Settings
+    from service.endpoint import Context, OperationApp
+    from service.engine import Engine
+    from service.errors import ServiceError
+    from service.memory import Memory
+    from service.negotiation import acceptable
+    from service.repository import Repository
+    from service.routes import OPERATIONS
+
+INTAKES = (
+    Intake("images", (1, 8, 8), 2**16, memory_bytes=2**26),
+    Intake("images", (3, 8, 8), 2**16, masked=True, memory_bytes=2**26),
+    Intake("images", (1, 8, 8), 2**16, or_latents=True, memory_bytes=2**26),
+    Intake("latents", (8,), 2**16, memory_bytes=2**26),
+)
+CONTENT_TYPES = {"multipart/form-data": "multipart/form-data; boundary=x"}
+MANIFEST = Path(__file__).parents[2] / "models" / "mnist-2d" / "1" / manifest.FILE_NAME
+SETTINGS = Settings()
+CONTEXT = Context(SETTINGS, Repository({}, ""), Engine(SETTINGS), Memory(SETTINGS.memory_bytes))
+APPS = [OperationApp(operation, CONTEXT) for operation in OPERATIONS]
+
+
+def body(form: str) -> Callable[[bytes], None]:
+    """The reader of that media type, and what becomes of its array; the first byte says what is wanted."""
+
+    def read(data: bytes) -> None:
+        intake = INTAKES[data[0] % len(INTAKES)] if data else INTAKES[0]
+        payload = READERS[form](data[1:], CONTENT_TYPES.get(form, form), intake)
+        for app in APPS[:1] if payload.options else ():
+            app._options({key: value for key, value in payload.options.items() if isinstance(key, str)})
+        if payload.array is None:
+            return
+        name = "latents" if payload.latents else intake.name
+        shape = (8,) if payload.latents else intake.shape
+        if data[0] & 128 and name == "images":
+            as_images(payload.array, shape[0], name)
+        else:
+            check_range(as_rows(payload.array, shape, name), 0.0, 1.0, name)
+
+    return read
+
+
+def query(data: bytes) -> None:
+    """Options in a query string, of the operation that the first byte says, and an Accept header of the same bytes."""
+    if data:
+        acceptable(data[1:].decode("latin-1"), None)
+        APPS[data[0] % len(APPS)].options_of_query(data[1:])
+
+
+def read_manifest(data: bytes) -> None:
+    """A manifest that can be read can be written and read again."""
+    found = manifest.parse(data)
+    assert manifest.parse(found.to_json().encode()) == found
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    "json": body("application/json"),
+    "npy": body("application/x-npy"),
+    "raw": body("application/octet-stream"),
+    "image": body("image/png"),
+    "multipart": body("multipart/form-data"),
+    "query": query,
+    "manifest": read_manifest,
+}
+
+
+def fuzzed(target: Callable[[bytes], None]) -> Callable[[bytes], None]:
+    """What a reader may do: give its result, or the errors that it promises."""
+
+    def run(data: bytes) -> None:
+        with suppress(ServiceError, manifest.ManifestError):
+            target(data)
+
+    return run
+
+
+def all_in_turn(data: bytes) -> None:
+    """The target that the first byte says."""
+    if data:
+        list(TARGETS.values())[data[0] % len(TARGETS)](data[1:])
+
+
+def seeds(name: str) -> list[bytes]:
+    """Inputs that a target reads well, and a start for those that it does not."""
+    if name == "all":
+        return [bytes([k]) + seed for k, one in enumerate(TARGETS) for seed in seeds(one)]
+    rows = np.linspace(0.0, 1.0, 64, dtype=np.float32).reshape(1, 1, 8, 8)
+    npy, png = saved(rows), picture("L", "PNG")
+    part = b'--x\r\nContent-Disposition: form-data; name="%s"; filename="a"\r\n\r\n%s\r\n'
+    field = b'--x\r\nContent-Disposition: form-data; name="draws"\r\n\r\n2\r\n'
+    numbers = json.dumps({"images": rows.tolist(), "mask": [[1] * 8] * 8, "draws": 2})
+    pictures = json.dumps({"images": [base64.b64encode(png).decode()] * 2})
+    bodies = {
+        "json": [numbers.encode(), pictures.encode(), b'{"latents": [[0, 1, 2, 3, 4, 5, 6, 7]]}'],
+        "npy": [npy, saved(np.asfortranarray(rows[0, 0].astype(np.float64))), saved(np.zeros((3, 8), np.float16))],
+        "raw": [rows.tobytes(), np.zeros((2, 8), np.float32).tobytes()],
+        "image": [png, picture("RGBA", "PNG"), picture("L", "JPEG"), picture("P", "PNG"), picture("RGB", "WEBP")],
+        "multipart": [
+            part % (b"file", npy) + field + b"--x--\r\n",
+            part % (b"file", png) + part % (b"mask", png) + b"--x--\r\n",
+        ],
+        "query": [
+            b"draws=2&seed=7&fit=pad",
+            b"noise=gaussian&level=0.2&quality=refined",
+            b"axes=0,1&size=3",
+            b"count=4",
+        ],
+    }
+    if name == "manifest":
+        return [MANIFEST.read_bytes()]
+    return [bytes([k]) + one for one in bodies[name] for k in (0, 1, 2, 3, 128)]
+
+
+def saved(array: np.ndarray) -> bytes:
+    """As .npy."""
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def picture(mode: str, form: str) -> bytes:
+    """A file of 8 x 8 pixels."""
+    file = io.BytesIO()
+    Image.new(mode, (8, 8), 100 if len(mode) == 1 else None).save(file, form)
+    return file.getvalue()
+
+
+def main() -> None:
+    """Fuzz until libFuzzer's flags say that it is enough."""
+    name, corpus, *flags = sys.argv[1:]
+    logging.disable(logging.CRITICAL)
+    for k, seed in enumerate(seeds(name)):
+        (Path(corpus) / f"seed-{k}").write_bytes(seed)
+    target = fuzzed(all_in_turn if name == "all" else TARGETS[name])
+    atheris.Setup([sys.argv[0], corpus, *flags], target)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
