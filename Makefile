@@ -16,7 +16,7 @@ train: $(VENV)/.test
 	$(PYTHON) -m training fit $(CONFIG) --data $(DATA) --out models
 
 test: lint
-	$(PYTHON) -m pytest -n auto --dist loadfile
+	$(PYTHON) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.test
 	$(PYTHON) -m ruff check .

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from filelock import FileLock
 
 from service.manifest import digest
 from service.session import Session
@@ -34,18 +35,35 @@ def real_data() -> Path:
     return Path(folder)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One file that needs the model of digits comes first and makes it, the others last: nobody waits for it."""
+    needing = dict.fromkeys(item.path for item in items if "digits_models" in getattr(item, "fixturenames", ()))
+    first = next(iter(needing), None)
+    items.sort(key=lambda item: (item.path != first, item.path in needing))
+
+
 @pytest.fixture(scope="session")
-def digits_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model repository with one version of `digits`, trained, evaluated and exported for real."""
+def digits_models(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A model repository with one version of `digits`, trained, evaluated and exported for real; to be read alone.
+
+    Made once for all processes that test.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder if worker_id == "master" else folder.parent) / "digits"
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            make_digits(folder)
+    return folder / "models"
+
+
+def make_digits(folder: Path) -> None:
+    """As `python -m training fit` does, in few epochs."""
     run = load(CONFIGS / "digits.toml")
     short = run.train.model_copy(update={"epochs": 10})
     assert run.restoration is not None
     restoration = run.restoration.model_copy(update={"train": run.restoration.train.model_copy(update={"epochs": 5})})
     run = run.model_copy(update={"train": short, "restoration": restoration})
-    folder = tmp_path_factory.mktemp("digits")
-    workshop = Workshop.open(run, folder, folder / "run", torch.device("cpu"))
-    workshop.fit(folder / "models")
-    return folder / "models"
+    Workshop.open(run, folder, folder / "run", torch.device("cpu")).fit(folder / "models")
 
 
 @pytest.fixture
