@@ -17,6 +17,8 @@ from service.config import Settings, read_settings
 from service.errors import StartError
 from service.telemetry import SHARED_FOLDER
 
+BACKLOG = 2048
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Serve until stopped; 1 with one line where that cannot begin."""
@@ -24,8 +26,9 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         settings = read_settings(sys.argv[1:] if arguments is None else arguments)
-        listener = listen(settings)
+        listener = bind(settings)
         repository = open_repository(settings)
+        listener.listen(BACKLOG)  # not before: a balancer would let requests wait here instead of asking another
     except StartError as error:
         print(f"vae-serve: {error}", file=sys.stderr)
         return 1
@@ -60,18 +63,21 @@ def supervise(settings: Settings, listener: socket.socket) -> None:
         Multiprocess(config, [listener]).run()
 
 
-def listen(settings: Settings) -> socket.socket:
+def bind(settings: Settings) -> socket.socket:
     """The port, taken before the models are opened, so that a taken one is told at once.
 
     Raises: StartError.
     """
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+        listener.bind((settings.host, settings.port))
     except OSError as error:
+        listener.close()
         raise StartError(
             f"cannot listen on {settings.host}:{settings.port} ({error.strerror}); set VAE_PORT or VAE_HOST"
         ) from error
+    return listener
 
 
 def welcome(url: str, models: list[str]) -> str:
