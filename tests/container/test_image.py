@@ -12,7 +12,8 @@ from tests.container.engine import docker, inspect, published, ready, until
 
 pytestmark = pytest.mark.container
 LARGEST_MB = 400
-SLOWEST_S = 15.0  # a second or two where nothing else runs
+MOST_CPU_S = 12.0  # to start; a busy machine takes longer, but not much more of this
+CPU_TIME = "cat /sys/fs/cgroup/cpuacct/cpuacct.usage || cat /sys/fs/cgroup/cpu.stat"
 INSTALLED = """
 import json
 from importlib.metadata import distributions
@@ -21,8 +22,14 @@ print(json.dumps({each.name: each.version for each in distributions()}))
 
 
 def inside(image: str, *command: str) -> str:
-    """What a command prints in a fresh container."""
-    return docker("run", "--rm", "--read-only", "--network", "none", image, *command)
+    """What a command prints in a fresh container, to a user who may look everywhere."""
+    return docker("run", "--rm", "--read-only", "--user", "0", "--network", "none", image, *command)
+
+
+def cpu_time(container: str) -> float:
+    """Seconds that a container has computed: the first number of cgroups' v1 is in ns, of v2 in us."""
+    said = docker("exec", container, "sh", "-c", CPU_TIME)
+    return int(said) / 1e9 if said.isdecimal() else int(said.split()[1]) / 1e6
 
 
 def test_it_holds_what_serves_and_no_more(image: str, figure: Callable[[str], None]) -> None:
@@ -30,10 +37,10 @@ def test_it_holds_what_serves_and_no_more(image: str, figure: Callable[[str], No
     megabytes = inspect(image)["Size"] / 1e6
     figure(f"the image has {megabytes:.0f} MB")
     assert megabytes < LARGEST_MB
-    unwanted = ("torch", "training", "pip", "setuptools", "tests", "__pip__", ".cache", "gcc", "cc", "ld", "make")
+    unwanted = ("torch", "training", "pip", "setuptools", "ensurepip", ".cache", "gcc", "cc", "ld", "make")
     names = [word for name in unwanted for word in ("-o", "-name", name)][1:]
-    found = inside(image, "find", "/", "-xdev", "(", *names, ")", "-not", "-path", "/usr/share/*").split()
-    assert found == []
+    assert inside(image, "find", "/", "-xdev", "(", *names, ")", "-not", "-path", "/usr/share/*") == ""
+    assert inside(image, "find", "/venv", "-name", "tests") == ""
     assert inside(image, "find", "/var/cache", "/var/lib/apt/lists", "/root", "-type", "f", "-size", "+64k") == ""
 
 
@@ -56,9 +63,9 @@ def test_it_starts_soon_and_stops_in_good_order(image: str, figure: Callable[[st
     container = docker("run", *options, image)
     try:
         url = published(container, 8000)
-        seconds = until(lambda: ready(url))
-        figure(f"ready {seconds:.1f} s after `docker run`")
-        assert seconds < SLOWEST_S
+        seconds, cpu_s = until(lambda: ready(url)), cpu_time(container)
+        figure(f"ready {seconds:.1f} s after `docker run`, {cpu_s:.1f} s of them computing")
+        assert cpu_s < MOST_CPU_S
         docker("stop", container)
         assert inspect(container)["State"]["ExitCode"] == 0
     finally:
