@@ -46,7 +46,7 @@ RUN $INSTALL --requirement service.txt
 COPY --from=wheel /wheel /wheel
 # The wheel also holds the trainer, whose command could only fail without torch.
 RUN $INSTALL --no-deps /wheel/*.whl && rm -r /venv/lib/python3.11/site-packages/training /venv/bin/vae-train
-# What only developers of the packages use, a third of all: tests, sources in C, converters of models, and onnxruntime
+# What only developers of the packages use, over a quarter of all: tests, sources in C, converters of models, and onnxruntime
 # once more for programs in C.
 RUN cd /venv/lib/python3.11/site-packages && find . -type d -name tests -prune -exec rm -r {} + \
     && rm -r numpy/distutils numpy/f2py onnxruntime/quantization onnxruntime/tools onnxruntime/transformers \
