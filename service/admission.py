@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from service.codecs import Payload
 from service.codecs.payload import as_images, as_rows
 from service.errors import InvalidOption, InvalidShape, InvalidValue, TooLarge
+from service.model import Model
 from service.operation import Inputs, Operation, Rows
 from service.pixels import fit
-from service.repository import Model
 from service.tiling import tiling
 
 OBSERVED_MARGIN = 10.0

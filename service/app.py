@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import os
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from service import __version__, problems
 from service.config import Settings, read_settings
+from service.control import Control
+from service.doors import add_doors
 from service.endpoint import Context
 from service.engine import Engine
 from service.errors import ServiceError
+from service.orders import Orders, Standing
+from service.pages import PageHeaders
 from service.repository import Repository
 from service.route import Shortcut
 from service.routes import OPERATIONS, add_operations
+from service.routes.control import control_router
 from service.routes.health import health_router
 from service.routes.metrics import metrics_router
 from service.routes.models import models_router
+from service.selection import Selection
 from service.session import cpu_count, execution_provider
+from service.sources import local_copy
+from service.telemetry import SHARED_FOLDER
+from service.tracing import Named, TracedEngine, finish, tracer_provider
+from service.tracking import AccessLog, Tracking
 
 SWITCH_S = 3e-4
 """How soon the event loop makes room for the thread that computes; Python's 5 ms let it stand idle for a fifth."""
@@ -34,21 +48,22 @@ class Service(FastAPI):
     def build_middleware_stack(self) -> ASGIApp:
         """Added middleware, then the shortcut, then FastAPI's own."""
         added, self.user_middleware = self.user_middleware, []
-        app: ASGIApp = Shortcut(super().build_middleware_stack(), self.router.routes)
+        app: ASGIApp = Shortcut(PageHeaders(super().build_middleware_stack()), self.router.routes)
         self.user_middleware = added
         for middleware in reversed(added):
             app = middleware.cls(app, *middleware.args, **middleware.kwargs)
         return app
 
 
-def open_repository(settings: Settings) -> Repository:
-    """Every model checked, opened and warmed.
+def open_repository(settings: Settings, standing: Standing = Standing()) -> Repository:  # noqa: B008  # a tuple
+    """What the setting and the orders that stand want, fetched if need be, checked, opened and warmed.
 
     Raises: StartError.
     """
     provider = execution_provider(settings.execution_provider)
     threads = settings.threads or max(1, cpu_count() // settings.workers)
-    return Repository.open(settings.models, settings.default_model, provider, threads, settings.max_rows)
+    models, selection = local_copy(settings), Selection(settings.versions)
+    return Repository.open(models, settings.default_model, provider, threads, settings.max_rows, selection, standing)
 
 
 def create_app(settings: Settings, repository: Repository | None = None) -> FastAPI:
@@ -56,32 +71,61 @@ def create_app(settings: Settings, repository: Repository | None = None) -> Fast
 
     Raises: StartError.
     """
-    repository = repository or open_repository(settings)
-    engine = Engine(settings)
+    orders = Orders(Path(os.environ[SHARED_FOLDER]) if settings.workers > 1 and SHARED_FOLDER in os.environ else None)
+    repository = repository or open_repository(settings, orders.read())
+    provider = tracer_provider() if settings.tracing else None
+    engine = TracedEngine(settings, provider) if provider else Engine(settings)
+    control = Control(repository, orders, settings, engine.telemetry)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         settle()
-        yield
+        async with control.running():
+            yield
         await engine.close()
+        if provider:
+            await asyncio.to_thread(finish, provider)
 
     app = Service(
         title="VAE service",
         version=__version__,
         summary="Variational auto-encoders over HTTP: encode, decode, reconstruct, restore, sample.",
         lifespan=lifespan,
-        telemetry={"tracing": False, "metrics": False, "logs": False},  # asked for at every request; ours is /metrics
+        openapi_url="/openapi.json" if settings.docs else None,
+        redoc_url=None,
+        dependencies=[Depends(HTTPBearer(auto_error=False))] if settings.api_keys else [],  # told in OpenAPI
+        # What is on is asked for at every request; metrics are ours, at /metrics.
+        telemetry={
+            "tracing": settings.tracing,
+            "tracer_provider": provider,
+            "operation_spans": False,
+            "metrics": False,
+            "logs": False,
+        },
     )
     add_operations(app, Context(settings, repository, engine))
     for router in (
         models_router(repository, OPERATIONS),
+        control_router(repository, control, allowed=settings.model_control),
         health_router(repository, engine),
         metrics_router(engine.telemetry),
     ):
         app.include_router(router)
+    add_doors(app, settings, engine.telemetry.refused)
     app.add_exception_handler(ServiceError, _service_problem)
     app.add_exception_handler(HTTPException, _http_problem)
+    app.add_exception_handler(Exception, _service_problem)
+    add_middleware(app, settings)
     return app
+
+
+def add_middleware(app: FastAPI, settings: Settings) -> None:
+    """What is around every request; the last one is outermost, and what is off is not there."""
+    if settings.tracing:
+        app.add_middleware(Named)
+    if settings.access_log:
+        app.add_middleware(AccessLog)
+    app.add_middleware(Tracking)
 
 
 def create_worker_app() -> FastAPI:

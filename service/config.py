@@ -3,17 +3,44 @@
 from __future__ import annotations
 
 import difflib
+import ipaddress
+import json
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from limits import parse_many
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.errors import StartError
+from service.selection import ALL, Selection
 
 PREFIX = "VAE_"
 NOT_OURS = {"VAE_DATA"}  # where the tests find real data; often set in the same shell
+
+
+def _rate(value: str) -> str:
+    if value:
+        parse_many(value)
+    return value
+
+
+def _proxies(value: str) -> str:
+    for name in split(value):
+        if name != "*":
+            ipaddress.ip_network(name)
+    return value
+
+
+def _located(value: Any) -> Any:
+    """A URL as it is, anything else as a path."""
+    return Path(value) if isinstance(value, str) and "://" not in value else value
+
+
+Rate = Annotated[str, AfterValidator(_rate)]
+Proxies = Annotated[str, AfterValidator(_proxies)]
+Location = Annotated[Path | str, BeforeValidator(_located)]
 
 
 class Settings(BaseSettings):
@@ -24,10 +51,21 @@ class Settings(BaseSettings):
         use_attribute_docstrings=True,
     )  # fmt: skip
 
-    models: Path = Path("models")
-    """The model repository: <name>/<version>/manifest.json."""
+    models: Location = Path("models")
+    """The model repository: <name>/<version>/manifest.json in a folder, or at a URL that fsspec opens (s3://bucket/x)."""
+    models_options: dict[str, Any] = {}
+    """Of the file system behind such a URL, in JSON: {"endpoint_url": "..."} names another store than Amazon's."""
+    cache: str = ""
+    """Where models from a URL are kept; empty is a folder of this user's in the temporary folder."""
     default_model: str = ""
     """The model that /v1/<operation> means; empty is the first by name."""
+    versions: Annotated[str, AfterValidator(lambda text: Selection(text).text)] = ALL
+    """Versions that are served: `all`, `latest`, or a list such as `mnist:2,mnist:3,mnist-2d:latest`; models that a
+    list does not name are not served. Requests that name no version get the latest that is served."""
+    model_control: bool = False
+    """Whether models may be loaded and unloaded over HTTP."""
+    poll_s: Annotated[float, Field(ge=0)] = 0.0
+    """How often the folder is looked through for new versions; 0 is never."""
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
@@ -56,12 +94,61 @@ class Settings(BaseSettings):
     """Posterior draws a row may ask for."""
     max_pixels: Annotated[int, Field(ge=1, le=89_478_485)] = 16 * 2**20
     """Pixels in one PNG, JPEG or WebP, checked before it is decoded."""
+    max_url_bytes: Annotated[int, Field(ge=256)] = 8192
+    """Path and query of a request."""
+    max_header_bytes: Annotated[int, Field(ge=1024)] = 32768
+    """Names and values of a request's headers, all together."""
+    max_headers: Annotated[int, Field(ge=8)] = 100
+    """Headers in one request."""
+    max_connections: Annotated[int, Field(ge=1)] = 4096
+    """Open connections of each worker; one more is answered 503 and closed."""
+    head_timeout_s: Annotated[float, Field(gt=0)] = 10.0
+    """How long a connection may take to send its first request's line and headers, or those of one it has begun."""
+    body_timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    """How long a body may take to arrive."""
+    answer_timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    """How long a caller may read nothing of an answer before the connection is cut."""
+    keep_alive_s: Annotated[float, Field(gt=0)] = 5.0
+    """How long a connection may be idle between requests; behind a proxy, longer than the proxy keeps it."""
+    api_keys: str = ""
+    """File of API keys, read again when it changes; empty asks nobody for one."""
+    allow_anonymous: bool = False
+    """Whether an address that other machines can reach may be served without API keys."""
+    anonymous_rate: Rate = ""
+    """Without API keys, how often each client address may call, as in `100/minute` or `5/second,1000/hour`."""
+    anonymous_concurrency: Annotated[int, Field(ge=0)] = 0
+    """Without API keys, calls of a client address at the same time; 0 is any number."""
+    docs: bool = True
+    """Whether /docs and /openapi.json are served, to anybody."""
+    ops_port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    """Port for /health and /metrics, which then leave the main one; 0 takes a free one."""
+    trusted_proxies: Proxies = ""
+    """Addresses or networks, with commas, whose X-Forwarded-For and X-Forwarded-Proto are believed."""
+    cors_origins: str = ""
+    """Origins, with commas, whose pages may call from a browser; `*` is every one."""
+    tls_certificate: str = ""
+    """PEM file of the certificate and its chain; empty serves plain HTTP."""
+    tls_key: str = ""
+    """PEM file of the certificate's key; empty finds it in the certificate's file."""
     access_log: bool = False
     """Whether every request is logged."""
+    log_format: Literal["text", "json"] = "text"
+    """How the log is written; `json` is one object a line, on standard output."""
+    tracing: bool = False
+    """Whether requests are traced by OpenTelemetry; OTEL_EXPORTER_OTLP_ENDPOINT names the collector."""
 
     def to_environment(self) -> dict[str, str]:
         """The same settings as environment variables, for worker processes."""
-        return {PREFIX + name.upper(): str(value) for name, value in self.model_dump(mode="json").items()}
+        values = self.model_dump(mode="json", exclude_none=True)
+        return {
+            PREFIX + name.upper(): value if isinstance(value, str) else json.dumps(value)
+            for name, value in values.items()
+        }
+
+
+def split(value: str) -> list[str]:
+    """What a setting names with commas between."""
+    return [name.strip() for name in value.split(",") if name.strip()]
 
 
 def read_settings(arguments: list[str] | None = None) -> Settings:

@@ -19,12 +19,13 @@ from service.admission import admit
 from service.codecs import EVENTS, HEADERS, READERS, Answer, Body, EventForm, Intake, Payload, single_array
 from service.config import Settings
 from service.engine import Engine
-from service.errors import CallerGone, InvalidOption
+from service.errors import CallerGone, InvalidOption, WrongModel
 from service.intake import disconnected, read_body
 from service.latent import BLOCK_ROWS
+from service.model import Model
 from service.negotiation import acceptable, form_of, write
-from service.operation import Inputs, Operation, Rows
-from service.repository import Model, Repository
+from service.operation import Inputs, LatentOptions, Operation, Rows
+from service.repository import Repository
 from service.telemetry import server_timing
 from service.vae import Observe, Result, Submit
 from service.watching import Event, watched
@@ -102,8 +103,15 @@ class OperationApp:
             reply = await self._answer(call)
         except Exception as error:  # noqa: BLE001  # the one place where errors become answers
             reply = _refusal(error)
-        outcome = await self._send(reply, send)
-        self.context.engine.telemetry.request(label, self.operation.name, outcome, reply.rows)
+        served: dict[str, Any] = {
+            "model": label,
+            "operation": self.operation.name,
+            "outcome": reply.outcome,
+            "rows": reply.rows,
+        }
+        scope["served"] = served  # for the access log and the trace
+        served["outcome"] = await self._send(reply, send)
+        self.context.engine.telemetry.request(**served)
 
     async def _answer(self, call: Call) -> Reply:
         content_type = call.headers.get(b"content-type", b"").decode("latin-1")
@@ -121,6 +129,7 @@ class OperationApp:
         payload = READERS[form](call.body, content_type, intake) if form else Payload(None)
         if payload.options:
             options = self._options({**_pairs(call.query), **payload.options})
+        _check_fingerprint(model, call.headers.get(b"x-fingerprint"), options)
         inputs = admit(operation, model, payload, options, settings.max_request_rows)
         if operation.check is not None:
             operation.check(model, inputs, options)
@@ -144,7 +153,7 @@ class OperationApp:
 
         model, events, further = call.model, EVENTS[form], watched(run)
         parts = _framed(model, events, await anext(further), further)
-        head = [*_named(form, model.manifest.name, model.manifest.version), *UNBUFFERED]
+        head = [*_named(form, model.manifest.name, model.manifest.version, model.manifest.fingerprint), *UNBUFFERED]
         return Reply(200, head, b"", "ok", len(inputs.rows), parts=parts, events=events)
 
     async def _stream(self, call: Call, inputs: Inputs, options: Any, form: str) -> Reply | None:
@@ -225,6 +234,23 @@ class OperationApp:
         return partial(self.context.engine.submit, deadline=time.monotonic() + seconds, gone=gone)
 
 
+def _check_fingerprint(model: Model, header: bytes | None, options: Any) -> None:
+    """Refuse what is meant for another model.
+
+    Raises: WrongModel.
+    """
+    option = options.fingerprint if isinstance(options, LatentOptions) else None
+    if header is None and option is None:
+        return
+    manifest = model.manifest
+    for named in (header and header.decode("latin-1"), option):
+        if named is not None and named != manifest.fingerprint:
+            raise WrongModel(
+                f"the request is for the model with fingerprint {named!r:.80}, but {manifest.name} version "
+                f"{manifest.version} has {manifest.fingerprint}; ask the model that gave the latents, or encode again"
+            )
+
+
 def _pairs(query: bytes) -> dict[str, str]:
     return dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True))
 
@@ -257,12 +283,19 @@ def _answer(model: Model, result: Result) -> Answer:
 
 def _about(model: Model, result: Result) -> dict[str, Any]:
     """What is said about an answer, in JSON's fields or in headers."""
-    return {"model": model.manifest.name, "version": model.manifest.version, **result.about}
+    manifest = model.manifest
+    return {
+        "model": manifest.name,
+        "version": manifest.version,
+        "fingerprint": manifest.fingerprint,
+        **result.about,
+    }
 
 
 def _headers(form: str, about: Mapping[str, Any], result: Result, *, whole: bool = True) -> Headers:
     timing = server_timing(result.trip.queue_s, result.trip.inference_s if whole else None).encode()
-    head = [*_named(form, about["model"], about["version"], *result.outputs), (b"server-timing", timing)]
+    named = _named(form, about["model"], about["version"], about["fingerprint"], *result.outputs)
+    head = [*named, (b"server-timing", timing)]
     head += [(b"x-" + name.encode(), str(about[name]).encode()) for name in NAMED if name in about]
     if "level" in about and len(about["level"]) <= HEADER_NUMBERS:
         head.append((b"x-level", ",".join(f"{value:.4g}" for value in about["level"]).encode()))
@@ -270,11 +303,12 @@ def _headers(form: str, about: Mapping[str, Any], result: Result, *, whole: bool
 
 
 @lru_cache(1024)
-def _named(form: str, model: str, version: str, *outputs: str) -> Headers:
+def _named(form: str, model: str, version: str, fingerprint: str, *outputs: str) -> Headers:
     """The headers that are the same for many answers."""
     return [
         (b"content-type", form.encode()),
         (b"x-model", model.encode()),
         (b"x-model-version", version.encode()),
+        (b"x-fingerprint", fingerprint.encode()),
         *([(b"x-outputs", ",".join(outputs).encode())] if outputs else []),
     ]

@@ -15,6 +15,58 @@ class StartError(ServiceError):
     code = "cannot_start"
 
 
+class Malformed(ServiceError):
+    """What came is not HTTP, or may be read in two ways."""
+
+    code = "malformed_request"
+
+
+class Unauthenticated(ServiceError):
+    """No API key, or one that nobody knows."""
+
+    code = "unauthenticated"
+
+
+class Forbidden(ServiceError):
+    """The API key lacks a right; the message names it."""
+
+    code = "forbidden"
+
+
+class SlowRequest(ServiceError):
+    """The request did not arrive in time."""
+
+    code = "slow_request"
+
+
+class UrlTooLong(ServiceError):
+    """Path and query are above a limit."""
+
+    code = "url_too_long"
+
+
+class HeadersTooLarge(ServiceError):
+    """The headers are too many or too long."""
+
+    code = "headers_too_large"
+
+
+class TooManyConnections(ServiceError):
+    """As many connections are open as may be."""
+
+    code = "too_many_connections"
+
+
+class RateLimited(ServiceError):
+    """The caller asks too often, or for too much at once. `retry_after_s` is when it may again."""
+
+    code = "rate_limited"
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class Unreadable(ServiceError):
     """The body is not what its media type says."""
 
@@ -25,6 +77,24 @@ class UnknownModel(ServiceError):
     """No such model or version is served."""
 
     code = "unknown_model"
+
+
+class WrongModel(ServiceError):
+    """The latents are said to be of another model than the one that is asked; the message names both."""
+
+    code = "wrong_model"
+
+
+class ControlOff(ServiceError):
+    """Models are not loaded and unloaded over HTTP unless the operator says so."""
+
+    code = "control_off"
+
+
+class LoadRefused(ServiceError):
+    """A version cannot be served; what was served before still is."""
+
+    code = "load_refused"
 
 
 class UnsupportedMediaType(ServiceError):

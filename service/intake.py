@@ -7,17 +7,25 @@ from typing import Any
 from starlette.types import Receive
 
 from service.codecs import Body
-from service.errors import TooLarge, UnsupportedMediaType
+from service.errors import Malformed, TooLarge, UnsupportedMediaType
+
+LONGEST_LENGTH = 19
+"""Digits in a Content-Length; more are above every limit."""
 
 
 async def read_body(receive: Receive, headers: dict[bytes, bytes], limit: int) -> Body | None:
     """The whole body; None where the caller has gone.
 
-    Raises: TooLarge before the rest is read, UnsupportedMediaType for a compressed body.
+    Raises: TooLarge before the rest is read, UnsupportedMediaType for a compressed body, Malformed for a length that
+        is none.
     """
-    if headers.get(b"content-encoding", b"identity") != b"identity":
+    coded = headers.get(b"transfer-encoding", b"chunked").lower() != b"chunked"
+    if coded or headers.get(b"content-encoding", b"identity") != b"identity":
         raise UnsupportedMediaType("compressed bodies are not read; send it without Content-Encoding")
-    if int(headers.get(b"content-length", b"0")) > limit:
+    length = headers.get(b"content-length", b"0")
+    if not length.isdigit():
+        raise Malformed("Content-Length must be a whole number")
+    if len(length) > LONGEST_LENGTH or int(length) > limit:
         raise _too_large(limit)
     message = await receive()
     body: Body = message.get("body", b"")

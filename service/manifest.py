@@ -8,12 +8,14 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 FILE_NAME = "manifest.json"
 SCHEMA_VERSION = 1
 BINARISATIONS = ("sample", "none")
+QUALITIES = ("fast", "refined")
 PLAIN_NAME = frozenset("abcdefghijklmnopqrstuvwxyz0123456789._-")
 
 
@@ -67,6 +69,19 @@ class Scoring:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """By how much `std` is widened, so that mean +- 1.645 std holds 90 % of the true pixels of held-out images.
+
+    `factors` by quality, then by the way in which a pixel is seen, as service/calibration.py names them: measured on
+    `images` validation images, spoilt by `seed`.
+    """
+
+    factors: dict[str, dict[str, float]]
+    images: int
+    seed: int
+
+
+@dataclass(frozen=True)
 class Manifest:
     """One version of one model.
 
@@ -74,7 +89,8 @@ class Manifest:
     `encoder` (x -> mean, log_var) and `decoder` (z -> x_mean); every further ability is one more graph.
     `noise_families` names the columns of the level that the graphs of denoising take or give; empty without them.
     `training` and `quality` are for people: settings and measured figures with their units in the keys.
-    `scoring` goes with the graph `log_joint`; models exported before there was one have neither.
+    `scoring` goes with the graph `log_joint`; models exported before there was one have neither. `calibration` is added
+    to a version that restores, whose fingerprint it leaves as it is.
     """
 
     schema_version: int
@@ -92,8 +108,9 @@ class Manifest:
     training: dict[str, Any]
     quality: dict[str, Any]
     scoring: Scoring | None = None
+    calibration: Calibration | None = None
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Sixteen hex digits that change when any graph does: whose latents these are."""
         digests = "".join(f"{name}:{graph.sha256};" for name, graph in sorted(self.graphs.items()))
@@ -168,8 +185,8 @@ def _build(kind: type[Any], content: Any, where: str) -> Any:
 def _value(kind: str, value: Any, where: str) -> Any:
     if kind == "Golden":
         return _build(Golden, value, f"{where}.")
-    if kind == "Scoring | None":
-        return None if value is None else _build(Scoring, value, f"{where}.")
+    if kind in _OPTIONAL:
+        return None if value is None else _build(_OPTIONAL[kind], value, f"{where}.")
     if kind == "dict[str, Graph]" and isinstance(value, dict):
         return {name: _build(Graph, graph, f"{where}.{name}.") for name, graph in value.items()}
     if not _CHECKS[kind](value):
@@ -189,6 +206,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+_OPTIONAL = {"Scoring | None": Scoring, "Calibration | None": Calibration}
+
 _CHECKS: dict[str, Callable[[Any], bool]] = {
     "bool": lambda value: isinstance(value, bool),
     "int": _is_int,
@@ -202,6 +221,10 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "dict[str, list[int]]": lambda value: (
         isinstance(value, dict) and all(shape == [] or _is_shape(shape) for shape in value.values())
     ),  # [] is one number a row
+    "dict[str, dict[str, float]]": lambda value: (
+        isinstance(value, dict)
+        and all(isinstance(part, dict) and all(map(_is_number, part.values())) for part in value.values())
+    ),
 }
 
 
@@ -214,6 +237,7 @@ def _check(manifest: Manifest) -> None:
     if len(manifest.value_range) != 2 or not manifest.value_range[0] < manifest.value_range[1]:
         raise ManifestError(f"value_range must be [low, high], not {manifest.value_range}")
     _check_scoring(manifest)
+    _check_calibration(manifest)
     for entry in manifest.files():
         if not is_plain_name(entry.file):
             raise ManifestError(f"{entry.file!r} is not a plain file name")
@@ -230,6 +254,17 @@ def _check_scoring(manifest: Manifest) -> None:
     values = scoring.elbo_percentiles_nats
     if len(values) != 101 or not all(map(math.isfinite, values)) or sorted(values) != values:
         raise ManifestError("scoring.elbo_percentiles_nats must be 101 finite numbers, none below the one before it")
+
+
+def _check_calibration(manifest: Manifest) -> None:
+    if manifest.calibration is None:
+        return
+    for quality, factors in manifest.calibration.factors.items():
+        if quality not in QUALITIES:
+            raise ManifestError(f"calibration.factors must be of {' and '.join(QUALITIES)}, not {quality!r:.60}")
+        for way, factor in factors.items():
+            if not 0.0 < factor < math.inf:
+                raise ManifestError(f"calibration.factors of {quality} {way!r:.60} must be above 0, not {factor}")
 
 
 def is_plain_name(name: str) -> bool:

@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from service.errors import UnsupportedOperation
 from service.latent import MAX_SEED
+from service.model import Model
 from service.pixels import Fit
-from service.repository import Model
 from service.tiling import Tiling
 from service.vae import Observe, Result, Submit
 
@@ -36,6 +36,14 @@ class ImageOptions(Options):
 
     fit: Fit | None = None
     """Bring images of another size to the model's: `resize` stretches, `pad` adds black, `crop` cuts."""
+
+
+class LatentOptions(Options):
+    """Options of everything that takes latents."""
+
+    fingerprint: str | None = None
+    """Of the model that the latents are of, as `encode` told it; another model refuses them. The header X-Fingerprint
+    says the same."""
 
 
 class DrawOptions(ImageOptions):

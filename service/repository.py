@@ -1,274 +1,251 @@
-"""models/ to served models: digests checked, graphs opened, golden vectors replayed, warmed."""
+"""models/ to served models: what is served now, how it is with every version, and how that changes."""
 
 from __future__ import annotations
 
-import io
-import math
-import re
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+import logging
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Literal, NamedTuple
 
 from service import manifest as manifests
-from service.batcher import Arrays
-from service.errors import StartError, UnknownModel
-from service.golden import deviation
-from service.manifest import Manifest, ManifestError
-from service.refinement import NEARBY_RATE, RATE, STEPS, climb_rows
-from service.restoration import denoise_rows
-from service.scoring import DRAWS, weigh_rows
-from service.session import Session
-from service.vae import Compute, decode_rows, encode_rows, reconstruct_rows, sample_rows
+from service.errors import NotReady, StartError, UnknownModel
+from service.manifest import ManifestError
+from service.model import Model, open_model
+from service.orders import WHOLE, Standing
+from service.selection import Selection, version_key
 
-TIMINGS = 3
-HAND_OVER_S = 2e-4
-"""About what a batch costs beside its computation: the way to the thread and back."""
-WORTH = 1.1
-"""A larger batch must be cheaper a row by this."""
-OWN_THREAD = ("refinement", "elbo_gradient", "log_joint")
-"""Graphs of long work: onnxruntime's threads would not give way to others as the one that calls it does."""
-MOST_REFINED = 16
-"""Rows that a step of refinement is measured with at most."""
+State = Literal["ready", "loading", "unloaded", "failed"]
+Stamp = tuple[tuple[str, int, int], ...]
+"""Name, size and time of change of every file of a version."""
+
+log = logging.getLogger(__name__)
 
 
-@dataclass(eq=False)
-class ModelProgram:
-    """A program of one model. `weight` is what a row counts for in a batch: the draws it is decoded at, or 1.
+class Condition(NamedTuple):
+    """How it is with one version, and why. `stamp` tells whether the files of one that failed have changed since."""
 
-    rounds: into how many slices it is cut. timing: seconds by number of rows, None while unmeasured.
-    """
-
-    model: str
-    operation: str
-    weight: int
-    compute: Compute
-    rounds: int = 1
-    timing: dict[int, float] | None = None
-
-    def run(self, *arrays: Any) -> Arrays:
-        """Compute the rows."""
-        return self.compute(*arrays)
-
-    def batch_rows(self, max_rows: int) -> int:
-        """As few as cost hardly more a row than `max_rows` do: the next batch's HTTP is done while this one runs."""
-        if self.timing is None:
-            return max(1, max_rows // self.weight)
-        return min(max_rows, self._enough)
-
-    def cost_s(self, rows: int) -> float:
-        """From the warm-up's measurements; unmeasured is dear."""
-        if self.timing is None:
-            return math.inf
-        one, further = self._line
-        return one + (rows - 1) * further
-
-    def measure(self, rows: int, *row: Any) -> None:
-        """Time one row, four, sixteen and so on up to `rows`, each the best of a few."""
-        self.timing = {}
-        size = 1
-        while size <= rows:
-            batch = tuple(np.repeat(array[:1], size, axis=0) for array in row)
-            self.timing[size] = min(self._time(batch) for _ in range(TIMINGS))
-            size = min(4 * size, rows) if size < rows else rows + 1
-
-    @cached_property
-    def _line(self) -> tuple[float, float]:
-        """Seconds of one row, and of each further one."""
-        assert self.timing is not None
-        rows, one = max(self.timing), self.timing[1]
-        return one, max(0.0, self.timing[rows] - one) / max(1, rows - 1)
-
-    @cached_property
-    def _enough(self) -> int:
-        assert self.timing is not None
-        a_row = {size: (seconds + HAND_OVER_S) / size for size, seconds in self.timing.items()}
-        return next(size for size in a_row if a_row[size] <= WORTH * min(a_row.values()))
-
-    def _time(self, arrays: Arrays) -> float:
-        started = time.perf_counter()
-        self.compute(*arrays)
-        return time.perf_counter() - started
+    state: State
+    reason: str = ""
+    stamp: Stamp = ()
 
 
-@dataclass(eq=False)
-class Model:
-    """One version, ready to serve."""
+@dataclass(frozen=True)
+class Library:
+    """Where models lie, which of them are wanted, and how one is opened."""
 
-    manifest: Manifest
-    graphs: Mapping[str, Session]
-    programs: dict[tuple[Any, ...], ModelProgram] = field(default_factory=dict)
+    folder: Path
+    selection: Selection
+    open: Callable[[Path], Model]
 
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """(c, h, w)."""
-        return tuple(self.manifest.input_shape)
+    def names(self) -> list[str]:
+        """Models that have a version; half-written ones are hidden."""
+        return sorted({path.parent.name for path in self.folder.glob("*/*/") if _is_seen(path.parent, path)})
 
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """The shape of one latent."""
-        return tuple(self.manifest.latent_shape)
+    def versions(self, model: str) -> set[str]:
+        """Those that lie there now."""
+        return {path.name for path in (self.folder / model).glob("*/") if _is_seen(path)}
 
-    @property
-    def noise_shape(self) -> tuple[int, ...]:
-        """The shape of the standard normal noise that one draw from the prior takes."""
-        prior = self.manifest.graphs.get("prior")
-        return self.latent_shape if prior is None else tuple(prior.inputs["eps"])
+    def stamp(self, model: str, version: str) -> Stamp:
+        """Changes with any file of a version."""
+        try:
+            files = [(path.name, path.stat()) for path in (self.folder / model / version).iterdir()]
+        except OSError:
+            return ()
+        return tuple(sorted((name, found.st_size, found.st_mtime_ns) for name, found in files))
 
-    def plan(
-        self, operation: str, rows: Any, draws: int = 0, *choices: Any, rounds: int = 1, **further: Any
-    ) -> ModelProgram:
-        """The program that computes `operation` with these static choices; always the same object for the same ones.
+    def differs(self, model: Model) -> bool:
+        """Whether what lies there is another version under the same number.
 
-        rounds: into how many slices its work is cut; more than one makes it long work.
-        One that has not been measured counts as costing what the first of its operation costs at as many draws.
+        Raises: StartError where it cannot be read.
         """
-        key = (operation, draws, rounds, *choices, *further.items())
-        program = self.programs.get(key)
-        if program is None:
-            compute = rows(self.graphs, *choices, **further)
-            alike = (
-                known.timing
-                for (name, drawn, *_), known in self.programs.items()
-                if (name, drawn) == (operation, draws)
-            )
-            program = ModelProgram(self.manifest.name, operation, max(1, draws), compute, rounds, next(alike, None))
-            self.programs[key] = program
-        return program
+        try:
+            return manifests.read(self.folder / model.manifest.name / model.manifest.version) != model.manifest
+        except ManifestError as error:
+            raise StartError(str(error)) from error
 
-    def replay(self, golden: Mapping[str, Any]) -> None:
-        """Run every graph on its golden rows, singly and together.
-
-        Raises: StartError naming the graph that answers otherwise on this machine.
-        """
-        for name, graph in self.manifest.graphs.items():
-            rows = [golden[f"{name}/{key}"] for key in graph.inputs]
-            for size in (1, len(rows[0])):
-                answers = self.graphs[name](*(row[:size] for row in rows))
-                for key, answer in zip(graph.outputs, answers, strict=True):
-                    known = golden[f"{name}/{key}"][:size]
-                    error = deviation(key, answer, known)
-                    if not error <= self.manifest.golden.tolerance:
-                        raise StartError(
-                            f"model {self.manifest.name} version {self.manifest.version}: {name} is off its golden "
-                            f"vectors by {error:.2g} (at most {self.manifest.golden.tolerance:g}) on this machine"
-                        )
-
-    def warm(self, golden: Mapping[str, Any], max_rows: int) -> None:
-        """Run and time the programs that requests without options need."""
-        x, z = golden["encoder/x"], golden["decoder/z"]
-        self.plan("encode", encode_rows).measure(max_rows, x)
-        self.plan("decode", decode_rows).measure(max_rows, z)
-        self.plan("reconstruct", reconstruct_rows).measure(max_rows, x)
-        self.plan("sample", sample_rows).measure(max_rows, golden["prior/eps"] if "prior" in self.graphs else z)
-        if "recognition" in self.graphs:
-            seen = [golden[f"recognition/{key}"] for key in ("y", "mask", "level")]
-            for estimated in (None, 0):
-                self.plan("denoise", denoise_rows, 0, estimated, completions=False).measure(max_rows, *seen)
-        if "log_joint" in self.graphs:
-            x, z = golden["log_joint/x"], golden["log_joint/z"]
-            eps = np.zeros((len(z), DRAWS, *z.shape[1:]), np.float32)
-            self.plan("weigh", weigh_rows, DRAWS).measure(max(1, max_rows // DRAWS), x, z, np.zeros_like(z), eps)
-        for operation, graph, rate in (("refine", "refinement", RATE), ("climb", "elbo_gradient", NEARBY_RATE)):
-            if graph in self.graphs:
-                self._warm_ascent(operation, graph, rate, golden)
-
-    def _warm_ascent(self, operation: str, graph: str, rate: float, golden: Mapping[str, Any]) -> None:
-        mean, log_var, eps, *given = (golden[f"{graph}/{key}"] for key in self.manifest.graphs[graph].inputs)
-        zero = np.zeros((len(mean), 2, mean.shape[1]), np.float32)
-        ascent = (np.stack([mean, log_var], 1), zero, zero, np.zeros(len(mean), np.int64))
-        program = self.plan(operation, climb_rows, 0, graph, given[0].shape[1:], rate, rounds=STEPS)
-        program.measure(MOST_REFINED, *ascent, eps, *given)
+    def reason(self, error: StartError) -> str:
+        """What is wrong, on one line, without saying where on this machine."""
+        return " ".join(str(error).replace(f"{self.folder}/", "").split())
 
 
 class Repository:
-    """The models that are served, by name and version."""
+    """The models that are served, by name and version, and how it is with every version that is known.
 
-    def __init__(self, models: dict[str, dict[str, Model]], default: str) -> None:
+    What is served changes in one step: `models` and `conditions` are replaced as a whole, never altered, so that any
+    thread may read them while one at a time calls `settle`. A request keeps the model that it found.
+    """
+
+    def __init__(self, models: dict[str, dict[str, Model]], default: str, library: Library | None = None) -> None:
         self.models = models
         self.default = default
+        self.conditions: Mapping[str, Mapping[str, Condition]] = {
+            name: dict.fromkeys(versions, Condition("ready")) for name, versions in models.items()
+        }
+        self._library = library
 
     @classmethod
-    def open(cls, folder: Path, default: str, provider: str, threads: int, max_rows: int) -> Repository:
-        """Open every version below `folder`.
+    def open(
+        cls,
+        folder: Path,
+        default: str,
+        provider: str,
+        threads: int,
+        max_rows: int,
+        selection: Selection = Selection(),  # noqa: B008  # frozen
+        standing: Standing = Standing(),  # noqa: B008  # a tuple
+    ) -> Repository:
+        """Open what is wanted of what lies below `folder`; a version that fails is named in the log, others serve.
 
-        Raises: StartError, in one line, for a missing or empty folder, a version that cannot be served, an unknown
-        default.
+        Raises: StartError, in one line, for a missing or empty folder, an unknown default or one of which no version
+        can be served, a selected model that is not there.
         """
         if not folder.is_dir():
             raise StartError(f"no model repository {folder.resolve()}; set VAE_MODELS, or train one")
-        models: dict[str, dict[str, Model]] = {}
-        for path in sorted(folder.glob("*/*/"), key=lambda path: (path.parent.name, version_key(path.name))):
-            if not (path.name.startswith(".") or path.parent.name.startswith(".")):
-                model = open_model(path, provider, threads, max_rows)
-                models.setdefault(path.parent.name, {})[path.name] = model
-        if not models:
+        library = Library(folder, selection, lambda path: open_model(path, provider, threads, max_rows))
+        names = library.names()
+        if not names:
             raise StartError(f"{folder.resolve()} holds no model; expected <name>/<version>/{manifests.FILE_NAME}")
-        default = default or next(iter(models))
-        if default not in models:
-            raise StartError(f"VAE_DEFAULT_MODEL is {default!r}, but the models are {', '.join(models)}")
-        return cls(models, default)
+        selected = sorted(selection.models or names)
+        for name in selected:
+            if name not in names:
+                raise StartError(f"VAE_VERSIONS names {name}, but the models are {', '.join(names)}")
+        default = default or selected[0]
+        if default not in selected:
+            raise StartError(f"VAE_DEFAULT_MODEL is {default!r}, but the models are {', '.join(selected)}")
+        repository = cls({}, default, library)
+        for name in names:
+            repository.settle(name, standing)
+        refused = repository.refused(default)
+        if refused and default not in repository.models:
+            raise StartError(next(iter(refused.values())))
+        for name in names:
+            repository.log_refused(name)
+        return repository
 
     def find(self, name: str | None, version: str | None) -> Model:
-        """A model by name (None: the default) and version (None: the latest).
+        """A model by name (None: the default) and version (None: the latest that is served).
 
-        Raises: UnknownModel.
+        Raises: UnknownModel; NotReady for a model of which no version is served.
         """
         versions = self.models.get(self.default if name is None else name)
         if versions is None:
-            raise UnknownModel(f"no model {name!r:.80}; the models are {', '.join(self.models)}")
+            raise self._missing(self.default if name is None else name)
         if version is None:
             return next(reversed(versions.values()))
         if version not in versions:
             raise UnknownModel(f"model {name} has no version {version!r:.80}; it has {', '.join(versions)}")
         return versions[version]
 
+    def refused(self, name: str) -> dict[str, str]:
+        """The versions of a model that could not be served as they lie in the folder, and why."""
+        known = self.conditions.get(name, {}).items()
+        return {version: found.reason for version, found in known if found.reason and found.state != "unloaded"}
 
-def version_key(version: str) -> list[tuple[int, int | str]]:
-    """Orders versions as a person would: 2 before 10, 1.9 before 1.10."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", version) if part]
+    def log_refused(self, name: str) -> None:
+        """Name them to the operator."""
+        for version, reason in self.refused(name).items():
+            log.warning("model %s version %s: %s", name, version, reason)
+
+    def check_known(self, name: str, version: str) -> None:
+        """Refuse a version, or a whole model, that neither lies in the folder nor is served: no name becomes a path.
+
+        Raises: UnknownModel.
+        """
+        assert self._library is not None
+        names = {*self._library.names(), *self.conditions}
+        if name not in names:
+            raise UnknownModel(f"no model {name!r:.80}; the models are {', '.join(sorted(names))}")
+        versions = {*self._library.versions(name), *self.conditions.get(name, {})}
+        if version not in {*versions, WHOLE}:
+            known = ", ".join(sorted(versions, key=version_key))
+            raise UnknownModel(f"model {name} has no version {version!r:.80}; its folder holds {known}")
+
+    def news(self) -> dict[str, set[str]]:
+        """Models whose folder holds something new: a version never seen, or files changed of one that failed."""
+        assert self._library is not None
+        news = {}
+        for name in self._library.names():
+            known, found = self.conditions.get(name, {}), self._library.versions(name)
+            changed = {v for v in found & known.keys() if self._is_mended(name, v, known[v])}
+            if changed or found - known.keys():
+                news[name] = changed
+        return news
+
+    def settle(self, name: str, standing: Standing, again: Collection[str] = ()) -> None:
+        """Serve of a model what is wanted of what lies in the folder. Blocks for as long as opening takes.
+
+        Everything new is opened, replayed and warmed before any of it gets requests. What cannot be served is passed
+        over, and what has been served stays. again: versions (WHOLE: all) to look at anew, though they are served or
+        have failed.
+        """
+        library = self._library
+        assert library is not None
+        served, found = dict(self.models.get(name, {})), library.versions(name)
+        anew = found | served.keys() if WHOLE in again else set(again)
+        conditions = {v: known for v, known in self.conditions.get(name, {}).items() if v in found or v in served}
+        failed = {v for v, known in conditions.items() if known.state == "failed"} - anew
+        failed = {version for version in failed if not standing.is_unloaded(name, version)}
+        for version in served.keys() & anew:
+            self._renew(name, version, served, conditions)
+        while missing := standing.wanted(library.selection, name, found | served.keys(), failed) - served.keys():
+            for version in sorted(missing, key=version_key):
+                model = self._open(name, version, conditions)
+                if model is None:
+                    failed.add(version)
+                else:
+                    served[version] = model
+        wanted = standing.wanted(library.selection, name, found | served.keys(), failed)
+        for version in (found | served.keys()) - wanted - failed:
+            by_order = standing.is_unloaded(name, version)
+            reason = "unloaded by request" if by_order else f"VAE_VERSIONS is {library.selection.text}"
+            conditions[version] = Condition("unloaded", reason)
+        self._serve(name, {version: served[version] for version in sorted(wanted, key=version_key)})
+        self._note(name, conditions)
+
+    def _open(self, name: str, version: str, conditions: dict[str, Condition]) -> Model | None:
+        """One version, and how it went; None where it cannot be served."""
+        library = self._library
+        assert library is not None
+        stamp = library.stamp(name, version)
+        self._note(name, {**conditions, version: Condition("loading")})
+        try:
+            model = library.open(library.folder / name / version)
+        except StartError as error:
+            conditions[version] = Condition("failed", library.reason(error), stamp)
+            return None
+        conditions[version] = Condition("ready")
+        return model
+
+    def _renew(self, name: str, version: str, served: dict[str, Model], conditions: dict[str, Condition]) -> None:
+        """Put what lies in the folder in the place of what is served under the same number, if it can be."""
+        library = self._library
+        assert library is not None
+        try:
+            if library.differs(served[version]):
+                self._note(name, {**conditions, version: Condition("loading")})
+                served[version] = library.open(library.folder / name / version)
+            conditions[version] = Condition("ready")
+        except StartError as error:
+            conditions[version] = Condition("ready", f"what lies in the folder now is refused: {library.reason(error)}")
+
+    def _serve(self, name: str, versions: dict[str, Model]) -> None:
+        others = {other: served for other, served in self.models.items() if other != name}
+        self.models = dict(sorted({**others, name: versions}.items())) if versions else others
+
+    def _note(self, name: str, conditions: Mapping[str, Condition]) -> None:
+        ordered = dict(sorted(conditions.items(), key=lambda item: version_key(item[0])))
+        self.conditions = dict(sorted({**self.conditions, name: ordered}.items()))
+
+    def _is_mended(self, name: str, version: str, known: Condition) -> bool:
+        assert self._library is not None
+        return known.state == "failed" and known.stamp != self._library.stamp(name, version)
+
+    def _missing(self, name: str) -> UnknownModel | NotReady:
+        if name not in self.conditions:
+            return UnknownModel(f"no model {name!r:.80}; the models are {', '.join(self.models)}")
+        return NotReady(f"no version of model {name} is served; /v1/models/{name} says why")
 
 
-def open_model(folder: Path, provider: str, threads: int, max_rows: int) -> Model:
-    """Read, check, open, replay and warm one version.
-
-    Raises: StartError.
-    """
-    try:
-        manifest = manifests.read(folder)
-    except ManifestError as error:
-        raise StartError(str(error)) from error
-    if (manifest.name, manifest.version) != (folder.parent.name, folder.name):
-        raise StartError(f"{folder} holds version {manifest.version} of {manifest.name}; name the folders after them")
-    content = {name: _checked(folder, graph.file, graph.sha256) for name, graph in manifest.graphs.items()}
-    golden_content = _checked(folder, manifest.golden.file, manifest.golden.sha256)
-    try:
-        graphs = {
-            name: Session(graph, provider, 1 if name in OWN_THREAD else threads) for name, graph in content.items()
-        }
-        with np.load(io.BytesIO(golden_content), allow_pickle=False) as file:
-            golden = dict(file)
-        model = Model(manifest, graphs)
-        model.replay(golden)
-        model.warm(golden, max_rows)
-    except StartError:
-        raise
-    except Exception as error:
-        raise StartError(f"{folder} cannot be opened: {error}") from error
-    return model
-
-
-def _checked(folder: Path, file: str, sha256: str) -> bytes:
-    """A file's content, read once, so that what was digested is what is opened."""
-    path = folder / file
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise StartError(f"{path}: {error.strerror}; export the model again") from error
-    if manifests.digest(content) != sha256:
-        raise StartError(f"{path} does not match the SHA-256 in its manifest; it was changed after the export")
-    return content
+def _is_seen(*paths: Path) -> bool:
+    return not any(path.name.startswith(".") for path in paths)

@@ -46,6 +46,9 @@ class Telemetry:
             registry=self.registry,
         )
         self._rows = Counter("vae_rows", "Rows by outcome", (*labels, "outcome"), registry=self.registry)
+        self._refused = Counter(
+            "vae_refused", "Calls turned away at the door, by the problem's code", ("code",), registry=self.registry
+        )
         self._queue = Histogram(
             "vae_queue_seconds", "Wait before a batch, a part of a request each", labels, buckets=SECONDS,
             registry=self.registry,
@@ -58,6 +61,11 @@ class Telemetry:
         live = partial(Gauge, registry=self.registry, multiprocess_mode="livesum")
         self._queued = live("vae_queued_rows", "Rows that wait")
         self._running = live("vae_running_batches", "Batches that are being computed")
+        # The fewest of all workers: one that lags behind shows.
+        self._ready = Gauge(
+            "vae_ready_versions", "Versions that are served", ("model",), registry=self.registry,
+            multiprocess_mode="livemin",
+        )  # fmt: skip
         self._request_child = cache(self._requests.labels)
         self._rows_child = cache(self._rows.labels)
         self._batch_children = cache(
@@ -70,9 +78,17 @@ class Telemetry:
         """Count one request."""
         self._note(partial(self._add_request, model, operation, outcome, rows))
 
+    def refused(self, code: str) -> None:
+        """Count one call turned away before it was anybody's operation."""
+        self._note(self._refused.labels(code).inc)
+
     def batch(self, program: Any, rows: int, queue_s: list[float], inference_s: float) -> None:
         """Record one batch."""
         self._note(partial(self._add_batch, program.model, program.operation, rows, queue_s, inference_s))
+
+    def ready(self, model: str, versions: int) -> None:
+        """How many versions of a model are served."""
+        self._ready.labels(model).set(versions)
 
     def flush(self) -> None:
         """Add up what was noted; callers' answers do not wait for it."""

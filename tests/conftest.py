@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 import torch
 
+from service.manifest import digest
+from service.session import Session
 from training.config import load
 from training.pipeline import Workshop
 
 CONFIGS = Path(__file__).parent.parent / "training" / "configs"
+MODELS = Path(__file__).parent.parent / "models"
 # Threads of small operations wait for each other by spinning: on cores that have other work, fifteen times slower.
 torch.set_num_threads(1)
 
@@ -37,3 +46,45 @@ def digits_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     workshop = Workshop.open(run, folder, folder / "run", torch.device("cpu"))
     workshop.fit(folder / "models")
     return folder / "models"
+
+
+@pytest.fixture
+def flat_models(tmp_path: Path) -> Path:
+    """A model repository that a test may spoil: the shipped `mnist-2d`, small and quick to open, as version 1."""
+    shutil.copytree(MODELS / "mnist-2d" / "1", tmp_path / "models" / "mnist-2d" / "1")
+    return tmp_path / "models"
+
+
+@pytest.fixture(scope="session")
+def seal() -> Callable[..., None]:
+    """A function that makes the manifest of a version's folder agree with its files, and changes what else is named."""
+
+    def sealed(folder: Path, **changes: Any) -> None:
+        content = {**json.loads((folder / "manifest.json").read_text()), **changes}
+        for entry in (*content["graphs"].values(), content["golden"]):
+            entry["sha256"] = digest((folder / entry["file"]).read_bytes())
+        (folder / "manifest.json").write_text(json.dumps(content))
+
+    return sealed
+
+
+@pytest.fixture(scope="session")
+def brighter(seal: Callable[..., None]) -> Callable[..., Path]:
+    """A function that puts a version into a repository whose images are brighter than those of version 1."""
+
+    def added(models: Path, version: str, model: str = "mnist-2d") -> Path:
+        folder = models / model / version
+        shutil.copytree(MODELS / "mnist-2d" / "1", folder, dirs_exist_ok=True)
+        graph = onnx.load(folder / "decoder.onnx")
+        (bias,) = (tensor for tensor in graph.graph.initializer if tensor.name == "decoder.4.bias")
+        bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + np.float32(1.0), bias.name))
+        onnx.save(graph, folder / "decoder.onnx")
+        with np.load(folder / "golden.npz") as file:
+            golden = dict(file)
+        decoder = Session((folder / "decoder.onnx").read_bytes(), "CPUExecutionProvider", 1)
+        (golden["decoder/x_mean"],) = decoder(golden["decoder/z"])
+        np.savez(folder / "golden.npz", **golden)
+        seal(folder, name=model, version=version)
+        return folder
+
+    return added

@@ -16,6 +16,8 @@ from training.config import load
 from training.datasets.mnist import download
 from training.errors import TrainingError
 from training.experiments import FIGURES, restoration_report
+from training.experiments.calibrate import Plan as Calibration
+from training.experiments.calibrate import calibrate
 from training.experiments.oracle import score
 from training.experiments.restore import Plan, compare
 from training.experiments.separate import Plan as Separation
@@ -82,10 +84,15 @@ def _parser() -> argparse.ArgumentParser:
     restore.add_argument("--tasks", nargs="+", default=["*"], help="patterns of the tasks, such as 'Gaussian*'")
     restore.add_argument("--methods", nargs="+", default=["*"], help="patterns of the methods, such as 'ours*'")
     restore.set_defaults(command=_restore)
+    widen = _asking_command(commands, "calibrate", "fit the deviations that a service tells to held-out images")
+    widen.add_argument("--model", default="*", help="pattern of the models' names, of those that restore")
+    widen.set_defaults(command=_calibrate)
     apart = _asking_command(commands, "separate", "measure how well a service's score tells images from other pictures")
     apart.add_argument("--dataset", choices=SUBJECTS, default="mnist", help="whose test images (%(default)s)")
     apart.add_argument("--draws", type=int, default=16, help="of the posterior, for each score (%(default)s)")
     apart.set_defaults(command=_separate)
+    for command in (restore, apart):
+        command.add_argument("--out", type=Path, default=Path("docs/results"), help="for the page (%(default)s)")
     fetch = commands.add_parser("download", help="fetch a data set")
     fetch.add_argument("dataset", choices=["mnist"])
     fetch.add_argument("--data", type=Path, required=True, help="directory to fetch into")
@@ -111,8 +118,7 @@ def _asking_command(commands, name: str, help: str) -> argparse.ArgumentParser: 
     parser.add_argument("--models", type=Path, default=Path("models"), help="what that one serves (%(default)s)")
     parser.add_argument("--data", type=Path, default=Path("data"), help="where the data sets lie (%(default)s)")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder for what is kept (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("docs/results"), help="for the page (%(default)s)")
-    parser.add_argument("--images", type=int, default=200, help="test images of each data set (%(default)s)")
+    parser.add_argument("--images", type=int, default=200, help="images of each data set (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the images and of what is done to them (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (%(default)s)")
     return parser
@@ -146,6 +152,21 @@ def _restore(options: argparse.Namespace) -> None:
         tuple(options.methods),
     )
     print(f"wrote {restoration_report.write(compare(plan), options.out)}")
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    torch.set_num_threads(options.threads)
+    plan = Calibration(
+        options.data,
+        options.runs / "calibrate",
+        options.url,
+        options.models,
+        options.images,
+        options.seed,
+        options.model,
+    )
+    for path in calibrate(plan):
+        print(f"wrote {path}")
 
 
 def _separate(options: argparse.Namespace) -> None:

@@ -47,7 +47,7 @@ def add_operations(app: FastAPI, context: Context) -> None:
                 description=operation.description,
                 tags=[operation.name],
                 responses={200: _answers(operation), **problems.documented()},
-                openapi_extra=_bodies(operation),
+                openapi_extra={**_bodies(operation), **_headers(operation)},
             )
 
 
@@ -70,6 +70,15 @@ def _bodies(operation: Operation) -> dict[str, Any]:
         form_schema = {"type": "object", "required": ["file"], "properties": {"file": file}}
         forms["multipart/form-data"] = {"schema": form_schema}
     return {"requestBody": {"required": operation.takes is not None, "content": forms}}
+
+
+def _headers(operation: Operation) -> dict[str, Any]:
+    """The option that may also be said in a header."""
+    option = operation.options.model_fields.get("fingerprint")
+    if option is None:
+        return {}
+    named = {"name": "X-Fingerprint", "in": "header", "required": False}
+    return {"parameters": [{**named, "schema": {"type": "string"}, "description": option.description}]}
 
 
 def _object(operation: Operation) -> dict[str, Any]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from service import vae
-from service.operation import Inputs, Operation, Options
-from service.repository import Model
+from service.model import Model
+from service.operation import Inputs, LatentOptions, Operation
 from service.vae import Result, Submit
 
 
-async def _run(model: Model, submit: Submit, inputs: Inputs, _options: Options) -> Result:
+async def _run(model: Model, submit: Submit, inputs: Inputs, _options: LatentOptions) -> Result:
     return await vae.decode(model.plan, submit, inputs.rows)
 
 
@@ -16,7 +16,7 @@ decode = Operation(
     name="decode",
     summary="Latents to images",
     description="E[x|z] for each latent (n, d).",
-    options=Options,
+    options=LatentOptions,
     run=_run,
     takes="latents",
     example={"latents": [[0.3, -0.8]]},

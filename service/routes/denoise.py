@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from service.errors import InvalidOption
+from service.model import Model
 from service.operation import Inputs, Operation
-from service.repository import Model
 from service.routes.examples import PROGRESS
 from service.routes.restoring import NEEDS, TiledOptions, observed, restored
 from service.vae import Result, Submit

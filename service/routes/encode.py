@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from service import vae
 from service.latent import Noise
+from service.model import Model
 from service.operation import DrawOptions, Inputs, Operation
-from service.repository import Model
 from service.vae import Result, Submit
 
 
@@ -23,5 +23,11 @@ encode = Operation(
     run=_run,
     takes="images",
     example={"images": ["<base64 of a PNG>"], "draws": 1, "seed": 7},
-    answer={"mean": [[0.1, -1.2]], "log_var": [[-3.1, -2.7]], "latents": [[[0.2, -1.1]]], "seed": 7},
+    answer={
+        "mean": [[0.1, -1.2]],
+        "log_var": [[-3.1, -2.7]],
+        "latents": [[[0.2, -1.1]]],
+        "seed": 7,
+        "fingerprint": "0123456789abcdef",
+    },
 )

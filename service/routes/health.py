@@ -11,21 +11,30 @@ from service.problems import documented
 from service.repository import Repository
 from service.routes.examples import example
 
-READY = {**example({"ready": True, "models": ["mnist"]}), 503: documented()[503]}
+READY = {**example({"ready": True, "models": ["mnist"]}), **documented(NotReady)}
 
 
 def health_router(repository: Repository, engine: Engine) -> APIRouter:
     """Routes of one application."""
     router = APIRouter(prefix="/health", tags=["health"])
 
+    def refused(name: str) -> list[str]:
+        return [f"{name}:{version}: {reason}" for version, reason in repository.refused(name).items()]
+
     @router.get("/live", summary="Whether the process answers", responses=example({"live": True}))
     async def live() -> dict[str, bool]:
         return {"live": True}
 
-    @router.get("/ready", summary="Whether every model is warmed and the engine runs", responses=READY)
+    @router.get("/ready", summary="Whether the default model is served and the engine runs", responses=READY)
     async def ready() -> Response:
-        if not (repository.models and engine.healthy):
-            raise NotReady("no model is loaded" if not repository.models else "the engine has stopped")
-        return JSONResponse({"ready": True, "models": list(repository.models)})
+        if not engine.healthy:
+            raise NotReady("the engine has stopped")
+        if repository.default not in repository.models:
+            why = "".join(f"; {line}" for line in refused(repository.default))
+            raise NotReady(f"no version of the default model is served{why}")
+        failed = [line for name in repository.conditions for line in refused(name)]
+        return JSONResponse(
+            {"ready": True, "models": list(repository.models), **({"failed": failed} if failed else {})}
+        )
 
     return router

@@ -8,12 +8,12 @@ from pydantic import Field
 
 from service import vae
 from service.errors import InvalidShape
-from service.operation import ImageOptions, Inputs, Operation
-from service.repository import Model
+from service.model import Model
+from service.operation import ImageOptions, Inputs, LatentOptions, Operation
 from service.vae import Result, Submit
 
 
-class InterpolateOptions(ImageOptions):
+class InterpolateOptions(ImageOptions, LatentOptions):
     """How to get from one to the other."""
 
     steps: Annotated[int, Field(ge=2)] = 8

@@ -1,4 +1,4 @@
-"""GET models: what is served, as a person wants to know it."""
+"""GET models: what is served and what is not, as a person wants to know it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,21 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from service.model import Model
 from service.operation import Operation
-from service.repository import Model, Repository
+from service.repository import Repository
 from service.routes.examples import example
 
 EXAMPLE = {
     "model": "mnist",
     "version": "1",
+    "state": "ready",
+    "reason": "",
     "versions": ["1"],
+    "states": [
+        {"version": "1", "state": "ready", "reason": ""},
+        {"version": "2", "state": "failed", "reason": "mnist/2 cannot be opened: not a graph"},
+    ],
     "default": True,
     "input_shape": [1, 28, 28],
     "value_range": [0.0, 1.0],
@@ -25,21 +32,41 @@ EXAMPLE = {
     "operations": ["encode", "decode", "reconstruct", "denoise", "sample"],
     "quality": {"test_nll_nats": 84.5, "importance_samples": 1000, "images": 10000},
     "training": {"seconds": {"vae": 1552.5}},
+    "calibration": {"fast": {"gaussian": 0.96}, "refined": {"gaussian": 0.97}},
     "fingerprint": "0123456789abcdef",
 }
+
+
+def states(repository: Repository, name: str) -> list[dict[str, str]]:
+    """How it is with every known version of a model."""
+    known = repository.conditions.get(name, {})
+    return [{"version": version, "state": found.state, "reason": found.reason} for version, found in known.items()]
 
 
 def models_router(repository: Repository, operations: tuple[Operation, ...]) -> APIRouter:
     """Routes of one application."""
     router = APIRouter(prefix="/v1/models", tags=["models"])
 
+    def overview(name: str) -> dict[str, Any]:
+        served = list(repository.models.get(name, ()))
+        return {"versions": served, "states": states(repository, name), "default": name == repository.default}
+
+    def condition(name: str, version: str) -> dict[str, Any]:
+        known = repository.conditions[name][version]
+        return {"version": version, "state": known.state, "reason": known.reason}
+
+    def latest(name: str) -> dict[str, Any]:
+        """Of a model that is known and of which no version is served, what there is to say."""
+        if name in repository.conditions and name not in repository.models:
+            return {"model": name, **overview(name)}
+        return describe(repository.find(name, None))
+
     def describe(model: Model) -> dict[str, Any]:
         manifest = model.manifest
         return {
             "model": manifest.name,
-            "version": manifest.version,
-            "versions": list(repository.models[manifest.name]),
-            "default": manifest.name == repository.default,
+            **condition(manifest.name, manifest.version),
+            **overview(manifest.name),
             "input_shape": manifest.input_shape,
             "value_range": manifest.value_range,
             "latent_shape": manifest.latent_shape,
@@ -50,19 +77,22 @@ def models_router(repository: Repository, operations: tuple[Operation, ...]) -> 
             "operations": [operation.name for operation in operations if operation.offered_by(model)],
             "quality": manifest.quality,
             "training": manifest.training,
+            "calibration": {} if manifest.calibration is None else manifest.calibration.factors,
             "fingerprint": manifest.fingerprint,
         }
 
     @router.get("", summary="Every model, at its latest version", responses=example({"models": [EXAMPLE]}))
     async def all_models() -> dict[str, Any]:
-        return {"models": [describe(repository.find(name, None)) for name in repository.models]}
+        return {"models": [latest(name) for name in repository.conditions]}
 
     @router.get("/{model}", summary="One model at its latest version", responses=example(EXAMPLE))
     async def one_model(model: str) -> dict[str, Any]:
-        return describe(repository.find(model, None))
+        return latest(model)
 
     @router.get("/{model}/versions/{version}", summary="One version of a model", responses=example(EXAMPLE))
     async def one_version(model: str, version: str) -> dict[str, Any]:
+        if version in repository.conditions.get(model, ()) and version not in repository.models.get(model, ()):
+            return {"model": model, **condition(model, version), **overview(model)}
         return describe(repository.find(model, version))
 
     return router

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from service import vae
 from service.latent import Noise
+from service.model import Model
 from service.operation import DrawOptions, Inputs, Operation
-from service.repository import Model
 from service.vae import Result, Submit
 
 

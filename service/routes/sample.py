@@ -8,8 +8,8 @@ from pydantic import Field
 
 from service import vae
 from service.latent import MAX_SEED, Noise
+from service.model import Model
 from service.operation import Inputs, Operation, Options
-from service.repository import Model
 from service.vae import Result, Submit
 
 

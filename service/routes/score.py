@@ -10,8 +10,8 @@ from pydantic import Field
 from service.errors import InvalidOption
 from service.latent import MAX_SEED, Noise
 from service.manifest import Scoring
+from service.model import Model
 from service.operation import ImageOptions, Inputs, Operation, check_refinable
-from service.repository import Model
 from service.routes.examples import PROGRESS
 from service.scoring import DRAWS, Wish
 from service.scoring import score as scored

@@ -6,8 +6,8 @@ from typing import Annotated
 
 from pydantic import Field
 
+from service.model import Model
 from service.operation import Inputs, Operation
-from service.repository import Model
 from service.routes.examples import PROGRESS
 from service.routes.restoring import NEEDS, RestoreOptions, observed, restored
 from service.vae import Result, Submit

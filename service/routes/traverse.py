@@ -11,8 +11,8 @@ from pydantic import Field
 from service import vae
 from service.errors import InvalidOption
 from service.latent import MAX_SEED, standard_normal
+from service.model import Model
 from service.operation import Inputs, Operation, Options
-from service.repository import Model
 from service.vae import Result, Rows, Submit
 
 

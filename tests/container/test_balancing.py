@@ -76,14 +76,15 @@ def outcome(client: httpx.Client, path: str, content: bytes) -> str:
 
 
 def test_every_replica_gets_work(stack: Stack, balancer: str) -> None:
-    """The balancer asks each; it passes problems on as they are, and keeps one replica's figures to itself."""
+    """The balancer asks each; it passes problems on as they are, and lets nobody look at or change a single one."""
     before = {each: answered(each) for each in stack.containers("vae")}
     with httpx.Client(base_url=balancer, headers=HEADERS, timeout=60) as client:
         for _ in range(60):
             assert outcome(client, "/v1/encode", PIXELS) == "ok"
         problem = client.post("/v1/encode", content=b"123")
         assert problem.headers["content-type"] == "application/problem+json"
-        assert client.get("/metrics").status_code == httpx.codes.NOT_FOUND
+        for answer in (client.get("/metrics"), client.post("/v1/models/mnist/load")):
+            assert (answer.status_code, answer.headers["content-type"]) == (404, "text/html")
     until(lambda: all(answered(each) >= before[each] + 5 for each in before), 5)
 
 

@@ -29,35 +29,63 @@ def eventually(true: Callable[[], bool], seconds: float = 30.0) -> None:
         time.sleep(0.1)
 
 
-def served(url: str) -> bool:
+def served(one: httpx.Client) -> bool:
     try:
-        return httpx.post(f"{url}/v1/sample", timeout=5).status_code == 200
+        return one.post("/v1/sample").status_code == 200
     except httpx.TransportError:
         return False
 
 
-def counted(url: str) -> float:
+def counted(one: httpx.Client) -> float:
     """Requests answered, summed over the workers."""
-    families = text_string_to_metric_families(httpx.get(f"{url}/metrics").text)
+    families = text_string_to_metric_families(one.get("/metrics").text)
     samples = [s for family in families if family.name == "vae_requests" for s in family.samples]
     return sum(s.value for s in samples if s.labels["outcome"] == "ok")
 
 
-def test_a_killed_worker_is_replaced_and_metrics_are_summed(
-    start_service: Callable[..., AbstractContextManager[tuple[subprocess.Popen[str], str]]], digits_models: Path
+def versions(one: httpx.Client) -> set[str]:
+    """Which versions some workers answer with."""
+    return {one.post("/v1/sample").headers["x-model-version"] for _ in range(REQUESTS)}
+
+
+def followed(one: httpx.Client, order: str) -> bool:
+    """Give an order; whether both workers have followed it when it is answered."""
+    answer = one.post(f"/v1/models/mnist-2d/{order}")
+    assert answer.status_code in (200, 202), answer.text
+    return (answer.json()["workers"], answer.json()["followed"]) == (2, 2)
+
+
+def test_a_killed_worker_is_replaced_orders_are_followed_and_metrics_summed(
+    start_service: Callable[..., AbstractContextManager[tuple[subprocess.Popen[str], str]]],
+    flat_models: Path,
+    brighter: Callable[..., Path],
 ) -> None:
-    """Two workers share the port; after one is killed the other serves, a new one comes, and nothing is forgotten."""
-    with start_service(VAE_MODELS=str(digits_models), VAE_WORKERS="2") as (process, url):
-        eventually(lambda: served(url))
+    """Two workers share the port and what they are told to serve; after one is killed the other serves, a new one comes
+    that knows what was ordered, and nothing is forgotten.
+    """  # noqa: D205  # one promise
+    settings = {"VAE_MODELS": str(flat_models), "VAE_WORKERS": "2", "VAE_VERSIONS": "latest", "VAE_MODEL_CONTROL": "1"}
+    each_its_own = httpx.Limits(max_keepalive_connections=0)  # so that every worker gets some
+    with (
+        start_service(**settings) as (process, url),
+        httpx.Client(base_url=url, limits=each_its_own, timeout=60) as one,
+    ):
+        eventually(lambda: served(one))
         eventually(lambda: len(workers_of(process.pid)) == 2)
-        for _ in range(REQUESTS):
-            assert served(url)
-        eventually(lambda: counted(url) >= REQUESTS)  # figures are a tenth of a second on their way
+        brighter(flat_models, "2")
+        eventually(lambda: followed(one, "load"))  # from when both are there
+        assert versions(one) == {"2"}
+        assert followed(one, "versions/2/unload")
+        assert versions(one) == {"1"}
+        eventually(lambda: counted(one) >= 2 * REQUESTS)  # figures are a tenth of a second on their way
         first, other = workers_of(process.pid)
         os.kill(first, signal.SIGKILL)
         eventually(lambda: len(set(workers_of(process.pid)) - {first}) == 2)
         assert other in workers_of(process.pid)
-        eventually(lambda: served(url))
-        assert counted(url) >= REQUESTS
+        eventually(lambda: served(one))
+        assert counted(one) >= 2 * REQUESTS
+        eventually(lambda: followed(one, "versions/1/load"))
+        os.kill(other, signal.SIGSTOP)  # so that the new one answers
+        assert versions(one) == {"1"}
+        os.kill(other, signal.SIGCONT)
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0

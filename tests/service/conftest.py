@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from service.app import create_app
 from service.config import Settings
-from service.repository import Model, Repository
+from service.model import Model
+from service.repository import Repository
 from service.session import Session
 
 Graph = Callable[..., tuple[NDArray[np.float32], ...]]
@@ -73,6 +74,20 @@ def client(digits_models: Path) -> Iterator[httpx.Client]:
 def model(digits_models: Path) -> Model:
     """The model behind the client, opened a second time."""
     return Repository.open(digits_models, "", "CPUExecutionProvider", 1, 8).find("digits", None)
+
+
+@pytest.fixture(scope="session")
+def small_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model repository with the smallest model that comes with the project, where any model will do."""
+    folder = tmp_path_factory.mktemp("small")
+    (folder / "mnist-2d").symlink_to(Path(__file__).parents[2] / "models" / "mnist-2d")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small(small_models: Path) -> Repository:
+    """The same, opened."""
+    return Repository.open(small_models, "", "CPUExecutionProvider", 1, 8)
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,8 @@ from service.app import create_app
 from service.config import Settings
 from service.endpoint import PART_ROWS
 from service.latent import BLOCK_ROWS, standard_normal
-from service.repository import Model, Repository
+from service.model import Model
+from service.repository import Repository
 
 MANY = 2 * PART_ROWS + 100
 NPY, RAW = "application/x-npy", "application/octet-stream"

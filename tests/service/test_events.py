@@ -22,8 +22,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from service.app import create_app
 from service.batcher import Trip
 from service.config import Settings
+from service.model import Model
 from service.refinement import STEPS, WINDOW
-from service.repository import Model, Repository
+from service.repository import Repository
 from service.vae import Observe, Result
 from service.watching import Event, watched
 

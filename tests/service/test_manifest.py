@@ -55,6 +55,19 @@ def test_a_model_exported_before_it_could_score_is_read(content: dict[str, Any])
     assert manifests.parse(json.dumps(older).encode()).scoring is None
 
 
+def calibration(**changes: Any) -> dict[str, Any]:
+    return {"factors": {"fast": {"gaussian": 1.2}}, "images": 10, "seed": 0, **changes}
+
+
+def test_a_calibration_is_read_and_changes_no_fingerprint(content: dict[str, Any]) -> None:
+    """It may be there or not, and is written as it was read."""
+    with_it, without = (manifests.parse(changed(content, "calibration", value)) for value in (calibration(), None))
+    assert without.calibration is None
+    assert with_it.calibration == manifests.Calibration({"fast": {"gaussian": 1.2}}, 10, 0)
+    assert with_it.fingerprint == without.fingerprint
+    assert manifests.parse(with_it.to_json().encode()) == with_it
+
+
 @pytest.mark.parametrize(
     ("path", "value", "says"),
     [
@@ -78,6 +91,10 @@ def test_a_model_exported_before_it_could_score_is_read(content: dict[str, Any])
         ("scoring/elbo_percentiles_nats", [1.0], "101 finite numbers"),
         ("scoring/elbo_percentiles_nats", [-float(k) for k in range(101)], "101 finite numbers"),
         ("scoring/images", None, "lacks images"),
+        ("calibration", {"factors": {}}, "calibration. lacks images"),
+        ("calibration", calibration(factors={"fast": 1.2}), "calibration.factors must be"),
+        ("calibration", calibration(factors={"fats": {"gaussian": 1.2}}), "of fast and refined"),
+        ("calibration", calibration(factors={"fast": {"gaussian": 0.0}}), "must be above 0"),
     ],
 )
 def test_a_manifest_that_cannot_be_used_is_refused_by_name(

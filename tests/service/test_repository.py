@@ -13,7 +13,9 @@ import pytest
 
 from service.errors import StartError, UnknownModel
 from service.manifest import digest
-from service.repository import Model, Repository, version_key
+from service.model import Model
+from service.repository import Repository
+from service.selection import version_key
 from service.vae import reconstruct_rows
 
 

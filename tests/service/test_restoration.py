@@ -22,9 +22,10 @@ from service.app import create_app
 from service.batcher import Batcher
 from service.config import Settings
 from service.latent import Noise, standard_normal
+from service.model import Model
 from service.observation import Observation, Operator, operator_of, projected
 from service.refinement import RATE, REFINEMENT_STREAM, STEPS
-from service.repository import Model, Repository
+from service.repository import Repository
 from service.restoration import Wish, restore
 from service.vae import Result
 

@@ -21,7 +21,8 @@ from service.batcher import Batcher, Trip
 from service.config import Settings
 from service.latent import Noise, standard_normal, uniform
 from service.manifest import Scoring
-from service.repository import Model, Repository
+from service.model import Model
+from service.repository import Repository
 from service.scoring import BINARISATION_STREAM, SLICE, Wish, score
 from service.vae import Result
 

@@ -15,7 +15,8 @@ import numpy as np
 
 from service.app import create_app
 from service.config import Settings
-from service.repository import Model, Repository
+from service.model import Model
+from service.repository import Repository
 
 RAW = {"content-type": "application/octet-stream", "accept": "application/octet-stream"}
 ONE = np.zeros((1, 8), "<f4").tobytes()

@@ -62,11 +62,7 @@ def ours(client: Client, model: str, seed: int) -> list[Method]:
     """This service's, through HTTP: each quality with the level told and estimated, and a plain encode and decode."""
 
     def restore(asked: dict[str, object], auto: bool, task: Task, seen: Seen, _setting: float) -> Restored:
-        options: dict[str, object] = {**asked, "uncertainty": True, "seed": seed}
-        if task.operation == "denoise":
-            options |= {"noise": task.family, "level": "auto" if auto else task.level}
-        if task.operation == "super-resolve":
-            options |= {"factor": task.factor}
+        options = {**asked, **task.asked(auto=auto), "uncertainty": True, "seed": seed}
         answer = client.images(model, task.operation, seen.y, seen.mask, **options)
         return Restored(answer.outputs["images"], answer.outputs["std"], answer.level if auto else None)
 

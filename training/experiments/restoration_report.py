@@ -37,7 +37,8 @@ is told the level and is trained for additive Gaussian noise alone, so it has no
 plain reconstruction of what was seen. Ours are this service's, by its `quality`; `auto` is not told the level.
 
 Coverage is the share of true pixels within mean +- {DEVIATIONS} `std`, 0.90 if the posterior is right, over the pixels
-(for inpainting the missing ones) whose `std` is above {LEAST_STD:g}. Worse is the share of images with a lower PSNR
+(for inpainting the missing ones) whose `std` is above {LEAST_STD:g}; `std` is calibrated on validation images where the
+model's manifest holds a calibration. Worse is the share of images with a lower PSNR
 than what was seen, cut to [0, 1]. The level's error is that of the estimate, relative.
 """
 

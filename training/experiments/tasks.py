@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from service.observation import operator_of
+from service.observation import OperatorName, operator_of
 from training.datasets import Dataset, Digits, Frey, Mnist
 from training.experiments.served import Pixels
 from training.restoration import FAMILIES, corrupt
@@ -46,11 +46,21 @@ class Task:
     level: float = 0.0
     missing: Literal["", "scattered", "bottom"] = ""
     factor: int = 1
+    blur: float = 0.0
+    """Standard deviation in pixels; there is no noise beside it."""
+
+    def asked(self, *, auto: bool = False) -> dict[str, object]:
+        """The service's options; `auto` has it find out the level of the noise."""
+        if self.operation == "super-resolve":
+            return {"factor": self.factor}
+        if self.blur:
+            return {"noise": "none", "blur": self.blur}
+        return {"noise": self.family, "level": "auto" if auto else self.level} if self.operation == "denoise" else {}
 
     def seen(self, x: Pixels, seed: int) -> Seen:
         """What is seen of images x (n, c, h, w); a function of them, the seed and the task's name. Noise is not cut."""
         generator = keyed_generator(torch.device("cpu"), seed, 12, zlib.crc32(self.name.encode()))
-        if self.operation == "super-resolve":
+        if self.operator_name(x.shape[2:]):
             return Seen(self.operator(x.shape[2:]).seen(x), None)
         if self.operation == "inpaint":
             mask = self._mask(x, generator)
@@ -59,10 +69,18 @@ class Task:
         level[:, FAMILIES.index(self.family)] = self.level
         return Seen(corrupt(torch.from_numpy(x), level, generator).numpy(), None)
 
-    def operator(self, size: tuple[int, ...]) -> Any:
-        """The means of blocks that super-resolution sees of images of that size."""
+    def operator_name(self, size: tuple[int, ...]) -> OperatorName | None:
+        """What images of that size are seen through, if anything: means of blocks, or a blur."""
         height, width = size
-        return operator_of(("shrink", self.factor, height, width))
+        if self.operation == "super-resolve":
+            return "shrink", self.factor, height, width
+        return ("blur", self.blur, height, width) if self.blur else None
+
+    def operator(self, size: tuple[int, ...]) -> Any:
+        """That operator."""
+        name = self.operator_name(size)
+        assert name is not None
+        return operator_of(name)
 
     def _mask(self, x: Pixels, generator: torch.Generator) -> Pixels:
         mask = np.ones_like(x)
@@ -93,6 +111,8 @@ INPAINTING = (
 ENLARGING = tuple(Task(f"super-resolution x{factor}", "super-resolve", factor=factor) for factor in (2, 4))
 FLIPS = tuple(Task(f"salt and pepper {level}", "denoise", "salt-and-pepper", level) for level in (0.1, 0.3))
 MASKING = Task("masking 0.5", "denoise", "masking", 0.5)
+POISSON = tuple(Task(f"Poisson {level}", "denoise", "poisson", level) for level in (0.1, 0.3))
+BLURRING = Task("blur 1", "denoise", blur=1.0)
 
 
 def noise(*said: str) -> tuple[Task, ...]:

@@ -1,0 +1,269 @@
+"""Models from elsewhere: a repository at an fsspec URL, copied to a local folder and checked before it is served."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from service import manifest as manifests
+from service.config import Settings
+from service.errors import StartError
+from service.manifest import File, Golden, Graph, ManifestError
+
+log = logging.getLogger(__name__)
+
+EXTRA = "pip install 'vae-service[remote]'"
+WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0)
+"""Before a question that failed is asked again."""
+BLOCK_BYTES = 4 * 2**20
+"""What is asked for at once; a connection that is cut costs one of these."""
+MAX_MANIFEST_BYTES = 2**20
+NEVER_BETTER = (FileNotFoundError, PermissionError, ValueError, TypeError)
+"""Failures that asking again does not mend."""
+
+Found = TypeVar("Found")
+
+
+def local_copy(settings: Settings) -> Path:
+    """The folder of the model repository; one that is elsewhere is fetched first, or brought up to date.
+
+    Raises: StartError.
+    """
+    if isinstance(settings.models, Path):
+        return settings.models
+    folder = Path(settings.cache) if settings.cache else _own_temporary_folder()
+    return sync(settings.models, folder / folder_name(settings.models), settings.models_options)
+
+
+def sync(url: str, folder: Path, options: Mapping[str, Any] | None = None, waits_s: Sequence[float] = WAITS_S) -> Path:
+    """Make `folder` hold what the repository at `url` holds, every file checked against its manifest.
+
+    url: what holds <name>/<version>/manifest.json, or one such manifest. A version appears in `folder` complete or not
+    at all, what is there already is not fetched again, and what the repository no longer has is removed.
+    options: of the file system, as fsspec takes them.
+    Raises: StartError in one line that names the file and the fix.
+    """
+    store = Store(url, options or {}, waits_s)
+    try:
+        with _alone(folder):
+            versions = store.versions()
+            fetched = [_bring(store, source, folder / name / version) for (name, version), source in versions.items()]
+            _forget_others(folder, set(versions))
+    except OSError as error:
+        raise _no_room(folder, error) from error
+    log.info("%s: %d versions checked, %.1f MB fetched", url, len(versions), sum(fetched) / 1e6)
+    return folder
+
+
+class Store:
+    """A repository that fsspec can read; a question that fails is asked again, after growing waits."""
+
+    def __init__(self, url: str, options: Mapping[str, Any], waits_s: Sequence[float]) -> None:
+        if urlsplit(url).password:
+            raise StartError("VAE_MODELS must hold no password; give it by the environment or VAE_MODELS_OPTIONS")
+        self.url, self._waits_s = url.rstrip("/"), waits_s
+        try:
+            from fsspec.core import url_to_fs  # noqa: PLC0415  # of the extra `remote`
+
+            self._files, self._root = url_to_fs(self.url, use_listings_cache=False, **options)
+        except ImportError as error:
+            raise StartError(f"{url}: {_said(error)}; models from elsewhere need the extra: {EXTRA}") from error
+        except (ValueError, TypeError) as error:
+            raise StartError(f"{url}: {_said(error)}; see VAE_MODELS and VAE_MODELS_OPTIONS") from error
+        if hasattr(self._files, "retries"):
+            self._files.retries = 1  # those of s3fs and gcsfs come on top of ours, and are not logged
+
+    def versions(self) -> dict[tuple[str, str], str]:
+        """Where each version is, by its model's name and its own; hidden folders are nobody's.
+
+        Raises: StartError where there is none.
+        """
+        if self._root.endswith(f"/{manifests.FILE_NAME}"):
+            paths = [self._root]
+        else:
+            paths = self._ask(partial(self._files.glob, f"{self._root}/*/*/{manifests.FILE_NAME}"), self.url)
+        found = {}
+        for path in paths:
+            name, version = path.split("/")[-3:-1]
+            if not (name.startswith(".") or version.startswith(".")):
+                if not (manifests.is_plain_name(name) and manifests.is_plain_name(version)):
+                    raise StartError(f"{self.shown(path)}: models and versions are named in lower case, digits, . _ -")
+                found[name, version] = path.removesuffix(f"/{manifests.FILE_NAME}")
+        if not found:
+            raise StartError(
+                f"{self.url} holds no model; expected <name>/<version>/{manifests.FILE_NAME}, and of a web server, "
+                f"pages that list its folders; or name one version's {manifests.FILE_NAME} in VAE_MODELS"
+            )
+        return found
+
+    def manifest(self, version: str) -> bytes:
+        """The text of a version's manifest.
+
+        Raises: StartError.
+        """
+        text = b""
+        for block in self._blocks(f"{version}/{manifests.FILE_NAME}"):
+            text += block
+            if len(text) > MAX_MANIFEST_BYTES:
+                raise StartError(f"{self.shown(version)}/{manifests.FILE_NAME} is too large to be a manifest")
+        return text
+
+    def fetch(self, version: str, entry: File | Graph | Golden, folder: Path) -> int:
+        """Write one file of a version into `folder`, under its name only if its digest is right; gives its bytes.
+
+        Raises: StartError.
+        """
+        source, unfinished = f"{version}/{entry.file}", folder / f".{entry.file}"
+        found, size = hashlib.sha256(), 0
+        try:
+            with unfinished.open("wb") as file:
+                for block in self._blocks(source):
+                    file.write(block)
+                    found.update(block)
+                    size += len(block)
+            if found.hexdigest() != entry.sha256:
+                raise StartError(
+                    f"{self.shown(source)} does not match the SHA-256 in its manifest; upload the version again"
+                )
+            unfinished.rename(folder / entry.file)
+        except OSError as error:
+            raise _no_room(unfinished, error) from error
+        finally:
+            unfinished.unlink(missing_ok=True)
+        return size
+
+    def _blocks(self, path: str) -> Iterator[bytes]:
+        """A file's content; where a connection is cut it goes on with the block that was under way."""
+        shown = self.shown(path)
+        size = self._ask(partial(self._files.info, path), shown)["size"]
+        if size is None:  # a web server that does not say
+            yield self._ask(partial(self._files.cat_file, path), shown)
+            return
+        start = 0
+        while start < size:
+            stop = min(size, start + BLOCK_BYTES)
+            block = self._ask(partial(self._files.cat_file, path, start=start, end=stop), shown)
+            if not block:
+                raise StartError(f"{shown} ends at {start} of its {size} bytes; upload the version again")
+            yield block
+            start += len(block)  # all of it at once from a server without ranges
+
+    def _ask(self, question: Callable[[], Found], about: str) -> Found:
+        for attempt in range(len(self._waits_s) + 1):
+            try:
+                return question()
+            except FileNotFoundError as error:
+                raise StartError(f"{about} is not there; upload the version again, its manifest last") from error
+            except Exception as error:
+                if isinstance(error, NEVER_BETTER) or attempt == len(self._waits_s):
+                    raise StartError(f"{about}: {_said(error)}; see VAE_MODELS and VAE_MODELS_OPTIONS") from error
+                wait_s = self._waits_s[attempt]
+                log.warning("%s: %s; asked again in %g s", about, _said(error), wait_s)
+                time.sleep(wait_s)
+        raise AssertionError("the last attempt answers or raises")
+
+    def shown(self, path: str) -> str:
+        """The path as a URL, as a person would look for it."""
+        return str(self._files.unstrip_protocol(path))
+
+
+def folder_name(url: str) -> str:
+    """Of the local copy: readable, and another one for every URL."""
+    readable = re.sub(r"[^a-z0-9]+", "-", url.lower()).strip("-")[:64]
+    return f"{readable}-{manifests.digest(url.encode())[:8]}"
+
+
+def _bring(store: Store, source: str, folder: Path) -> int:
+    """One version, put together in a hidden folder and shown when it is whole; gives the bytes that were fetched."""
+    text = store.manifest(source)
+    try:
+        manifest = manifests.parse(text)
+    except ManifestError as error:
+        raise StartError(f"{store.shown(source)}/{manifests.FILE_NAME}: {error}") from error
+    files = manifest.files()
+    if _is_manifest(folder / manifests.FILE_NAME, text) and all(_holds(folder, entry) for entry in files):
+        return 0
+    hidden, fetched = folder.with_name(f".{folder.name}"), 0
+    hidden.mkdir(parents=True, exist_ok=True)
+    (hidden / manifests.FILE_NAME).write_bytes(text)
+    for done, entry in enumerate(files, 1):
+        if not _holds(hidden, entry):
+            if _holds(folder, entry):
+                shutil.copyfile(folder / entry.file, hidden / entry.file)
+            else:
+                fetched += store.fetch(source, entry, hidden)
+        log.info("%s: %d of %d files, %.1f MB fetched", store.shown(source), done, len(files), fetched / 1e6)
+    shutil.rmtree(folder, ignore_errors=True)
+    hidden.rename(folder)
+    return fetched
+
+
+def _is_manifest(path: Path, text: bytes) -> bool:
+    return path.is_file() and path.read_bytes() == text
+
+
+def _holds(folder: Path, entry: File | Graph | Golden) -> bool:
+    """Whether the file is there with the right digest."""
+    try:
+        with (folder / entry.file).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == entry.sha256
+    except OSError:
+        return False
+
+
+def _forget_others(folder: Path, versions: set[tuple[str, str]]) -> None:
+    """Remove the versions, and what is left of interrupted ones, that are no longer in the repository."""
+    for path in folder.glob("*/*/"):
+        if (path.parent.name, path.name) not in versions:
+            shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob("*/"):
+        with suppress(OSError):  # a model that has versions
+            path.rmdir()
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """While no other process brings the same folder up to date."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("%s: waiting for another process that fetches it", folder)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _own_temporary_folder() -> Path:
+    """Below the temporary folder, and of this user alone: anybody may write there."""
+    folder = Path(tempfile.gettempdir()) / f"vae-models-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        ours = folder.stat(follow_symlinks=False).st_uid == os.getuid()
+    except OSError as error:
+        raise StartError(f"{folder}: {error.strerror}; set VAE_CACHE to a folder for models") from error
+    if not ours or folder.is_symlink():
+        raise StartError(f"{folder} is somebody else's; set VAE_CACHE to a folder for models")
+    return folder
+
+
+def _no_room(path: Path, error: OSError) -> StartError:
+    """What stands in the way of writing there, and the fix."""
+    return StartError(f"{error.filename or path}: {error.strerror}; make room, or set VAE_CACHE to another folder")
+
+
+def _said(error: Exception) -> str:
+    """An error's own words on one line."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,286 @@
+"""What a connection may do to a service that runs: too much, too slowly, or what may be read in two ways."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import httpx
+import pytest
+
+from training.experiments.served import started
+
+MODELS = Path(__file__).parents[2] / "models"
+TIMEOUT_S = 0.5
+KEEP_ALIVE_S = 3.0  # long enough for a slow machine to come back to a connection
+CONNECTIONS = 12
+ANSWER_BYTES = 4096 * 28 * 28 * 4
+ROW = bytes(2 * 4)
+DECODE = b"POST /v1/decode HTTP/1.1\r\nhost: x\r\ncontent-type: application/octet-stream\r\n"
+CHUNKED = DECODE + b"transfer-encoding: chunked\r\n"
+WHOLE = DECODE + b"content-length: 8\r\n\r\n" + ROW
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A process with little patience, its health and metrics on another port."""
+    models = tmp_path_factory.mktemp("models")
+    (models / "mnist-2d").symlink_to(MODELS / "mnist-2d")
+    settings = {
+        "VAE_MODELS": models,
+        "VAE_THREADS": 1,
+        "VAE_OPS_PORT": 0,
+        "VAE_HEAD_TIMEOUT_S": TIMEOUT_S,
+        "VAE_BODY_TIMEOUT_S": TIMEOUT_S,
+        "VAE_ANSWER_TIMEOUT_S": TIMEOUT_S,
+        "VAE_KEEP_ALIVE_S": KEEP_ALIVE_S,
+        "VAE_MAX_CONNECTIONS": CONNECTIONS,
+        "VAE_MAX_BODY_BYTES": 2**20,
+        "VAE_TIMEOUT_S": 5,
+    }
+    with started(**{name: str(value) for name, value in settings.items()}) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def url(service: tuple[subprocess.Popen[str], str]) -> str:
+    return service[1]
+
+
+@pytest.fixture(scope="module")
+def ops_url(service: tuple[subprocess.Popen[str], str]) -> str:
+    assert service[0].stdout is not None
+    service[0].stdout.readline()
+    found = re.search(r"http://\S+", service[0].stdout.readline())
+    assert found
+    return found.group()
+
+
+def connected(url: str) -> socket.socket:
+    host, port = url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=10)
+
+
+def heard(connection: socket.socket) -> bytes:
+    """Everything until the service closes."""
+    found = b""
+    while part := connection.recv(65536):
+        found += part
+    return found
+
+
+def said(url: str, *parts: bytes, pause_s: float = 0.05) -> bytes:
+    """What is heard after these bytes, sent one after the other."""
+    with connected(url) as connection:
+        for part in parts:
+            connection.sendall(part)
+            time.sleep(pause_s)
+        return heard(connection)
+
+
+def problem_of(answer: bytes) -> tuple[int, str, str]:
+    """(status, code, detail) of the one answer, a problem that closes its connection."""
+    assert answer.count(b"HTTP/1.1 ") == 1
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert b"content-type: application/problem+json" in head
+    assert b"connection: close" in head
+    problem = json.loads(body)
+    assert int(head.split()[1]) == problem["status"]
+    return problem["status"], problem["code"], problem["detail"]
+
+
+TWO_WAYS = {
+    "length and chunks": DECODE + b"content-length: 8\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+    "chunks and length": CHUNKED + b"content-length: 8\r\n\r\n0\r\n\r\n",
+    "two lengths": DECODE + b"content-length: 8\r\ncontent-length: 9\r\n\r\n" + ROW,
+    "a list of lengths": DECODE + b"content-length: 8, 8\r\n\r\n" + ROW,
+    "a sign": DECODE + b"content-length: +8\r\n\r\n" + ROW,
+    "a negative length": DECODE + b"content-length: -1\r\n\r\n",
+    "a length that overflows": DECODE + b"content-length: 99999999999999999999999\r\n\r\n" + ROW,
+    "a space before the colon": DECODE + b"content-length : 8\r\n\r\n" + ROW,
+    "a coding after chunked": DECODE + b"transfer-encoding: chunked, identity\r\n\r\n0\r\n\r\n",
+    "a chunk that is too long": CHUNKED + b"\r\n8\r\n" + ROW + b"X\r\n0\r\n\r\n",
+    "a bare line feed in a chunk's size": CHUNKED + b"\r\n8;x\n" + ROW + b"\r\n0\r\n\r\n",
+    "a bare line feed": b"GET /v1/models HTTP/1.1\nhost: x\n\n",
+    "a folded header": b"GET /v1/models HTTP/1.1\r\nhost: x\r\n folded: y\r\n\r\n",
+    "a zero byte": b"GET /v1/models HTTP/1.1\r\nhost: a\x00b\r\n\r\n",
+    "a path that is not ASCII": b"GET /v1/m\xc3\xb6dels HTTP/1.1\r\nhost: x\r\n\r\n",
+    "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    "a proxy's request": b"CONNECT x:1 HTTP/1.1\r\nhost: x\r\n\r\n",
+    "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+}
+
+
+@pytest.mark.parametrize("request_bytes", TWO_WAYS.values(), ids=TWO_WAYS)
+def test_what_may_be_read_in_two_ways_is_read_in_none(url: str, request_bytes: bytes) -> None:
+    """One problem, then the connection is closed: nothing that follows on it is taken for a request."""
+    status, code, _ = problem_of(said(url, request_bytes + WHOLE))
+    assert (status, code) == (400, "malformed_request")
+
+
+def test_a_coded_body_is_refused(url: str) -> None:
+    """Also where Transfer-Encoding names the coding."""
+    body = b"transfer-encoding: gzip, chunked\r\nconnection: close\r\n\r\n8\r\n" + ROW + b"\r\n0\r\n\r\n"
+    assert problem_of(said(url, DECODE + body))[:2] == (415, "unsupported_media_type")
+
+
+def test_a_body_is_not_the_next_request(url: str) -> None:
+    """Where the head asks for an upgrade, as where it does not."""
+    smuggled = b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n"
+    head = DECODE + b"content-length: %d\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n" % len(smuggled)
+    assert problem_of(said(url, head, smuggled))[:2] == (400, "malformed_request")
+    bare = b"GET /v1/models HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n"
+    assert said(url, bare).startswith(b"HTTP/1.1 200")
+
+
+def test_requests_sent_at_once_are_answered_in_order(url: str) -> None:
+    """One that is malformed is answered after those before it, and ends the connection."""
+    answers = said(url, WHOLE + b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n" + WHOLE)
+    kinds = re.findall(rb"HTTP/1.1 (\d+)|content-type: (\S+)", answers)
+    forms = [form for _, form in kinds if form]
+    assert forms == [b"application/octet-stream", b"application/json", b"application/octet-stream"]
+    answers = said(url, WHOLE + b"\x00\x01" + WHOLE)
+    assert answers.count(b"HTTP/1.1 ") == answers.count(b"HTTP/1.1 200") == 1
+
+
+MUCH = b"b" * 600_000
+TOO_LARGE = {
+    "a URL": (b"GET /" + b"x" * 9000 + b" HTTP/1.1\r\n\r\n", "VAE_MAX_URL_BYTES"),
+    "a URL without an end": (b"GET /" + MUCH, "VAE_MAX_HEADER_BYTES"),
+    "many headers": (b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 101 + b"\r\n", "VAE_MAX_HEADERS"),
+    "a header": (b"GET / HTTP/1.1\r\na: " + b"b" * 33000 + b"\r\n\r\n", "VAE_MAX_HEADER_BYTES"),
+    "a header without an end": (b"GET / HTTP/1.1\r\na: " + MUCH, "VAE_MAX_HEADER_BYTES"),
+    "a trailer without an end": (CHUNKED + b"\r\n0\r\na: " + MUCH, "VAE_MAX_HEADER_BYTES"),
+    "a chunk's size without an end": (CHUNKED + b"\r\n8;" + MUCH, "VAE_MAX_HEADER_BYTES"),
+}
+
+
+@pytest.mark.parametrize(("request_bytes", "setting"), TOO_LARGE.values(), ids=TOO_LARGE)
+def test_what_is_too_large_names_the_setting(url: str, request_bytes: bytes, setting: str) -> None:
+    """Whether the rest ever comes or not: a part that is above the limit is enough."""
+    status, code, detail = problem_of(said(url, request_bytes))
+    url_alone = setting == "VAE_MAX_URL_BYTES"
+    assert (status, code) == ((414, "url_too_long") if url_alone else (431, "headers_too_large"))
+    assert setting in detail
+
+
+def test_trailers_are_no_headers(url: str) -> None:
+    """A proxy has not looked at them."""
+    trailer = b"\r\n8\r\n" + ROW + b"\r\n0\r\naccept: image/png\r\nx-timeout-ms: nonsense\r\n\r\n"
+    answer = said(url, CHUNKED + b"connection: close\r\n" + trailer)
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert b"content-type: application/octet-stream" in answer
+
+
+def trickled(connection: socket.socket, data: bytes, pause_s: float) -> bytes:
+    """What is heard while a byte goes out every `pause_s` seconds."""
+    for byte in data:
+        connection.sendall(bytes([byte]))
+        time.sleep(pause_s)
+        connection.setblocking(False)
+        try:
+            return connection.recv(65536)
+        except BlockingIOError:
+            continue
+        finally:
+            connection.settimeout(10)
+    raise AssertionError("never cut off")
+
+
+@pytest.mark.parametrize(
+    ("before", "trickle", "setting"),
+    [
+        (b"", WHOLE, "VAE_HEAD_TIMEOUT_S"),
+        (DECODE + b"content-length: 100\r\n\r\n", bytes(100), "VAE_BODY_TIMEOUT_S"),
+        (CHUNKED + b"\r\n", b"1\r\nx\r\n" * 20, "VAE_BODY_TIMEOUT_S"),
+    ],
+    ids=["head", "body", "chunks"],
+)
+def test_a_request_that_trickles_is_cut_off(url: str, before: bytes, trickle: bytes, setting: str) -> None:
+    """Every byte comes soon after the last, but the whole does not come in time."""
+    with connected(url) as connection:
+        connection.sendall(before)
+        begun = time.monotonic()
+        status, code, detail = problem_of(trickled(connection, trickle, TIMEOUT_S / 5))
+        assert (status, code) == (408, "slow_request")
+        assert setting in detail
+        assert time.monotonic() - begun < 4 * TIMEOUT_S
+        assert heard(connection) == b""
+
+
+def test_an_idle_connection_is_closed_without_a_word(url: str) -> None:
+    """Before its first request, and after one; empty lines are no requests, and keep nothing open."""
+    with connected(url) as never, connected(url) as served, connected(url) as restless:
+        served.sendall(WHOLE)
+        restless.sendall(WHOLE)
+        assert served.recv(65536).startswith(b"HTTP/1.1 200")
+        assert restless.recv(65536).startswith(b"HTTP/1.1 200")
+        begun = time.monotonic()
+        for _ in range(40):
+            time.sleep(TIMEOUT_S / 5)
+            try:
+                restless.sendall(b"\r\n")
+            except ConnectionError:
+                break
+        assert time.monotonic() - begun < 6 * TIMEOUT_S
+        assert heard(never) == b""
+        assert heard(served) == b""
+
+
+def test_a_caller_that_does_not_read_is_cut_off(url: str) -> None:
+    """An answer that nobody fetches is not kept."""
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        host, port = url.removeprefix("http://").split(":")
+        connection.connect((host, int(port)))
+        connection.sendall(
+            b"POST /v1/sample?count=4096&seed=1 HTTP/1.1\r\nhost: x\r\naccept: application/octet-stream\r\n\r\n"
+        )
+        time.sleep(6 * TIMEOUT_S)
+        connection.settimeout(10)
+        read = 0
+        with suppress(ConnectionResetError, TimeoutError):
+            while part := connection.recv(65536):
+                read += len(part)
+        assert read < ANSWER_BYTES, "all of it was kept"
+
+
+def test_one_connection_too_many_is_told_so(url: str, ops_url: str) -> None:
+    """Those that are open go on, health is still answered, and there is room again once one closes."""
+    with ExitStack() as stack:
+        held = [stack.enter_context(connected(url)) for _ in range(CONNECTIONS)]
+        for connection in held:
+            connection.sendall(WHOLE)
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+        status, code, detail = problem_of(said(url))
+        assert (status, code) == (503, "too_many_connections")
+        assert "VAE_MAX_CONNECTIONS" in detail
+        assert httpx.get(f"{ops_url}/health/ready").status_code == 200
+        held[0].sendall(WHOLE)
+        assert held[0].recv(65536).startswith(b"HTTP/1.1 200")
+    assert httpx.post(f"{url}/v1/sample").status_code == 200
+
+
+def test_health_and_metrics_have_a_port_of_their_own(url: str, ops_url: str) -> None:
+    """Each port has what is its own, and nothing else."""
+    for path in ("/health/live", "/health/ready", "/metrics"):
+        assert httpx.get(ops_url + path).status_code == 200
+        assert httpx.get(url + path).json()["code"] == "not_found"
+    assert httpx.get(f"{url}/v1/models").status_code == 200
+    assert httpx.get(f"{ops_url}/v1/models").json()["code"] == "not_found"
+    assert httpx.post(f"{ops_url}/v1/sample").json()["code"] == "not_found"
+
+
+def test_the_refused_body_is_not_kept(url: str) -> None:
+    """One above the limit is answered at once, announced or not, and its caller gets to read that."""
+    whole = httpx.post(f"{url}/v1/decode", content=bytes(2**20 + 4))
+    parts = httpx.post(f"{url}/v1/decode", content=iter([bytes(2**19)] * 3))
+    for answer in (whole, parts):
+        assert (answer.status_code, answer.json()["code"]) == (413, "too_large")
+        assert "VAE_MAX_BODY_BYTES" in answer.json()["detail"]

@@ -1,0 +1,93 @@
+"""Calibration: which pixels count as what, how `std` is widened, and that nothing else of an answer changes."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from service.app import create_app
+from service.calibration import APART, BESIDE, MOST_STD, calibrated, ways, widened
+from service.config import Settings
+from service.manifest import Calibration
+from service.model import Model
+from service.observation import Observation
+from service.repository import Repository
+
+Rows = NDArray[np.float32]
+FAMILIES = ["gaussian", "masking"]
+FACTORS = {"gaussian": 2.0, BESIDE: 1.5, APART: 3.0, "shrink-2": 1.25, "blur": 0.5}
+
+
+def observation(mask: Rows, family: int | None = None, operator: Any = None) -> Observation:
+    return Observation(mask, mask, np.zeros((len(mask), 2), np.float32), family, True, operator)
+
+
+def test_small_deviations_are_multiplied_and_none_exceeds_the_largest_there_is() -> None:
+    """In order, and undone by the inverse factor; a factor of 1 changes nothing."""
+    std = np.linspace(0.0, 0.6, 200, dtype=np.float32)
+    for factor in (0.5, 1.0, 5.0):
+        found = widened(std, np.float32(factor))
+        np.testing.assert_allclose(found[1:4], factor * std[1:4], rtol=0.01)
+        assert (np.diff(found) >= -1e-7).all()
+        assert found.max() == pytest.approx(MOST_STD)
+        np.testing.assert_allclose(widened(found, np.float32(1 / factor)), np.minimum(std, MOST_STD), atol=1e-5)
+
+
+def test_pixels_are_told_apart_by_how_they_are_seen() -> None:
+    """A corner and an edge that are seen, the rest missing: by hand which missing ones are beside them."""
+    mask = np.zeros((1, 1, 4, 5), np.float32)
+    mask[0, 0, 0, 0] = mask[0, 0, 3, 4] = 1.0
+    beside = [[0, 1, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 0, 1, 1], [0, 0, 0, 1, 0]]
+    found = ways(observation(mask, 1), FAMILIES)
+    assert found[BESIDE].astype(int)[0, 0].tolist() == beside
+    np.testing.assert_array_equal(found["masking"], mask > 0)
+    np.testing.assert_array_equal(sum(where.astype(int) for where in found.values()), 1)
+    assert set(ways(observation(mask), FAMILIES)) == {BESIDE, APART}
+
+
+def test_each_pixel_gets_the_factor_of_its_way() -> None:
+    """Missing ones theirs, whatever the noise on the others; under an operator all the same; 1 where none is told."""
+    mask = np.ones((2, 1, 4, 4), np.float32)
+    mask[1, :, 2:] = 0.0
+    std = np.full(mask.shape, 1e-4, np.float32)
+    found = calibrated(std, observation(mask, 0), FAMILIES, FACTORS) / std
+    np.testing.assert_allclose(found[0], 2.0, rtol=1e-4)
+    np.testing.assert_allclose(found[1, 0, :, 0], [2.0, 2.0, 1.5, 3.0], rtol=1e-4)
+    unknown = calibrated(std, observation(mask, 1), FAMILIES, FACTORS) / std
+    np.testing.assert_allclose(unknown[1, 0, :, 0], [1.0, 1.0, 1.5, 3.0], rtol=1e-4)
+    for name, factor in ((("shrink", 2, 4, 4), 1.25), (("shrink", 4, 4, 4), 1.0), (("blur", 0.7, 4, 4), 0.5)):
+        small = np.ones((2, 1, 2, 2), np.float32)
+        through = calibrated(std, observation(small, 0, name), FAMILIES, FACTORS)
+        np.testing.assert_allclose(through / std, factor, rtol=1e-4)
+
+
+@pytest.mark.parametrize("quality", ["fast", "refined"])
+def test_a_calibrated_model_widens_std_and_nothing_else(model: Model, images: Rows, quality: str) -> None:
+    """Images and completions to the byte; std by the quality's factors, of pixels that are missing alone."""
+    told = {"fast": {BESIDE: 1.5, APART: 1.5}, "refined": {BESIDE: 3.0, APART: 3.0}}
+    manifest = dataclasses.replace(model.manifest, calibration=Calibration(told, 10, 0))
+    mask = np.ones((8, 8))
+    mask[4:] = 0
+    asked = {"images": images.tolist(), "mask": mask.tolist(), "quality": quality, "uncertainty": True, "seed": 1}
+
+    async def scenario(one: Model) -> dict[str, Any]:
+        app = create_app(Settings(), Repository({"digits": {"1": one}}, "digits"))
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x", timeout=60) as client:
+            answer = await client.post("/v1/inpaint", json={**asked, "draws": 2, "completions": True})
+            assert answer.status_code == 200, answer.text
+            described = (await client.get("/v1/models/digits")).json()
+            return {**answer.json(), "calibration": described["calibration"]}
+
+    plain, wide = (asyncio.run(scenario(one)) for one in (model, dataclasses.replace(model, manifest=manifest)))
+    assert (plain.pop("calibration"), wide.pop("calibration")) == ({}, told)
+    before, after = (np.array(answer.pop("std"), np.float32) for answer in (plain, wide))
+    assert plain == wide
+    np.testing.assert_array_equal(before[..., :4, :], after[..., :4, :])
+    np.testing.assert_allclose(after, widened(before, np.where(mask > 0, 1.0, told[quality][APART])), rtol=1e-3)
+    assert (after[..., 4:, :] > 1.01 * before[..., 4:, :]).all()

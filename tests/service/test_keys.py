@@ -1,0 +1,110 @@
+"""API keys: how their file is read, and read again."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from service.errors import StartError
+from service.keys import CONTROL, INFER, LOOK_S, Keyring, read_keys
+
+ALICE, OPS = "alice-0123456789abcdef", "ops-0123456789abcdef"
+
+
+class Clock:
+    """A clock that is set by hand."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        """As time.monotonic()."""
+        return self.now
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "keys"
+
+
+def written(path: Path, text: str) -> None:
+    """A new file in the place of the old one, as an orchestrator's secret changes."""
+    new = path.with_suffix(".new")
+    new.write_text(text)
+    os.replace(new, path)  # noqa: PTH105
+
+
+def test_a_line_is_a_key_with_its_rights_and_limits(path: Path) -> None:
+    """The key itself or its digest; comments and empty lines are passed over."""
+    digest = hashlib.sha256(OPS.encode()).hexdigest()
+    path.write_text(
+        f"# who\n\nalice {ALICE} infer rate=5/second,100/minute concurrency=4\nops sha256:{digest} infer,control\n"
+    )
+    alice, ops = read_keys(path)
+    assert (alice.name, alice.rights, alice.limits.concurrency) == ("alice", {INFER}, 4)
+    assert [(rate.amount, rate.get_expiry()) for rate in alice.limits.rates] == [(5, 1), (100, 60)]
+    assert (ops.name, ops.rights, ops.limits.rates, ops.limits.concurrency) == ("ops", {INFER, CONTROL}, (), 0)
+    keys = Keyring(path)
+    assert keys.find(ALICE.encode()) == alice
+    assert keys.find(OPS.encode()) == ops
+    assert keys.find(digest.encode()) is None
+    assert keys.find(b"") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "holds no API key"),
+        ("alice\n", "line 1: name, key or rights are missing"),
+        ("\nalice short infer\n", "line 2: a key has at least 16 characters"),
+        (f"alice {ALICE} everything\n", "unknown right everything; there are infer, control"),
+        (f"al/ice {ALICE} infer\n", "a name has letters"),
+        ("alice sha256:0123 infer\n", "64 hexadecimal digits"),
+        (f"alice {ALICE} infer rate=often\n", "rate limit"),
+        (f"alice {ALICE} infer concurrency=-1\n", "concurrency is a whole number"),
+        (f"alice {ALICE} infer 100/minute\n", "limits are rate= and concurrency="),
+        (f"alice {ALICE} infer\nalice {OPS} infer\n", "line 2: the name or the key is there twice"),
+        (f"alice {ALICE} infer\nbob {ALICE} infer\n", "line 2: the name or the key is there twice"),
+    ],
+)  # fmt: skip
+def test_a_line_that_cannot_be_read_is_named(path: Path, text: str, says: str) -> None:
+    """But never the key."""
+    path.write_text(text)
+    with pytest.raises(StartError) as caught:
+        read_keys(path)
+    assert says in str(caught.value)
+    assert ALICE not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_changed_file_is_read_again(path: Path) -> None:
+    """At most once a second: what was taken out opens nothing any more."""
+    clock = Clock()
+    path.write_text(f"alice {ALICE} infer\n")
+    keys = Keyring(path, clock)
+    written(path, f"ops {OPS} infer\n")
+    assert keys.find(ALICE.encode())
+    clock.now += LOOK_S
+    assert keys.find(ALICE.encode()) is None
+    assert keys.find(OPS.encode())
+
+
+@pytest.mark.parametrize("text", ["nonsense", "", None])
+def test_a_broken_file_changes_nothing(path: Path, text: str | None, caplog: pytest.LogCaptureFixture) -> None:
+    """The old keys stay, the log says why, once; a file that is mended counts again."""
+    clock = Clock()
+    path.write_text(f"alice {ALICE} infer\n")
+    keys = Keyring(path, clock)
+    path.unlink() if text is None else written(path, text)
+    for _ in range(3):
+        clock.now += LOOK_S
+        assert keys.find(ALICE.encode())
+    (record,) = caplog.records
+    assert "stay as they were" in record.message
+    assert str(path) in record.message
+    written(path, f"ops {OPS} infer\n")
+    clock.now += LOOK_S
+    assert keys.find(OPS.encode())
