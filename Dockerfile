@@ -5,6 +5,8 @@ FROM python:3.11-slim AS build
 # For a mirror, or for CPU wheels of torch in `train`; empty means pip's own default.
 ARG PIP_INDEX_URL=""
 ARG PIP_EXTRA_INDEX_URL=""
+# Of the service's own extras, for example "remote,tracing".
+ARG EXTRAS=""
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /src
 # pip stays outside, so that what is shipped has none.
@@ -12,10 +14,11 @@ RUN python -m venv --without-pip /venv
 COPY pyproject.toml constraints.txt ./
 # Dependencies are installed before the code, so that a change of code does not fetch them again.
 RUN python <<EOF
-import pathlib, tomllib
+import os, pathlib, tomllib
 
 project = tomllib.loads(pathlib.Path("pyproject.toml").read_text())["project"]
-service, extras = project["dependencies"], project["optional-dependencies"]
+extras = project["optional-dependencies"]
+service = project["dependencies"] + [line for name in os.environ["EXTRAS"].split(",") if name for line in extras[name]]
 # The CUDA build takes the place of onnxruntime, at its version, and brings CUDA's libraries.
 pin = next(line for line in pathlib.Path("constraints.txt").read_text().split() if line.startswith("onnxruntime=="))
 gpu = [line for line in service if line != "onnxruntime"] + [pin.replace("==", "-gpu[cuda,cudnn]==")]
@@ -24,6 +27,13 @@ for name, lines in {"service": service, "train": service + extras["train"], "gpu
 EOF
 # The image has no compiler: a package without a wheel is told as such.
 ENV INSTALL="pip --python /venv/bin/python install --constraint constraints.txt --only-binary :all:"
+# The bill of materials: what was installed, in which version, under which licence, needed by whom. That it is valid has
+# been seen once for the version that makes it; to look again takes longer than all the rest of it.
+ENV BILL="cyclonedx-py environment --no-validate --output-reproducible --output-file /venv/sbom.cdx.json /venv"
+
+# Beside the environment that it describes, so that it puts nothing into it.
+FROM build AS bill
+RUN python -m venv /bill && /bill/bin/pip install --constraint constraints.txt cyclonedx-bom
 
 FROM build AS wheel
 COPY README.md LICENSE ./
@@ -36,27 +46,42 @@ RUN $INSTALL --requirement service.txt
 COPY --from=wheel /wheel /wheel
 # The wheel also holds the trainer, whose command could only fail without torch.
 RUN $INSTALL --no-deps /wheel/*.whl && rm -r /venv/lib/python3.11/site-packages/training /venv/bin/vae-train
+# What only developers of the packages use, over a quarter of all: tests, sources in C, converters of models, and onnxruntime
+# once more for programs in C.
+RUN cd /venv/lib/python3.11/site-packages && find . -type d -name tests -prune -exec rm -r {} + \
+    && rm -r numpy/distutils numpy/f2py onnxruntime/quantization onnxruntime/tools onnxruntime/transformers \
+    onnxruntime/capi/libonnxruntime.so* simdjson/simdjson.cpp simdjson/simdjson.h
+RUN --mount=from=bill,source=/bill,target=/bill /bill/bin/$BILL
 
 FROM build AS gpu-venv
 RUN $INSTALL --requirement gpu.txt
 COPY --from=wheel /wheel /wheel
 RUN $INSTALL --no-deps /wheel/*.whl && rm -r /venv/lib/python3.11/site-packages/training /venv/bin/vae-train
+RUN --mount=from=bill,source=/bill,target=/bill /bill/bin/$BILL
 
 FROM build AS train-venv
 RUN $INSTALL --requirement train.txt
 COPY --from=wheel /wheel /wheel
 RUN $INSTALL --no-deps /wheel/*.whl
+RUN --mount=from=bill,source=/bill,target=/bill /bill/bin/$BILL
 
 FROM build AS models
 COPY models /models
 # Readable by the container's user, whatever umask they were checked out with.
 RUN chmod -R a+rX,go-w /models
 
+# Python without what installs and what develops. Copied whole into an empty image, since a layer cannot make those
+# below it smaller.
+FROM python:3.11-slim AS base
+RUN cd /usr/local && rm -rf bin/pip* include lib/pkgconfig lib/python3.11/ensurepip lib/python3.11/idlelib \
+    lib/python3.11/site-packages/* /var/cache/* /var/lib/apt/lists/*
+
 # What every target runs on.
-FROM python:3.11-slim AS runtime
+FROM scratch AS runtime
+COPY --from=base / /
 # /tmp may be the only place that can be written. onnxruntime reports its use to its maker, and keeps a device id on
 # disk, unless told otherwise before it is imported.
-ENV PATH=/venv/bin:$PATH HOME=/tmp PYTHONUNBUFFERED=1 ORT_DISABLE_TELEMETRY=1
+ENV PATH=/venv/bin:/usr/local/bin:/usr/bin:/bin LANG=C.UTF-8 HOME=/tmp PYTHONUNBUFFERED=1 ORT_DISABLE_TELEMETRY=1
 WORKDIR /
 
 # What both kinds of service share.

@@ -26,6 +26,8 @@ from service.telemetry import SHARED_FOLDER
 
 log = logging.getLogger("service")
 
+BACKLOG = 2048
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Serve until stopped; 1 with one line where that cannot begin."""
@@ -58,12 +60,14 @@ def serve(settings: Settings) -> None:
 
     Raises: StartError.
     """
-    listeners = [listen(settings, settings.port)]
+    listeners = [bind(settings, settings.port)]
     if settings.ops_port is not None:
-        listeners.append(listen(settings, settings.ops_port))
+        listeners.append(bind(settings, settings.ops_port))
         settings = settings.model_copy(update={"ops_port": listeners[1].getsockname()[1]})
     settings = settings.model_copy(update={"models": local_copy(settings)})  # fetched once, for all workers
     repository = open_repository(settings)
+    for listener in listeners:
+        listener.listen(BACKLOG)  # not before: a balancer would let requests wait here instead of asking another
     urls, models = [url_of(settings, listener) for listener in listeners], list(repository.models)
     if settings.log_format == "json":
         log.info("serving %s on %s", ", ".join(models), " and ".join(urls))
@@ -103,18 +107,21 @@ def supervise(settings: Settings, listeners: list[socket.socket]) -> None:
         Multiprocess(config, listeners).run()
 
 
-def listen(settings: Settings, port: int) -> socket.socket:
+def bind(settings: Settings, port: int) -> socket.socket:
     """A port, taken before the models are opened, so that a taken one is told at once.
 
     Raises: StartError.
     """
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        return socket.create_server((settings.host, port), family=family, backlog=2048)
+        listener.bind((settings.host, port))
     except OSError as error:
+        listener.close()
         raise StartError(
             f"cannot listen on {settings.host}:{port} ({error.strerror}); set VAE_PORT, VAE_OPS_PORT or VAE_HOST"
         ) from error
+    return listener
 
 
 def url_of(settings: Settings, listener: socket.socket) -> str:

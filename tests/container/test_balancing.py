@@ -1,0 +1,117 @@
+"""Several replicas behind the balancer: work is shared out, and one after the other may go."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Self
+
+import httpx
+import numpy as np
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.container.engine import Stack, docker, inspect, published, ready, until
+
+pytestmark = pytest.mark.container
+CALLERS = 4
+PIXELS = np.random.default_rng(3).random((2, 1, 28, 28), np.float32).tobytes()
+REQUESTS: tuple[tuple[str, bytes], ...] = (
+    ("/v1/reconstruct", PIXELS),
+    ("/v1/sample?count=256&seed=7", b""),
+    ("/v1/encode", PIXELS),
+)
+HEADERS = {"content-type": "application/octet-stream", "accept": "application/octet-stream"}
+
+
+@pytest.fixture(scope="module")
+def balancer(stack: Stack) -> str:
+    """Its URL."""
+    return published(stack.containers("balancer")[0], 8080)
+
+
+def answered(container: str) -> float:
+    """Requests that one replica has answered since it started."""
+    text = httpx.get(f"{published(container, 8000)}/metrics", timeout=10).text
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    return sum(sample.value for sample in families["vae_requests"].samples)
+
+
+class Load:
+    """Callers that ask one request after the other and keep their connections; for a `with` block."""
+
+    def __init__(self, url: str) -> None:
+        self.outcomes: Counter[str] = Counter()
+        self._url = url
+        self._done = threading.Event()
+        self._threads = [threading.Thread(target=self._call, args=(number,)) for number in range(CALLERS)]
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _call(self, number: int) -> None:
+        with httpx.Client(base_url=self._url, headers=HEADERS, timeout=60) as client:
+            while not self._done.is_set():
+                path, content = REQUESTS[number % len(REQUESTS)]
+                self.outcomes[outcome(client, path, content)] += 1
+                number += 1
+
+
+def outcome(client: httpx.Client, path: str, content: bytes) -> str:
+    """How one request ended."""
+    try:
+        answer = client.post(path, content=content)
+    except httpx.HTTPError as error:
+        return repr(error)
+    return "ok" if answer.status_code == httpx.codes.OK else f"{answer.status_code} {answer.text[:200]}"
+
+
+def test_every_replica_gets_work(stack: Stack, balancer: str) -> None:
+    """The balancer asks each; it passes problems on as they are, and lets nobody look at or change a single one."""
+    before = {each: answered(each) for each in stack.containers("vae")}
+    with httpx.Client(base_url=balancer, headers=HEADERS, timeout=60) as client:
+        for _ in range(60):
+            assert outcome(client, "/v1/encode", PIXELS) == "ok"
+        problem = client.post("/v1/encode", content=b"123")
+        assert problem.headers["content-type"] == "application/problem+json"
+        for answer in (client.get("/metrics"), client.post("/v1/models/mnist/load")):
+            assert (answer.status_code, answer.headers["content-type"]) == (404, "text/html")
+    until(lambda: all(answered(each) >= before[each] + 5 for each in before), 5)
+
+
+def test_a_rolling_restart_loses_no_request(stack: Stack, balancer: str, figure: Callable[[str], None]) -> None:
+    """Under load they are stopped and started one by one: each drains and ends with 0; every request is answered."""
+    with Load(balancer) as load:
+        for container in stack.containers("vae"):
+            docker("stop", container)
+            assert inspect(container)["State"]["ExitCode"] == 0
+            docker("start", container)
+            until(lambda: ready(published(container, 8000)))  # noqa: B023  # called before it changes
+            time.sleep(1)
+    figure(f"{load.outcomes['ok']} requests during a rolling restart of {len(stack.containers('vae'))} replicas")
+    assert list(load.outcomes) == ["ok"]
+    assert load.outcomes["ok"] > 100
+    assert all(answered(each) > 0 for each in stack.containers("vae"))
+
+
+def test_a_killed_replica_costs_its_own_requests_only(stack: Stack, balancer: str) -> None:
+    """Even those are computed by another: its connection breaks before an answer has begun."""
+    victim = stack.containers("vae")[0]
+    with Load(balancer) as load:
+        time.sleep(1)
+        docker("kill", victim)
+        time.sleep(2)
+        docker("start", victim)
+        until(lambda: ready(published(victim, 8000)))
+    refused = {said: count for said, count in load.outcomes.items() if said != "ok"}
+    assert sum(refused.values()) <= CALLERS, refused
+    assert load.outcomes["ok"] > 20

@@ -1,0 +1,122 @@
+"""What runs the service elsewhere agrees with the service, as far as can be told without running it there."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from docs.reference import PAGE, with_tables
+from service.config import Settings
+from service.errors import ServiceError
+from service.telemetry import Telemetry
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+COMPOSE = yaml.safe_load((DEPLOY.parent / "docker-compose.yml").read_text())["services"]
+ALERTS = yaml.safe_load((DEPLOY / "alerts.yml").read_text())["groups"][0]["rules"]
+DASHBOARD = json.loads((DEPLOY / "grafana" / "dashboards" / "vae.json").read_text())
+MANIFEST = {each["kind"]: each for each in yaml.safe_load_all((DEPLOY / "kubernetes.yml").read_text())}
+POD = MANIFEST["Deployment"]["spec"]["template"]["spec"]
+SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
+PANELS = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
+EXPRESSIONS = [rule["expr"] for rule in ALERTS] + PANELS
+
+
+def exposed() -> set[str]:
+    """Names of series that /metrics gives."""
+    families = Telemetry(lambda: (0, 0)).registry.collect()
+    return {family.name + suffix for family in families for suffix in SUFFIXES[family.type]}
+
+
+def codes(kind: type[ServiceError] = ServiceError) -> Iterator[str]:
+    """What a request may come to, besides ok."""
+    yield kind.code
+    for narrower in kind.__subclasses__():
+        yield from codes(narrower)
+
+
+def test_the_page_for_operators_is_current() -> None:
+    """Its tables are those of the code: `python docs/reference.py` writes them."""
+    page = PAGE.read_text()
+    assert with_tables(page) == page
+    assert all(f"`VAE_{name.upper()}`" in page for name in Settings.model_fields)
+
+
+@pytest.mark.parametrize("expression", EXPRESSIONS)
+def test_queries_name_metrics_and_outcomes_that_exist(expression: str) -> None:
+    """In the dashboard and in the alerts."""
+    assert set(re.findall(r"\bvae_\w+", expression)) <= exposed()
+    outcomes = [code for found in re.findall(r'outcome=~?"([^"]+)"', expression) for code in found.split("|")]
+    assert set(outcomes) <= {"ok", "internal_error", *codes()}
+
+
+def test_the_queue_that_fills_is_the_default_one() -> None:
+    """Its alert comes at 0.8 of the setting."""
+    rule = next(rule for rule in ALERTS if rule["alert"] == "VaeQueueFills")
+    limit = float(re.findall(r"> (\d+)", rule["expr"])[0])
+    assert limit == pytest.approx(0.8 * Settings.model_fields["queue_rows"].default, abs=1)
+
+
+def test_the_dashboard_is_provisioned() -> None:
+    """Its source is the one that is provisioned, its folder the one that is mounted, and no panel covers another."""
+    sources = yaml.safe_load((DEPLOY / "grafana/provisioning/datasources/prometheus.yml").read_text())["datasources"]
+    assert {target["datasource"]["uid"] for panel in DASHBOARD["panels"] for target in panel["targets"]} == {
+        source["uid"] for source in sources
+    }
+    assert sources[0]["url"] == "http://prometheus:9090"
+    folder = yaml.safe_load((DEPLOY / "grafana/provisioning/dashboards/vae.yml").read_text())["providers"][0]["options"]
+    assert folder["path"] in {volume["target"] for volume in COMPOSE["grafana"]["volumes"] if isinstance(volume, dict)}
+    cells = [cell for panel in DASHBOARD["panels"] for cell in covered(**panel["gridPos"])]
+    assert len(cells) == len(set(cells))
+
+
+def covered(x: int, y: int, w: int, h: int) -> list[tuple[int, int]]:
+    return [(column, row) for column in range(x, x + w) for row in range(y, y + h)]
+
+
+@pytest.mark.parametrize("name", COMPOSE)
+def test_every_container_is_confined(name: str) -> None:
+    """Also those that the container test does not start; and none is published off loopback."""
+    service = COMPOSE[name]
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert all(port.startswith("127.0.0.1:") for port in service.get("ports", ()))
+    for volume in service.get("volumes", ()):
+        assert not isinstance(volume, dict) or Path(DEPLOY.parent, volume["source"]).exists() or "$" in volume["source"]
+
+
+def test_kubernetes_runs_it_as_compose_does() -> None:
+    """Not root, nothing to write, no capability, limits; and what selects pods selects these."""
+    (container,) = POD["containers"]
+    assert POD["securityContext"]["runAsNonRoot"]
+    assert POD["securityContext"]["seccompProfile"]["type"] == "RuntimeDefault"
+    confined = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
+    assert container["securityContext"] == confined
+    assert container["resources"]["limits"].keys() == {"cpu", "memory"}
+    labels = MANIFEST["Deployment"]["spec"]["template"]["metadata"]["labels"]
+    selectors = [MANIFEST[kind]["spec"]["selector"]["matchLabels"] for kind in ("Deployment", "PodDisruptionBudget")]
+    assert [*selectors, MANIFEST["Service"]["spec"]["selector"]] == [labels] * 3
+
+
+def test_kubernetes_loses_no_request() -> None:
+    """Ready before it gets any, told to go before it stops, and given longer than a request may take."""
+    (container,) = POD["containers"]
+    probes = {name: container[name]["httpGet"]["path"] for name in ("startupProbe", "readinessProbe", "livenessProbe")}
+    ready, live = "/health/ready", "/health/live"
+    assert probes == {"startupProbe": ready, "readinessProbe": ready, "livenessProbe": live}
+    timeout_s = Settings.model_fields["timeout_s"].default
+    assert POD["terminationGracePeriodSeconds"] > timeout_s + 5
+    assert MANIFEST["Deployment"]["spec"]["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
+
+
+def test_the_balancer_gives_the_service_its_time_and_its_bodies() -> None:
+    """Its limits are those of the settings, so that the service's own answers come through."""
+    said: dict[str, Any] = dict(re.findall(r"^\s*(\w+) ([^;]+);", (DEPLOY / "nginx.conf").read_text(), re.MULTILINE))
+    assert int(said["client_max_body_size"].rstrip("m")) * 2**20 == Settings.model_fields["max_body_bytes"].default
+    assert float(said["proxy_read_timeout"].rstrip("s")) > Settings.model_fields["timeout_s"].default
