@@ -25,7 +25,8 @@ from service.scoring import DRAWS, weigh_rows
 from service.session import Session
 from service.vae import Compute, decode_rows, encode_rows, reconstruct_rows, sample_rows
 
-TIMINGS = 3
+TIMINGS, TIMING_S = 3, 0.02
+"""How often, and for about how long at most, a batch of one size is timed."""
 HAND_OVER_S = 2e-4
 """About what a batch costs beside its computation: the way to the thread and back."""
 WORTH = 1.1
@@ -70,13 +71,19 @@ class ModelProgram:
         return one + (rows - 1) * further
 
     def measure(self, rows: int, *row: Any) -> None:
-        """Time one row, four, sixteen and so on up to `rows`, each the best of a few."""
+        """Time one row, four, sixteen and so on up to `rows`, for as long as larger batches pay."""
         self.timing = {}
         size = 1
-        while size <= rows:
+        while size <= rows and self._still_pays:
             batch = tuple(np.repeat(array[:1], size, axis=0) for array in row)
-            self.timing[size] = min(self._time(batch) for _ in range(TIMINGS))
+            self.timing[size] = self._time(batch)
             size = min(4 * size, rows) if size < rows else rows + 1
+
+    @property
+    def _still_pays(self) -> bool:
+        """Whether the last size measured was cheaper a row than the one before."""
+        earlier, last = [math.inf, math.inf, *self._a_row.values()][-2:]
+        return earlier == math.inf or last * WORTH < earlier
 
     @cached_property
     def _line(self) -> tuple[float, float]:
@@ -87,14 +94,24 @@ class ModelProgram:
 
     @cached_property
     def _enough(self) -> int:
+        return next(size for size, seconds in self._a_row.items() if seconds <= WORTH * min(self._a_row.values()))
+
+    @property
+    def _a_row(self) -> dict[int, float]:
+        """Seconds a row, by number of rows."""
         assert self.timing is not None
-        a_row = {size: (seconds + HAND_OVER_S) / size for size, seconds in self.timing.items()}
-        return next(size for size in a_row if a_row[size] <= WORTH * min(a_row.values()))
+        return {size: (seconds + HAND_OVER_S) / size for size, seconds in self.timing.items()}
 
     def _time(self, arrays: Arrays) -> float:
-        started = time.perf_counter()
-        self.compute(*arrays)
-        return time.perf_counter() - started
+        """The best of a few, of fewer where each takes long."""
+        began, best = time.perf_counter(), math.inf
+        for _ in range(TIMINGS):
+            started = time.perf_counter()
+            self.compute(*arrays)
+            best = min(best, time.perf_counter() - started)
+            if time.perf_counter() - began > TIMING_S:
+                break
+        return best
 
 
 @dataclass(eq=False)
