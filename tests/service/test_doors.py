@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from fastapi import FastAPI
 from starlette.types import Message, Scope
 
-from service.__main__ import listen, server_config, url_of
+from service.__main__ import bind, server_config, url_of
 from service.app import create_app
 from service.config import Settings
 from service.doors import Doors, address_of, needed_right
@@ -342,7 +342,7 @@ async def mirror(scope: Scope, _receive: Any, send: Any) -> None:
 @contextmanager
 def served(settings: Settings) -> Iterator[str]:
     """The mirror, as `python -m service` serves an application, in a thread."""
-    listener = listen(settings, 0)
+    listener = bind(settings, 0)
     server = uvicorn.Server(server_config(settings, mirror, lifespan="off"))
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
