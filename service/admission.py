@@ -39,12 +39,12 @@ def admit(
         return Inputs(np.empty((options.count, 0), np.float32))
     if payload.array is None:
         raise InvalidShape(f'the body lacks "{operation.takes}"')
-    check_factor(model, getattr(options, "factor", 1))
+    check_factor(model, options.said("factor", 1))
     shape, name = operation.row_shape(model, options), operation.takes
     if payload.latents:
         shape, name = model.latent_shape, "latents"
     tiles = None
-    if getattr(options, "fit", None) == "tile":
+    if options.said("fit") == "tile":
         images = as_images(payload.array, shape[0], name)
         tiles = tiling(len(images), (images.shape[2], images.shape[3]), (shape[1], shape[2]))
         shape = images.shape[1:]
@@ -70,7 +70,7 @@ def _shaped(
     array: NDArray[Any], shape: tuple[int, ...], name: str, options: Any, max_rows: int, room: Callable[[int], None]
 ) -> Rows:
     """Rows of that shape, brought there where the caller says how."""
-    how = getattr(options, "fit", None)
+    how = options.said("fit")
     if how in (None, "tile") or name == "latents":
         return as_rows(array, shape, name)
     images = as_images(array, shape[0], name)

@@ -144,7 +144,7 @@ class OperationApp:
             options = self._options({**_pairs(call.query), **payload.options})
         _check_fingerprint(model, call.headers.get(b"x-fingerprint"), options)
         best = next(iter(acceptable(accept, form)), "")
-        in_parts = best in HEADERS and getattr(options, "fit", None) is None  # what is fitted is there as a whole
+        in_parts = best in HEADERS and options.said("fit") is None  # what is fitted is there as a whole
 
         def room(rows: int) -> None:
             call.share.need(answer_bytes(model, options, min(rows, 2 * PART_ROWS) if in_parts else rows))

@@ -70,6 +70,6 @@ def answer_bytes(model: Model, options: Any, rows: int) -> int:
     """About what it takes to answer `rows` rows at once: pictures, draws, the noise of refinement."""
     image, latent = math.prod(model.input_shape), math.prod(model.latent_shape)
     numbers = rows * (options.pictures * image + options.multiplicity * latent)
-    if getattr(options, "quality", "fast") == "refined":
+    if options.said("quality") == "refined":
         numbers += rows * STEPS * latent
     return NUMBER_BYTES * numbers

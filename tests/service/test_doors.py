@@ -33,6 +33,7 @@ from service.keys import CONTROL, INFER, Limits, limits_of
 from service.rates import Counts
 from service.repository import Repository
 from service.route import OperationRoute
+from service.tracking import Tracking
 
 ALICE, OPS = "alice-0123456789abcdef", "ops-0123456789abcdef"
 BOB = "bob-0123456789abcdef"
@@ -120,7 +121,7 @@ def test_a_key_opens_what_it_has_the_right_to(locked: FastAPI) -> None:
         assert (await client.post("/v1/encode", headers=bearer(ALICE))).json()["code"] == "unknown_model"
         for path in CONTROL_PATHS:
             assert "`control`" in (await client.post(path, headers=bearer(ALICE))).json()["detail"]
-            assert (await client.post(path, headers=bearer(OPS))).status_code != 403
+            assert (await client.post(path, headers=bearer(OPS))).json()["code"] == "control_off"
 
     asked(locked, scenario)
 
@@ -234,7 +235,7 @@ def test_calls_at_the_same_time_are_limited_and_refused_unread() -> None:
 
 def test_doors_that_nobody_asked_for_are_not_there(unlocked: FastAPI) -> None:
     """By default nothing stands before the operations."""
-    assert unlocked.user_middleware == []
+    assert [added.cls for added in unlocked.user_middleware] == [Tracking]
     assert Limits() == limits_of("", 0)
 
 
@@ -343,6 +344,7 @@ async def mirror(scope: Scope, _receive: Any, send: Any) -> None:
 def served(settings: Settings) -> Iterator[str]:
     """The mirror, as `python -m service` serves an application, in a thread."""
     listener = bind(settings, 0)
+    listener.listen()
     server = uvicorn.Server(server_config(settings, mirror, lifespan="off"))
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
