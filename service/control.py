@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from typing import NamedTuple
 
 from service.config import Settings
 from service.errors import LoadRefused
-from service.orders import WHOLE, Orders, Report
+from service.orders import WHOLE, Orders, Report, Standing
 from service.repository import Repository
+from service.session import give_back_memory
 from service.telemetry import Telemetry
 
 FOLLOW_S = 1.0
@@ -73,7 +74,7 @@ class Control:
         self._repository.check_known(model, version)
         standing = self._orders.read().after(model, version, loaded=loaded)
         try:
-            self._repository.settle(model, standing, {version} if loaded else ())
+            self._settle(model, standing, {version} if loaded else ())
         finally:
             self._tell()
         refused = self._repository.refused(model)
@@ -112,7 +113,7 @@ class Control:
     def _poll(self) -> None:
         standing = self._orders.read()
         for model, again in self._repository.news().items():
-            self._repository.settle(model, standing, again)
+            self._settle(model, standing, again)
             self._repository.log_refused(model)
         self._catch_up()
 
@@ -120,10 +121,14 @@ class Control:
         """Follow the orders that have come since, and say how far that went."""
         standing = self._orders.read()
         for model, again in standing.news(self._followed).items():
-            self._repository.settle(model, standing, again)
+            self._settle(model, standing, again)
             self._repository.log_refused(model)
         self._followed = standing.number
         self._tell()
+
+    def _settle(self, model: str, standing: Standing, again: Collection[str]) -> None:
+        self._repository.settle(model, standing, again)
+        give_back_memory()
 
     def _tell(self) -> None:
         conditions: dict[str, dict[str, tuple[str, str]]] = {
