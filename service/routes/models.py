@@ -6,10 +6,11 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from service.errors import UnknownModel
 from service.model import Model
 from service.operation import Operation
 from service.problems import documented
-from service.repository import Repository
+from service.repository import Condition, Repository
 from service.routes.examples import example
 
 EXAMPLE = {
@@ -36,13 +37,16 @@ EXAMPLE = {
     "calibration": {"fast": {"gaussian": 0.96}, "refined": {"gaussian": 0.97}},
     "fingerprint": "0123456789abcdef",
 }
-ONE = {**example(EXAMPLE), 404: documented()[404]}
+ONE = {**example(EXAMPLE), **documented(UnknownModel)}
 
 
 def states(repository: Repository, name: str) -> list[dict[str, str]]:
     """How it is with every known version of a model."""
-    known = repository.conditions.get(name, {})
-    return [{"version": version, "state": found.state, "reason": found.reason} for version, found in known.items()]
+    return [_state(version, found) for version, found in repository.conditions.get(name, {}).items()]
+
+
+def _state(version: str, found: Condition) -> dict[str, str]:
+    return {"version": version, "state": found.state, "reason": found.reason}
 
 
 def models_router(repository: Repository, operations: tuple[Operation, ...]) -> APIRouter:
@@ -53,9 +57,8 @@ def models_router(repository: Repository, operations: tuple[Operation, ...]) -> 
         served = list(repository.models.get(name, ()))
         return {"versions": served, "states": states(repository, name), "default": name == repository.default}
 
-    def condition(name: str, version: str) -> dict[str, Any]:
-        known = repository.conditions[name][version]
-        return {"version": version, "state": known.state, "reason": known.reason}
+    def condition(name: str, version: str) -> dict[str, str]:
+        return _state(version, repository.conditions[name][version])
 
     def latest(name: str) -> dict[str, Any]:
         """Of a model that is known and of which no version is served, what there is to say."""
