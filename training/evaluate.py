@@ -20,7 +20,8 @@ from training.restoration import FAMILIES, Observation, Recognition, corrupt
 from training.trainer import keyed_generator, read_checkpoint, write_checkpoint
 
 BLOCK = 100  # images scored between two looks at the clock
-DECODES = 200  # rows decoded at once: what they leave behind in a layer stays in the cache
+DECODES = {"cpu": 200, "cuda": 20_000}
+"""Rows decoded at once: as many as leave what a layer makes of them in a CPU's cache, or as keep a GPU busy."""
 RESTORED = 200  # test images that are corrupted and restored
 CHECKED_LEVELS = {
     "gaussian": (0.02, 0.05, 0.1, 0.25, 0.5, 0.6),
@@ -78,9 +79,12 @@ def _score(model: VAE, images: Tensor, draws: int, generator: torch.Generator, d
     bound = elbo(model, x, noise(1, len(x))).elbo
     if model.likelihood.binary and is_grey(images) and not dynamic:
         return torch.stack([bound, torch.full_like(bound, math.nan)])
-    rows = max(1, DECODES // draws)
+    most = DECODES[x.device.type]
+    rows = max(1, most // draws)
     scores = [
-        torch.stack([importance_log_likelihood(model, part, noise(k, len(part))) + math.log(k) for k in _chunks(draws)])
+        torch.stack(
+            [importance_log_likelihood(model, part, noise(k, len(part))) + math.log(k) for k in _chunks(draws, most)]
+        )
         for part in x.split(rows)
     ]
     return torch.stack([bound, torch.cat([torch.logsumexp(s, 0) for s in scores]) - math.log(draws)])
@@ -91,9 +95,9 @@ def is_grey(images: Tensor) -> bool:
     return bool(((images > 0) & (images < 255)).any())  # white
 
 
-def _chunks(draws: int) -> Iterator[int]:
-    for start in range(0, draws, DECODES):
-        yield min(DECODES, draws - start)
+def _chunks(draws: int, most: int) -> Iterator[int]:
+    for start in range(0, draws, most):
+        yield min(most, draws - start)
 
 
 def _summary(columns: Tensor, draws: int, seed: int, binarisation: str) -> dict[str, float | int | str]:

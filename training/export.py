@@ -25,6 +25,7 @@ from service.manifest import FILE_NAME, SCHEMA_VERSION, File, Golden, Graph, Man
 from training.errors import DiskError, ExportError
 from training.gaussian import DiagonalGaussian
 from training.model import VAE
+from training.onnx_library import compile_once
 from training.priors.learned import LearnedPrior
 from training.refinement import Refinement, differentiated
 from training.restoration import FAMILIES, Observation, Recognition
@@ -266,6 +267,7 @@ def to_onnx(module: nn.Module, rows: tuple[Tensor, ...], graph: Exportable) -> b
     dims = {name: torch.export.Dim(name, min=1, max=2**20) for name in names}
     shapes = tuple({axis: dims[name] for axis, name in named.items()} for named in axes)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    compile_once()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter warns of its own deprecations
         program = torch.onnx.export(

@@ -20,19 +20,31 @@ LEAST_SIDE = 5
 """A weight with fewer rows or columns than this is no matrix worth orthogonalising: first and last convolutions."""
 
 
-def build(settings: Optimisation, parameters: Iterable[nn.Parameter]) -> list[Optimizer]:
-    """The optimisers that share out the parameters, as `settings.optimiser` says."""
+def build(settings: Optimisation, parameters: Iterable[nn.Parameter], *, capturable: bool = False) -> list[Optimizer]:
+    """The optimisers that share out the parameters, as `settings.optimiser` says.
+
+    With `capturable`, which wants CUDA, learning rates are tensors that a step reads, so that steps can be replayed;
+    Adagrad's stay numbers.
+    """
     parameters = list(parameters)
     # fused: one kernel a step instead of one an operation and parameter.
     if settings.optimiser == "adagrad":
-        return [Adagrad(parameters, lr=settings.learning_rate, fused=True)]
+        fused = all(not p.is_cuda for p in parameters)  # which it only is on a CPU
+        return [Adagrad(parameters, lr=settings.learning_rate, fused=fused)]
+
+    def rate(value: float) -> Any:
+        return torch.tensor(value, device="cuda") if capturable else value
+
+    def adam(chosen: list[nn.Parameter]) -> Adam:
+        return Adam(chosen, lr=rate(settings.learning_rate), fused=True, capturable=capturable)
+
     if settings.optimiser == "adam":
-        return [Adam(parameters, lr=settings.learning_rate, fused=True)]
+        return [adam(parameters)]
     matrices = [p for p in parameters if p.ndim > 1 and min(len(p), p[0].numel()) >= LEAST_SIDE]
     chosen = {id(p) for p in matrices}
     others = [p for p in parameters if id(p) not in chosen]
-    found: list[Optimizer] = [Adam(others, lr=settings.learning_rate, fused=True)] if others else []
-    return [*found, Muon(matrices, lr=settings.matrix_learning_rate)] if matrices else found
+    found: list[Optimizer] = [adam(others)] if others else []
+    return [*found, Muon(matrices, lr=rate(settings.matrix_learning_rate))] if matrices else found
 
 
 class Muon(Optimizer):
@@ -42,32 +54,40 @@ class Muon(Optimizer):
     Source: Jordan et al. (2024), "Muon: an optimizer for hidden layers in neural networks".
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float | Tensor) -> None:
         super().__init__(parameters, {"lr": lr})
 
     @torch.no_grad()
     def step(self, _closure: Any = None) -> None:  # type: ignore[override]
-        """One step along the gradients that `backward` left."""
+        """One step along the gradients that `backward` left; matrices of one size are made orthogonal together."""
         for group in self.param_groups:
-            for parameter in group["params"]:
-                gradient, state = parameter.grad, self.state[parameter]
-                if gradient is None:
-                    continue
-                if not state:
-                    state["momentum"] = torch.zeros_like(gradient)
-                momentum = state["momentum"].lerp_(gradient, 1.0 - MOMENTUM)
-                direction = orthogonalised(gradient.lerp(momentum, MOMENTUM).flatten(1))
-                rows, columns = direction.shape
-                scale = math.sqrt(max(1.0, rows / columns))
-                parameter.sub_(direction.view(parameter.shape), alpha=group["lr"] * scale)
+            parameters = [p for p in group["params"] if p.grad is not None]
+            gradients = [p.grad for p in parameters]
+            for parameter in parameters:
+                if not self.state[parameter]:
+                    self.state[parameter]["momentum"] = torch.zeros_like(parameter.grad)
+            momenta = [self.state[p]["momentum"] for p in parameters]
+            torch._foreach_lerp_(momenta, gradients, 1.0 - MOMENTUM)
+            directions = torch._foreach_lerp(gradients, momenta, MOMENTUM)  # noqa: SLF001
+            alike: dict[torch.Size, list[int]] = {}
+            for index, direction in enumerate(directions):
+                alike.setdefault(direction.flatten(1).shape, []).append(index)
+            for (rows, columns), indices in alike.items():
+                even = orthogonalised(torch.stack([directions[index].flatten(1) for index in indices]))
+                even *= group["lr"] * math.sqrt(max(1.0, rows / columns))
+                for index, step in zip(indices, even, strict=True):
+                    parameters[index].sub_(step.view(parameters[index].shape))
 
 
-def orthogonalised(matrix: Tensor) -> Tensor:
-    """About U V^T for matrix = U S V^T: singular values between 0.7 and 1.2, by a quintic Newton-Schulz iteration."""
+def orthogonalised(matrices: Tensor) -> Tensor:
+    """About U V^T for each M = U S V^T: singular values between 0.7 and 1.2, by a quintic Newton-Schulz iteration.
+
+    Shapes: (k, m, n), as the answer.
+    """
     a, b, c = NEWTON_SCHULZ
-    wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    x = wide / (wide.norm() + 1e-7)
+    wide = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
+    x = wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if matrices.shape[1] > matrices.shape[2] else x

@@ -56,7 +56,7 @@ class Observation(NamedTuple):
     level: Tensor
 
 
-def corrupt(x: Tensor, level: Tensor, generator: torch.Generator, clip: Tensor | bool = False) -> Tensor:
+def corrupt(x: Tensor, level: Tensor, generator: torch.Generator, clip: Tensor | None = None) -> Tensor:
     """y ~ p(y | x, level): Poisson and additive Gaussian noise, then salt and pepper, then masking (pixels set to 0).
 
     Shapes: x (n, c, h, w); level (n, F), zero where a family is absent; clip (n, 1, 1, 1): cut y to [0, 1], as an
@@ -67,7 +67,8 @@ def corrupt(x: Tensor, level: Tensor, generator: torch.Generator, clip: Tensor |
     counts = torch.where(poisson > 0.0, x.clamp(min=0.0) / poisson.square().clamp(min=1e-12), 0.0)
     y = torch.where(poisson > 0.0, torch.poisson(counts, generator) * poisson.square(), x)
     y = y + sigma * torch.randn(x.shape, generator=generator, device=x.device)
-    y = torch.where(torch.as_tensor(clip, device=x.device), y.clamp(0.0, 1.0), y)
+    if clip is not None:
+        y = torch.where(clip, y.clamp(0.0, 1.0), y)
     u = torch.rand(x.shape, generator=generator, device=x.device)
     y = torch.where(u < flip, (u < 0.5 * flip).to(y.dtype), y)
     return y * (torch.rand(x.shape, generator=generator, device=x.device) >= masking)

@@ -27,6 +27,7 @@ from training.elbo import Bound
 from training.errors import CheckpointError, ConfigError, DiskError, DivergedError
 from training.optimisers import build
 from training.processes import ALONE, Processes
+from training.replay import Replay
 
 CHECKPOINT_S = 60.0
 LOG_STEPS = 100
@@ -54,14 +55,21 @@ class Stage:
     watch: Callable[[Any], dict[str, float]] = lambda _: {}
     """What the log tells of the module besides, after each of `watched_steps`; it must leave the module as it was."""
     watched_steps: frozenset[int] = frozenset()
+    replayable: bool = True
+    """Whether the objective leaves all on the device, never asking it for a value, so that a GPU can replay it."""
 
 
 def keyed_generator(device: torch.device, *key: int) -> torch.Generator:
     """Randomness that is a function of its key alone, so that a resumed run draws what an unbroken one would have."""
-    mixed = 0
+    return torch.Generator(device).manual_seed(mixed(*key))
+
+
+def mixed(*key: int) -> int:
+    """A seed that is another for every key."""
+    seed = 0
     for part in key:
-        mixed = (mixed * 6364136223846793005 + part + 1442695040888963407) % 2**63
-    return torch.Generator(device).manual_seed(mixed)
+        seed = (seed * 6364136223846793005 + part + 1442695040888963407) % 2**63
+    return seed
 
 
 def epoch_order(images: Tensor, seed: int, epoch: int) -> Tensor:
@@ -145,13 +153,24 @@ class _Loop:
         self.saved_step = self.order_epoch = -1
         self.parameters = [p for p in stage.module.parameters() if p.requires_grad]
         self.weights = [p for p in self.parameters if p.ndim > 1]
-        self.optimisers = build(settings, self.parameters)
-        self.peaks = [group["lr"] for optimiser in self.optimisers for group in optimiser.param_groups]
+        replayed = images.is_cuda and stage.replayable and processes.size == 1
+        self.optimisers = build(settings, self.parameters, capturable=replayed)
+        self.peaks = [float(group["lr"]) for optimiser in self.optimisers for group in optimiser.param_groups]
         self.averaged = AveragedModel(stage.module, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))
         self.averages: list[Tensor] = [p for p in self.averaged.module.parameters() if p.requires_grad]
         lower = settings.precision == "bfloat16" and computes_bfloat16(images.device)
         autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=lower)
         self.bounded = processes.parallel(_Bounded(stage, autocast))
+        self.generators = [torch.Generator(images.device) for _ in range(settings.microbatches)]
+        self.rows = torch.empty(self.batch_size, dtype=torch.int64, device=images.device)
+        self.kl_weight = torch.ones((), device=images.device)
+        self.minibatch, self.advance = self._minibatch, self._advance
+        if replayed:
+            self.minibatch = Replay(self._minibatch, self.generators)
+            rates = [group["lr"] for optimiser in self.optimisers for group in optimiser.param_groups]
+            steady = settings.schedule == "constant" and settings.warmup_steps == 0
+            if steady or all(isinstance(rate, Tensor) for rate in rates):  # a number is recorded for good
+                self.advance = Replay(self._advance)
 
     def run(self, interrupted: Callable[[], bool]) -> None:
         progress = tqdm(
@@ -168,11 +187,11 @@ class _Loop:
         log = Log(self.log_path)
         with progress, log.file:
             while self.step < self.steps:
-                bound = self._gradient()
-                if self.processes.any(not self._is_finite(bound)):
+                bound, norm = self._gradient()
+                if self.processes.any(not math.isfinite(norm)):
                     self._skip(bound)
                 else:
-                    self._move()
+                    self._move(norm)
                     means.add(bound)
                 self.step += 1
                 if self.step % AVERAGED_STEPS == 0 or self.step == self.steps:
@@ -191,18 +210,27 @@ class _Loop:
                     self.save()
                     saved = time.monotonic()
 
-    def _gradient(self) -> Bound:
-        """Of one minibatch: the order of an epoch hangs on (seed, epoch), other noise on (seed, step, microbatch).
-
-        Every process adds up those of its own microbatches, then takes the mean with the others.
-        """
+    def _gradient(self) -> tuple[Bound, float]:
+        """Of one minibatch: the order of an epoch hangs on (seed, epoch), other noise on (seed, step, microbatch)."""
         epoch, index = divmod(self.step, self.epoch_steps)
         if self.order_epoch != epoch:
             self.order, self.order_epoch = epoch_order(self.images, self.stage.seed, epoch), epoch
+        self.rows.copy_(self.order[index * self.batch_size : (index + 1) * self.batch_size])
+        if self.step <= self.settings.kl_warmup_steps:
+            self.kl_weight.fill_(min(1.0, (self.step + 1) / max(1, self.settings.kl_warmup_steps)))
+        for number, generator in enumerate(self.generators):
+            generator.manual_seed(mixed(self.stage.seed, 1, self.step, number))
+        terms, norm = self.minibatch()
+        return Bound(*terms.clone().unbind()), float(norm)  # a replay writes where the last one did
+
+    def _minibatch(self) -> tuple[Tensor, Tensor]:
+        """The gradient of the images `rows`; the bound's terms (2, n), and the norm, no number where the bound is none.
+
+        Every process adds up the gradients of its own microbatches, then takes the mean with the others.
+        """
         for optimiser in self.optimisers:
             optimiser.zero_grad()
-        rows = self.order[index * self.batch_size : (index + 1) * self.batch_size]
-        parts = list(enumerate(rows.tensor_split(self.settings.microbatches)))
+        parts = list(enumerate(self.rows.tensor_split(self.settings.microbatches)))
         mine = parts[self.processes.rank :: self.processes.size]
         bounds = []
         for number, part in mine[:-1]:
@@ -213,22 +241,15 @@ class _Loop:
             for weight in self.weights:
                 if weight.grad is not None:
                     weight.grad.add_(weight.detach(), alpha=1.0 / len(self.images))
-        return bounds[0] if len(bounds) == 1 else Bound(*(torch.cat(terms) for terms in zip(*bounds, strict=True)))
-
-    def _add_gradient(self, number: int, part: Tensor) -> Bound:
-        generator = keyed_generator(self.images.device, self.stage.seed, 1, self.step, number)
-        bound: Bound = self.bounded(self.images[part], generator)
-        loss = -(bound.log_likelihood - self._kl_weight() * self._freed(bound.kl)).mean()
-        (loss * (self.processes.size * len(part) / self.batch_size)).backward()
-        return Bound(bound.log_likelihood.detach(), bound.kl.detach())
-
-    def _is_finite(self, bound: Bound) -> bool:
-        """Whether the bound and its gradient, which is clipped in passing, are numbers."""
+        terms = torch.cat(bounds, 1)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm, most = nn.utils.get_total_norm(gradients, foreach=True), self.settings.gradient_norm
-        if norm > most:  # else torch would multiply every gradient by 1
-            nn.utils.clip_grads_with_norm_(self.parameters, most, norm, foreach=True)
-        return bool((norm + bound.elbo.sum()).isfinite())
+        return terms, nn.utils.get_total_norm(gradients, foreach=True) + 0.0 * terms.sum()
+
+    def _add_gradient(self, number: int, part: Tensor) -> Tensor:
+        bound: Bound = self.bounded(self.images[part], self.generators[number])
+        loss = -(bound.log_likelihood - self.kl_weight * self._freed(bound.kl)).mean()
+        (loss * (self.processes.size * len(part) / self.batch_size)).backward()
+        return torch.stack(bound).detach()
 
     def _skip(self, bound: Bound) -> None:
         self.skipped += 1
@@ -240,13 +261,22 @@ class _Loop:
                 f"({self.settings.learning_rate:g}) or gradient_norm; the last good checkpoint stays in {self.path}"
             )
 
-    def _move(self) -> None:
+    def _move(self, norm: float) -> None:
+        if norm > self.settings.gradient_norm:
+            total = torch.tensor(norm, device=self.images.device)
+            nn.utils.clip_grads_with_norm_(self.parameters, self.settings.gradient_norm, total, foreach=True)
         groups = [group for optimiser in self.optimisers for group in optimiser.param_groups]
         for group, peak in zip(groups, self.peaks, strict=True):
-            group["lr"] = peak * self._rate()
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(peak * self._rate())
+            else:
+                group["lr"] = peak * self._rate()
+        self.advance()
+        self.skipped_in_a_row = 0
+
+    def _advance(self) -> None:
         for optimiser in self.optimisers:
             optimiser.step()
-        self.skipped_in_a_row = 0
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -271,9 +301,6 @@ class _Loop:
         """
         free = self.settings.free_nats
         return torch.where(kl.mean() < free, kl.detach(), kl) if free else kl
-
-    def _kl_weight(self) -> float:
-        return min(1.0, (self.step + 1) / max(1, self.settings.kl_warmup_steps))
 
     def _report(self, progress: Any, log: Log, terms: list[float]) -> None:
         log_likelihood, kl = terms
@@ -320,13 +347,15 @@ class _Loop:
             raise disk_error(self.path.parent, error) from error
         if not self.path.exists():
             return
-        state = read_checkpoint(self.path, self.stage.identity, self.images.device)
+        # Read into main memory: the module and the optimisers know best what of it belongs on the device.
+        state = read_checkpoint(self.path, self.stage.identity, torch.device("cpu"))
         self.step = self.saved_step = state["step"]
         self.seconds = state["seconds"]
         self.stage.module.load_state_dict(state["module"])
         self.averaged.load_state_dict(state["averaged"])
         for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(saved)
+            # The state alone: how it is stepped is the settings' and the device's affair, not the checkpoint's.
+            optimiser.load_state_dict({**optimiser.state_dict(), "state": saved["state"]})
         self.skipped = state["skipped"]
 
 

@@ -15,6 +15,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from service import manifest
 from service.golden import deviation
@@ -24,7 +25,7 @@ from training.architectures.conv import Conv
 from training.architectures.mlp import Mlp
 from training.architectures.unet import UNetSettings
 from training.errors import DiskError, ExportError
-from training.export import PARITY, Exportable, export, exportables
+from training.export import PARITY, Exportable, export, exportables, to_onnx
 from training.likelihoods.bernoulli import Bernoulli
 from training.model import VAE
 from training.priors.standard_normal import StandardNormal
@@ -292,3 +293,13 @@ def test_repository_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(DiskError, match="file"):
         export(one_graph(nn.Linear(3, 2)), tmp_path / "file" / "models", "tiny", "1", ABOUT)
+
+
+def test_exports_share_the_library_and_nothing_else() -> None:
+    """The second graph is the first, byte for byte; what one export replaces in the library is gone after it."""
+    module, rows = nn.Sequential(nn.Linear(3, 2), nn.LogSigmoid()), (torch.zeros(2, 3),)
+    graph = Exportable(module, rows, ("x",), ("y",))
+    first = to_onnx(module, rows, graph)
+    for functions in ONNXRegistry.from_torchlib().functions.values():
+        assert not any(function.is_custom for function in functions)
+    assert to_onnx(module, rows, graph) == first

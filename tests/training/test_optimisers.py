@@ -20,7 +20,7 @@ def test_orthogonalised_keeps_directions_and_evens_lengths() -> None:
     for shape in ((8, 30), (30, 8), (12, 12)):
         matrix = torch.randn(shape, generator=generator) * 1e-3
         left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-        inside = left.T @ orthogonalised(matrix) @ right.T
+        inside = left.T @ orthogonalised(matrix[None])[0] @ right.T
         assert ((inside.diagonal() > 0.6) & (inside.diagonal() < 1.3)).all()
         assert (inside - inside.diagonal().diag()).abs().max() < 0.02
 

@@ -38,6 +38,10 @@ class ImageSet:
         _, channels, height, width = self.train.shape
         return channels, height, width
 
+    def to(self, device: torch.device) -> ImageSet:
+        """The same images, there."""
+        return ImageSet(*(split.to(device) for split in (self.train, self.validation, self.test)))
+
 
 def to_uint8(values: NDArray[np.floating], source: str) -> NDArray[np.uint8]:
     """Grey levels in [0, 1] to 0..255.

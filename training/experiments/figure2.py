@@ -20,6 +20,7 @@ from training.elbo import elbo
 from training.experiments import curves
 from training.experiments.canvas import panels
 from training.model import VAE
+from training.pipeline import device
 from training.stages import vae_stage
 from training.trainer import keyed_generator, train
 
@@ -87,8 +88,8 @@ def draw(data: Path, runs: Path, out: Path, samples: int, pattern: str) -> None:
 
 
 def load(curve: Curve, data: Path) -> ImageSet:
-    """The curve's images."""
-    return run_of(curve, 1, curves.STEP_SIZES[0]).data.load(data)
+    """The curve's images, on a GPU where there is one, which then trains it."""
+    return run_of(curve, 1, curves.STEP_SIZES[0]).data.load(data).to(device("auto"))
 
 
 def run_of(curve: Curve, epochs: int, step_size: float) -> Run:
@@ -113,7 +114,7 @@ def follow(curve: Curve, images: ImageSet, folder: Path, samples: int) -> Run:
     run = run_of(curve, curves.epochs_of(images, samples), step_size)
     order = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(0))[:SCORED]
     scored = {"train_elbo": images.train[order], "test_elbo": images.test[:SCORED]}
-    stage = vae_stage(run, images.shape, torch.device("cpu"))
+    stage = vae_stage(run, images.shape, images.train.device)
     last = run.train.epochs * (len(images.train) // curves.BATCH)
     steps = curves.watched_steps(curves.grid(samples), last)
     watched = replace(
@@ -129,7 +130,7 @@ def choose(curve: Curve, images: ImageSet, folder: Path, samples: int) -> float:
     def trial(step_size: float, inside: Path) -> None:
         after = 5 * curves.CHOSEN_AFTER if curve.woken else curves.CHOSEN_AFTER
         short = run_of(curve, curves.epochs_of(images, min(after, samples)), step_size)
-        train(vae_stage(short, images.shape, torch.device("cpu")), images.train, inside)
+        train(vae_stage(short, images.shape, images.train.device), images.train, inside)
 
     return curves.best_step_size(trial, folder, "elbo")
 
@@ -142,7 +143,9 @@ def bound(vae: VAE, images: Tensor) -> float:
     for part in images.split(1000):
         x = as_float(part)
         latent_dim = vae.posterior(x[:1]).mean.shape[1]
-        total += float(elbo(vae, x, torch.randn(1, len(x), latent_dim, generator=generator)).elbo.sum())
+        total += float(
+            elbo(vae, x, torch.randn(1, len(x), latent_dim, generator=generator, device=x.device)).elbo.sum()
+        )
     return round(total / len(images), 3)
 
 

@@ -53,7 +53,7 @@ def trained(curve: Curve, data: Path, runs: Path, samples: int) -> tuple[VAE, di
     run = follow(curve, images, folder, samples)
     vae = trained_vae(run, images.shape, folder, CPU)
     row = {"data": curve.data, "latent_dim": curve.latent_dim, "samples": samples}
-    return vae, {**row, "test_elbo": bound(vae, images.test)}
+    return vae, {**row, "test_elbo": bound(vae, images.test.to(CPU))}
 
 
 def grid(size: int) -> Tensor:
