@@ -6,6 +6,7 @@ import io
 import math
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -188,8 +189,7 @@ class Model:
         self.plan("sample", sample_rows).measure(max_rows, golden["prior/eps"] if "prior" in self.graphs else z)
         if "recognition" in self.graphs:
             seen = [golden[f"recognition/{key}"] for key in ("y", "mask", "level")]
-            for estimated in (None, 0):
-                self.plan("denoise", denoise_rows, 0, estimated, completions=False).measure(max_rows, *seen)
+            self.plan("denoise", denoise_rows, 0, 0, completions=False).measure(max_rows, *seen)
         if "log_joint" in self.graphs:
             x, z = golden["log_joint/x"], golden["log_joint/z"]
             eps = np.zeros((len(z), DRAWS, *z.shape[1:]), np.float32)
@@ -220,9 +220,7 @@ def open_model(folder: Path, provider: str, threads: int, max_rows: int) -> Mode
     content = {name: _checked(folder, graph.file, graph.sha256) for name, graph in manifest.graphs.items()}
     golden_content = _checked(folder, manifest.golden.file, manifest.golden.sha256)
     try:
-        graphs = {
-            name: Session(graph, provider, 1 if name in OWN_THREAD else threads) for name, graph in content.items()
-        }
+        graphs = _opened(content, provider, threads)
         with np.load(io.BytesIO(golden_content), allow_pickle=False) as file:
             golden = dict(file)
         model = Model(manifest, graphs)
@@ -233,6 +231,17 @@ def open_model(folder: Path, provider: str, threads: int, max_rows: int) -> Mode
     except Exception as error:
         raise StartError(f"{folder} cannot be opened: {error}") from error
     return model
+
+
+def _opened(content: Mapping[str, bytes], provider: str, threads: int) -> dict[str, Session]:
+    """Every graph's session, as many at a time as there are threads, the largest first: few take most of the time."""
+
+    def session(name: str) -> Session:
+        return Session(content[name], provider, 1 if name in OWN_THREAD else threads)
+
+    names = sorted(content, key=lambda name: -len(content[name]))
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        return dict(zip(names, pool.map(session, names), strict=True))
 
 
 def _checked(folder: Path, file: str, sha256: str) -> bytes:

@@ -163,5 +163,5 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             mine = [row for row in rows if (row["data"], row["latent_dim"]) == (data, latent_dim)]
             curves.add_curves(axis, mine, "elbo")
             axis.set(title=f"{data}, {latent_dim} latents", ylabel="bound, nats")
-            axis.set_ylim(*((-150, -95) if data == "mnist" else (0, 1500)))
+            axis.set_ylim(*((-165, -95) if data == "mnist" else (0, 1500)))
         axes[0].legend(frameon=False, fontsize="small")
