@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -147,6 +148,8 @@ def settle() -> None:
     """The interpreter made ready to serve."""
     gc.collect()
     gc.freeze()  # what was made at the start is never garbage, and looking through it stops everybody for long
+    # Work beside the loop follows one thread's order; a pool would by chance grow to several that stay.
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1, "beside"))
     sys.setswitchinterval(SWITCH_S)
 
 

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnxscript import opset18
 from torch import Tensor, nn
 
 from service.golden import deviation
@@ -25,7 +24,6 @@ from service.manifest import FILE_NAME, SCHEMA_VERSION, File, Golden, Graph, Man
 from training.errors import DiskError, ExportError
 from training.gaussian import DiagonalGaussian
 from training.model import VAE
-from training.onnx_library import compile_once
 from training.priors.learned import LearnedPrior
 from training.refinement import Refinement, differentiated
 from training.restoration import FAMILIES, Observation, Recognition
@@ -266,6 +264,8 @@ def to_onnx(module: nn.Module, rows: tuple[Tensor, ...], graph: Exportable) -> b
     names = dict.fromkeys(name for named in axes for name in named.values())
     dims = {name: torch.export.Dim(name, min=1, max=2**20) for name in names}
     shapes = tuple({axis: dims[name] for axis, name in named.items()} for named in axes)
+    from training.onnx_library import compile_once  # noqa: PLC0415  # slow to import, and most commands export nothing
+
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     compile_once()
     with warnings.catch_warnings():
@@ -290,6 +290,8 @@ def to_onnx(module: nn.Module, rows: tuple[Tensor, ...], graph: Exportable) -> b
 
 def _log_sigmoid(x: Any) -> Any:
     """log sigmoid(x) for every x: the exporter's log of onnxruntime's sigmoid is -inf below -37, even in double."""
+    from onnxscript import opset18  # noqa: PLC0415  # likewise
+
     op: Any = opset18
     zero, one = (op.CastLike(op.Constant(value_float=value), x) for value in (0.0, 1.0))
     return op.Sub(op.Min(x, zero), op.Log(op.Add(one, op.Exp(op.Neg(op.Abs(x))))))

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from sklearn.datasets import load_digits
 
 from training.datasets.images import ImageSet, Share, split_off, to_uint8
 from training.strict import Strict
@@ -22,6 +21,8 @@ class Digits(Strict):
 
     def load(self, root: Path) -> ImageSet:  # noqa: ARG002  # as every data set
         """The three splits; `root` is not read."""
+        from sklearn.datasets import load_digits  # noqa: PLC0415  # takes longer to import than torch
+
         values, _ = load_digits(return_X_y=True)
         images = torch.from_numpy(to_uint8(values / 16.0, "digits").reshape(-1, 1, 8, 8))
         rest, test = split_off(images, self.test, self.seed)

@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 COLUMNS = 5
 
 
@@ -18,6 +16,8 @@ def panels(
     count: int, path: Path, columns: int = COLUMNS, size: tuple[float, float] = (3.6, 3.0)
 ) -> Iterator[list[Any]]:
     """A grid of `count` axes, each of `size` in inches, written to `path` as PNG when the block ends."""
+    from matplotlib.figure import Figure  # noqa: PLC0415  # slow to import, and most commands draw nothing
+
     columns = max(1, min(columns, count))
     rows = max(1, math.ceil(count / columns))
     figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 
 from training.extras import needed
 
@@ -49,5 +48,7 @@ def auroc(inside: NDArray[Any], outside: NDArray[Any]) -> float:
 
     Source: Hanley and McNeil (1982), the Wilcoxon statistic.
     """
+    from scipy.stats import rankdata  # noqa: PLC0415  # slow to import, and one command needs it
+
     ranks = rankdata(np.concatenate([inside, outside]))[: len(inside)].sum()
     return float((ranks - len(inside) * (len(inside) + 1) / 2) / (len(inside) * len(outside)))

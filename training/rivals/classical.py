@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage, signal
+from scipy import ndimage
 
 from training.extras import needed
 
@@ -39,6 +39,8 @@ def wiener(y: Plane, sigma: float, window: float) -> Plane:
 
     Source: Lim (1990), "Two-dimensional signal and image processing", equation 9.46.
     """
+    from scipy import signal  # noqa: PLC0415  # slow to import, and one method needs it
+
     with np.errstate(divide="ignore", invalid="ignore"):  # of windows without variance, where it takes the mean
         return np.asarray(signal.wiener(y, int(window), noise=sigma**2))
 
