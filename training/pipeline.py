@@ -142,7 +142,6 @@ class Workshop:
         """
         version_folder(models, self.run.name, self.run.version, replace=replace)
         vae, recognition = self.vae(), self.recognition()
-        graphs = exportables(vae, recognition, *self._golden_rows())
         about = {
             "input_shape": list(self.images.shape),
             "value_range": [0.0, 1.0],
@@ -155,6 +154,8 @@ class Workshop:
             "quality": self._quality(vae, recognition),
             "scoring": held_out(vae, self.images.validation, self.run.seed, dynamic=self.run.binarise),
         }
+        # Graphs are traced where they are compared with onnxruntime.
+        graphs = exportables(vae.cpu(), None if recognition is None else recognition.cpu(), *self._golden_rows())
         return export(graphs, models, self.run.name, self.run.version, about, replace=replace)
 
     def _check_images(self) -> None:
@@ -171,9 +172,9 @@ class Workshop:
             raise CheckpointError(f"{self.folder} was trained on other images; use --fresh or another --run")
 
     def _golden_rows(self) -> tuple[Tensor, Observation]:
-        x = as_float(self.images.test[:GOLDEN_ROWS])
+        x = as_float(self.images.test[:GOLDEN_ROWS].cpu())
         rows = x.repeat(-(-GOLDEN_ROWS // len(x)), 1, 1, 1)[:GOLDEN_ROWS]
-        return rows, simulate(rows, keyed_generator(self.device, self.run.seed, 5))
+        return rows, simulate(rows, keyed_generator(x.device, self.run.seed, 5))
 
     def _training(self) -> dict[str, Any]:
         seconds = stage_seconds(self.folder)

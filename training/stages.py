@@ -90,7 +90,8 @@ def restoration_stage(run: Run, vae: VAE, shape: tuple[int, int, int], device: t
         eps = _noise(settings.draws, len(x), run.model.latent_dim, generator)
         return restoration_bound(model, vae, x, simulate(x, generator), eps)
 
-    identity = _restoration_identity(run)  # operators are numpy's: no GPU can replay them
+    identity = _restoration_identity(run)
+    # What images are seen through is computed by numpy, which no GPU can replay.
     return Stage("restoration", recognition, objective, settings, run.seed + 1, identity, replayable=False)
 
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from service import manifest
 from training.config import Run
+from training.pipeline import Workshop
 from training.stages import restoration_stage, trained_vae, vae_stage
 from training.trainer import train
 
@@ -112,3 +114,10 @@ def test_restoration_trains_on_a_gpu(tmp_path: Path) -> None:
     stage = restoration_stage(run(), trained_vae(run(), SHAPE, tmp_path, device), SHAPE, device)
     train(stage, images(), tmp_path)
     assert all(bool(p.isfinite().all()) for p in stage.module.parameters())
+
+
+def test_a_run_is_exported_from_a_gpu(tmp_path: Path) -> None:
+    """Trained and evaluated there; the graphs and their golden vectors are made on the CPU that serves them."""
+    workshop = Workshop.open(run(1), tmp_path, tmp_path / "run", torch.device("cuda"))
+    version = workshop.fit(tmp_path / "models")
+    assert manifest.read(version).training["device"] == "cuda"
