@@ -230,4 +230,4 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             axis.set(title=f"{size:,} training images", ylabel="log p(x), nats", ylim=(-200, -100))
         drawn = [axis for axis in axes if axis.lines]
         if drawn:
-            drawn[-1].legend(frameon=False, fontsize="small")
+            drawn[-1].legend(frameon=False, fontsize="small", loc="lower right")
