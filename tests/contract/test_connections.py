@@ -230,10 +230,8 @@ def test_a_request_that_trickles_is_cut_off(url: str, before: bytes, trickle: by
 def test_an_idle_connection_is_closed_without_a_word(url: str) -> None:
     """Before its first request, and after one; empty lines are no requests, and keep nothing open."""
     with connected(url) as never, connected(url) as served, connected(url) as restless:
-        served.sendall(WHOLE)
-        restless.sendall(WHOLE)
-        assert served.recv(65536).startswith(b"HTTP/1.1 200")
-        assert restless.recv(65536).startswith(b"HTTP/1.1 200")
+        assert is_served(served, WHOLE)
+        assert is_served(restless, WHOLE)
         begun = time.monotonic()
         for _ in range(40):
             time.sleep(TIMEOUT_S / 5)
