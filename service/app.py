@@ -145,7 +145,7 @@ def end_process() -> None:
 
 
 def settle() -> None:
-    """The interpreter made ready to serve."""
+    """The interpreter and its running loop made ready to serve."""
     gc.collect()
     gc.freeze()  # what was made at the start is never garbage, and looking through it stops everybody for long
     # Work beside the loop follows one thread's order; a pool would by chance grow to several that stay.

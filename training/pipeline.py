@@ -29,7 +29,7 @@ from training.trainer import keyed_generator, stage_seconds, train
 
 
 def device(wanted: str) -> torch.device:
-    """`auto`, `cpu` or `cuda`.
+    """`auto`, `cpu` or `cuda`, made ready.
 
     Raises: ConfigError where CUDA is asked for and there is none.
     """

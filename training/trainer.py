@@ -155,7 +155,7 @@ class _Loop:
         self.weights = [p for p in self.parameters if p.ndim > 1]
         replayed = images.is_cuda and stage.replayable and processes.size == 1
         self.optimisers = build(settings, self.parameters, capturable=replayed)
-        self.peaks = [float(group["lr"]) for optimiser in self.optimisers for group in optimiser.param_groups]
+        self.peaks = [float(group["lr"]) for group in self._groups]
         self.averaged = AveragedModel(stage.module, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))
         self.averages: list[Tensor] = [p for p in self.averaged.module.parameters() if p.requires_grad]
         lower = settings.precision == "bfloat16" and computes_bfloat16(images.device)
@@ -167,10 +167,14 @@ class _Loop:
         self.minibatch, self.advance = self._minibatch, self._advance
         if replayed:
             self.minibatch = Replay(self._minibatch, self.generators)
-            rates = [group["lr"] for optimiser in self.optimisers for group in optimiser.param_groups]
             steady = settings.schedule == "constant" and settings.warmup_steps == 0
-            if steady or all(isinstance(rate, Tensor) for rate in rates):  # a number is recorded for good
+            if steady or all(isinstance(group["lr"], Tensor) for group in self._groups):  # a number stays as recorded
                 self.advance = Replay(self._advance)
+
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        """The optimisers' groups of parameters; a checkpoint puts others in their place."""
+        return [group for optimiser in self.optimisers for group in optimiser.param_groups]
 
     def run(self, interrupted: Callable[[], bool]) -> None:
         progress = tqdm(
@@ -265,8 +269,7 @@ class _Loop:
         if norm > self.settings.gradient_norm:
             total = torch.tensor(norm, device=self.images.device)
             nn.utils.clip_grads_with_norm_(self.parameters, self.settings.gradient_norm, total, foreach=True)
-        groups = [group for optimiser in self.optimisers for group in optimiser.param_groups]
-        for group, peak in zip(groups, self.peaks, strict=True):
+        for group, peak in zip(self._groups, self.peaks, strict=True):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(peak * self._rate())
             else:
