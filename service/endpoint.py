@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from service import problems
 from service.admission import admit
-from service.codecs import EVENTS, HEADERS, READERS, Answer, Body, EventForm, Intake, Payload, single_array
+from service.codecs import EVENTS, HEADERS, READERS, Answer, Body, EventForm, Intake, Meter, Payload, single_array
 from service.config import Settings
 from service.engine import Engine
 from service.errors import CallerGone, InvalidOption, WrongModel
@@ -134,10 +134,9 @@ class OperationApp:
         intake = Intake(
             operation.takes or "",
             operation.row_shape(model, options),
-            settings.max_pixels,
+            Meter(settings.max_pixels, settings.max_request_rows, call.share.need),
             operation.masked,
             operation.or_latents,
-            self.context.memory.limit,
         )
         payload = READERS[form](call.body, content_type, intake) if form else Payload(None)
         if payload.options:

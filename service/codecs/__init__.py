@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from service.codecs import events, image, multipart, npy, raw, structured
 from service.codecs.events import EventForm
-from service.codecs.payload import Answer, Body, Header, Intake, Payload, Reader, Writer, binary, single_array
+from service.codecs.payload import Answer, Body, Header, Intake, Meter, Payload, Reader, Writer, binary, single_array
 
 READERS: dict[str, Reader] = {
     "application/json": structured.read,
@@ -53,6 +53,7 @@ __all__ = [
     "Body",
     "EventForm",
     "Intake",
+    "Meter",
     "Payload",
     "Reader",
     "Writer",

@@ -9,26 +9,71 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from service.errors import InvalidShape
+from service.errors import InvalidShape, TooLarge
 from service.pixels import Pixels
 
 FLOAT = np.dtype("<f4")
 """What travels in binary."""
 
 
+class Meter:
+    """What reading one body may cost: pixels of all its pictures, rows, memory, time.
+
+    A reader asks it before it allocates or decodes, since work in a thread cannot be cancelled.
+    """
+
+    def __init__(
+        self,
+        max_pixels: int = 2**24,
+        max_rows: int = 2**14,
+        reserve: Callable[[int], None] = lambda _: None,
+        check_time: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Limits of one request.
+
+        Args:
+            max_pixels: Pixels of all pictures together, masks included (VAE_MAX_PIXELS).
+            max_rows: Rows of one request (VAE_MAX_REQUEST_ROWS).
+            reserve: Takes a number of bytes from the memory budget until the request is answered; raises TooLarge or
+                Overloaded where they are not there.
+            check_time: Raises DeadlinePassed after the request's deadline. To be called between parts of long work.
+        """
+        self.max_pixels, self.max_rows = max_pixels, max_rows
+        self.reserve, self.check_time = reserve, check_time
+        self._pixels = 0
+
+    def picture(self, width: int, height: int, pixel_bytes: int) -> None:
+        """Count a picture, known from its header, before it is decoded.
+
+        Args:
+            width: Pixels a row.
+            height: Rows of pixels.
+            pixel_bytes: Most memory that decoding and converting takes, in bytes a pixel.
+
+        Raises:
+            TooLarge: The request's pictures exceed VAE_MAX_PIXELS, or their memory VAE_MEMORY_BYTES.
+            Overloaded: Other requests leave too little memory.
+            DeadlinePassed: The request's time is up.
+        """
+        if self._pixels + width * height > self.max_pixels:
+            further = f", with {self._pixels} of the request's other pictures," if self._pixels else ""
+            raise TooLarge(f"{width} x {height} pixels{further} are above VAE_MAX_PIXELS ({self.max_pixels})")
+        self._pixels += width * height
+        self.check_time()
+        self.reserve(width * height * pixel_bytes)
+
+
 class Intake(NamedTuple):
-    """What the operation takes: the array's name, the shape of one row, how large a picture may be.
+    """What the operation takes: the array's name, the shape of one row, and what reading may cost.
 
     masked: whether a picture's transparency is a mask. or_latents: whether latents may come in place of images.
-    memory_bytes: what reading it may take.
     """
 
     name: str
     shape: tuple[int, ...]
-    max_pixels: int
+    meter: Meter
     masked: bool = False
     or_latents: bool = False
-    memory_bytes: int = 2**30
 
     @property
     def is_images(self) -> bool:

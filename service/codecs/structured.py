@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from service.codecs import image
 from service.codecs.payload import Answer, Body, Intake, Payload
-from service.errors import InvalidShape, TooLarge, Unreadable
+from service.errors import InvalidShape, Unreadable
 from service.pixels import Pixels
 
 MOST_AXES = 8
@@ -30,11 +30,8 @@ def read(body: Body, _content_type: str, intake: Intake) -> Payload:
 
     Numbers go from the text to the array without becoming Python's.
     """
-    if len(body) > LARGE and body.count(b",") * NUMBER_BYTES > intake.memory_bytes:
-        raise TooLarge(
-            f"reading {body.count(b',')} numbers from JSON takes more than VAE_MEMORY_BYTES ({intake.memory_bytes}); "
-            "send fewer, or the same as application/x-npy"
-        )
+    if len(body) > LARGE:
+        intake.meter.reserve(body.count(b",") * NUMBER_BYTES)
     try:
         content = simdjson.Parser().parse(bytes(body) or b"{}")
     except (ValueError, RuntimeError) as error:
@@ -62,11 +59,9 @@ def _arrays(value: Any, intake: Intake) -> tuple[NDArray[Any], NDArray[Any] | No
     texts = [value] if isinstance(value, str) else value
     if not (isinstance(texts, list | simdjson.Array) and len(texts) and isinstance(texts[0], str)):
         return _numbers(value, intake.name), None
-    pixels, pictures = 0, list[Pixels]()
-    masks: list[Pixels | None] = []
+    pictures, masks = list[Pixels](), list[Pixels | None]()
     for text in texts:
-        picture, mask = image.parse(_base64(text), intake, pixels)
-        pixels += picture[0].size
+        picture, mask = image.parse(_base64(text), intake)
         pictures.append(picture)
         masks.append(mask)
     if len({picture.shape for picture in pictures}) > 1:

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import atheris
 import numpy as np
@@ -23,7 +24,7 @@ from PIL import Image
 with atheris.instrument_imports(include=["service", "python_multipart"]):
     from service import manifest
     from service.admission import check_range
-    from service.codecs import READERS, Intake
+    from service.codecs import READERS, Intake, Meter
     from service.codecs.payload import as_images, as_rows
     from service.config import Settings
     from service.endpoint import Context, OperationApp
@@ -34,11 +35,11 @@ with atheris.instrument_imports(include=["service", "python_multipart"]):
     from service.repository import Repository
     from service.routes import OPERATIONS
 
-INTAKES = (
-    Intake("images", (1, 8, 8), 2**16, memory_bytes=2**26),
-    Intake("images", (3, 8, 8), 2**16, masked=True, memory_bytes=2**26),
-    Intake("images", (1, 8, 8), 2**16, or_latents=True, memory_bytes=2**26),
-    Intake("latents", (8,), 2**16, memory_bytes=2**26),
+INTAKES: tuple[dict[str, Any], ...] = (
+    {"name": "images", "shape": (1, 8, 8)},
+    {"name": "images", "shape": (3, 8, 8), "masked": True},
+    {"name": "images", "shape": (1, 8, 8), "or_latents": True},
+    {"name": "latents", "shape": (8,)},
 )
 CONTENT_TYPES = {"multipart/form-data": "multipart/form-data; boundary=x"}
 MANIFEST = Path(__file__).parents[2] / "models" / "mnist-2d" / "1" / manifest.FILE_NAME
@@ -51,7 +52,7 @@ def body(form: str) -> Callable[[bytes], None]:
     """The reader of that media type, and what becomes of its array; the first byte says what is wanted."""
 
     def read(data: bytes) -> None:
-        intake = INTAKES[data[0] % len(INTAKES)] if data else INTAKES[0]
+        intake = Intake(meter=Meter(2**16), **INTAKES[data[0] % len(INTAKES) if data else 0])
         payload = READERS[form](data[1:], CONTENT_TYPES.get(form, form), intake)
         for app in APPS[:1] if payload.options else ():
             app._options({key: value for key, value in payload.options.items() if isinstance(key, str)})
