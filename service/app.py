@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
-import signal
 import sys
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from service import __version__, problems
-from service.config import Settings, read_settings
+from service.config import Settings
 from service.control import Control
 from service.doors import add_doors
 from service.endpoint import Context
@@ -109,6 +108,7 @@ def create_app(
             "logs": False,
         },
     )
+    app.state.repository, app.state.stopping = repository, False
     add_operations(app, Context(settings, repository, engine, Memory(settings.memory_bytes)))
     for router in (
         models_router(repository, OPERATIONS),
@@ -132,16 +132,6 @@ def add_middleware(app: FastAPI, settings: Settings) -> None:
     if settings.access_log:
         app.add_middleware(AccessLog)
     app.add_middleware(Tracking)
-
-
-def create_worker_app() -> FastAPI:
-    """The service of one of several worker processes; settings come by the environment."""
-    return create_app(read_settings(), on_failure=end_process)
-
-
-def end_process() -> None:
-    """As if an operator asked for it: who can still be answered is."""
-    signal.raise_signal(signal.SIGTERM)
 
 
 def settle() -> None:

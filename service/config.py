@@ -6,18 +6,35 @@ import difflib
 import ipaddress
 import json
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from limits import parse_many
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from service.errors import StartError
 from service.selection import ALL, Selection
 
 PREFIX = "VAE_"
 NOT_OURS = {"VAE_DATA"}  # where the tests find real data; often set in the same shell
+_NUMBER = r"\d{1,5}"
+_ADDRESS = r"[\d.]+|[\da-f:]+"
+_URL = r"(?:tcp|udp|sctp)://(?:[\d.]+|\[[\da-f:]+\]):\d{1,5}"
+KUBERNETES = tuple(
+    (re.compile(rf"{PREFIX}(?:[A-Z0-9_]+_)?{name}"), re.compile(value))
+    for name, value in (
+        ("SERVICE_HOST", _ADDRESS),
+        ("SERVICE_PORT(?:_[A-Z0-9_]+)?", _NUMBER),
+        ("PORT", _URL),
+        (rf"PORT_{_NUMBER}_(?:TCP|UDP|SCTP)", _URL),
+        (rf"PORT_{_NUMBER}_(?:TCP|UDP|SCTP)_PROTO", "tcp|udp|sctp"),
+        (rf"PORT_{_NUMBER}_(?:TCP|UDP|SCTP)_PORT", _NUMBER),
+        (rf"PORT_{_NUMBER}_(?:TCP|UDP|SCTP)_ADDR", _ADDRESS),
+    )
+)
+"""Names and values of the variables that Kubernetes sets in every pod for a service named `vae` or `vae-*`."""
 
 
 def _rate(value: str) -> str:
@@ -38,6 +55,7 @@ def _located(value: Any) -> Any:
     return Path(value) if isinstance(value, str) and "://" not in value else value
 
 
+OPTIONS_EXAMPLE = 'VAE_MODELS_OPTIONS={"endpoint_url": "https://store.example"}'
 Rate = Annotated[str, AfterValidator(_rate)]
 Proxies = Annotated[str, AfterValidator(_proxies)]
 Location = Annotated[Path | str, BeforeValidator(_located)]
@@ -70,10 +88,13 @@ class Settings(BaseSettings):
     """Address to listen on."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """Port to listen on; 0 takes a free one."""
+    unix_socket: str = ""
+    """Path of a unix socket to listen on, with mode 0660. A file that nobody listens on is replaced, and the file is
+    removed at the end. The port is then bound only where VAE_PORT is set too."""
     execution_provider: Literal["auto", "cpu", "cuda"] = "auto"
     """Where models run; `auto` is CUDA where this onnxruntime has it, else the CPU."""
     workers: Annotated[int, Field(ge=1, le=256)] = 1
-    """Processes that serve; each has its own models and batches. One that dies is replaced."""
+    """Processes that serve; each has its own models and batches. One that dies is replaced, also where there is one."""
     threads: Annotated[int, Field(ge=0)] = 0
     """Threads a model may use; 0 shares the CPUs of this machine, or of the container's quota, among the workers."""
     max_rows: Annotated[int, Field(ge=1)] = 64
@@ -87,8 +108,12 @@ class Settings(BaseSettings):
     timeout_s: Annotated[float, Field(gt=0)] = 30.0
     """How long a request may wait before it is answered 504; X-Timeout-Ms can only shorten it."""
     batch_limit_s: Annotated[float, Field(gt=0)] = 60.0
-    """A batch that takes longer is stuck: its callers are answered 500, readiness turns false, and the process ends, to
-    be started anew by VAE_WORKERS or by whatever keeps it running."""
+    """A batch that takes longer is stuck: its callers are answered 500, readiness turns false, and the worker ends and
+    is replaced."""
+    loop_limit_s: Annotated[float, Field(gt=0)] = 10.0
+    """A worker whose event loop stands still for longer is killed and replaced; its stacks are logged."""
+    drain_s: Annotated[float, Field(ge=0)] = 2.0
+    """How long requests are still accepted after SIGTERM, while readiness is false and balancers turn away."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 64 * 2**20
     """Size of a request's body."""
     max_request_rows: Annotated[int, Field(ge=1)] = 16384
@@ -143,13 +168,10 @@ class Settings(BaseSettings):
     tracing: bool = False
     """Whether requests are traced by OpenTelemetry; OTEL_EXPORTER_OTLP_ENDPOINT names the collector."""
 
-    def to_environment(self) -> dict[str, str]:
-        """The same settings as environment variables, for worker processes."""
-        values = self.model_dump(mode="json", exclude_none=True)
-        return {
-            PREFIX + name.upper(): value if isinstance(value, str) else json.dumps(value)
-            for name, value in values.items()
-        }
+    @property
+    def binds_port(self) -> bool:
+        """Whether `port` is listened on."""
+        return not self.unix_socket or "port" in self.model_fields_set
 
 
 def split(value: str) -> list[str]:
@@ -162,6 +184,7 @@ def read_settings(arguments: list[str] | None = None) -> Settings:
 
     Raises: StartError in one line for an unknown variable or a value that does not fit.
     """
+    forget_kubernetes()
     known = {PREFIX + name.upper() for name in Settings.model_fields}
     for name in sorted(os.environ.keys() - known - NOT_OURS):
         if name.startswith(PREFIX):
@@ -172,4 +195,24 @@ def read_settings(arguments: list[str] | None = None) -> Settings:
         return Settings(_cli_parse_args=False if arguments is None else arguments)
     except ValidationError as error:
         problems = [f"{PREFIX}{'.'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in error.errors()]
-        raise StartError("; ".join(problems)) from error
+        raise StartError("; ".join(" ".join(said.split()) for said in problems)) from error
+    except (SettingsError, RecursionError) as error:  # RecursionError: brackets in brackets
+        cause = error.__cause__
+        where = f" ({cause.msg} at character {cause.pos})" if isinstance(cause, json.JSONDecodeError) else ""
+        raise StartError(f"{PREFIX}MODELS_OPTIONS is not JSON{where}; an example: {OPTIONS_EXAMPLE}") from error
+
+
+def forget_kubernetes() -> list[str]:
+    """Remove from the environment what Kubernetes has set for services, which is no setting of ours; gives the names.
+
+    Name and value must both have Kubernetes' form, so that a misspelt setting is still an error. VAE_PORT=tcp://... is
+    such a variable, VAE_PORT=8000 is a setting.
+    """
+    found = [
+        name
+        for name, value in os.environ.items()
+        if any(of_name.fullmatch(name) and of_value.fullmatch(value) for of_name, of_value in KUBERNETES)
+    ]
+    for name in found:
+        del os.environ[name]
+    return sorted(found)

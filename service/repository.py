@@ -100,19 +100,8 @@ class Repository:
         Raises: StartError, in one line, for a missing or empty folder, an unknown default or one of which no version
         can be served, a selected model that is not there.
         """
-        if not folder.is_dir():
-            raise StartError(f"no model repository {folder.resolve()}; set VAE_MODELS, or train one")
         library = Library(folder, selection, lambda path: open_model(path, provider, threads, max_rows))
-        names = library.names()
-        if not names:
-            raise StartError(f"{folder.resolve()} holds no model; expected <name>/<version>/{manifests.FILE_NAME}")
-        selected = sorted(selection.models or names)
-        for name in selected:
-            if name not in names:
-                raise StartError(f"VAE_VERSIONS names {name}, but the models are {', '.join(names)}")
-        default = default or selected[0]
-        if default not in selected:
-            raise StartError(f"VAE_DEFAULT_MODEL is {default!r}, but the models are {', '.join(selected)}")
+        default, names = default_model(library, default), library.names()
         repository = cls({}, default, library)
         for name in names:
             repository.settle(name, standing)
@@ -245,6 +234,27 @@ class Repository:
         if name not in self.conditions:
             return UnknownModel(f"no model {name!r:.80}; the models are {', '.join(self.models)}")
         return NotReady(f"no version of model {name} is served; /v1/models/{name} says why")
+
+
+def default_model(library: Library, wanted: str) -> str:
+    """The model that requests without a name mean: the one that is wanted, else the first by name.
+
+    Raises: StartError for a missing or empty folder, an unknown default, a selected model that is not there.
+    """
+    folder, selection = library.folder, library.selection
+    if not folder.is_dir():
+        raise StartError(f"no model repository {folder.resolve()}; set VAE_MODELS, or train one")
+    names = library.names()
+    if not names:
+        raise StartError(f"{folder.resolve()} holds no model; expected <name>/<version>/{manifests.FILE_NAME}")
+    selected = sorted(selection.models or names)
+    for name in selected:
+        if name not in names:
+            raise StartError(f"VAE_VERSIONS names {name}, but the models are {', '.join(names)}")
+    default = wanted or selected[0]
+    if default not in selected:
+        raise StartError(f"VAE_DEFAULT_MODEL is {default!r}, but the models are {', '.join(selected)}")
+    return default
 
 
 def _is_seen(*paths: Path) -> bool:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import re
 from collections.abc import Callable
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 from prometheus_client import (
@@ -18,13 +15,16 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
     generate_latest,
-    multiprocess,
 )
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from service.shared_values import SharedValues
+
 MEDIA_TYPE = CONTENT_TYPE_LATEST
-SHARED_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
-"""Where prometheus_client keeps the metrics of several processes; set before it is imported."""
+SHARED_FOLDER = "SERVICE_SHARED_FOLDER"
+"""The environment variable that names a folder of all workers, where there are several; the supervisor sets it."""
+RESTART_REASONS = ("killed", "exited", "stuck", "not_started")
+"""Why a worker was replaced: by a signal, by itself, because its loop stood still, because it could not start."""
 FLUSH_S = 0.1
 """How long a figure may be on its way to the metrics of another worker's answer."""
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0)
@@ -37,7 +37,6 @@ class Telemetry:
     def __init__(self, load: Callable[[], tuple[int, int]]) -> None:
         """load: rows that wait and batches that run, asked for at every flush."""
         disable_created_metrics()  # a second series for each, that nobody asks for
-        forget_the_dead()
         self.registry = CollectorRegistry()
         labels = ("model", "operation")
         self._requests = Counter(
@@ -68,7 +67,8 @@ class Telemetry:
             multiprocess_mode="livemin",
         )  # fmt: skip
         self._tasks = live("vae_tasks", "Tasks of the event loop: a request has one or two")
-        if SHARED_FOLDER not in os.environ:
+        restarts_counter(self.registry)
+        if _shared is None or not _several:
             ProcessCollector(registry=self.registry)  # memory, descriptors, processor time; of one process alone
         self._request_child = cache(self._requests.labels)
         self._rows_child = cache(self._rows.labels)
@@ -124,10 +124,12 @@ class Telemetry:
     def exposition(self) -> bytes:
         """All metrics in Prometheus' text format, summed over the workers where there are several."""
         self.flush()
-        if SHARED_FOLDER not in os.environ:
+        if _shared is None:
             return generate_latest(self.registry)
         registry = CollectorRegistry()
-        multiprocess.MultiProcessCollector(registry)
+        registry.register(_shared)
+        if not _several:
+            ProcessCollector(registry=registry)
         return generate_latest(registry)
 
 
@@ -137,10 +139,25 @@ def server_timing(queue_s: float, inference_s: float | None) -> str:
     return f"queue;dur={queue_s * 1e3:.3f}{inference}"
 
 
-def forget_the_dead() -> None:
-    """Drop the gauges of workers that no longer run."""
-    folder = os.environ.get(SHARED_FOLDER)
-    for path in Path(folder).glob("gauge_live*.db") if folder else ():
-        found = re.search(r"_(\d+)\.db$", path.name)
-        if found and not Path(f"/proc/{found.group(1)}").exists():
-            multiprocess.mark_process_dead(int(found.group(1)))
+def restarts_counter(registry: CollectorRegistry) -> Counter:
+    """Workers that were replaced. The supervisor counts; the workers show it."""
+    restarts = Counter(
+        "vae_worker_restarts", "Workers started again, by what ended the one before", ("reason",), registry=registry
+    )
+    for reason in RESTART_REASONS:
+        restarts.labels(reason)  # at 0, so that a rate sees the first one
+    return restarts
+
+
+_shared: SharedValues | None = None
+_several = False
+
+
+def share(values: SharedValues, slot: int, *, several: bool) -> None:
+    """Keep the metrics that this process makes in shared memory, as the supervisor and its workers do.
+
+    several: whether there is more than one worker.
+    """
+    global _shared, _several  # as prometheus_client keeps it, for a whole process
+    values.use(slot)
+    _shared, _several = values, several

@@ -23,7 +23,13 @@ CLIENT_GONE = 499
 """As nginx logs a request whose caller left before the answer began."""
 
 _plain = re.compile(rb"[\w.:=/+-]{1,128}", re.ASCII).fullmatch
-_process, _numbers = f"{secrets.token_hex(6)}-%x".encode(), count(1)
+
+
+def _beginning() -> bytes:
+    return f"{secrets.token_hex(6)}-%x".encode()
+
+
+_process, _numbers = _beginning(), count(1)
 _current: ContextVar[Scope | None] = ContextVar("request", default=None)
 _propagator = TraceContextTextMapPropagator()
 
@@ -74,6 +80,12 @@ class AccessLog:
             await self.app(scope, receive, noting)
         finally:
             _log_access(scope, status, (time.perf_counter() - started) * 1e3)
+
+
+def renew() -> None:
+    """Give the ids of this process another beginning than those of the process that it was forked from."""
+    global _process  # noqa: PLW0603  # read at every request
+    _process = _beginning()
 
 
 def request_id() -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from service.engine import Engine
@@ -26,7 +26,9 @@ def health_router(repository: Repository, engine: Engine) -> APIRouter:
         return {"live": True}
 
     @router.get("/ready", summary="Whether the default model is served and the engine runs", responses=READY)
-    async def ready() -> Response:
+    async def ready(request: Request) -> Response:
+        if request.app.state.stopping:
+            raise NotReady("the service is stopping; ask another replica")
         if not engine.healthy:
             raise NotReady("the engine has stopped")
         if repository.default not in repository.models:

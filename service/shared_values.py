@@ -1,0 +1,188 @@
+"""Metric values of several processes, in memory that they inherit from a common parent.
+
+prometheus_client's own way is a file for each process, mapped into memory: on a full disk the process that writes to it
+is killed by SIGBUS, a damaged file breaks every exposition, and each restart leaves files behind. This memory needs no
+file. Its values outlive the process that wrote them, and the process that takes its slot counts on from there.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import mmap
+import threading
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from prometheus_client import values as prometheus_values
+from prometheus_client.core import Metric
+
+VALUES = 2**14
+"""Values of one process; memory is taken only for those that are used."""
+KEY_BYTES = 256 * VALUES
+HEAD_BYTES = 64
+LENGTH_BYTES = 4
+SLOT_BYTES = HEAD_BYTES + 8 * VALUES + KEY_BYTES
+COUNT, LIVE = 0, 1
+"""Fields of a slot's head: how many values it has, and whether its process lives."""
+
+log = logging.getLogger(__name__)
+
+
+class Key(NamedTuple):
+    """What a value is of. `mode` says how a gauge's values are combined: livesum or livemin."""
+
+    kind: str
+    mode: str
+    family: str
+    documentation: str
+    sample: str
+    labels: tuple[tuple[str, str], ...]
+
+
+class Slot:
+    """The values of one process. They are appended, never removed."""
+
+    def __init__(self, memory: memoryview) -> None:
+        """memory: SLOT_BYTES of shared memory, zero or as an earlier process left them."""
+        end = HEAD_BYTES + 8 * VALUES
+        self.head, self.cells, self._keys = (
+            memory[:HEAD_BYTES].cast("Q"),
+            memory[HEAD_BYTES:end].cast("d"),
+            memory[end:],
+        )
+        self._places: dict[Key, int] = {}
+        self._end = 0
+        self._full = False
+
+    def places(self) -> Mapping[Key, int]:
+        """Where each value is in `cells`; those that another process has added since included."""
+        while len(self._places) < min(self.head[COUNT], VALUES):
+            start = self._end + LENGTH_BYTES
+            end = start + int.from_bytes(self._keys[self._end : start], "little")
+            kind, mode, family, documentation, sample, labels = json.loads(bytes(self._keys[start:end]))
+            key = Key(kind, mode, family, documentation, sample, tuple((name, value) for name, value in labels))
+            self._places[key] = len(self._places)
+            self._end = end
+        return self._places
+
+    def place(self, key: Key) -> int | None:
+        """Where its value is in `cells`; a new one at the end. None where there is no room."""
+        places = self.places()
+        if key in places:
+            return places[key]
+        content, place = json.dumps(key).encode(), len(places)
+        start = self._end + LENGTH_BYTES
+        if place == VALUES or start + len(content) > KEY_BYTES:
+            if not self._full:
+                log.warning("no room for more metrics; %s%s is not counted", key.sample, dict(key.labels))
+            self._full = True
+            return None
+        self._keys[self._end : start] = len(content).to_bytes(LENGTH_BYTES, "little")
+        self._keys[start : start + len(content)] = content
+        self.cells[place] = 0.0
+        self.head[COUNT] = place + 1  # last, so that no other process reads half a key
+        return self.places()[key]
+
+
+class SharedValues:
+    """A slot for each process, and a collector that adds them up. Made before the processes are forked."""
+
+    def __init__(self, slots: int) -> None:
+        memory = memoryview(mmap.mmap(-1, slots * SLOT_BYTES))
+        self.slots = [Slot(memory[k * SLOT_BYTES : (k + 1) * SLOT_BYTES]) for k in range(slots)]
+
+    def use(self, slot: int) -> None:
+        """Let the metrics that this process makes from now on keep their values in that slot."""
+        own = self.slots[slot]
+        for key, place in own.places().items():
+            if key.kind == "gauge":
+                own.cells[place] = math.nan  # of the process before
+        own.head[LIVE] = 1
+        prometheus_values.ValueClass = _value_class(own)
+
+    def died(self, slot: int) -> None:
+        """Leave out its gauges; its counters stay."""
+        self.slots[slot].head[LIVE] = 0
+
+    def collect(self) -> Iterator[Metric]:
+        """Every metric, over all processes: counters and histograms added up, gauges of those that live combined."""
+        families: dict[str, Metric] = {}
+        totals: dict[Key, float] = {}
+        for slot in self.slots:
+            for key, place in slot.places().items():
+                value = slot.cells[place]
+                families.setdefault(key.family, Metric(key.family, key.documentation, key.kind))
+                if key.kind == "gauge" and (math.isnan(value) or not slot.head[LIVE]):
+                    continue
+                if key not in totals:
+                    totals[key] = value
+                else:
+                    totals[key] = min(totals[key], value) if key.mode == "livemin" else totals[key] + value
+        below: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+        for key, value in sorted(totals.items(), key=_by_bucket):
+            family = families[key.family]
+            if not key.sample.endswith("_bucket"):
+                family.add_sample(key.sample, dict(key.labels), value)
+                continue
+            one = key.labels[:-1]  # without `le`
+            below[key.family, one] = below.get((key.family, one), 0.0) + value
+            family.add_sample(key.sample, dict(key.labels), below[key.family, one])
+        for (name, labels), count in below.items():
+            families[name].add_sample(f"{name}_count", dict(labels), count)
+        yield from families.values()
+
+
+def _by_bucket(item: tuple[Key, float]) -> tuple[str, str, tuple[tuple[str, str], ...], float]:
+    """Buckets of one histogram beside each other, the smallest first."""
+    key = item[0]
+    if key.sample.endswith("_bucket"):
+        return key.family, key.sample, key.labels[:-1], float(key.labels[-1][1])
+    return key.family, key.sample, key.labels, 0.0
+
+
+def _value_class(slot: Slot) -> type:
+    """What prometheus_client makes its values of: each is a cell of that slot."""
+    lock = threading.Lock()
+
+    class SharedValue:
+        _multiprocess = True
+
+        def __init__(
+            self,
+            typ: str,
+            metric_name: str,
+            name: str,
+            labelnames: Sequence[str],
+            labelvalues: Sequence[str],
+            help_text: str,
+            multiprocess_mode: str = "",
+            **_: Any,
+        ) -> None:
+            labels = tuple(zip(labelnames, labelvalues, strict=True))
+            with lock:
+                place = slot.place(Key(typ, multiprocess_mode, metric_name, help_text, name, labels))
+            self._cells: Any = array("d", [0.0]) if place is None else slot.cells
+            self._place = place or 0
+            if typ == "gauge":
+                self.set(0.0)
+
+        def inc(self, amount: float) -> None:
+            with lock:
+                self._cells[self._place] += amount
+
+        def set(self, value: float, timestamp: float | None = None) -> None:  # noqa: ARG002  # the library's signature
+            self._cells[self._place] = value
+
+        def get(self) -> float:
+            return float(self._cells[self._place])
+
+        def set_exemplar(self, exemplar: Any) -> None:
+            """Not shared."""
+
+        def get_exemplar(self) -> None:
+            """None, ever."""
+
+    return SharedValue
