@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,8 @@ import simdjson
 from numpy.typing import NDArray
 
 from service.codecs import image
-from service.codecs.payload import Answer, Body, Intake, Payload
-from service.errors import InvalidShape, Unreadable
+from service.codecs.payload import Answer, Body, Intake, Payload, check_pictures
+from service.errors import InvalidOption, InvalidShape, Unreadable
 from service.pixels import Pixels
 
 MOST_AXES = 8
@@ -22,6 +22,9 @@ LARGE = 2**20
 """Bytes of a body that is worth a look at how much reading it takes."""
 NUMBER_BYTES = 48
 """What the parser and the array take for one number."""
+NO_NUMBER = re.compile(rb"(?<![\w\"])[-+]?(?:NaN|Infinity|nan|inf)\b")
+"""What writers of JSON write who allow more numbers than JSON."""
+URL_SAFE = str.maketrans("-_", "+/")
 NUMBERS = "{} must be nested lists of numbers, without text, null, true or false"
 
 
@@ -35,10 +38,10 @@ def read(body: Body, _content_type: str, intake: Intake) -> Payload:
     try:
         content = simdjson.Parser().parse(bytes(body) or b"{}")
     except (ValueError, RuntimeError) as error:
-        raise Unreadable(f"the body is not JSON: {error}") from error
+        raise Unreadable(_not_json(body, error)) from error
     if not isinstance(content, simdjson.Object):
         raise Unreadable('the body must be a JSON object such as {"images": [...]}')
-    named = {key: content[key] for key in content}
+    named = _named(content)
     array, mask = _arrays(named.pop(intake.name), intake) if intake.name in named else (None, None)
     latents = intake.or_latents and array is None and "latents" in named
     if latents:
@@ -54,11 +57,36 @@ def write(answer: Answer) -> bytes:
     return orjson.dumps({**arrays, **answer.about}, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
+def _named(content: simdjson.Object) -> dict[str, Any]:
+    """The values by name, still the parser's own.
+
+    Raises:
+        Unreadable: A name has a NUL character, at which the parser stops reading names.
+        InvalidOption: A name is there twice.
+    """
+    try:
+        named = {key: content[key] for key in content}
+    except KeyError as error:
+        raise Unreadable("a name in the body's object has a NUL character in it; rename it") from error
+    if len(named) < len(content):
+        raise InvalidOption("the body's object has a name twice; send each once")
+    return named
+
+
+def _not_json(body: Body, error: Exception) -> str:
+    """What is wrong with the text, as far as can be said."""
+    found = NO_NUMBER.search(body)
+    if found:
+        return f"the body is not JSON: it holds {found[0].decode()}, and every number must be finite"
+    return f"the body is not JSON: {str(error)[:120]}"
+
+
 def _arrays(value: Any, intake: Intake) -> tuple[NDArray[Any], NDArray[Any] | None]:
     """The rows, and a mask where pictures have one each."""
     texts = [value] if isinstance(value, str) else value
     if not (isinstance(texts, list | simdjson.Array) and len(texts) and isinstance(texts[0], str)):
         return _numbers(value, intake.name), None
+    check_pictures(len(texts), intake.meter)
     pictures, masks = list[Pixels](), list[Pixels | None]()
     for text in texts:
         picture, mask = image.parse(_base64(text), intake)
@@ -71,13 +99,22 @@ def _arrays(value: Any, intake: Intake) -> tuple[NDArray[Any], NDArray[Any] | No
 
 
 def _base64(text: Any) -> bytes:
+    """As of a data URL, with line breaks, of either alphabet, with or without padding."""
     if not isinstance(text, str):
         raise InvalidShape("images must be all numbers or all base64 strings")
-    payload = text.split(",", 1)[-1] if text.startswith("data:") else text
+    kind, comma, payload = text.partition(",")
+    if not (comma and kind[:5].lower() == "data:"):
+        payload = text
+    elif not kind.rstrip().lower().endswith(";base64"):
+        raise Unreadable("a data URL in images is not in base64; begin it as data:image/png;base64,")
     try:
         return base64.b64decode(payload, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise Unreadable(f"a string in images is not base64 ({error})") from error
+    except ValueError:
+        plain = "".join(payload.split()).translate(URL_SAFE).rstrip("=")
+    try:
+        return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
+    except ValueError as error:
+        raise Unreadable("a string in images is not base64; encode the bytes of a picture file as base64") from error
 
 
 def _numbers(value: Any, name: str) -> NDArray[np.float64]:

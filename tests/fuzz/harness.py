@@ -23,7 +23,7 @@ from PIL import Image
 
 with atheris.instrument_imports(include=["service", "python_multipart"]):
     from service import manifest
-    from service.admission import check_range
+    from service.admission import in_range
     from service.codecs import READERS, Intake, Meter
     from service.codecs.payload import as_images, as_rows
     from service.config import Settings
@@ -61,9 +61,9 @@ def body(form: str) -> Callable[[bytes], None]:
         name = "latents" if payload.latents else intake.name
         shape = (8,) if payload.latents else intake.shape
         if data[0] & 128 and name == "images":
-            as_images(payload.array, shape[0], name)
+            as_images(payload.array, shape, name)
         else:
-            check_range(as_rows(payload.array, shape, name), 0.0, 1.0, name)
+            in_range(as_rows(payload.array, shape, name), 0.0, 1.0, name)
 
     return read
 
