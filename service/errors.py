@@ -8,6 +8,7 @@ MOST_QUOTED = 80
 def quoted(text: str) -> str:
     """What a caller sent, as messages repeat it: on one line, in double quotes, of bounded length."""
     plain = "".join(letter if letter.isprintable() else "?" for letter in text[:MOST_QUOTED])
+    plain = plain.replace('"', "'")
     return f'"{plain}{"..." if len(text) > MOST_QUOTED else ""}"'
 
 

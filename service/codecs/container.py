@@ -209,7 +209,7 @@ def _jpeg(body: Body) -> Picture:
     frames: list[tuple[int, int, int, int]] = []
     exif, scans = False, 0
     for kind, start, segment in _jpeg_segments(body):
-        if kind == START_OF_SCAN:
+        if kind == START_OF_SCAN and len(segment) > 4:
             scans = start
             break
         if kind in FRAMES and len(segment) >= 10:
@@ -239,7 +239,7 @@ def _jpeg_segments(body: Body) -> Iterator[tuple[int, int, memoryview]]:
         if kind in ALONE:
             continue
         end = place + int.from_bytes(body[place : place + 2], "big")
-        if kind == END_OF_IMAGE or end < place + 4 or end > len(body):
+        if kind == END_OF_IMAGE or end < place + 2 or end > len(body):
             raise _broken("JPEG")
         yield kind, start, view[start:end]
         place = end
