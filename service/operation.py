@@ -19,6 +19,7 @@ from service.vae import Observe, Result, Submit
 
 Rows = NDArray[np.float32]
 
+SMALL = 4096
 LATENT_EXTREME = 100.0
 """A latent further from 0 may explain a result that is not finite; priors have a deviation of about 1."""
 
@@ -131,7 +132,7 @@ class Operation:
 
     def _finite(self, result: Result, model: Model, inputs: Inputs) -> Result:
         for name, array in (*result.outputs.items(), *result.about.items()):
-            if isinstance(array, np.ndarray) and not np.isfinite(array).all():
+            if isinstance(array, np.ndarray) and not is_finite(array):
                 raise self._explained(name, model, inputs)
         return result
 
@@ -173,6 +174,14 @@ class Operation:
             raise UnsupportedOperation(
                 f"model {model.manifest.name} was exported without {lacking}; {self.name} needs it"
             )
+
+
+def is_finite(array: Rows) -> bool:
+    """Whether all numbers are finite."""
+    finite = np.isfinite(array)
+    if array.size > SMALL:
+        return bool(finite.all())
+    return b"\0" not in finite.tobytes()  # half the time of numpy's `all`, which every answer would take
 
 
 def check_refinable(model: Model, graph: str) -> None:

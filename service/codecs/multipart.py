@@ -118,7 +118,7 @@ def _read(content: bytes, field: str, intake: Intake) -> tuple[Array, Array | No
     """A file as rows, and its opacity where that is the mask."""
     try:
         if content.startswith(npy.MAGIC):
-            return npy.parse(content, intake.meter), None
+            return npy.parse(content, intake), None
         if field == "mask":
             return image.parse_mask(content, intake)[None], None
         payload = image.read(content, "", intake)

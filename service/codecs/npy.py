@@ -13,7 +13,7 @@ import numpy as np
 from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
-from service.codecs.payload import FLOAT, Body, Intake, Meter, Payload
+from service.codecs.payload import FLOAT, Body, Intake, Payload
 from service.errors import InvalidShape, Unreadable
 
 MAGIC = b"\x93NUMPY"
@@ -26,10 +26,10 @@ KEYS = {"descr", "fortran_order", "shape"}
 
 def read(body: Body, _content_type: str, intake: Intake) -> Payload:
     """A view of the body where it is little-endian, C-ordered; sizes are checked before anything is allocated."""
-    return Payload(parse(body, intake.meter))
+    return Payload(parse(body, intake))
 
 
-def parse(body: Body, meter: Meter) -> NDArray[Any]:
+def parse(body: Body, intake: Intake) -> NDArray[Any]:
     """The array in an .npy file: bool, uint8, float16, float32 or float64 of either byte order.
 
     Raises:
@@ -48,8 +48,8 @@ def parse(body: Body, meter: Meter) -> NDArray[Any]:
     if not expected:
         raise InvalidShape(f"the array in the .npy file has shape {shape}, which holds nothing; send at least one row")
     array = np.frombuffer(body, dtype, offset=start).reshape(shape, order="F" if fortran else "C")
-    if dtype != FLOAT or fortran:
-        meter.reserve(array.size * FLOAT.itemsize)
+    if dtype != FLOAT or fortran or shape[-len(intake.shape) :] != intake.shape:  # it will be copied
+        intake.meter.reserve(array.size * FLOAT.itemsize)
     return array
 
 

@@ -94,7 +94,7 @@ def test_no_header_raises_what_is_not_promised(name: str, sides: list[str], fort
     """Whatever its type, shape and order."""
     text = header(f"({', '.join(sides)}{',' if len(sides) == 1 else ''})", name, fortran)
     with suppress(ServiceError):
-        array = npy.parse(with_header(text, bytes(length)), Meter())
+        array = npy.parse(with_header(text, bytes(length)), Intake("images", (1, 8, 8), Meter()))
         assert array.nbytes == length
 
 
@@ -102,7 +102,7 @@ def test_no_header_raises_what_is_not_promised(name: str, sides: list[str], fort
 def test_no_bytes_as_header_raise_what_is_not_promised(text: bytes, version: int) -> None:
     """Nor do any other bytes."""
     with suppress(ServiceError):
-        npy.parse(with_header(text, version=version), Meter())
+        npy.parse(with_header(text, version=version), Intake("images", (1, 8, 8), Meter()))
 
 
 VALUES = st.recursive(

@@ -159,7 +159,6 @@ def test_several_notes_go_together(shipped: Repository) -> None:
         ("encoder", 0, "reconstruct"),
         ("recognition", 0, "denoise"),
         ("noise_level", 0, "denoise"),
-        ("encoder", 0, "score"),
     ],
 )
 def test_a_graph_that_fails_is_the_services_fault(
