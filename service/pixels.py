@@ -85,9 +85,14 @@ def upright(image: Image.Image) -> Image.Image:
     """The image turned as its EXIF says; as it is where the EXIF cannot be read."""
     image.load()
     try:
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        return turned(image, image.getexif().get(ExifTags.Base.Orientation, 1))
     except DECODER_ERRORS:
         return image
+
+
+def turned(image: Image.Image, orientation: Any) -> Image.Image:
+    """The image turned from that orientation, as EXIF counts, to upright."""
+    turn = TURNS.get(orientation)
     return image if turn is None else image.transpose(turn)
 
 

@@ -17,14 +17,18 @@ from service.errors import TooLarge, Unreadable
 
 MAX_CHUNKS = 2**15
 """Chunks of a PNG or a WebP, segments of a JPEG before its first scan."""
-MAX_EXIF = 2**16
+MAX_JUNK = 2**16
+"""Bytes between the segments of a JPEG that belong to none."""
+MAX_TAGS = 1024
+ORIENTATION, SHORT = 0x0112, 3
+"""A tag of EXIF, and its type."""
 MAX_SCANS = 100
 """Scans of a JPEG: cameras and converters write about ten."""
 MAX_SCANNED = 2**30
 """Pixels times scans of a JPEG, for each scan visits every pixel however little it holds."""
 PNG = b"\x89PNG\r\n\x1a\n"
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
-PNG_KEPT = (b"PLTE", b"tRNS", b"eXIf")
+PNG_KEPT = (b"PLTE", b"tRNS")
 MARKER = re.compile(rb"\xff[^\x00\xff]")
 START_OF_SCAN, END_OF_IMAGE = 0xDA, 0xD9
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -32,8 +36,8 @@ PROGRESSIVE = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
 ALONE = frozenset({0x01, *range(0xD0, 0xD9)})
 """Markers without a length."""
 COMMENTS = frozenset({*range(0xE0, 0xF0), 0xFE})
-WEBP_KEPT = (b"VP8X", b"VP8 ", b"VP8L", b"ALPH")
-ANIMATED = 0x02
+WEBP_KEPT = (b"VP8X", b"VP8 ", b"VP8L", b"ALPH", b"EXIF")
+ANIMATED, ALPHA = 0x02, 0x10
 BMP_RAW = (0, 3)
 """Compression: none, or none with bit masks for the colours."""
 
@@ -91,6 +95,7 @@ class Picture(NamedTuple):
     """A picture file: its format as Pillow names it, its size, its bytes without metadata, and what it decodes to.
 
     decoded: bytes a pixel that the decoder takes. transparent: whether it may have pixels that are not opaque.
+    orientation: how to turn it, as EXIF counts, 1 for not at all.
     """
 
     form: str
@@ -99,6 +104,7 @@ class Picture(NamedTuple):
     content: bytes
     decoded: int
     transparent: bool = False
+    orientation: int = 1
 
     def pixel_bytes(self, channels: int) -> int:
         """Most memory that decoding and converting a pixel takes, stacking it with others included.
@@ -159,6 +165,25 @@ def _too_many(form: str) -> TooLarge:
     return TooLarge(f"the {form} has more than {MAX_CHUNKS} parts; save it again without metadata")
 
 
+def _orientation(exif: bytes | memoryview) -> int:
+    """What EXIF says of how the picture is to be turned; 1, not at all, where it cannot be read.
+
+    Pillow would read every tag, and warn of each that is broken. Source: TIFF 6.0, 2.
+    """
+    content = bytes(exif[: 2**16]).removeprefix(b"Exif\0\0")
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(content[:4])
+    if order is None or len(content) < 8:
+        return 1
+    (place,) = struct.unpack_from(f"{order}I", content, 4)
+    tags = content[place + 2 : place + 2 + 12 * MAX_TAGS]
+    count = int.from_bytes(content[place : place + 2], "big" if order == ">" else "little")
+    for k in range(min(count, len(tags) // 12)):
+        tag, kind, _, value = struct.unpack_from(f"{order}HHIH", tags, 12 * k)
+        if (tag, kind) == (ORIENTATION, SHORT):
+            return int(value) if 1 <= value <= 8 else 1
+    return 1
+
+
 def _png(body: Body) -> Picture:
     """All image data as one chunk, which spares the decoder many small ones; of the rest what tells of pixels."""
     if len(body) < 33 or bytes(body[12:16]) != b"IHDR":
@@ -168,7 +193,7 @@ def _png(body: Body) -> Picture:
     for kind, chunk in _png_chunks(body):
         if kind == b"IDAT":
             data.append(chunk[8:-4])
-        elif kind in PNG_KEPT and len(chunk) <= MAX_EXIF:
+        elif kind in PNG_KEPT or kind == b"eXIf":
             kept.setdefault(kind, chunk)
     length, check = sum(map(len, data)), zlib.crc32(b"IDAT")
     if not 0 < length < 2**31:
@@ -180,7 +205,9 @@ def _png(body: Body) -> Picture:
     width, height, depth, colour = struct.unpack_from(">IIBB", body, 16)
     decoded = depth // 8 or 1 if colour in (0, 3) else 4
     transparent = colour in (4, 6) or b"tRNS" in kept
-    return Picture("PNG", width, height, b"".join([*head, ends[0], *data, ends[1]]), decoded, transparent)
+    content = b"".join([*head, ends[0], *data, ends[1]])
+    turn = _orientation(kept.get(b"eXIf", b"")[8:])
+    return Picture("PNG", width, height, content, decoded, transparent, turn)
 
 
 def _png_chunks(body: Body) -> Iterator[tuple[bytes, memoryview]]:
@@ -201,23 +228,23 @@ def _png_chunks(body: Body) -> Iterator[tuple[bytes, memoryview]]:
 
 
 def _jpeg(body: Body) -> Picture:
-    """Tables, frame and scans; of the application's segments JFIF, Adobe's, which tells of colours, and the first EXIF.
+    """Tables, frame and scans; of the application's segments JFIF and Adobe's, which tells of colours.
 
     Scans are counted where the decoder would go through all of them.
     """
     kept: list[bytes | memoryview] = [b"\xff\xd8"]
     frames: list[tuple[int, int, int, int]] = []
-    exif, scans = False, 0
+    scans, turn = 0, 0
     for kind, start, segment in _jpeg_segments(body):
         if kind == START_OF_SCAN and len(segment) > 4:
             scans = start
             break
         if kind in FRAMES and len(segment) >= 10:
             frames.append((kind, *struct.unpack_from(">HHB", segment, 5)))
-        is_exif = kind == 0xE1 and bytes(segment[4:10]) == b"Exif\0\0"
-        if kind not in COMMENTS or kind in (0xE0, 0xEE) or (is_exif and not exif):
+        if kind not in COMMENTS or kind in (0xE0, 0xEE):
             kept.append(segment)
-        exif |= is_exif
+        if kind == 0xE1 and segment[4:10] == b"Exif\0\0":
+            turn = turn or _orientation(segment[10:])
     if len(frames) != 1:
         raise _broken("JPEG")
     kind, height, width, components = frames[0]
@@ -225,16 +252,17 @@ def _jpeg(body: Body) -> Picture:
     if kind in PROGRESSIVE or body[scans + 4] < components:
         _check_scans(body.count(b"\xff\xda", scans), width * height)
         decoded += 2 * components  # all coefficients are kept until the last scan
-    return Picture("JPEG", width, height, b"".join([*kept, memoryview(body)[scans:]]), decoded)
+    return Picture("JPEG", width, height, b"".join([*kept, memoryview(body)[scans:]]), decoded, orientation=turn or 1)
 
 
 def _jpeg_segments(body: Body) -> Iterator[tuple[int, int, memoryview]]:
     """(marker, place, whole segment) of those that have a length; what lies between is skipped."""
-    view, place = memoryview(body), 2
+    view, place, junk = memoryview(body), 2, 0
     for _ in range(MAX_CHUNKS):
-        found = MARKER.search(body, place)
+        found = MARKER.search(body, place, place + MAX_JUNK - junk)
         if found is None:
             raise _broken("JPEG")
+        junk += found.start() - place
         start, kind, place = found.start(), body[found.end() - 1], found.end()
         if kind in ALONE:
             continue
@@ -258,7 +286,7 @@ def _webp(body: Body) -> Picture:
     """The one picture in it, with its transparency and EXIF."""
     kept: dict[bytes, memoryview] = {}
     for kind, content in _webp_chunks(body):
-        if kind in WEBP_KEPT or (kind == b"EXIF" and len(content) <= MAX_EXIF):
+        if kind in WEBP_KEPT:
             kept.setdefault(kind, content)
     canvas = _webp_canvas(kept[b"VP8X"]) if b"VP8X" in kept else None
     data = [kind for kind in (b"VP8 ", b"VP8L") if kind in kept]
@@ -268,15 +296,13 @@ def _webp(body: Body) -> Picture:
     if canvas not in (None, size):
         raise _broken("WebP")
     transparent = b"ALPH" in kept or data[0] == b"VP8L"
-    chunks = [_riff(kind, kept[kind]) for kind in (*data, b"EXIF") if kind in kept]
+    chunks = [_riff(data[0], kept[data[0]])]
     if canvas is not None:
-        flags = (0x10 if transparent else 0) | (0x08 if b"EXIF" in kept else 0)
         sides = b"".join((side - 1).to_bytes(3, "little") for side in canvas)
         alpha = [_riff(b"ALPH", kept[b"ALPH"])] if b"ALPH" in kept else []
-        chunks = [_riff(b"VP8X", bytes([flags, 0, 0, 0]) + sides), *alpha, *chunks]
-    else:
-        chunks = chunks[:1]
-    return Picture("WEBP", width, height, _riff(b"RIFF", b"WEBP" + b"".join(chunks)), WEBP_BYTES, transparent)
+        chunks = [_riff(b"VP8X", bytes([ALPHA if transparent else 0, 0, 0, 0]) + sides), *alpha, *chunks]
+    turn = _orientation(kept.get(b"EXIF", b""))
+    return Picture("WEBP", width, height, _riff(b"RIFF", b"WEBP" + b"".join(chunks)), WEBP_BYTES, transparent, turn)
 
 
 def _webp_chunks(body: Body) -> Iterator[tuple[bytes, memoryview]]:

@@ -11,7 +11,7 @@ from PIL import Image
 from service.codecs.container import picture
 from service.codecs.payload import Answer, Body, Intake, Meter, Payload, images_only
 from service.errors import Unreadable
-from service.pixels import DECODER_ERRORS, MODES, Pixels, opacity, seen, to_array, to_image
+from service.pixels import DECODER_ERRORS, MODES, Pixels, opacity, seen, to_array, to_image, turned
 
 Image.MAX_IMAGE_PIXELS = None  # VAE_MAX_PIXELS is checked by the Meter; Pillow would warn, and remember each warning
 
@@ -58,7 +58,7 @@ def _decoded(body: Body, channels: int, meter: Meter, convert: Callable[[Image.I
     meter.reserve(len(found.content))
     try:
         with Image.open(io.BytesIO(found.content), formats=(found.form,)) as image:
-            return convert(image)
+            return convert(turned(image, found.orientation))
     except DECODER_ERRORS as error:
         raise Unreadable(f"the {found.form} is broken, cut short or of a rare kind; send it as plain PNG") from error
 

@@ -25,6 +25,7 @@ from service.errors import InvalidOption, InvalidShape, InvalidValue, TooLarge, 
 logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it warns of what the caller is told
 
 MAX_PARTS = 1024
+MAX_PARAMETERS = 16
 FILES = ("file", "mask")
 UNCODED = ("", "binary", "8bit", "7bit")
 TOO_MANY = f"the form has more than {MAX_PARTS} fields; send fewer files, or many rows as one .npy"
@@ -135,7 +136,7 @@ def _parse(body: Body, content_type: str, intake: Intake) -> list[Part]:
         Unreadable: The form is not what RFC 7578 says, or ends before its closing boundary.
         TooLarge: It has too many parts, or too little memory is left.
     """
-    _, parameters = parse_options_header(content_type)
+    _, parameters = parse_options_header(content_type if content_type.count(";") <= MAX_PARAMETERS else "")
     boundary = parameters.get(b"boundary")
     if not boundary:
         raise Unreadable("Content-Type names no boundary; let your HTTP client set it, or add boundary=...")
@@ -191,7 +192,10 @@ class _Parts:
         self._pieces.append(data[start:end])
 
     def _end(self) -> None:
-        kind, said = parse_options_header(self._names.get(b"content-disposition"))
+        disposition = self._names.get(b"content-disposition", b"")
+        if disposition.count(b";") > MAX_PARAMETERS:  # reading them takes the square of their number
+            raise Unreadable("a Content-Disposition of the form has too many parameters; send name and filename")
+        kind, said = parse_options_header(disposition)
         if kind != b"form-data" or b"name" not in said:
             raise Unreadable('each part of a form needs Content-Disposition: form-data; name="..."')
         try:

@@ -143,6 +143,7 @@ REFUSED: dict[str, tuple[tuple[bytes, ...], int, str, str]] = {
         "unreadable_body",
         "name=",
     ),
+    "many parameters": ((FILE, part("a", b"1", ";" * 100)), 400, "unreadable_body", "parameters"),
     "a long header": ((FILE, part("a" * 10_000, b"1")), 400, "unreadable_body", "header"),
     "many headers": (
         (FILE, b"--x\r\n" + b"A: b\r\n" * 100 + b"\r\n1\r\n"),

@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from service.codecs import image
 from service.codecs.container import MAX_CHUNKS, picture
 from service.codecs.payload import Intake, Meter
 from service.errors import ServiceError, TooLarge, Unreadable
+from service.pixels import to_array
 
 JSON = {"accept": "application/json"}
 LEVELS = np.random.default_rng(5).integers(0, 256, (8, 8), np.uint8)
@@ -76,12 +77,19 @@ READ: dict[str, Callable[[], bytes]] = {
     "a PNG with two megabytes of text": lambda: grey("PNG", pnginfo=text_bomb()),
     "a WebP with a large colour profile": lambda: grey("WEBP", lossless=True, icc_profile=PROFILE),
     "a PNG with a broken text": lambda: png_with(chunk(b"zTXt", b"x\0\0nonsense"), chunk(b"iTXt", b"\xff")),
+    "a PNG with an EXIF of many broken tags": lambda: png_with(chunk(b"eXIf", broken_exif())),
     "a PNG with a broken EXIF": lambda: png_with(chunk(b"eXIf", b"MM\0*\0\0\0\x08\xff\xff" + b"\1" * 100)),
     "a PNG in many small chunks": lambda: split_png(1),
     "an animated PNG": animated_png,
     "a PNG that EXIF turns": lambda: with_exif("PNG"),
     "a WebP that EXIF turns": lambda: with_exif("WEBP"),
 }
+
+
+def broken_exif() -> bytes:
+    """Every tag says that its value lies outside."""
+    tags = b"".join(struct.pack(">HHII", 0x9000 + k, 5, 2**28, 8) for k in range(5000))
+    return b"MM\0*\0\0\0\x08" + struct.pack(">H", 5000) + tags + bytes(4)
 
 
 def split_png(size: int) -> bytes:
@@ -107,6 +115,23 @@ def test_every_picture_is_the_same_image(client: httpx.Client, case: str) -> Non
         answer = client.post(path, **request)  # type: ignore[arg-type]
         assert answer.status_code == 200, answer.text
         assert np.allclose(answer.json()["mean"], expected["mean"], atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_pictures_are_turned_as_pillow_does(form: str, orientation: int) -> None:
+    """For every orientation, and those that are none; the trainer turns with the same code, of more formats."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    levels = np.kron(LEVELS[:6], np.ones((2, 2), np.uint8))
+    options: dict[str, Any] = {"lossless": True} if form == "WEBP" else {"quality": 95} if form == "JPEG" else {}
+    body = saved(Image.fromarray(levels).convert("RGB"), form, exif=exif.tobytes(), **options)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(body))).convert("L")) / 255  # type: ignore[union-attr]
+    if form == "TIFF":
+        found = to_array(Image.open(io.BytesIO(body)), 1)
+    else:
+        found, _ = image.parse(body, Intake("images", (1, 8, 8), Meter()))
+    assert np.allclose(found[0], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["image/jpg", "image/pjpeg", "image/x-png", "image/x-ms-bmp", "image/bmp"])
