@@ -243,7 +243,7 @@ def _jpeg(body: Body) -> Picture:
             frames.append((kind, *struct.unpack_from(">HHB", segment, 5)))
         if kind not in COMMENTS or kind in (0xE0, 0xEE):
             kept.append(segment)
-        if kind == 0xE1 and segment[4:10] == b"Exif\0\0":
+        if kind == 0xE1 and bytes(segment[4:10]) == b"Exif\0\0":
             turn = turn or _orientation(segment[10:])
     if len(frames) != 1:
         raise _broken("JPEG")
