@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+MOST_QUOTED = 80
+
+
+def quoted(text: str) -> str:
+    """What a caller sent, as messages repeat it: on one line, in double quotes, of bounded length."""
+    plain = "".join(letter if letter.isprintable() else "?" for letter in text[:MOST_QUOTED])
+    plain = plain.replace('"', "'")
+    return f'"{plain}{"..." if len(text) > MOST_QUOTED else ""}"'
+
 
 class ServiceError(Exception):
     """The root. `code` is stable: clients may branch on it. The message names the fix.

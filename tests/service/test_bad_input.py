@@ -119,7 +119,7 @@ CASES: dict[str, Case] = {
         {"content": npy_header("__import__('os')"), "headers": NPY},
         *UNREADABLE,
     ),
-    "an npy of integers": ("encode", {"content": saved(GOOD.astype(np.uint8)), "headers": NPY}, *UNREADABLE),
+    "an npy of integers": ("encode", {"content": saved(GOOD.astype(np.int64)), "headers": NPY}, *UNREADABLE),
     "an npy of complex numbers": ("encode", {"content": saved(GOOD + 1j), "headers": NPY}, *UNREADABLE),
     "an empty npy": (
         "encode",

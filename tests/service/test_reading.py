@@ -33,7 +33,6 @@ from service.memory import Memory, Share
 from service.offload import Offload
 from service.operation import Operation
 from service.repository import Repository
-from service.routes import OPERATIONS
 from service.routes.encode import encode
 
 RAW = {"content-type": "application/octet-stream"}
@@ -427,10 +426,3 @@ def test_a_whole_share_of_memory_comes_back() -> None:
     assert memory.taken == 350
     share.give_back()
     assert memory.taken == 0
-
-
-@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
-def test_a_wait_of_400_digits_is_the_longest_there_is(client: httpx.Client, operation: Operation) -> None:
-    """No number that a header can hold is an error of the service."""
-    body: dict[str, Any] = {"content": b"", "headers": {"x-timeout-ms": "9" * 400}}
-    assert client.post(f"/v1/{operation.name}", **body).status_code != 500
