@@ -144,8 +144,8 @@ class Doors:
         headers = dict(scope["headers"])
         if (ORIGIN in headers or SITE in headers) and scope["method"] not in SAFE_METHODS:
             self._origins.check(scope, headers, self._proxies)
-        path = route_path(scope)
-        found = OPEN.fullmatch(path) if path[:4] != "/v1/" else None
+        path = route_path(scope) if scope.get("root_path") else scope["path"]
+        found = None if path.startswith("/v1/") else OPEN.fullmatch(path)
         if self._keys is not None:
             token = _token(scope)
             key = self._keys.find(token) if token else None

@@ -107,13 +107,14 @@ class Counts:
             del self._running[caller]
 
     def close(self) -> None:
-        """Leave the files to others. In memory, counting may go on."""
+        """Leave the files to others; calls that still run are counted in memory."""
         for file, memory in self._others.values():
             memory.close()
             file.close()
         self._others.clear()
         if isinstance(self._own, mmap.mmap):
             self._own.close()
+        self._folder, self._own = None, bytearray(SIZE)
 
     def _publish(self, caller: str) -> None:
         if self._folder is not None:

@@ -139,7 +139,10 @@ def test_the_successor_of_a_worker_goes_on_with_its_counts(tmp_path: Path, share
     first, other = shared(clock), shared(clock)
     assert hits(first, 7) == 7
     assert other.hit(TEN, "bob") == 0.0
+    first.begin("carol")
     first.close()
+    first.end("carol")
+    assert first.hit(TEN, "carol") == 0.0
     successor = shared(clock)
     assert len(list(tmp_path.iterdir())) == 2
     assert hits(successor, 5) == 3
