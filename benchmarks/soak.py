@@ -82,7 +82,7 @@ def main() -> int:
     home = ignored_home()
     write_models(home / "soak-models")
     found, probe = Soak(options.minutes, 60.0 * options.minutes * WARM_UP), bodies.json("/v1/reconstruct")
-    os.environ |= {"VAE_MODEL_CONTROL": "true"} if RELOADS else {}
+    os.environ |= {"VAE_MODEL_CONTROL": "anonymous"} if RELOADS else {}
     server = Server(COMMAND, home / "soak-models" / "mlp" / "1", probe.ask(bodies.images(1)), home / "soak.log")
     try:
         load = Mixture(server.port)

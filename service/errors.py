@@ -46,6 +46,18 @@ class Forbidden(ServiceError):
     code = "forbidden"
 
 
+class CrossSite(ServiceError):
+    """A web page of another origin sent the request."""
+
+    code = "cross_site"
+
+
+class UnknownHost(ServiceError):
+    """The Host header names nothing that the service answers to."""
+
+    code = "unknown_host"
+
+
 class SlowRequest(ServiceError):
     """The request did not arrive in time."""
 

@@ -382,6 +382,7 @@ def test_decompression_stops_at_the_deadline() -> None:
         gzip.compress(b"abc") + b"rest",
         gzip.compress(b"") * (MOST_MEMBERS + 1),
     ],
+    ids=["nothing", "a byte", "cut short", "followed", "in pieces"],
 )
 def test_what_is_no_whole_gzip_is_refused(body: bytes) -> None:
     """Cut short, followed by something else, or in too many pieces."""
