@@ -5,7 +5,7 @@ PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint 
 DATA ?= data
 CONFIG ?= training/configs/mnist.toml
 
-.PHONY: setup serve train test container-test lint bench bench-training bench-beside fuzz soak clean
+.PHONY: setup serve train test container-test lint bench bench-against bench-training bench-beside fuzz soak clean
 
 serve: $(VENV)/.serve
 	$(PYTHON) -m service
@@ -28,6 +28,11 @@ lint: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(PYTHON) -m benchmarks.serving
+
+# This working tree beside the commit REF, both with this environment's packages.
+bench-against: $(VENV)/.test
+	$(PYTHON) -m benchmarks.against $(REF) $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SECONDS),--seconds $(SECONDS)) \
+	  $(if $(LOADS),--loads $(LOADS))
 
 bench-training: $(VENV)/.test
 	$(PYTHON) -m benchmarks.training $(if $(wildcard $(DATA)/mnist),--data $(DATA))

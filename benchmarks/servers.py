@@ -34,18 +34,30 @@ class Server:
     start_s: seconds from starting the process to its first right answer.
     """
 
-    def __init__(self, command: list[str], folder: Path, probe: Body, log: Path, workers: int = 1) -> None:
+    def __init__(
+        self, command: list[str], folder: Path, probe: Body, log: Path, workers: int = 1, tree: Path | None = None
+    ) -> None:
         """Start it and wait for the answer to `probe`, and where there are several workers, until each of them serves.
 
-        Raises: StartFailed.
+        Args:
+            command: What starts it; the model's folder and the port follow.
+            folder: The model version's folder.
+            probe: A request that it answers with 200 when it serves.
+            log: Where its output goes.
+            workers: Processes that serve.
+            tree: Where its own packages are imported from; None is the working directory.
+
+        Raises:
+            StartFailed: It ended, or did not answer in time.
         """
         self.port, self._mark, self._log, self._workers = _free_port(), uuid.uuid4().hex, log, workers
-        own = {MARK: self._mark, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1", "BENCH_WORKERS": str(workers)}
+        home = str((tree or Path()).absolute())
+        own = {MARK: self._mark, "PYTHONPATH": home, "OMP_NUM_THREADS": "1", "BENCH_WORKERS": str(workers)}
         environment = {**os.environ, **own}
         started = time.perf_counter()
         with log.open("w") as file:
             self._process = subprocess.Popen(
-                [*command, str(folder.absolute()), str(self.port)], env=environment, stdout=file, stderr=file
+                [*command, str(folder.absolute()), str(self.port)], env=environment, stdout=file, stderr=file, cwd=home
             )
         try:
             self._await(probe, started + START_LIMIT_S)
