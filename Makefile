@@ -5,7 +5,7 @@ PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint 
 DATA ?= data
 CONFIG ?= training/configs/mnist.toml
 
-.PHONY: setup serve train test container-test lint bench bench-against bench-training bench-beside fuzz soak clean
+.PHONY: setup serve train test container-test lint bench bench-against bench-training bench-beside attack fuzz soak clean
 
 serve: $(VENV)/.serve
 	$(PYTHON) -m service
@@ -39,6 +39,10 @@ bench-training: $(VENV)/.test
 
 bench-beside: $(VENV)/.test
 	$(PYTHON) -m benchmarks.beside
+
+attack: $(VENV)/.test
+	$(PYTHON) -m benchmarks.attack $(if $(WORKERS),--workers $(WORKERS)) $(if $(SECONDS),--seconds $(SECONDS)) \
+	  $(if $(ATTACKS),--attacks '$(ATTACKS)') $(if $(OUT),--out $(OUT))
 
 # Every reader for FUZZ_S seconds, then requests made up from the OpenAPI document, another set each time.
 FUZZ_S ?= 300
