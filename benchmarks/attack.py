@@ -328,8 +328,8 @@ def page(found: list[Found], verdict: str, options: argparse.Namespace) -> str:
         f"{PROBES_S} times a second each, on new connections. Aims: health p99 at most {P99_MS:.0f} ms and worst at "
         f"most {WORST_MS:.0f} ms; every hostile request answered by a status that fits; no process ends; a worker's "
         f"memory grows by at most {GROWTH_MIB:.0f} MiB; at rest again within {QUIET_S:.0f} s. {pages.machine()}, "
-        "shared by service, callers (at lower priority) and probes. `make attack OUT=docs/results/attack.md` makes this "
-        "page."
+        "shared by service, callers (at lower priority) and probes. `make attack OUT=docs/results/attack.md` makes "
+        "this page."
     )
     rows = [one.row() for one in found]
     return "\n".join(["# The service under attack", "", setting, "", f"**{verdict}.**", "", *HEADINGS, *rows, ""])

@@ -85,9 +85,9 @@ def jpeg_scans(scans: int, side: int = 4088) -> bytes:
     # One code of one bit in each table: a DC difference of 0; and a run of 2**14 blocks and more that end at once.
     tables = b"\x00\x01" + bytes(15) + b"\x00" + b"\x10\x01" + bytes(15) + b"\xe0"
     dc = _segment(0xDA, b"\x01\x01\x00\x00\x00\x00") + _bits("0" * blocks)
-    longest = 2**15 - 1
-    runs = [min(longest, blocks - start) for start in range(0, blocks, longest)]
-    assert runs[-1] >= 2**14, "the last run needs a code of its own"
+    count = -(-blocks // (2**15 - 1))
+    runs = [blocks // count + (number < blocks % count) for number in range(count)]
+    assert min(runs) >= 2**14, "a shorter run has another code"
     ends = "".join(f"0{run - 2**14:014b}" for run in runs)
     ac = _segment(0xDA, b"\x01\x01\x00\x01\x3f\x00") + _bits(ends)
     head = _segment(0xDB, luminance) + _segment(0xC2, frame) + _segment(0xC4, tables)
@@ -249,6 +249,7 @@ def _pictures() -> Iterator[Hostile]:
     largest = SIDE, SIDE
     yield picture_sent("JPEG, 3,000 empty scans", JPEG, lambda: jpeg_scans(3_000))
     yield picture_sent("JPEG, 30,000 empty scans", JPEG, lambda: jpeg_scans(30_000))
+    yield picture_sent("JPEG, 30,000 empty scans, 2048 x 2048", JPEG, lambda: jpeg_scans(30_000, 2048))
     yield picture_sent("JPEG, 256 x 65,500", JPEG, jpeg_tall, any_of)
     yield picture_sent("WebP, 4096 x 4096 RGBA", WEBP, lambda: picture("RGBA", largest, "WEBP"), any_of)
     yield picture_sent("PNG, 4096 x 4096 RGBA", PNG, lambda: picture("RGBA", largest, "PNG"), any_of)
