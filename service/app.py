@@ -25,6 +25,7 @@ from service.endpoint import Context
 from service.engine import Engine
 from service.errors import ServiceError
 from service.memory import Memory
+from service.offload import Offload
 from service.orders import Orders, Standing
 from service.pages import PageHeaders
 from service.repository import Repository
@@ -89,6 +90,7 @@ def create_app(
         async with control.running():
             yield
         await engine.close()
+        offload.close()
         if provider:
             await asyncio.to_thread(finish, provider)
 
@@ -109,7 +111,8 @@ def create_app(
             "logs": False,
         },
     )
-    add_operations(app, Context(settings, repository, engine, Memory(settings.memory_bytes)))
+    offload = Offload(cpu_count())
+    add_operations(app, Context(settings, repository, engine, Memory(settings.memory_bytes), offload))
     for router in (
         models_router(repository, OPERATIONS),
         control_router(repository, control, allowed=settings.model_control),

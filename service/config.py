@@ -91,6 +91,8 @@ class Settings(BaseSettings):
     be started anew by VAE_WORKERS or by whatever keeps it running."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 64 * 2**20
     """Size of a request's body."""
+    max_json_bytes: Annotated[int, Field(ge=1024)] = 8 * 2**20
+    """Size of a JSON body, which holds up all other requests of its worker while it is parsed; binary forms do not."""
     max_request_rows: Annotated[int, Field(ge=1)] = 16384
     """Rows in one request, sampled rows included; those above max_rows are run in several batches."""
     max_draws: Annotated[int, Field(ge=1)] = 64

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import parse_qsl
 
 from pydantic import ValidationError
@@ -19,17 +20,21 @@ from service.admission import admit
 from service.codecs import EVENTS, HEADERS, READERS, Answer, Body, EventForm, Intake, Meter, Payload, single_array
 from service.config import Settings
 from service.engine import Engine
-from service.errors import CallerGone, InvalidOption, WrongModel
-from service.intake import disconnected, read_body
+from service.errors import CallerGone, DeadlinePassed, Deferred, InvalidOption, ReaderFault, ServiceError, WrongModel
+from service.intake import IDENTITY, Limit, coding_of, disconnected, inflated, read_body
 from service.latent import BLOCK_ROWS
 from service.memory import Memory, Share, answer_bytes
 from service.model import Model
-from service.negotiation import acceptable, form_of, write
+from service.negotiation import JSON, acceptable, form_of, write
+from service.offload import Offload
 from service.operation import Inputs, LatentOptions, Operation, Rows
 from service.repository import Repository
 from service.telemetry import server_timing
+from service.tracking import request_id
 from service.vae import Observe, Result, Submit
 from service.watching import Event, watched
+
+log = logging.getLogger(__name__)
 
 NAMED = ("seed", "binarisation", "note")
 """What is said about an answer, in a header of its own."""
@@ -40,6 +45,16 @@ REMEMBERED = 256
 PART_ROWS = 4 * BLOCK_ROWS
 """Binary answers of more rows are sent in parts of this many, so that they need no more memory."""
 
+LOOP_BYTES = 2**16
+"""Bodies that the event loop reads; larger ones are read in a thread."""
+LOOP_BINARY_BYTES = 2**20
+"""The same for arrays in binary, which are read without parsing."""
+LOOP_NUMBERS = 2**16
+"""Numbers of an answer that the event loop writes; larger ones are written in a thread."""
+LONGEST_TIMEOUT = 12
+"""Digits of X-Timeout-Ms; more are above every VAE_TIMEOUT_S."""
+
+T = TypeVar("T")
 Headers = list[tuple[bytes, bytes]]
 
 UNBUFFERED: Headers = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
@@ -54,6 +69,7 @@ class Context:
     repository: Repository
     engine: Engine
     memory: Memory
+    offload: Offload
 
 
 class Call(NamedTuple):
@@ -64,8 +80,34 @@ class Call(NamedTuple):
     headers: dict[bytes, bytes]
     body: Body
     submit: Submit
+    deadline: float
+    """By time.monotonic()."""
     gone: Callable[[], bool]
     share: Share
+
+    @property
+    def content_type(self) -> str:
+        """As the caller sent it."""
+        return self.headers.get(b"content-type", b"").decode("latin-1")
+
+    @property
+    def accept(self) -> str:
+        """As the caller sent it; everything where it sent nothing."""
+        return self.headers.get(b"accept", b"*/*")[:REMEMBERED].decode("latin-1")
+
+    def check_time(self) -> None:
+        """Raise DeadlinePassed where its time is up."""
+        if time.monotonic() > self.deadline:
+            raise DeadlinePassed
+
+
+class Parsed(NamedTuple):
+    """A request read and admitted: the form of its body, options, rows, and the form that its answer takes first."""
+
+    form: str | None
+    options: Any
+    inputs: Inputs
+    best: str
 
 
 class Reply(NamedTuple):
@@ -107,12 +149,12 @@ class OperationApp:
             label = model.manifest.name
             self.operation.check_offered(model)
             headers = dict(scope["headers"])
-            body = await read_body(receive, headers, self.context.settings.max_body_bytes, share)
+            body = await read_body(receive, headers, self._limit(headers), share)
             if body is None:
                 return
-            gone = partial(disconnected, receive)
-            call = Call(model, scope["query_string"], headers, body, self._submit(headers, gone), gone, share)
-            reply = await self._answer(call)
+            gone, deadline = partial(disconnected, receive), self._deadline(headers)
+            submit = partial(self.context.engine.submit, deadline=deadline, gone=gone)
+            reply = await self._answer(Call(model, scope["query_string"], headers, body, submit, deadline, gone, share))
         except Exception as error:  # noqa: BLE001  # the one place where errors become answers
             reply = _refusal(error)
         served: dict[str, Any] = {
@@ -126,31 +168,8 @@ class OperationApp:
         self.context.engine.telemetry.request(**served)
 
     async def _answer(self, call: Call) -> Reply:
-        content_type = call.headers.get(b"content-type", b"").decode("latin-1")
-        accept = call.headers.get(b"accept", b"*/*")[:REMEMBERED].decode("latin-1")
-        model, settings, operation = call.model, self.context.settings, self.operation
-        form = form_of(content_type, call.body, operation)
-        options = self.options_of_query(call.query)
-        intake = Intake(
-            operation.takes or "",
-            operation.row_shape(model, options),
-            Meter(settings.max_pixels, settings.max_request_rows, call.share.need),
-            operation.masked,
-            operation.or_latents,
-        )
-        payload = READERS[form](call.body, content_type, intake) if form else Payload(None)
-        if payload.options:
-            options = self._options({**_pairs(call.query), **payload.options})
-        _check_fingerprint(model, call.headers.get(b"x-fingerprint"), options)
-        best = next(iter(acceptable(accept, form)), "")
-        in_parts = best in HEADERS and options.said("fit") is None  # what is fitted is there as a whole
-
-        def room(rows: int) -> None:
-            call.share.need(answer_bytes(model, options, min(rows, 2 * PART_ROWS) if in_parts else rows))
-
-        inputs = admit(operation, model, payload, options, settings.max_request_rows, room)
-        if operation.check is not None:
-            operation.check(model, inputs, options)
+        model, operation = call.model, self.operation
+        form, options, inputs, best = await self._parse(call)
         if best in EVENTS:
             return await self._watch(call, inputs, options, best)
         if best in HEADERS and len(inputs.rows) > PART_ROWS and inputs.tiling is None:
@@ -160,8 +179,71 @@ class OperationApp:
             call.share.need(answer_bytes(model, options, len(inputs.rows)))
         result = await operation.run(model, call.submit, inputs, options)
         answer = _answer(model, result)
-        answer_form, content = write(answer, accept, form)
+        writing = partial(write, answer, call.accept, form)
+        large = sum(array.size for array in answer.outputs.values()) > LOOP_NUMBERS
+        answer_form, content = await self._offloaded(call, writing) if large else writing()
         return Reply(200, _headers(answer_form, answer.about, result), content, "ok", len(inputs.rows))
+
+    async def _parse(self, call: Call) -> Parsed:
+        """Read the body and admit its rows: in the event loop where that is sure to be quick, else in a thread."""
+        form = form_of(call.content_type, call.body, self.operation)
+        options = self.options_of_query(call.query)
+        coding = coding_of(call.headers)
+        plain = form is None or (form in HEADERS and options.said("fit") is None)
+        if coding == IDENTITY and len(call.body) <= (LOOP_BINARY_BYTES if plain else LOOP_BYTES):
+            with suppress(Deferred):
+                return self._read(call, form, options, in_loop=True)
+        parsed = await self._offloaded(call, partial(self._read, call, form, options, coding))
+        call.share.keep(parsed.inputs.nbytes)
+        return parsed
+
+    async def _offloaded(self, call: Call, work: Callable[[], T]) -> T:
+        return await self.context.offload.run(work, call.share, call.deadline, call.gone)
+
+    def _read(
+        self, call: Call, form: str | None, options: Any, coding: bytes = IDENTITY, *, in_loop: bool = False
+    ) -> Parsed:
+        """Decompress, read, admit. Runs in the event loop or in a thread.
+
+        Raises:
+            ReaderFault: Something raised what is no ServiceError; logged with its traceback.
+        """
+        try:
+            return self._admitted(call, form, options, coding, in_loop=in_loop)
+        except (ServiceError, MemoryError):
+            raise
+        except Exception as error:
+            log.exception("request %s: reading %s failed", request_id(), form)
+            raise ReaderFault(f"the body cannot be read as {form}") from error
+
+    def _admitted(self, call: Call, form: str | None, options: Any, coding: bytes, *, in_loop: bool) -> Parsed:
+        model, settings, operation, body = call.model, self.context.settings, self.operation, call.body
+        meter = Meter(
+            settings.max_pixels, settings.max_request_rows, call.share.reserve, call.check_time, in_loop=in_loop
+        )
+        if coding != IDENTITY:
+            body = inflated(body, coding, self._limit(call.headers), meter)
+        intake = Intake(
+            operation.takes or "",
+            operation.row_shape(model, options),
+            meter,
+            operation.masked,
+            operation.or_latents,
+        )
+        payload = READERS[form](body, call.content_type, intake) if form else Payload(None)
+        if payload.options:
+            options = self._options({**_pairs(call.query), **payload.options})
+        _check_fingerprint(model, call.headers.get(b"x-fingerprint"), options)
+        best = next(iter(acceptable(call.accept, form)), "")
+        in_parts = best in HEADERS and options.said("fit") is None  # what is fitted is there as a whole
+
+        def room(rows: int) -> None:
+            call.share.need(answer_bytes(model, options, min(rows, 2 * PART_ROWS) if in_parts else rows))
+
+        inputs = admit(operation, model, payload, options, settings.max_request_rows, room)
+        if operation.check is not None:
+            operation.check(model, inputs, options)
+        return Parsed(form, options, inputs, best)
 
     async def _watch(self, call: Call, inputs: Inputs, options: Any, form: str) -> Reply:
         """Events, from the first on: what goes wrong before it is a problem like every other."""
@@ -248,15 +330,33 @@ class OperationApp:
             raise InvalidOption(f"draws is {options.multiplicity}, VAE_MAX_DRAWS is {limit}")
         return options
 
-    def _submit(self, headers: dict[bytes, bytes], gone: Callable[[], bool]) -> Submit:
-        """The engine's submit, with this request's deadline and a way to ask whether its caller is still there."""
+    def _limit(self, headers: dict[bytes, bytes]) -> Limit:
+        """How large the body may be: JSON, which holds up everything while it is parsed, has a limit of its own."""
+        settings = self.context.settings
+        if (
+            headers.get(b"content-type", b"").lower().startswith(JSON.encode())
+            and settings.max_json_bytes < settings.max_body_bytes
+        ):
+            return Limit(
+                settings.max_json_bytes,
+                "VAE_MAX_JSON_BYTES",
+                "send arrays as application/x-npy or application/octet-stream and pictures as files, or raise it",
+            )
+        return Limit(settings.max_body_bytes, "VAE_MAX_BODY_BYTES", "send fewer rows, or raise it")
+
+    def _deadline(self, headers: dict[bytes, bytes]) -> float:
+        """When the request's time is up, by time.monotonic().
+
+        Raises: InvalidOption.
+        """
         seconds = self.context.settings.timeout_s
         wished = headers.get(b"x-timeout-ms")
         if wished is not None:
-            if not wished.isdigit() or int(wished) == 0:
+            if not wished.isdigit() or not wished.strip(b"0"):
                 raise InvalidOption("X-Timeout-Ms must be a whole number of milliseconds above 0")
-            seconds = min(seconds, int(wished) / 1000.0)
-        return partial(self.context.engine.submit, deadline=time.monotonic() + seconds, gone=gone)
+            if len(wished.lstrip(b"0")) <= LONGEST_TIMEOUT:
+                seconds = min(seconds, int(wished) / 1000.0)
+        return time.monotonic() + seconds
 
 
 def _check_fingerprint(model: Model, header: bytes | None, options: Any) -> None:
@@ -284,21 +384,24 @@ def _refusal(error: Exception) -> Reply:
     status, code, content, extra = problems.describe(error)
     head = [(b"content-type", problems.MEDIA_TYPE.encode())]
     head += [(name.encode(), value.encode()) for name, value in extra.items()]
-    return Reply(status, head, content, code, 0)
+    outcome = error.outcome if isinstance(error, ServiceError) else ""
+    return Reply(status, head, content, outcome or code, 0)
 
 
 async def _framed(
     model: Model, form: EventForm, first: Event | None, further: AsyncGenerator[Event | None, None]
 ) -> AsyncGenerator[bytes, None]:
     """Events as they are sent."""
-
-    def framed(event: Event | None) -> bytes:
-        return form.event(event.kind, _answer(model, event.result)) if event else form.keep_alive
-
+    event = first
     async with aclosing(further):
-        yield framed(first)
-        async for event in further:
-            yield framed(event)
+        while True:
+            for piece in form.event(event.kind, _answer(model, event.result)) if event else (form.keep_alive,):
+                yield piece
+                await asyncio.sleep(0)  # other requests come between the pieces of a large event
+            try:
+                event = await anext(further)
+            except StopAsyncIteration:
+                return
 
 
 def _answer(model: Model, result: Result) -> Answer:

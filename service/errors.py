@@ -4,9 +4,13 @@ from __future__ import annotations
 
 
 class ServiceError(Exception):
-    """The root. `code` is stable: clients may branch on it. The message names the fix."""
+    """The root. `code` is stable: clients may branch on it. The message names the fix.
+
+    `outcome` is what metrics and the access log count it as; empty is the code.
+    """
 
     code = "error"
+    outcome = ""
 
 
 class StartError(ServiceError):
@@ -71,6 +75,16 @@ class Unreadable(ServiceError):
     """The body is not what its media type says."""
 
     code = "unreadable_body"
+
+
+class ReaderFault(Unreadable):
+    """A reader raised what it should not: a bug that the body brought out, answered like any unreadable body."""
+
+    outcome = "reader_fault"
+
+
+class Deferred(ServiceError):
+    """Reading this body takes too long for the event loop: it is read again in a thread. Never answered."""
 
 
 class UnknownModel(ServiceError):
@@ -156,9 +170,12 @@ class NotReady(ServiceError):
 
 
 class DeadlinePassed(ServiceError):
-    """The caller's time ran out before the work began."""
+    """The request's time ran out before its answer was there."""
 
     code = "deadline_passed"
+
+    def __init__(self, message: str = "the request's time ran out: X-Timeout-Ms, or else VAE_TIMEOUT_S") -> None:
+        super().__init__(message)
 
 
 class CallerGone(ServiceError):

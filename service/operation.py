@@ -79,6 +79,11 @@ class Inputs(NamedTuple):
     tiling: Tiling | None = None
     observe: Observe | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its arrays."""
+        return self.rows.nbytes + (0 if self.mask is None else self.mask.nbytes)
+
     def part(self, start: int, size: int) -> Inputs:
         """Some of them, as views."""
         mask = None if self.mask is None else self.mask[start : start + size]

@@ -21,6 +21,7 @@ CONTROL = (errors.ControlOff, errors.LoadRefused)
 STATUS: dict[type[errors.ServiceError], int] = {
     errors.Malformed: 400,
     errors.Unreadable: 400,
+    errors.ReaderFault: 400,
     errors.Unauthenticated: 401,
     errors.Forbidden: 403,
     errors.ControlOff: 403,
@@ -101,7 +102,7 @@ def describe(error: Exception) -> tuple[int, str, bytes, dict[str, str]]:
 def documented(*kinds: type[errors.ServiceError]) -> dict[int | str, dict[str, Any]]:
     """The statuses of these errors, without any of all that an operation may answer with, for OpenAPI."""
     codes: dict[int, list[str]] = {}
-    for kind in kinds or [kind for kind in STATUS if kind not in (errors.CallerGone, *CONTROL)]:
+    for kind in kinds or [kind for kind in STATUS if kind not in (errors.CallerGone, errors.ReaderFault, *CONTROL)]:
         codes.setdefault(STATUS[kind], []).append(kind.code)
     schema = {
         "type": "object",

@@ -9,11 +9,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from service.errors import InvalidShape, TooLarge
+from service.errors import Deferred, InvalidShape, TooLarge
 from service.pixels import Pixels
 
 FLOAT = np.dtype("<f4")
 """What travels in binary."""
+
+
+LOOP_PIXELS, LOOP_PICTURES = 2**14, 4
+"""What the event loop decodes of one body; more goes to a thread."""
 
 
 class Meter:
@@ -28,6 +32,8 @@ class Meter:
         max_rows: int = 2**14,
         reserve: Callable[[int], None] = lambda _: None,
         check_time: Callable[[], None] = lambda: None,
+        *,
+        in_loop: bool = False,
     ) -> None:
         """Limits of one request.
 
@@ -37,10 +43,12 @@ class Meter:
             reserve: Takes a number of bytes from the memory budget until the request is answered; raises TooLarge or
                 Overloaded where they are not there.
             check_time: Raises DeadlinePassed after the request's deadline. To be called between parts of long work.
+            in_loop: Whether the event loop waits for the reader, so that only few small pictures may be decoded.
         """
         self.max_pixels, self.max_rows = max_pixels, max_rows
         self.reserve, self.check_time = reserve, check_time
-        self._pixels = 0
+        self._pixels = self._pictures = 0
+        self._in_loop = in_loop
 
     def picture(self, width: int, height: int, pixel_bytes: int) -> None:
         """Count a picture, known from its header, before it is decoded.
@@ -54,11 +62,15 @@ class Meter:
             TooLarge: The request's pictures exceed VAE_MAX_PIXELS, or their memory VAE_MEMORY_BYTES.
             Overloaded: Other requests leave too little memory.
             DeadlinePassed: The request's time is up.
+            Deferred: Decoding takes too long for the event loop.
         """
         if self._pixels + width * height > self.max_pixels:
             further = f", with {self._pixels} of the request's other pictures," if self._pixels else ""
             raise TooLarge(f"{width} x {height} pixels{further} are above VAE_MAX_PIXELS ({self.max_pixels})")
         self._pixels += width * height
+        self._pictures += 1
+        if self._in_loop and (self._pixels > LOOP_PIXELS or self._pictures > LOOP_PICTURES):
+            raise Deferred
         self.check_time()
         self.reserve(width * height * pixel_bytes)
 

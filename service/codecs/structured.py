@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from service.codecs import image
 from service.codecs.payload import Answer, Body, Intake, Payload
-from service.errors import InvalidShape, Unreadable
+from service.errors import InvalidOption, InvalidShape, Unreadable
 from service.pixels import Pixels
 
 MOST_AXES = 8
@@ -22,23 +23,30 @@ LARGE = 2**20
 """Bytes of a body that is worth a look at how much reading it takes."""
 NUMBER_BYTES = 48
 """What the parser and the array take for one number."""
+MOST_FIELDS = 64
+"""Fields of the object: more than any operation has options."""
+NAME_SHOWN = 60
+"""Characters of a caller's name that a message repeats."""
+SLICE_NUMBERS = 2**16
+"""Numbers of an answer that are written at once: at most 16 bytes of text each, so 1 MiB."""
 NUMBERS = "{} must be nested lists of numbers, without text, null, true or false"
 
 
 def read(body: Body, _content_type: str, intake: Intake) -> Payload:
     """{"images" or "latents": nested numbers or base64 pictures, "mask": ..., and any option by its name}.
 
-    Numbers go from the text to the array without becoming Python's.
+    Numbers go from the text to the array without becoming Python's. What is neither an array of the operation nor one
+    value is not converted.
     """
     if len(body) > LARGE:
-        intake.meter.reserve(body.count(b",") * NUMBER_BYTES)
+        intake.meter.reserve(2 * len(body) + body.count(b",") * NUMBER_BYTES)
     try:
         content = simdjson.Parser().parse(bytes(body) or b"{}")
     except (ValueError, RuntimeError) as error:
         raise Unreadable(f"the body is not JSON: {error}") from error
     if not isinstance(content, simdjson.Object):
         raise Unreadable('the body must be a JSON object such as {"images": [...]}')
-    named = {key: content[key] for key in content}
+    named = _named(content)
     array, mask = _arrays(named.pop(intake.name), intake) if intake.name in named else (None, None)
     latents = intake.or_latents and array is None and "latents" in named
     if latents:
@@ -48,10 +56,53 @@ def read(body: Body, _content_type: str, intake: Intake) -> Payload:
     return Payload(array, mask, {name: _plain(value) for name, value in named.items()}, latents)
 
 
+def _named(content: simdjson.Object) -> dict[str, Any]:
+    """The fields of an object, each once.
+
+    Raises:
+        InvalidOption: There are more than any operation has, or one is there twice.
+    """
+    if len(content) > MOST_FIELDS:
+        raise InvalidOption(f"the JSON object has {len(content)} fields; an operation has at most a few options")
+    named: dict[str, Any] = {}
+    for name in content.keys():  # noqa: SIM118  # not a dict: its items would be converted to Python's
+        if name in named:
+            raise InvalidOption(f"{name[:NAME_SHOWN]} is in the JSON object twice; send it once")
+        named[name] = content[name] if name.isidentifier() else None  # no option has another name
+    return named
+
+
 def write(answer: Answer) -> bytes:
     """Every output by its name, as nested numbers, then what is said about them."""
+    return b"".join(slices(answer))
+
+
+def slices(answer: Answer) -> Iterator[bytes]:
+    """The text of `write` in slices of about 1 MiB, so that other work may run between them."""
     arrays = {name: np.ascontiguousarray(array) for name, array in answer.outputs.items()}
-    return orjson.dumps({**arrays, **answer.about}, option=orjson.OPT_SERIALIZE_NUMPY)
+    if sum(array.size for array in arrays.values()) <= SLICE_NUMBERS:
+        yield orjson.dumps({**arrays, **answer.about}, option=orjson.OPT_SERIALIZE_NUMPY)
+        return
+    for k, (name, array) in enumerate(arrays.items()):
+        yield b"%b%b:" % (b"," if k else b"{", orjson.dumps(name))
+        yield from _array_slices(array)
+    about = orjson.dumps(dict(answer.about), option=orjson.OPT_SERIALIZE_NUMPY)
+    yield b"," + about[1:] if answer.about else b"}"
+
+
+def _array_slices(array: NDArray[np.float32]) -> Iterator[bytes]:
+    """Nested lists of the array's numbers, SLICE_NUMBERS at a time."""
+    if array.size <= SLICE_NUMBERS:
+        yield orjson.dumps(array, option=orjson.OPT_SERIALIZE_NUMPY)
+        return
+    rows = max(1, SLICE_NUMBERS * len(array) // array.size)
+    for start in range(0, len(array), rows):
+        yield b"," if start else b"["
+        if array.ndim > 1 and array[0].size > SLICE_NUMBERS:
+            yield from _array_slices(array[start])
+        else:
+            yield orjson.dumps(array[start : start + rows], option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
+    yield b"]"
 
 
 def _arrays(value: Any, intake: Intake) -> tuple[NDArray[Any], NDArray[Any] | None]:
@@ -113,7 +164,7 @@ def _is_rectangular(value: Any, shape: tuple[int, ...]) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """As Python has it."""
+    """One value as Python has it; lists and objects, which no option takes, as empty ones."""
     if isinstance(value, simdjson.Object):
-        return value.as_dict()
-    return value.as_list() if isinstance(value, simdjson.Array) else value
+        return {}
+    return [] if isinstance(value, simdjson.Array) else value

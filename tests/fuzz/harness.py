@@ -32,6 +32,7 @@ with atheris.instrument_imports(include=["service", "python_multipart"]):
     from service.errors import ServiceError
     from service.memory import Memory
     from service.negotiation import acceptable
+    from service.offload import Offload
     from service.repository import Repository
     from service.routes import OPERATIONS
 
@@ -44,7 +45,7 @@ INTAKES: tuple[dict[str, Any], ...] = (
 CONTENT_TYPES = {"multipart/form-data": "multipart/form-data; boundary=x"}
 MANIFEST = Path(__file__).parents[2] / "models" / "mnist-2d" / "1" / manifest.FILE_NAME
 SETTINGS = Settings()
-CONTEXT = Context(SETTINGS, Repository({}, ""), Engine(SETTINGS), Memory(SETTINGS.memory_bytes))
+CONTEXT = Context(SETTINGS, Repository({}, ""), Engine(SETTINGS), Memory(SETTINGS.memory_bytes), Offload())
 APPS = [OperationApp(operation, CONTEXT) for operation in OPERATIONS]
 
 

@@ -149,11 +149,36 @@ CASES: dict[str, Case] = {
         "unsupported_media_type",
     ),
     "no media type": ("encode", {"content": b"x"}, 415, "unsupported_media_type"),
-    "a compressed body": (
+    "a body compressed in a way that is not read": (
         "encode",
-        {"content": b"x", "headers": {**RAW, "content-encoding": "gzip"}},
+        {"content": GOOD.tobytes(), "headers": {**RAW, "content-encoding": "br"}},
         415,
         "unsupported_media_type",
+    ),
+    "a body that is not compressed as it says": (
+        "encode",
+        {"content": GOOD.tobytes(), "headers": {**RAW, "content-encoding": "gzip"}},
+        *UNREADABLE,
+    ),
+    "more fields than there are options": (
+        "encode",
+        {"json": dict.fromkeys(map(str, range(65)), 0)},
+        422,
+        "invalid_option",
+    ),
+    "a list for an option": ("encode", {"json": {"images": [], "draws": [0]}}, 422, "invalid_option"),
+    "a field twice": ("encode", {"content": b'{"draws": 1, "draws": 2}', "headers": JSON}, 422, "invalid_option"),
+    "a NUL in a field's name": (
+        "encode",
+        {"content": b'{"images": [[0]], "a\\u0000b": 1}', "headers": JSON},
+        422,
+        "invalid_option",
+    ),
+    "no time at all": (
+        "encode",
+        {"content": GOOD.tobytes(), "headers": {**RAW, "x-timeout-ms": "00"}},
+        422,
+        "invalid_option",
     ),
     "an unknown option": ("encode?drawz=1", {"content": GOOD.tobytes(), "headers": RAW}, 422, "invalid_option"),
     "an unknown JSON key": ("sample", {"json": {"counts": 3}}, 422, "invalid_option"),

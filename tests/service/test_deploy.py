@@ -13,7 +13,7 @@ import yaml
 
 from docs.reference import PAGE, with_tables
 from service.config import Settings
-from service.errors import ServiceError
+from service.errors import ReaderFault, ServiceError
 from service.telemetry import Telemetry
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -52,7 +52,7 @@ def test_queries_name_metrics_and_outcomes_that_exist(expression: str) -> None:
     """In the dashboard and in the alerts."""
     assert set(re.findall(r"\bvae_\w+", expression)) <= exposed()
     outcomes = [code for found in re.findall(r'outcome=~?"([^"]+)"', expression) for code in found.split("|")]
-    assert set(outcomes) <= {"ok", "internal_error", *codes()}
+    assert set(outcomes) <= {"ok", "internal_error", ReaderFault.outcome, *codes()}
 
 
 def test_the_queue_that_fills_is_the_default_one() -> None:
