@@ -49,7 +49,7 @@ FUZZ_S ?= 300
 fuzz: $(VENV)/.test
 	@for target in json npy raw image multipart query manifest; do \
 	  mkdir -p .fuzz/$$target && \
-	  $(PYTHON) -m tests.fuzz.harness $$target .fuzz/$$target -max_total_time=$(FUZZ_S) -max_len=8192 -timeout=10 \
+	  $(PYTHON) -m tests.fuzz.harness $$target .fuzz/$$target -max_total_time=$(FUZZ_S) -max_len=8192 -timeout=30 \
 	    -rss_limit_mb=1024 -artifact_prefix=.fuzz/$$target- || exit 1; \
 	done
 	FUZZ_EXAMPLES=200 FUZZ_SEED=$$(date +%s) $(PYTHON) -m pytest tests/fuzz/test_openapi.py
