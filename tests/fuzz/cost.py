@@ -16,12 +16,12 @@ from service.codecs import Meter, Payload
 
 MAX_PIXELS = 2**20
 BASE_S, UNIT_S = 0.25, 2e-6
-"""Processor time that any body may take, and that a byte of it, or a pixel that the Meter allowed, may take besides.
+"""Processor time that any body may take, and that each byte of it may take besides.
 
 Many times what the readers take on a slow machine: what is found is of another order, not late by chance.
 """
-PICTURE_UNITS = 128
-"""A picture counts as so many bytes more, because the smallest takes a tenth of a millisecond."""
+PIXEL_UNITS, PICTURE_UNITS = 0.1, 128
+"""What a pixel and a picture that the Meter allowed count as, in bytes: the smallest takes a tenth of a millisecond."""
 MEASURED = 3
 """How often a suspect is measured; the fastest counts."""
 BASE_BYTES, MULTIPLE = 2**20, 12
@@ -46,9 +46,9 @@ class Ledger(Meter):
         self.pictures += 1
 
     @property
-    def units(self) -> int:
+    def units(self) -> float:
         """What it allowed, in bytes of a body that take as long."""
-        return self.pixels + PICTURE_UNITS * self.pictures
+        return PIXEL_UNITS * self.pixels + PICTURE_UNITS * self.pictures
 
     def _note(self, size: int) -> None:
         self.bytes += size

@@ -6,7 +6,7 @@ import base64
 
 from benchmarks import hostile
 
-GROWN = 2**20
+GROWN = 2**19
 """Bytes of an input that was grown."""
 NUMBER = b"#"
 """In a part that is repeated, the number of the repetition takes its place."""

@@ -18,6 +18,7 @@ from tests.fuzz.cost import (
     BASE_BYTES,
     BASE_S,
     MULTIPLE,
+    PIXEL_UNITS,
     UNIT_S,
     Costly,
     Ledger,
@@ -25,7 +26,7 @@ from tests.fuzz.cost import (
     check_result,
     check_time,
 )
-from tests.fuzz.growing import GROWN, growing, grown
+from tests.fuzz.growing import GROWING, GROWN, growing, grown
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 6
@@ -47,6 +48,17 @@ def test_no_bytes_crash_hang_or_fill_the_memory(tmp_path: Path) -> None:
     runs = re.search(r"Done (\d+) runs", done.stderr)
     assert runs, done.stderr[-3000:]
     assert int(runs[1]) > RUNS
+
+
+@pytest.mark.parametrize("target", GROWING)
+def test_large_bodies_of_many_parts_cost_little(target: str, tmp_path: Path) -> None:
+    """Each of half a MiB; the fuzzer runs its first inputs and no more."""
+    flags = ["-runs=0", "-timeout=60", "-rss_limit_mb=512", f"-artifact_prefix={tmp_path}/"]
+    done = subprocess.run(
+        [*SHELL, sys.executable, "-m", "tests.fuzz.harness", target, str(tmp_path), *flags],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_a_crash_would_be_seen(tmp_path: Path) -> None:
@@ -91,7 +103,7 @@ def test_time_is_in_proportion_to_the_body() -> None:
 
     def draw(meter: Meter) -> None:
         meter.picture(512, 512, 4)
-        busy(BASE_S + 512 * 512 * UNIT_S / 2)
+        busy(BASE_S + 512 * 512 * PIXEL_UNITS * UNIT_S / 2)
 
     def draw_too_much(meter: Meter) -> None:
         try:
