@@ -17,6 +17,7 @@ from uvicorn.supervisors import Multiprocess
 
 from service.app import create_app, end_process, open_repository
 from service.config import Settings, read_settings
+from service.connections import Connections
 from service.errors import StartError
 from service.exposure import check
 from service.logs import Format, log_config
@@ -87,7 +88,7 @@ def server_config(settings: Settings, app: Any, **more: Any) -> uvicorn.Config:
         log_level="info",
         log_config=log_config(settings.log_format),
         access_log=False,  # ours knows the request's id
-        http=partial(Protocol, settings=settings),  # type: ignore[arg-type]  # which makes one
+        http=partial(Protocol, settings=settings, connections=Connections(settings)),  # type: ignore[arg-type]  # which makes one
         ws="none",
         proxy_headers=bool(settings.trusted_proxies),
         forwarded_allow_ips=settings.trusted_proxies,

@@ -6,6 +6,7 @@ import difflib
 import ipaddress
 import json
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +20,10 @@ from service.selection import ALL, Selection
 
 PREFIX = "VAE_"
 NOT_OURS = {"VAE_DATA"}  # where the tests find real data; often set in the same shell
+
+PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9_~-][A-Za-z0-9_.~-]*){1,8}", re.ASCII).fullmatch
+OWN = {"docs", "health", "metrics", "openapi.json", "v1"}
+"""Where paths of the service begin."""
 
 
 def _rate(value: str) -> str:
@@ -34,6 +39,20 @@ def _proxies(value: str) -> str:
     return value
 
 
+def _root_path(value: str) -> str:
+    path = value.rstrip("/")
+    if path and not is_prefix(path):
+        raise ValueError(
+            "a root path is a slash and plain names, as in /vae or /apps/vae, and none of the service's own paths"
+        )
+    return path
+
+
+def is_prefix(path: str) -> bool:
+    """Whether a proxy may serve the service under this path: plain, and not to be taken for one of its own paths."""
+    return bool(PLAIN_PATH(path)) and path.split("/", 2)[1] not in OWN
+
+
 def _hosts(value: str) -> str:
     for pattern in split(value):
         check_pattern(pattern)
@@ -47,6 +66,7 @@ def _located(value: Any) -> Any:
 
 Rate = Annotated[str, AfterValidator(_rate)]
 Proxies = Annotated[str, AfterValidator(_proxies)]
+RootPath = Annotated[str, AfterValidator(_root_path)]
 Hosts = Annotated[str, AfterValidator(_hosts)]
 Location = Annotated[Path | str, BeforeValidator(_located)]
 
@@ -118,7 +138,10 @@ class Settings(BaseSettings):
     max_headers: Annotated[int, Field(ge=8)] = 100
     """Headers in one request."""
     max_connections: Annotated[int, Field(ge=1)] = 4096
-    """Open connections of each worker; one more is answered 503 and closed."""
+    """Open connections of each worker; those above it are answered for health alone, anything else with 503."""
+    max_connections_per_address: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Open connections of one client address, over all workers; 0 is any number. An IPv6 network of 64 bits counts as
+    one address, and trusted proxies are not counted."""
     head_timeout_s: Annotated[float, Field(gt=0)] = 10.0
     """How long a connection may take to send its first request's line and headers, or those of one it has begun."""
     body_timeout_s: Annotated[float, Field(gt=0)] = 120.0
@@ -146,6 +169,9 @@ class Settings(BaseSettings):
     ops_port: Annotated[int, Field(ge=0, le=65535)] | None = None
     """Port for /health and /metrics, which then leave the main one; 0 takes a free one."""
     trusted_proxies: Proxies = ""
+    """Addresses or networks, with commas, whose X-Forwarded-For, -Proto and -Prefix are believed."""
+    root_path: RootPath = ""
+    """Path under which a proxy serves this service, as in `/vae`, whether the proxy removes it or not."""
     """Addresses or networks, with commas, whose X-Forwarded-For, -Proto and -Host are believed."""
     cors_origins: str = ""
     """Origins, with commas, whose pages may call from a browser; `*` is every one. Other pages cannot POST."""

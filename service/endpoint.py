@@ -34,7 +34,7 @@ from service.intake import IDENTITY, Limit, coding_of, disconnected, inflated, r
 from service.latent import BLOCK_ROWS
 from service.memory import Memory, Share, answer_bytes
 from service.model import Model
-from service.negotiation import JSON, acceptable, form_of, write
+from service.negotiation import JSON, acceptable, fields, form_of, write
 from service.offload import Offload
 from service.operation import Inputs, LatentOptions, Operation, Rows
 from service.repository import Repository
@@ -50,7 +50,7 @@ NAMED = ("seed", "binarisation")
 HEADER_NUMBERS = 16
 """Lists longer than this are not repeated in a header."""
 REMEMBERED = 256
-"""Longer query strings and Accept headers are nobody's, and are not remembered."""
+"""Longer query strings are nobody's, and are not remembered."""
 PART_ROWS = 4 * BLOCK_ROWS
 """Binary answers of more rows are sent in parts of this many, so that they need no more memory."""
 
@@ -145,14 +145,16 @@ class OperationApp:
             model = self.context.repository.find(path.get("model"), path.get("version"))
             label = model.manifest.name
             self.operation.check_offered(model)
-            headers = dict(scope["headers"])
+            headers = fields(scope["headers"])
+            if b"expect" in headers:
+                self._check_early(headers, scope["query_string"])
             content_type = headers.get(b"content-type", b"").decode("latin-1")
             body = await read_body(receive, headers, self._limit_of(content_type), share)
             if body is None:
                 return
             gone, deadline = partial(disconnected, receive), self._deadline(headers)
             submit = partial(self.context.engine.submit, deadline=deadline, gone=gone)
-            accept = headers.get(b"accept", b"*/*")[:REMEMBERED].decode("latin-1")
+            accept = headers.get(b"accept", b"*/*").decode("latin-1")
             query = scope["query_string"]
             call = Call(model, query, headers, body, submit, deadline, gone, share, content_type, accept)
             reply = await self._answer(call)
@@ -167,6 +169,16 @@ class OperationApp:
         scope["served"] = served  # for the access log and the trace
         served["outcome"] = await self._send(reply, send)
         self.context.engine.telemetry.request(**served)
+
+    def _check_early(self, headers: dict[bytes, bytes], query: bytes) -> None:
+        """Refuse what its head tells before the body is sent, for a caller that waits for 100 Continue.
+
+        Raises: UnsupportedMediaType, InvalidOption.
+        """
+        if headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in headers:
+            form_of(headers.get(b"content-type", b"").decode("latin-1"), b"to come", self.operation)
+        coding_of(headers)
+        self.options_of_query(query)
 
     async def _answer(self, call: Call) -> Reply:
         model, operation = call.model, self.operation

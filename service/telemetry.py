@@ -75,6 +75,7 @@ class Telemetry:
         self._batch_children = cache(
             lambda *values: [metric.labels(*values) for metric in (self._queue, self._inference, self._batch_rows)]
         )
+        self.changes = 0  # with every flush that added something
         self._load = load
         self._noted: list[Callable[[], None]] = []
         self._counted: dict[tuple[str, str, str], list[int]] = {}
@@ -101,11 +102,13 @@ class Telemetry:
     def ready(self, model: str, versions: int) -> None:
         """How many versions of a model are served."""
         self._ready.labels(model).set(versions)
+        self.changes += 1
 
     def flush(self) -> None:
         """Add up what was noted; callers' answers do not wait for it."""
         self._flushing = False
         noted, self._noted = self._noted, []
+        self.changes += bool(noted)
         for add in noted:
             add()
         counted, self._counted = self._counted, {}

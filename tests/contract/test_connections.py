@@ -143,15 +143,6 @@ def test_a_coded_body_is_refused(url: str) -> None:
     assert problem_of(said(url, DECODE + body))[:2] == (415, "unsupported_media_type")
 
 
-def test_a_body_is_not_the_next_request(url: str) -> None:
-    """Where the head asks for an upgrade, as where it does not."""
-    smuggled = b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n\r\n"
-    head = DECODE + b"content-length: %d\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n" % len(smuggled)
-    assert problem_of(said(url, head, smuggled))[:2] == (400, "malformed_request")
-    bare = b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n"
-    assert said(url, bare).startswith(b"HTTP/1.1 200")
-
-
 def test_requests_sent_at_once_are_answered_in_order(url: str) -> None:
     """One that is malformed is answered after those before it, and ends the connection."""
     answers = said(url, WHOLE + b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n\r\n" + WHOLE)
