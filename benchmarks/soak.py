@@ -35,8 +35,6 @@ FLAT = 0.05
 COMMAND = [sys.executable, "-m", "benchmarks.peers.ours"]
 RELOADS = "model_control" in Settings.model_fields
 """Whether this service can load and unload while it serves."""
-CONTROL = "true" if RELOADS and Settings.model_fields["model_control"].annotation is bool else "anonymous"
-"""What lets anybody do so."""
 
 
 class Rest(NamedTuple):
@@ -84,7 +82,7 @@ def main() -> int:
     home = ignored_home()
     write_models(home / "soak-models")
     found, probe = Soak(options.minutes, 60.0 * options.minutes * WARM_UP), bodies.json("/v1/reconstruct")
-    os.environ |= {"VAE_MODEL_CONTROL": CONTROL} if RELOADS else {}
+    os.environ |= {"VAE_MODEL_CONTROL": "anonymous"} if RELOADS else {}
     server = Server(COMMAND, home / "soak-models" / "mlp" / "1", probe.ask(bodies.images(1)), home / "soak.log")
     try:
         load, warm_up = Mixture(server.port), Mixture(server.port)

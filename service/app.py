@@ -115,7 +115,7 @@ def create_app(
     add_operations(app, Context(settings, repository, engine, Memory(settings.memory_bytes), offload))
     for router in (
         models_router(repository, OPERATIONS),
-        control_router(repository, control, allowed=settings.model_control),
+        control_router(repository, control, settings),
         health_router(repository, engine),
         metrics_router(engine.telemetry),
     ):

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.errors import StartError
+from service.hosts import check_pattern
 from service.selection import ALL, Selection
 
 PREFIX = "VAE_"
@@ -33,6 +34,12 @@ def _proxies(value: str) -> str:
     return value
 
 
+def _hosts(value: str) -> str:
+    for pattern in split(value):
+        check_pattern(pattern)
+    return value
+
+
 def _located(value: Any) -> Any:
     """A URL as it is, anything else as a path."""
     return Path(value) if isinstance(value, str) and "://" not in value else value
@@ -40,6 +47,7 @@ def _located(value: Any) -> Any:
 
 Rate = Annotated[str, AfterValidator(_rate)]
 Proxies = Annotated[str, AfterValidator(_proxies)]
+Hosts = Annotated[str, AfterValidator(_hosts)]
 Location = Annotated[Path | str, BeforeValidator(_located)]
 
 
@@ -62,8 +70,9 @@ class Settings(BaseSettings):
     versions: Annotated[str, AfterValidator(lambda text: Selection(text).text)] = ALL
     """Versions that are served: `all`, `latest`, or a list such as `mnist:2,mnist:3,mnist-2d:latest`; models that a
     list does not name are not served. Requests that name no version get the latest that is served."""
-    model_control: bool = False
-    """Whether models may be loaded and unloaded over HTTP."""
+    model_control: bool | Literal["anonymous"] = False
+    """Whether models may be loaded and unloaded over HTTP: `true` by API keys with the right `control`, `anonymous` by
+    whoever may call, where no keys are asked for."""
     poll_s: Annotated[float, Field(ge=0)] = 0.0
     """How often the folder is looked through for new versions; 0 is never."""
     host: str = "127.0.0.1"
@@ -121,19 +130,25 @@ class Settings(BaseSettings):
     api_keys: str = ""
     """File of API keys, read again when it changes; empty asks nobody for one."""
     allow_anonymous: bool = False
-    """Whether an address that other machines can reach may be served without API keys."""
+    """Whether an address that other machines can reach may be served without API keys; control stays closed."""
     anonymous_rate: Rate = ""
     """Without API keys, how often each client address may call, as in `100/minute` or `5/second,1000/hour`."""
     anonymous_concurrency: Annotated[int, Field(ge=0)] = 0
     """Without API keys, calls of a client address at the same time; 0 is any number."""
+    open_rate: Rate = "30/second"
+    """Without a known API key, how often each client address may ask for /docs, /openapi.json and /metrics, and how
+    often it may be told that its key is not known; empty is any number."""
+    allowed_hosts: Hosts = ""
+    """Names in the Host header, with commas, that are answered besides localhost, IP addresses and this machine's own:
+    `vae.example`, `*.example`, or `*` for any. Requests with a known API key or from a trusted proxy may have any."""
     docs: bool = True
     """Whether /docs and /openapi.json are served, to anybody."""
     ops_port: Annotated[int, Field(ge=0, le=65535)] | None = None
     """Port for /health and /metrics, which then leave the main one; 0 takes a free one."""
     trusted_proxies: Proxies = ""
-    """Addresses or networks, with commas, whose X-Forwarded-For and X-Forwarded-Proto are believed."""
+    """Addresses or networks, with commas, whose X-Forwarded-For, -Proto and -Host are believed."""
     cors_origins: str = ""
-    """Origins, with commas, whose pages may call from a browser; `*` is every one."""
+    """Origins, with commas, whose pages may call from a browser; `*` is every one. Other pages cannot POST."""
     tls_certificate: str = ""
     """PEM file of the certificate and its chain; empty serves plain HTTP."""
     tls_key: str = ""

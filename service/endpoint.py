@@ -20,7 +20,16 @@ from service.admission import admit
 from service.codecs import EVENTS, HEADERS, READERS, Answer, Body, EventForm, Intake, Meter, Payload, single_array
 from service.config import Settings
 from service.engine import Engine
-from service.errors import CallerGone, DeadlinePassed, Deferred, InvalidOption, ReaderFault, ServiceError, WrongModel
+from service.errors import (
+    CallerGone,
+    DeadlinePassed,
+    Deferred,
+    InvalidOption,
+    ReaderFault,
+    ServiceError,
+    WrongModel,
+    quoted,
+)
 from service.intake import IDENTITY, Limit, coding_of, disconnected, inflated, read_body
 from service.latent import BLOCK_ROWS
 from service.memory import Memory, Share, answer_bytes
@@ -36,7 +45,7 @@ from service.watching import Event, watched
 
 log = logging.getLogger(__name__)
 
-NAMED = ("seed", "binarisation", "note")
+NAMED = ("seed", "binarisation")
 """What is said about an answer, in a header of its own."""
 HEADER_NUMBERS = 16
 """Lists longer than this are not repeated in a header."""
@@ -52,7 +61,7 @@ LOOP_BINARY_BYTES = 2**20
 LOOP_NUMBERS = 2**16
 """Numbers of an answer that the event loop writes; larger ones are written in a thread."""
 LONGEST_TIMEOUT = 12
-"""Digits of X-Timeout-Ms; more are above every VAE_TIMEOUT_S."""
+"""Digits of X-Timeout-Ms."""
 
 T = TypeVar("T")
 Headers = list[tuple[bytes, bytes]]
@@ -177,7 +186,7 @@ class OperationApp:
             if reply is not None:
                 return reply
             call.share.need(answer_bytes(model, options, len(inputs.rows)))
-        result = await operation.run(model, call.submit, inputs, options)
+        result = await operation.perform(model, call.submit, inputs, options)
         answer = _answer(model, result)
         writing = partial(write, answer, call.accept, form)
         large = sum(array.size for array in answer.outputs.values()) > LOOP_NUMBERS
@@ -249,7 +258,7 @@ class OperationApp:
         """Events, from the first on: what goes wrong before it is a problem like every other."""
 
         async def run(observe: Observe) -> Result:
-            return await self.operation.run(call.model, call.submit, inputs._replace(observe=observe), options)
+            return await self.operation.perform(call.model, call.submit, inputs._replace(observe=observe), options)
 
         model, events, further = call.model, EVENTS[form], watched(run)
         parts = _framed(model, events, await anext(further), further)
@@ -258,7 +267,7 @@ class OperationApp:
 
     async def _stream(self, call: Call, inputs: Inputs, options: Any, form: str) -> Reply | None:
         """An answer of many rows, sent part by part; None where its form cannot hold it."""
-        first = await self.operation.run(call.model, call.submit, inputs.part(0, PART_ROWS), options)
+        first = await self.operation.perform(call.model, call.submit, inputs.part(0, PART_ROWS), options)
         array = single_array(first.outputs)
         if array is None:
             return None
@@ -276,7 +285,7 @@ class OperationApp:
         submit = partial(self.context.engine.submit, gone=call.gone, begun=True)
         array: Rows | None = first
         for start in range(PART_ROWS, len(inputs.rows), PART_ROWS):
-            run = self.operation.run(call.model, submit, inputs.part(start, PART_ROWS), options)
+            run = self.operation.perform(call.model, submit, inputs.part(start, PART_ROWS), options)
             ahead = asyncio.ensure_future(run)
             try:
                 assert array is not None  # as that of the first part
@@ -323,7 +332,8 @@ class OperationApp:
             options = self.operation.options.model_validate(named)
         except ValidationError as error:
             known = ", ".join(self.operation.options.model_fields) or "none"
-            problem = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:3])
+            wrong = error.errors()[:3]
+            problem = "; ".join(f"{quoted('.'.join(map(str, one['loc'])))}: {one['msg']}" for one in wrong)
             raise InvalidOption(f"{problem} (options of {self.operation.name}: {known})") from error
         limit = self.context.settings.max_draws
         if options.multiplicity > limit:
@@ -352,10 +362,9 @@ class OperationApp:
         seconds = self.context.settings.timeout_s
         wished = headers.get(b"x-timeout-ms")
         if wished is not None:
-            if not wished.isdigit() or not wished.strip(b"0"):
-                raise InvalidOption("X-Timeout-Ms must be a whole number of milliseconds above 0")
-            if len(wished.lstrip(b"0")) <= LONGEST_TIMEOUT:
-                seconds = min(seconds, int(wished) / 1000.0)
+            if not wished.isdigit() or len(wished) > LONGEST_TIMEOUT or int(wished) == 0:
+                raise InvalidOption("X-Timeout-Ms must be a whole number of milliseconds, from 1 to 12 digits long")
+            seconds = min(seconds, int(wished) / 1000.0)
         return time.monotonic() + seconds
 
 
@@ -368,16 +377,24 @@ def _check_fingerprint(model: Model, header: bytes | None, options: Any) -> None
     if header is None and option is None:
         return
     manifest = model.manifest
-    for named in (header and header.decode("latin-1"), option):
+    for named in (None if header is None else header.decode("latin-1"), option):
         if named is not None and named != manifest.fingerprint:
             raise WrongModel(
-                f"the request is for the model with fingerprint {named!r:.80}, but {manifest.name} version "
+                f"the request is for the model with fingerprint {quoted(named)}, but {manifest.name} version "
                 f"{manifest.version} has {manifest.fingerprint}; ask the model that gave the latents, or encode again"
             )
 
 
 def _pairs(query: bytes) -> dict[str, str]:
-    return dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True))
+    """The options in a query string.
+
+    Raises: InvalidOption for one that is there twice.
+    """
+    pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True)
+    named = dict(pairs)
+    if len(named) < len(pairs):
+        raise InvalidOption("the query string names an option twice; send each once")
+    return named
 
 
 def _refusal(error: Exception) -> Reply:
@@ -425,9 +442,18 @@ def _headers(form: str, about: Mapping[str, Any], result: Result, *, whole: bool
     named = _named(form, about["model"], about["version"], about["fingerprint"], *result.outputs)
     head = [*named, (b"server-timing", timing)]
     head += [(b"x-" + name.encode(), str(about[name]).encode()) for name in NAMED if name in about]
+    if "notes" in about:
+        head.append((b"x-note", ", ".join(map(_noted, about["notes"])).encode("ascii", "replace")))
     if "level" in about and len(about["level"]) <= HEADER_NUMBERS:
         head.append((b"x-level", ",".join(f"{value:.4g}" for value in about["level"]).encode()))
     return head
+
+
+def _noted(note: Mapping[str, Any]) -> str:
+    """A note as an item of a list of structured fields (RFC 9651): code;rows="0 1";detail="..."."""
+    rows = " ".join(map(str, note["rows"][:HEADER_NUMBERS])) + (" ..." if len(note["rows"]) > HEADER_NUMBERS else "")
+    detail = note["detail"].replace("\\", "\\\\").replace('"', '\\"')
+    return f'{note["code"]};rows="{rows}";detail="{detail}"'
 
 
 @lru_cache(1024)

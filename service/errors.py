@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+MOST_QUOTED = 80
+
+
+def quoted(text: str) -> str:
+    """What a caller sent, as messages repeat it: on one line, in double quotes, of bounded length."""
+    plain = "".join(letter if letter.isprintable() else "?" for letter in text[:MOST_QUOTED])
+    plain = plain.replace('"', "'")
+    return f'"{plain}{"..." if len(text) > MOST_QUOTED else ""}"'
+
 
 class ServiceError(Exception):
     """The root. `code` is stable: clients may branch on it. The message names the fix.
@@ -35,6 +44,18 @@ class Forbidden(ServiceError):
     """The API key lacks a right; the message names it."""
 
     code = "forbidden"
+
+
+class CrossSite(ServiceError):
+    """A web page of another origin sent the request."""
+
+    code = "cross_site"
+
+
+class UnknownHost(ServiceError):
+    """The Host header names nothing that the service answers to."""
+
+    code = "unknown_host"
 
 
 class SlowRequest(ServiceError):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from service.codecs import ANSWERS_IN, READERS, WRITERS, Answer, Body
-from service.errors import NotAcceptable, Unreadable, UnsupportedMediaType
+from service.codecs import ALIASES, ANSWERS_IN, ARRAY_FORMS, OPTION_FORMS, UNREAD_TYPES, WRITERS, Answer, Body
+from service.errors import NotAcceptable, Unreadable, UnsupportedMediaType, quoted
 from service.operation import Operation
 
 JSON = "application/json"
@@ -17,16 +17,19 @@ def form_of(content_type: str, body: Body, operation: Operation) -> str | None:
     Raises: UnsupportedMediaType, Unreadable.
     """
     form = content_type.split(";", 1)[0].strip().lower()
-    if not operation.takes:
-        if body and form != JSON:
-            raise UnsupportedMediaType(f"{operation.name} takes its options in the query string or as {JSON}")
-        return form if body else None
+    form = ALIASES.get(form, form)
     if not body:
-        raise Unreadable(f"the body is empty; {operation.name} takes {operation.takes}")
-    if form not in READERS:
-        said = f"Content-Type {form!r:.80} is not read" if form else "Content-Type is missing"
-        raise UnsupportedMediaType(f"{said}; send one of {', '.join(READERS)}")
-    return form
+        if operation.takes:
+            raise Unreadable(f"the body is empty; {operation.name} takes {operation.takes}")
+        return None
+    forms = ARRAY_FORMS if operation.takes else OPTION_FORMS
+    if form in forms:
+        return form
+    advice = f"{operation.name} takes {operation.takes or 'options alone'}; send one of {', '.join(forms)}"
+    if form in UNREAD_TYPES:
+        advice = f"convert {UNREAD_TYPES[form]} to PNG and send image/png"
+    said = f"Content-Type {quoted(form)} is not read" if form else "Content-Type is missing"
+    raise UnsupportedMediaType(f"{said}; {advice}")
 
 
 def write(answer: Answer, accept: str, form: str | None) -> tuple[str, bytes]:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.errors import UnsupportedOperation
+from service.errors import InferenceFailed, InvalidValue, ServiceError, UnsupportedOperation
 from service.latent import MAX_SEED
 from service.model import Model
 from service.pixels import Fit
@@ -18,6 +18,10 @@ from service.tiling import Tiling
 from service.vae import Observe, Result, Submit
 
 Rows = NDArray[np.float32]
+
+SMALL = 4096
+LATENT_EXTREME = 100.0
+"""A latent further from 0 may explain a result that is not finite; priors have a deviation of about 1."""
 
 
 class Options(BaseModel):
@@ -119,6 +123,40 @@ class Operation:
     check: Callable[[Model, Inputs, Any], None] | None = None
     """(model, inputs, options): what it refuses beside shape and range, of the whole request."""
 
+    async def perform(self, model: Model, submit: Submit, inputs: Inputs, options: Any) -> Result:
+        """Run it, and see that every number of what it finds is finite, while it goes on as well as at the end.
+
+        Raises:
+            InvalidValue: One is not, and an input lies so far outside what the model knows that this explains it.
+            InferenceFailed: One is not, and nothing explains it.
+        """
+        observe = inputs.observe
+        if observe is not None:
+            inputs = inputs._replace(observe=lambda found: observe(self._finite(found, model, inputs)))
+        return self._finite(await self.run(model, submit, inputs, options), model, inputs)
+
+    def _finite(self, result: Result, model: Model, inputs: Inputs) -> Result:
+        for name, array in (*result.outputs.items(), *result.about.items()):
+            if isinstance(array, np.ndarray) and not is_finite(array):
+                raise self._explained(name, model, inputs)
+        return result
+
+    def _explained(self, name: str, model: Model, inputs: Inputs) -> ServiceError:
+        """Why an output may not be finite."""
+        what = "latents" if inputs.latents else self.takes
+        low, high = (-LATENT_EXTREME, LATENT_EXTREME) if what == "latents" else model.manifest.value_range
+        if inputs.rows.size:
+            least, most = inputs.rows.min(), inputs.rows.max()
+            if least < low or most > high:
+                return InvalidValue(
+                    f"{name} would not be finite: {what} has values from {least!s} to {most!s}, and the model knows "
+                    f"values in [{low:.9g}, {high:.9g}]"
+                )
+        return InferenceFailed(
+            f"{name} of model {model.manifest.name} would not be finite, though the input is in its range; "
+            "try another version of the model"
+        )
+
     def row_shape(self, model: Model, options: Any) -> tuple[int, ...]:
         """The shape of one row of what it takes: of images, the model's divided by the options' `factor`, rounded down.
 
@@ -141,6 +179,14 @@ class Operation:
             raise UnsupportedOperation(
                 f"model {model.manifest.name} was exported without {lacking}; {self.name} needs it"
             )
+
+
+def is_finite(array: Rows) -> bool:
+    """Whether all numbers are finite."""
+    finite = np.isfinite(array)
+    if array.size > SMALL:
+        return bool(finite.all())
+    return b"\0" not in finite.tobytes()  # half the time of numpy's `all`, which every answer would take
 
 
 def check_refinable(model: Model, graph: str) -> None:

@@ -19,6 +19,7 @@ from service.errors import (
     TooManyConnections,
     UrlTooLong,
 )
+from service.proxies import PEER
 
 LINGER_S = 1.0
 """How long a refused connection stays, so that its caller can read why."""
@@ -61,6 +62,7 @@ class Protocol(HttpToolsProtocol):
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         """Turn it away where there are too many."""
         super().connection_made(transport)
+        self.app_state = {**self.app_state, PEER: self.client}
         limit, server = self.settings.max_connections, self.server
         if len(self.connections) > limit and not (server and server[1] == self.settings.ops_port):
             self.connections.discard(self)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from service import manifest as manifests
-from service.errors import NotReady, StartError, UnknownModel
+from service.errors import NotReady, StartError, UnknownModel, quoted
 from service.manifest import ManifestError
 from service.model import Model, open_model
 from service.orders import WHOLE, Standing
@@ -134,7 +134,7 @@ class Repository:
         if version is None:
             return next(reversed(versions.values()))
         if version not in versions:
-            raise UnknownModel(f"model {name} has no version {version!r:.80}; it has {', '.join(versions)}")
+            raise UnknownModel(f"model {name} has no version {quoted(version)}; it has {', '.join(versions)}")
         return versions[version]
 
     def refused(self, name: str) -> dict[str, str]:
@@ -155,11 +155,11 @@ class Repository:
         assert self._library is not None
         names = {*self._library.names(), *self.conditions}
         if name not in names:
-            raise UnknownModel(f"no model {name!r:.80}; the models are {', '.join(sorted(names))}")
+            raise UnknownModel(f"no model {quoted(name)}; the models are {', '.join(sorted(names))}")
         versions = {*self._library.versions(name), *self.conditions.get(name, {})}
         if version not in {*versions, WHOLE}:
             known = ", ".join(sorted(versions, key=version_key))
-            raise UnknownModel(f"model {name} has no version {version!r:.80}; its folder holds {known}")
+            raise UnknownModel(f"model {name} has no version {quoted(version)}; its folder holds {known}")
 
     def news(self) -> dict[str, set[str]]:
         """Models whose folder holds something new: a version never seen, or files changed of one that failed."""
@@ -243,7 +243,7 @@ class Repository:
 
     def _missing(self, name: str) -> UnknownModel | NotReady:
         if name not in self.conditions:
-            return UnknownModel(f"no model {name!r:.80}; the models are {', '.join(self.models)}")
+            return UnknownModel(f"no model {quoted(name)}; the models are {', '.join(self.models)}")
         return NotReady(f"no version of model {name} is served; /v1/models/{name} says why")
 
 

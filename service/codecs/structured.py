@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,8 +14,8 @@ import simdjson
 from numpy.typing import NDArray
 
 from service.codecs import image
-from service.codecs.payload import Answer, Body, Intake, Payload
-from service.errors import InvalidOption, InvalidShape, Unreadable
+from service.codecs.payload import Answer, Body, Intake, Payload, check_pictures
+from service.errors import InvalidOption, InvalidShape, Unreadable, quoted
 from service.pixels import Pixels
 
 MOST_AXES = 8
@@ -25,10 +25,11 @@ NUMBER_BYTES = 48
 """What the parser and the array take for one number."""
 MOST_FIELDS = 64
 """Fields of the object: more than any operation has options."""
-NAME_SHOWN = 60
-"""Characters of a caller's name that a message repeats."""
 SLICE_NUMBERS = 2**16
 """Numbers of an answer that are written at once: at most 16 bytes of text each, so 1 MiB."""
+NO_NUMBER = re.compile(rb"(?<![\w\"])[-+]?(?:NaN|Infinity|nan|inf)\b")
+"""What writers of JSON write who allow more numbers than JSON."""
+URL_SAFE = str.maketrans("-_", "+/")
 NUMBERS = "{} must be nested lists of numbers, without text, null, true or false"
 
 
@@ -43,7 +44,7 @@ def read(body: Body, _content_type: str, intake: Intake) -> Payload:
     try:
         content = simdjson.Parser().parse(bytes(body) or b"{}")
     except (ValueError, RuntimeError) as error:
-        raise Unreadable(f"the body is not JSON: {error}") from error
+        raise Unreadable(_not_json(body, error)) from error
     if not isinstance(content, simdjson.Object):
         raise Unreadable('the body must be a JSON object such as {"images": [...]}')
     named = _named(content)
@@ -67,7 +68,7 @@ def _named(content: simdjson.Object) -> dict[str, Any]:
     named: dict[str, Any] = {}
     for name in content.keys():  # noqa: SIM118  # not a dict: its items would be converted to Python's
         if name in named:
-            raise InvalidOption(f"{name[:NAME_SHOWN]} is in the JSON object twice; send it once")
+            raise InvalidOption(f"{quoted(name)} is in the JSON object twice; send it once")
         named[name] = content[name] if name.isidentifier() else None  # no option has another name
     return named
 
@@ -105,11 +106,20 @@ def _array_slices(array: NDArray[np.float32]) -> Iterator[bytes]:
     yield b"]"
 
 
+def _not_json(body: Body, error: Exception) -> str:
+    """What is wrong with the text, as far as can be said."""
+    found = NO_NUMBER.search(body)
+    if found:
+        return f"the body is not JSON: it holds {found[0].decode()}, and every number must be finite"
+    return f"the body is not JSON: {str(error)[:120]}"
+
+
 def _arrays(value: Any, intake: Intake) -> tuple[NDArray[Any], NDArray[Any] | None]:
     """The rows, and a mask where pictures have one each."""
     texts = [value] if isinstance(value, str) else value
     if not (isinstance(texts, list | simdjson.Array) and len(texts) and isinstance(texts[0], str)):
         return _numbers(value, intake.name), None
+    check_pictures(len(texts), intake.meter)
     pictures, masks = list[Pixels](), list[Pixels | None]()
     for text in texts:
         picture, mask = image.parse(_base64(text), intake)
@@ -122,13 +132,22 @@ def _arrays(value: Any, intake: Intake) -> tuple[NDArray[Any], NDArray[Any] | No
 
 
 def _base64(text: Any) -> bytes:
+    """As of a data URL, with line breaks, of either alphabet, with or without padding."""
     if not isinstance(text, str):
         raise InvalidShape("images must be all numbers or all base64 strings")
-    payload = text.split(",", 1)[-1] if text.startswith("data:") else text
+    kind, comma, payload = text.partition(",")
+    if not (comma and kind[:5].lower() == "data:"):
+        payload = text
+    elif not kind.rstrip().lower().endswith(";base64"):
+        raise Unreadable("a data URL in images is not in base64; begin it as data:image/png;base64,")
     try:
         return base64.b64decode(payload, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise Unreadable(f"a string in images is not base64 ({error})") from error
+    except ValueError:
+        plain = "".join(payload.split()).translate(URL_SAFE).rstrip("=")
+    try:
+        return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
+    except ValueError as error:
+        raise Unreadable("a string in images is not base64; encode the bytes of a picture file as base64") from error
 
 
 def _numbers(value: Any, name: str) -> NDArray[np.float64]:

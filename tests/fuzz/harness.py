@@ -26,8 +26,8 @@ from PIL import Image
 
 with atheris.instrument_imports(include=["service", "python_multipart"]):
     from service import manifest
-    from service.admission import check_range
-    from service.codecs import READERS, Intake
+    from service.admission import in_range
+    from service.codecs import OPTION_FORMS, READERS, Intake
     from service.codecs.payload import as_images, as_rows
     from service.config import Settings
     from service.endpoint import Context, OperationApp
@@ -48,6 +48,7 @@ INTAKES: tuple[dict[str, Any], ...] = (
     {"name": "images", "shape": (3, 8, 8), "masked": True},
     {"name": "images", "shape": (1, 8, 8), "or_latents": True},
     {"name": "latents", "shape": (8,)},
+    {"name": "", "shape": ()},
 )
 CONTENT_TYPES = {"multipart/form-data": "multipart/form-data; boundary=x"}
 MANIFEST = Path(__file__).parents[2] / "models" / "mnist-2d" / "1" / manifest.FILE_NAME
@@ -58,9 +59,10 @@ APPS = [OperationApp(operation, CONTEXT) for operation in OPERATIONS]
 
 def body(form: str) -> Target:
     """The reader of that media type, and what becomes of its array; the first byte says what is wanted."""
+    intakes = INTAKES if form in OPTION_FORMS else INTAKES[:-1]
 
     def read(data: bytes, ledger: Ledger) -> None:
-        intake = Intake(meter=ledger, **INTAKES[data[0] % len(INTAKES) if data else 0])
+        intake = Intake(meter=ledger, **intakes[data[0] % len(intakes) if data else 0])
         payload = READERS[form](data[1:], CONTENT_TYPES.get(form, form), intake)
         check_result(payload, ledger, len(data))
         for app in APPS[:1] if payload.options else ():
@@ -70,9 +72,9 @@ def body(form: str) -> Target:
         name = "latents" if payload.latents else intake.name
         shape = (8,) if payload.latents else intake.shape
         if data[0] & 128 and name == "images":
-            as_images(payload.array, shape[0], name)
+            as_images(payload.array, shape, name)
         else:
-            check_range(as_rows(payload.array, shape, name), 0.0, 1.0, name)
+            in_range(as_rows(payload.array, shape, name), 0.0, 1.0, name)
 
     return read
 
@@ -96,6 +98,7 @@ TARGETS: dict[str, Target] = {
     "raw": body("application/octet-stream"),
     "image": body("image/png"),
     "multipart": body("multipart/form-data"),
+    "urlencoded": body("application/x-www-form-urlencoded"),
     "query": query,
     "manifest": read_manifest,
 }
@@ -138,13 +141,28 @@ def seeds(name: str) -> list[bytes]:
     pictures = json.dumps({"images": [base64.b64encode(png).decode()] * 2})
     bodies = {
         "json": [numbers.encode(), pictures.encode(), b'{"latents": [[0, 1, 2, 3, 4, 5, 6, 7]]}'],
-        "npy": [npy, saved(np.asfortranarray(rows[0, 0].astype(np.float64))), saved(np.zeros((3, 8), np.float16))],
+        "npy": [
+            npy,
+            saved(rows > 0.5),
+            saved((rows * 255).astype(np.uint8)),
+            saved(np.asfortranarray(rows[0, 0].astype(np.float64))),
+            saved(np.zeros((3, 8), np.float16)),
+        ],
         "raw": [rows.tobytes(), np.zeros((2, 8), np.float32).tobytes()],
-        "image": [png, picture("RGBA", "PNG"), picture("L", "JPEG"), picture("P", "PNG"), picture("RGB", "WEBP")],
+        "image": [
+            png,
+            picture("RGBA", "PNG"),
+            picture("L", "JPEG"),
+            picture("P", "PNG"),
+            picture("RGB", "WEBP"),
+            *pictures_too(),
+        ],
         "multipart": [
             part % (b"file", npy) + field + b"--x--\r\n",
             part % (b"file", png) + part % (b"mask", png) + b"--x--\r\n",
+            part % (b"file", png) * 2 + part % (b"mask", picture("RGBA", "PNG")) * 2 + b"--x--\r\n",
         ],
+        "urlencoded": [b"count=3&seed=7", b"draws=%32&level="],
         "query": [
             b"draws=2&seed=7&fit=pad",
             b"noise=gaussian&level=0.2&quality=refined",
@@ -154,7 +172,7 @@ def seeds(name: str) -> list[bytes]:
     }
     if name == "manifest":
         return [MANIFEST.read_bytes()]
-    return [bytes([k]) + one for one in bodies[name] for k in (0, 1, 2, 3, 128)]
+    return [bytes([k]) + one for one in bodies[name] for k in (0, 1, 2, 3, 4, 128)]
 
 
 def large_seeds(name: str) -> list[bytes]:
@@ -167,6 +185,23 @@ def saved(array: np.ndarray) -> bytes:
     file = io.BytesIO()
     np.save(file, array)
     return file.getvalue()
+
+
+def pictures_too() -> list[bytes]:
+    """Files of other kinds: with EXIF, of several scans, of several frames, without compression."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    found = []
+    for form, options in (
+        ("BMP", {}),
+        ("JPEG", {"progressive": True, "exif": exif.tobytes()}),
+        ("WEBP", {"lossless": True, "exif": exif.tobytes()}),
+        ("PNG", {"save_all": True, "append_images": [Image.new("RGB", (8, 8), (9, 9, 9))]}),
+    ):
+        file = io.BytesIO()
+        Image.new("RGB", (8, 8), (200, 100, 50)).save(file, form, **options)
+        found.append(file.getvalue())
+    return found
 
 
 def picture(mode: str, form: str) -> bytes:

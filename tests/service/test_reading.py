@@ -33,7 +33,6 @@ from service.memory import Memory, Share
 from service.offload import Offload
 from service.operation import Operation
 from service.repository import Repository
-from service.routes import OPERATIONS
 from service.routes.encode import encode
 
 RAW = {"content-type": "application/octet-stream"}
@@ -383,6 +382,7 @@ def test_decompression_stops_at_the_deadline() -> None:
         gzip.compress(b"abc") + b"rest",
         gzip.compress(b"") * (MOST_MEMBERS + 1),
     ],
+    ids=["nothing", "a byte", "cut short", "followed", "in pieces"],
 )
 def test_what_is_no_whole_gzip_is_refused(body: bytes) -> None:
     """Cut short, followed by something else, or in too many pieces."""
@@ -427,10 +427,3 @@ def test_a_whole_share_of_memory_comes_back() -> None:
     assert memory.taken == 350
     share.give_back()
     assert memory.taken == 0
-
-
-@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
-def test_a_wait_of_400_digits_is_the_longest_there_is(client: httpx.Client, operation: Operation) -> None:
-    """No number that a header can hold is an error of the service."""
-    body: dict[str, Any] = {"content": b"", "headers": {"x-timeout-ms": "9" * 400}}
-    assert client.post(f"/v1/{operation.name}", **body).status_code != 500
