@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -119,12 +120,18 @@ def check_count(rows: int, limit: int) -> None:
         raise TooLarge(f"{rows} rows in one request, draws counted; VAE_MAX_REQUEST_ROWS is {limit}")
 
 
+@lru_cache
+def _bits(value: float) -> int:
+    """A float32 as its bits."""
+    return int(np.float32(value).view(np.uint32))
+
+
 def in_range(array: Rows, low: float, high: float, name: str) -> Rows:
     """The values, those that rounding put outside [low, high] at the bound that they passed.
 
     Raises: InvalidValue for NaN, infinity and what lies further outside.
     """
-    if low == 0.0 and array.view(np.uint32).max() <= np.float32(high).view(np.uint32):
+    if low == 0.0 and array.view(np.uint32).max() <= _bits(high):
         return array  # one pass for what nearly all send: as bits, negative numbers, NaN and infinity are above others
     least, most = array.min(), array.max()  # both carry a NaN along
     if not (np.isfinite(least) and np.isfinite(most)):

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeVar
@@ -93,16 +93,8 @@ class Call(NamedTuple):
     """By time.monotonic()."""
     gone: Callable[[], bool]
     share: Share
-
-    @property
-    def content_type(self) -> str:
-        """As the caller sent it."""
-        return self.headers.get(b"content-type", b"").decode("latin-1")
-
-    @property
-    def accept(self) -> str:
-        """As the caller sent it; everything where it sent nothing."""
-        return self.headers.get(b"accept", b"*/*")[:REMEMBERED].decode("latin-1")
+    content_type: str
+    accept: str
 
     def check_time(self) -> None:
         """Raise DeadlinePassed where its time is up."""
@@ -110,13 +102,8 @@ class Call(NamedTuple):
             raise DeadlinePassed
 
 
-class Parsed(NamedTuple):
-    """A request read and admitted: the form of its body, options, rows, and the form that its answer takes first."""
-
-    form: str | None
-    options: Any
-    inputs: Inputs
-    best: str
+Parsed = tuple[str | None, Any, Inputs, str]
+"""A request read and admitted: the form of its body, options, rows, and the form that its answer takes first."""
 
 
 class Reply(NamedTuple):
@@ -142,6 +129,7 @@ class OperationApp:
         self.operation = operation
         self.context = context
         self._remembered = lru_cache(1024)(lambda query: self._options(_pairs(query)))
+        self._limit, self._json_limit = body_limits(context.settings)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request; every error is answered as a problem."""
@@ -158,12 +146,16 @@ class OperationApp:
             label = model.manifest.name
             self.operation.check_offered(model)
             headers = dict(scope["headers"])
-            body = await read_body(receive, headers, self._limit(headers), share)
+            content_type = headers.get(b"content-type", b"").decode("latin-1")
+            body = await read_body(receive, headers, self._limit_of(content_type), share)
             if body is None:
                 return
             gone, deadline = partial(disconnected, receive), self._deadline(headers)
             submit = partial(self.context.engine.submit, deadline=deadline, gone=gone)
-            reply = await self._answer(Call(model, scope["query_string"], headers, body, submit, deadline, gone, share))
+            accept = headers.get(b"accept", b"*/*")[:REMEMBERED].decode("latin-1")
+            query = scope["query_string"]
+            call = Call(model, query, headers, body, submit, deadline, gone, share, content_type, accept)
+            reply = await self._answer(call)
         except Exception as error:  # noqa: BLE001  # the one place where errors become answers
             reply = _refusal(error)
         served: dict[str, Any] = {
@@ -178,7 +170,7 @@ class OperationApp:
 
     async def _answer(self, call: Call) -> Reply:
         model, operation = call.model, self.operation
-        form, options, inputs, best = await self._parse(call)
+        form, options, inputs, best = self._parse(call) or await self._parse_apart(call)
         if best in EVENTS:
             return await self._watch(call, inputs, options, best)
         if best in HEADERS and len(inputs.rows) > PART_ROWS and inputs.tiling is None:
@@ -188,22 +180,28 @@ class OperationApp:
             call.share.need(answer_bytes(model, options, len(inputs.rows)))
         result = await operation.perform(model, call.submit, inputs, options)
         answer = _answer(model, result)
-        writing = partial(write, answer, call.accept, form)
-        large = sum(array.size for array in answer.outputs.values()) > LOOP_NUMBERS
-        answer_form, content = await self._offloaded(call, writing) if large else writing()
+        if numbers(answer) > LOOP_NUMBERS:
+            answer_form, content = await self._offloaded(call, partial(write, answer, call.accept, form))
+        else:
+            answer_form, content = write(answer, call.accept, form)
         return Reply(200, _headers(answer_form, answer.about, result), content, "ok", len(inputs.rows))
 
-    async def _parse(self, call: Call) -> Parsed:
-        """Read the body and admit its rows: in the event loop where that is sure to be quick, else in a thread."""
-        form = form_of(call.content_type, call.body, self.operation)
-        options = self.options_of_query(call.query)
-        coding = coding_of(call.headers)
-        plain = form is None or (form in HEADERS and options.said("fit") is None)
-        if coding == IDENTITY and len(call.body) <= (LOOP_BINARY_BYTES if plain else LOOP_BYTES):
-            with suppress(Deferred):
-                return self._read(call, form, options, in_loop=True)
-        parsed = await self._offloaded(call, partial(self._read, call, form, options, coding))
-        call.share.keep(parsed.inputs.nbytes)
+    def _parse(self, call: Call) -> Parsed | None:
+        """Read the body in the event loop; None where that may take long."""
+        form, options = form_of(call.content_type, call.body, self.operation), self.options_of_query(call.query)
+        arrays = form in HEADERS and options.said("fit") is None
+        if len(call.body) > (LOOP_BINARY_BYTES if arrays else LOOP_BYTES) or b"content-encoding" in call.headers:
+            return None
+        try:
+            return self._read(call, form, options, in_loop=True)
+        except Deferred:
+            return None
+
+    async def _parse_apart(self, call: Call) -> Parsed:
+        """Read the body in a thread."""
+        form, options = form_of(call.content_type, call.body, self.operation), self.options_of_query(call.query)
+        parsed = await self._offloaded(call, partial(self._read, call, form, options, coding_of(call.headers)))
+        call.share.keep(parsed[2].nbytes)
         return parsed
 
     async def _offloaded(self, call: Call, work: Callable[[], T]) -> T:
@@ -226,19 +224,18 @@ class OperationApp:
             raise ReaderFault(f"the body cannot be read as {form}") from error
 
     def _admitted(self, call: Call, form: str | None, options: Any, coding: bytes, *, in_loop: bool) -> Parsed:
-        model, settings, operation, body = call.model, self.context.settings, self.operation, call.body
-        meter = Meter(
-            settings.max_pixels, settings.max_request_rows, call.share.reserve, call.check_time, in_loop=in_loop
+        model, settings, operation, body, share = (
+            call.model,
+            self.context.settings,
+            self.operation,
+            call.body,
+            call.share,
         )
+        meter = Meter(settings.max_pixels, settings.max_request_rows, share.reserve, call.check_time, in_loop=in_loop)
         if coding != IDENTITY:
-            body = inflated(body, coding, self._limit(call.headers), meter)
-        intake = Intake(
-            operation.takes or "",
-            operation.row_shape(model, options),
-            meter,
-            operation.masked,
-            operation.or_latents,
-        )
+            body = inflated(body, coding, self._limit_of(call.content_type), meter)
+        shape = operation.row_shape(model, options)
+        intake = Intake(operation.takes or "", shape, meter, operation.masked, operation.or_latents)
         payload = READERS[form](body, call.content_type, intake) if form else Payload(None)
         if payload.options:
             options = self._options({**_pairs(call.query), **payload.options})
@@ -247,12 +244,12 @@ class OperationApp:
         in_parts = best in HEADERS and options.said("fit") is None  # what is fitted is there as a whole
 
         def room(rows: int) -> None:
-            call.share.need(answer_bytes(model, options, min(rows, 2 * PART_ROWS) if in_parts else rows))
+            share.need(answer_bytes(model, options, min(rows, 2 * PART_ROWS) if in_parts else rows))
 
         inputs = admit(operation, model, payload, options, settings.max_request_rows, room)
         if operation.check is not None:
             operation.check(model, inputs, options)
-        return Parsed(form, options, inputs, best)
+        return form, options, inputs, best
 
     async def _watch(self, call: Call, inputs: Inputs, options: Any, form: str) -> Reply:
         """Events, from the first on: what goes wrong before it is a problem like every other."""
@@ -340,19 +337,9 @@ class OperationApp:
             raise InvalidOption(f"draws is {options.multiplicity}, VAE_MAX_DRAWS is {limit}")
         return options
 
-    def _limit(self, headers: dict[bytes, bytes]) -> Limit:
-        """How large the body may be: JSON, which holds up everything while it is parsed, has a limit of its own."""
-        settings = self.context.settings
-        if (
-            headers.get(b"content-type", b"").lower().startswith(JSON.encode())
-            and settings.max_json_bytes < settings.max_body_bytes
-        ):
-            return Limit(
-                settings.max_json_bytes,
-                "VAE_MAX_JSON_BYTES",
-                "send arrays as application/x-npy or application/octet-stream and pictures as files, or raise it",
-            )
-        return Limit(settings.max_body_bytes, "VAE_MAX_BODY_BYTES", "send fewer rows, or raise it")
+    def _limit_of(self, content_type: str) -> Limit:
+        """How large a body of that type may be."""
+        return self._json_limit if content_type[: len(JSON)].lower() == JSON else self._limit
 
     def _deadline(self, headers: dict[bytes, bytes]) -> float:
         """When the request's time is up, by time.monotonic().
@@ -366,6 +353,22 @@ class OperationApp:
                 raise InvalidOption("X-Timeout-Ms must be a whole number of milliseconds, from 1 to 12 digits long")
             seconds = min(seconds, int(wished) / 1000.0)
         return time.monotonic() + seconds
+
+
+def body_limits(settings: Settings) -> tuple[Limit, Limit]:
+    """Limits of bodies in general, and of JSON, which holds up every other request while it is parsed."""
+    advice = "send arrays as application/x-npy or application/octet-stream and pictures as files, or raise it"
+    most, most_json = settings.max_body_bytes, settings.max_json_bytes
+    limit = Limit(most, "VAE_MAX_BODY_BYTES", "send fewer rows, or raise it")
+    return limit, min(limit, Limit(most_json, "VAE_MAX_JSON_BYTES", advice), key=lambda one: one.size)
+
+
+def numbers(answer: Answer) -> int:
+    """How many numbers it has."""
+    size = 0
+    for array in answer.outputs.values():
+        size += array.size
+    return size
 
 
 def _check_fingerprint(model: Model, header: bytes | None, options: Any) -> None:

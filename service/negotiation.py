@@ -9,6 +9,8 @@ from service.errors import NotAcceptable, Unreadable, UnsupportedMediaType, quot
 from service.operation import Operation
 
 JSON = "application/json"
+REMEMBERED = 64
+"""Longer Content-Type headers, as forms with a boundary have them, are not remembered."""
 
 
 def form_of(content_type: str, body: Body, operation: Operation) -> str | None:
@@ -16,8 +18,7 @@ def form_of(content_type: str, body: Body, operation: Operation) -> str | None:
 
     Raises: UnsupportedMediaType, Unreadable.
     """
-    form = content_type.split(";", 1)[0].strip().lower()
-    form = ALIASES.get(form, form)
+    form = _named(content_type) if len(content_type) <= REMEMBERED else _named.__wrapped__(content_type)
     if not body:
         if operation.takes:
             raise Unreadable(f"the body is empty; {operation.name} takes {operation.takes}")
@@ -30,6 +31,13 @@ def form_of(content_type: str, body: Body, operation: Operation) -> str | None:
         advice = f"convert {UNREAD_TYPES[form]} to PNG and send image/png"
     said = f"Content-Type {quoted(form)} is not read" if form else "Content-Type is missing"
     raise UnsupportedMediaType(f"{said}; {advice}")
+
+
+@lru_cache(1024)
+def _named(content_type: str) -> str:
+    """The media type in a Content-Type header, by the one name that codecs know it by."""
+    form = content_type.split(";", 1)[0].strip().lower()
+    return ALIASES.get(form, form)
 
 
 def write(answer: Answer, accept: str, form: str | None) -> tuple[str, bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
@@ -19,7 +20,6 @@ from service.vae import Observe, Result, Submit
 
 Rows = NDArray[np.float32]
 
-SMALL = 4096
 LATENT_EXTREME = 100.0
 """A latent further from 0 may explain a result that is not finite; priors have a deviation of about 1."""
 
@@ -136,9 +136,10 @@ class Operation:
         return self._finite(await self.run(model, submit, inputs, options), model, inputs)
 
     def _finite(self, result: Result, model: Model, inputs: Inputs) -> Result:
-        for name, array in (*result.outputs.items(), *result.about.items()):
-            if isinstance(array, np.ndarray) and not is_finite(array):
-                raise self._explained(name, model, inputs)
+        for found in (result.outputs, result.about):
+            for name, array in found.items():
+                if isinstance(array, np.ndarray) and not is_finite(array):
+                    raise self._explained(name, model, inputs)
         return result
 
     def _explained(self, name: str, model: Model, inputs: Inputs) -> ServiceError:
@@ -182,11 +183,9 @@ class Operation:
 
 
 def is_finite(array: Rows) -> bool:
-    """Whether all numbers are finite."""
-    finite = np.isfinite(array)
-    if array.size > SMALL:
-        return bool(finite.all())
-    return b"\0" not in finite.tobytes()  # half the time of numpy's `all`, which every answer would take
+    """Whether all numbers are finite; their sum of squares, taken first, costs a third of looking at each."""
+    flat = array.ravel()
+    return math.isfinite(flat.dot(flat)) or bool(np.isfinite(array).all())
 
 
 def check_refinable(model: Model, graph: str) -> None:

@@ -64,7 +64,7 @@ def read(body: Body, content_type: str, intake: Intake) -> Payload:
 
 
 def read_urlencoded(body: Body, _content_type: str, _intake: Intake) -> Payload:
-    """Options alone; no operation needs more than a few hundred bytes of them, and decoding takes thirty times that."""
+    """Options alone, which are short; decoding them takes thirty times the memory of the text."""
     if len(body) > MAX_URLENCODED_BYTES:
         raise TooLarge(f"the form of options is above {MAX_URLENCODED_BYTES} bytes; send files as multipart/form-data")
     try:

@@ -75,7 +75,8 @@ def _named(content: simdjson.Object) -> dict[str, Any]:
 
 def write(answer: Answer) -> bytes:
     """Every output by its name, as nested numbers, then what is said about them."""
-    return b"".join(slices(answer))
+    text, *further = slices(answer)
+    return b"".join((text, *further)) if further else text
 
 
 def slices(answer: Answer) -> Iterator[bytes]:
@@ -179,7 +180,12 @@ def _is_rectangular(value: Any, shape: tuple[int, ...]) -> bool:
     """Whether the lists of a level are all as long as the first one; the innermost entries are not looked at."""
     if not isinstance(value, simdjson.Array) or len(value) != shape[0]:
         return False
-    return len(shape) == 1 or all(_is_rectangular(entry, shape[1:]) for entry in value)
+    if len(shape) == 1:
+        return True
+    if len(shape) == 2:  # most lists are of the last level, where a call each costs most
+        width = shape[1]
+        return all(isinstance(row, simdjson.Array) and len(row) == width for row in value)
+    return all(_is_rectangular(entry, shape[1:]) for entry in value)
 
 
 def _plain(value: Any) -> Any:
