@@ -211,9 +211,10 @@ def compressed(blocks: Iterator[bytes] | list[bytes], window: int) -> bytes:
     return b"".join([*map(packer.compress, blocks), packer.flush()])
 
 
-def attacks() -> list[Hostile]:
-    """Every hostile request, for the shipped models `mnist` (the default) and `mnist-2d`."""
-    return [*_texts(), *_pictures(), *_forms(), *_arrays(), *_packed(), *_answers()]
+@cache
+def attacks() -> tuple[Hostile, ...]:
+    """Every hostile request, for a default model of images of 28 x 28 pixels and one channel."""
+    return (*_texts(), *_pictures(), *_forms(), *_arrays(), *_packed(), *_answers())
 
 
 def _texts() -> Iterator[Hostile]:
@@ -313,7 +314,7 @@ def _answers() -> Iterator[Hostile]:
     yield answer("answer, 16,384 rows, PNG", "/v1/sample?count=16384", PNG, REFUSED)
     yield answer("answer, 16,384 rows, npy", "/v1/sample?count=16384", NPY)
     yield answer("answer, 4,096 rows, events", "/v1/sample?count=4096", "text/event-stream")
-    yield answer("answer, a sheet of 128 x 128", "/v1/models/mnist-2d/traverse?axes=0,1&size=128", PNG, REFUSED)
+    yield answer("answer, a sheet of 128 x 128", "/v1/traverse?axes=0,1&size=128", PNG, REFUSED)
     yield Hostile("GET /openapi.json", lambda: Body("/openapi.json", {}, b"", "GET"), FINE | BUSY, counted=False)
     yield Hostile("GET /metrics", lambda: Body("/metrics", {}, b"", "GET"), FINE | BUSY, counted=False)
     yield Hostile("GET /v1/models", lambda: Body("/v1/models", {}, b"", "GET"), FINE | BUSY, counted=False)

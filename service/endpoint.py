@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from traceback import clear_frames
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import parse_qsl
 
@@ -160,6 +161,7 @@ class OperationApp:
             reply = await self._answer(call)
         except Exception as error:  # noqa: BLE001  # the one place where errors become answers
             reply = _refusal(error)
+            clear_frames(error.__traceback__)  # they hold the body, in a cycle with the error
         served: dict[str, Any] = {
             "model": label,
             "operation": self.operation.name,

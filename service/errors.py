@@ -209,3 +209,16 @@ class InferenceFailed(ServiceError):
     """A batch failed. The cause is logged, not told."""
 
     code = "inference_failed"
+
+
+def without_frames(error: Exception) -> Exception:
+    """The error without tracebacks, unless it is a bug, whose traceback is logged.
+
+    The frames of a traceback hold what was being read, and refer back to the error: a cycle that keeps a body in memory
+    until the garbage collector runs.
+    """
+    part: BaseException | None = error if isinstance(error, ServiceError | MemoryError) else None
+    while part is not None:
+        part.__traceback__ = None
+        part = part.__cause__ or part.__context__
+    return error

@@ -7,9 +7,10 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from contextvars import copy_context
+from functools import partial
 from typing import TypeVar
 
-from service.errors import CallerGone, DeadlinePassed
+from service.errors import CallerGone, DeadlinePassed, without_frames
 from service.memory import Share
 from service.thread import ComputingThreads
 
@@ -57,14 +58,10 @@ class Offload:
                 settle()
 
         def compute() -> None:
-            settle: Callable[[], None]
             try:
-                result = context.run(work)
+                settle = partial(found.set_result, context.run(work))
             except Exception as error:  # noqa: BLE001  # raised again where it is awaited
-                failure = error
-                settle = lambda: found.set_exception(failure)  # noqa: E731
-            else:
-                settle = lambda: found.set_result(result)  # noqa: E731
+                settle = partial(found.set_exception, without_frames(error))
             with suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(finish, settle)
 

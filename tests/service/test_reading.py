@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import gzip
 import io
 import json
 import logging
 import threading
 import time
+import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -371,6 +373,39 @@ def test_decompression_stops_at_the_deadline() -> None:
 
     with pytest.raises(DeadlinePassed):
         inflated(gzip.compress(b"0"), b"gzip", LIMIT, Meter(check_time=up))
+
+
+@pytest.mark.parametrize("case", ["decompressed", "read"])
+def test_a_refused_body_is_let_go_of_at_once(app_of: Any, case: str) -> None:
+    """No reference cycle keeps it until the garbage collector runs, which is long after the memory account is even."""
+    size = 8 * 2**20
+    body, headers = {
+        "decompressed": (gzip.compress(bytes(size)), {"content-encoding": "gzip"}),
+        "read": (b'{"' + b"k" * size + b'": 0}', {"content-type": "application/json"}),
+    }[case]
+
+    async def scenario() -> int:
+        offload = Offload(2)
+        app, context = app_of(
+            encode, offload, max_json_bytes=2 * size, max_body_bytes=size - 1 if case == "decompressed" else 2 * size
+        )
+        await post(app, content=body, headers=headers)
+        gc.collect()
+        gc.disable()
+        tracemalloc.start()
+        try:
+            for _ in range(4):
+                answer = await post(app, content=body, headers=headers)
+                assert answer.status_code in (413, 422), answer.text
+            await asyncio.to_thread(lambda: None)
+            assert context.memory.taken == 0
+            return tracemalloc.get_traced_memory()[0]
+        finally:
+            tracemalloc.stop()
+            gc.enable()
+            offload.close()
+
+    assert asyncio.run(scenario()) < size
 
 
 @pytest.mark.parametrize(
