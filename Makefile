@@ -5,7 +5,7 @@ PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint 
 DATA ?= data
 CONFIG ?= training/configs/mnist.toml
 
-.PHONY: setup serve train test container-test lint bench bench-training bench-beside fuzz soak clean
+.PHONY: setup serve train test container-test lint bench bench-against bench-training bench-beside attack fuzz soak clean
 
 serve: $(VENV)/.serve
 	$(PYTHON) -m service
@@ -29,18 +29,27 @@ lint: $(VENV)/.test
 bench: $(VENV)/.test
 	$(PYTHON) -m benchmarks.serving
 
+# This working tree beside the commit REF, both with this environment's packages.
+bench-against: $(VENV)/.test
+	$(PYTHON) -m benchmarks.against $(REF) $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SECONDS),--seconds $(SECONDS)) \
+	  $(if $(LOADS),--loads $(LOADS))
+
 bench-training: $(VENV)/.test
 	$(PYTHON) -m benchmarks.training $(if $(wildcard $(DATA)/mnist),--data $(DATA))
 
 bench-beside: $(VENV)/.test
 	$(PYTHON) -m benchmarks.beside
 
+attack: $(VENV)/.test
+	$(PYTHON) -m benchmarks.attack $(if $(WORKERS),--workers $(WORKERS)) $(if $(SECONDS),--seconds $(SECONDS)) \
+	  $(if $(ATTACKS),--attacks '$(ATTACKS)') $(if $(OUT),--out $(OUT))
+
 # Every reader for FUZZ_S seconds, then requests made up from the OpenAPI document, another set each time.
 FUZZ_S ?= 300
 fuzz: $(VENV)/.test
-	@for target in json npy raw image multipart query manifest; do \
+	@for target in json npy raw image multipart urlencoded query manifest; do \
 	  mkdir -p .fuzz/$$target && \
-	  $(PYTHON) -m tests.fuzz.harness $$target .fuzz/$$target -max_total_time=$(FUZZ_S) -max_len=8192 -timeout=10 \
+	  $(PYTHON) -m tests.fuzz.harness $$target .fuzz/$$target -max_total_time=$(FUZZ_S) -max_len=8192 -timeout=30 \
 	    -rss_limit_mb=1024 -artifact_prefix=.fuzz/$$target- || exit 1; \
 	done
 	FUZZ_EXAMPLES=200 FUZZ_SEED=$$(date +%s) $(PYTHON) -m pytest tests/fuzz/test_openapi.py

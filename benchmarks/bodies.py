@@ -25,12 +25,13 @@ class Body(NamedTuple):
     path: str
     headers: dict[str, str]
     content: bytes
+    method: str = "POST"
 
     def wire(self) -> bytes:
         """The whole HTTP/1.1 request."""
         named = {"host": "127.0.0.1", **self.headers, "content-length": str(len(self.content))}
         lines = "".join(f"{name}: {value}\r\n" for name, value in named.items())
-        return f"POST {self.path} HTTP/1.1\r\n{lines}\r\n".encode() + self.content
+        return f"{self.method} {self.path} HTTP/1.1\r\n{lines}\r\n".encode() + self.content
 
 
 class Form(NamedTuple):

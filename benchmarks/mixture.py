@@ -1,4 +1,4 @@
-"""A moderate, bounded mixture of calls: right ones, wrong ones, and callers that hang up in the middle."""
+"""A moderate, bounded mixture of calls: right, wrong and hostile ones, and callers that hang up in the middle."""
 
 from __future__ import annotations
 
@@ -9,33 +9,54 @@ from typing import Literal, NamedTuple
 
 import httpx
 
-from benchmarks import bodies
+from benchmarks import bodies, hostile
 from benchmarks.bodies import Body
 
 CALLERS = 8
 RATE = 20.0
 """Requests a second of all callers together, where the server keeps up; each caller has one under way at most."""
 TIMEOUT_S = 30.0
+HOSTILE = 0.1
+"""The share of calls that are hostile, every sort as often."""
 HUNG_UP, NO_ANSWER, CHANGED = "hung up", "no answer", "another answer than at first"
 BLUR = "{blur}"
 """In a path: a blur that nobody named before."""
 
 
 class Call(NamedTuple):
-    """One sort of call, how many of a hundred it is, and the outcome that is right.
+    """One sort of call.
 
-    Who leaves does so with half of the request sent, or with all of it, before the answer.
+    Args:
+        title: For the table.
+        percent: How many of a hundred calls it is.
+        body: The request.
+        right: The outcomes that are right.
+        leaves: Where the caller hangs up: with half of the request sent, or with all of it, before the answer.
+        same: Whether every answer should be the first one's bytes.
+        counted: Whether the service counts it among the requests for operations.
     """
 
     title: str
-    percent: int
+    percent: float
     body: Body
-    right: str = "200"
+    right: frozenset[str] = frozenset({"200"})
     leaves: Literal["", "half sent", "unanswered"] = ""
+    same: bool = True
+    counted: bool = True
 
 
 def calls() -> list[Call]:
-    """The mixture."""
+    """The mixture: ordinary calls, and `HOSTILE` of all of them hostile ones."""
+    attacks = hostile.attacks()
+    ordinary = [call._replace(percent=call.percent * (1.0 - HOSTILE)) for call in _ordinary()]
+    share = 100.0 * HOSTILE / len(attacks)
+    return ordinary + [
+        Call(attack.name, share, attack.body(), frozenset(map(str, attack.right)), same=False, counted=attack.counted)
+        for attack in attacks
+    ]
+
+
+def _ordinary() -> list[Call]:
     one, many = bodies.images(1), bodies.images(1024)
     sampled, events = {"accept": bodies.JSON}, {"accept": "text/event-stream"}
     json, raw, npy = bodies.json("/v1/reconstruct"), bodies.raw("/v1/reconstruct"), bodies.npy("/v1/reconstruct")
@@ -48,12 +69,12 @@ def calls() -> list[Call]:
         Call("denoise, a new blur each", 4, bodies.raw(f"/v1/denoise?blur={BLUR}&level=0.1").ask(one)),
         Call("sample, 16 images, JSON", 8, Body("/v1/sample?count=16&seed=7", sampled, b"")),
         Call("sample, as events", 4, Body("/v1/sample?count=2&seed=7", events, b"")),
-        Call("an image of another shape", 3, json.ask(one[:, :, :9]), "422"),
-        Call("an unknown option", 3, bodies.raw("/v1/reconstruct?drawz=1").ask(one), "422"),
-        Call("an unknown model", 2, bodies.raw("/v1/models/nobody/reconstruct").ask(one), "404"),
-        Call("too many rows", 2, Body("/v1/sample?count=16385", sampled, b""), "413"),
-        Call("1,024 rows, hung up half sent", 4, npy.ask(many), HUNG_UP, "half sent"),
-        Call("1,024 rows, hung up unanswered", 4, npy.ask(many), HUNG_UP, "unanswered"),
+        Call("an image of another shape", 3, json.ask(one[:, :, :9]), frozenset({"422"})),
+        Call("an unknown option", 3, bodies.raw("/v1/reconstruct?drawz=1").ask(one), frozenset({"422"})),
+        Call("an unknown model", 2, bodies.raw("/v1/models/nobody/reconstruct").ask(one), frozenset({"404"})),
+        Call("too many rows", 2, Body("/v1/sample?count=16385", sampled, b""), frozenset({"413"})),
+        Call("1,024 rows, hung up half sent", 4, npy.ask(many), frozenset({HUNG_UP}), "half sent"),
+        Call("1,024 rows, hung up unanswered", 4, npy.ask(many), frozenset({HUNG_UP}), "unanswered"),
     ]
 
 
@@ -70,14 +91,19 @@ class Mixture:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{self._port}", timeout=TIMEOUT_S) as client:
             await asyncio.gather(*(self._caller(client, random.Random(seed), end) for seed in range(CALLERS)))  # noqa: S311  # no secret
 
+    async def once(self) -> None:
+        """Every sort of call once, one after the other: what the service keeps for each of them is there after that."""
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{self._port}", timeout=TIMEOUT_S) as client:
+            for call in self._calls:
+                self.outcomes[call.title][await self._outcome(client, call, random.Random(0))] += 1  # noqa: S311  # no secret
+
     def answered(self) -> int:
         """Calls that were answered, and whole."""
-        return sum(
-            count
-            for found in self.outcomes.values()
-            for outcome, count in found.items()
-            if outcome != HUNG_UP and not outcome.startswith(NO_ANSWER)
-        )
+        return sum(map(self._answered, self._calls))
+
+    def counted(self) -> int:
+        """Those of them that the service counts among its requests."""
+        return sum(self._answered(call) for call in self._calls if call.counted)
 
     def hung_up(self) -> int:
         """Calls that were broken off by the caller."""
@@ -85,7 +111,7 @@ class Mixture:
 
     def wrong(self) -> int:
         """Calls that ended otherwise than they should."""
-        return sum(self.outcomes[call.title].total() - self.outcomes[call.title][call.right] for call in self._calls)
+        return sum(self.outcomes[call.title].total() - self._right(call) for call in self._calls)
 
     def summary(self) -> str:
         """Whether every request was answered, in a sentence."""
@@ -93,7 +119,8 @@ class Mixture:
         return (
             f"{total:,} calls, of which {self.hung_up():,} hung up. Of the other {total - self.hung_up():,}, "
             f"{self.answered():,} were answered; {self.wrong():,} calls ended otherwise than they should. An answer is "
-            "right where it is, byte for byte, the first that such a call had."
+            "right where it is, byte for byte, the first that such a call had; one to a hostile call, where it has a "
+            "status that fits."
         )
 
     def table(self) -> str:
@@ -101,10 +128,20 @@ class Mixture:
         lines = ["| | sent | as it should be | otherwise |", "|---|--:|--:|---|"]
         for call in self._calls:
             found = self.outcomes[call.title]
-            others = ", ".join(f"{count:,} x {outcome}" for outcome, count in found.items() if outcome != call.right)
-            told = f"{found[call.right]:,} {'x ' + call.right if call.right != HUNG_UP else HUNG_UP}"
-            lines.append(f"| {call.title} | {found.total():,} | {told} | {others or '-'} |")
+            right = ", ".join(_told(outcome, count) for outcome, count in found.items() if outcome in call.right)
+            others = ", ".join(_told(outcome, count) for outcome, count in found.items() if outcome not in call.right)
+            lines.append(f"| {call.title} | {found.total():,} | {right or '-'} | {others or '-'} |")
         return "\n".join(lines)
+
+    def _answered(self, call: Call) -> int:
+        return sum(
+            count
+            for outcome, count in self.outcomes[call.title].items()
+            if outcome != HUNG_UP and not outcome.startswith(NO_ANSWER)
+        )
+
+    def _right(self, call: Call) -> int:
+        return sum(self.outcomes[call.title][outcome] for outcome in call.right)
 
     async def _caller(self, client: httpx.AsyncClient, dice: random.Random, end: float) -> None:
         weights = [call.percent for call in self._calls]
@@ -121,10 +158,15 @@ class Mixture:
             if call.leaves:
                 await self._hang_up(call, dice.uniform(0.0, 0.02))
                 return HUNG_UP
-            answer = await client.post(path, content=call.body.content, headers=call.body.headers)
+            body = call.body
+            answer = await client.request(body.method, path, content=body.content, headers=body.headers)
         except (OSError, httpx.HTTPError) as error:
             return f"{NO_ANSWER}: {type(error).__name__}"
-        same = path != call.body.path or self._firsts.setdefault(call.title, answer.content) == answer.content
+        same = (
+            not call.same
+            or path != call.body.path
+            or self._firsts.setdefault(call.title, answer.content) == answer.content
+        )
         return str(answer.status_code) if same else CHANGED
 
     async def _hang_up(self, call: Call, patience_s: float) -> None:
@@ -137,3 +179,8 @@ class Mixture:
             await asyncio.sleep(patience_s)
         finally:
             writer.transport.abort()
+
+
+def _told(outcome: str, count: int) -> str:
+    """An outcome and how often."""
+    return f"{count:,} {outcome}" if outcome == HUNG_UP else f"{count:,} x {outcome}"

@@ -34,18 +34,30 @@ class Server:
     start_s: seconds from starting the process to its first right answer.
     """
 
-    def __init__(self, command: list[str], folder: Path, probe: Body, log: Path, workers: int = 1) -> None:
+    def __init__(
+        self, command: list[str], folder: Path, probe: Body, log: Path, workers: int = 1, tree: Path | None = None
+    ) -> None:
         """Start it and wait for the answer to `probe`, and where there are several workers, until each of them serves.
 
-        Raises: StartFailed.
+        Args:
+            command: What starts it; the model's folder and the port follow.
+            folder: The model version's folder.
+            probe: A request that it answers with 200 when it serves.
+            log: Where its output goes.
+            workers: Processes that serve.
+            tree: Where its own packages are imported from; None is the working directory.
+
+        Raises:
+            StartFailed: It ended, or did not answer in time.
         """
         self.port, self._mark, self._log, self._workers = _free_port(), uuid.uuid4().hex, log, workers
-        own = {MARK: self._mark, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1", "BENCH_WORKERS": str(workers)}
+        home = str((tree or Path()).absolute())
+        own = {MARK: self._mark, "PYTHONPATH": home, "OMP_NUM_THREADS": "1", "BENCH_WORKERS": str(workers)}
         environment = {**os.environ, **own}
         started = time.perf_counter()
         with log.open("w") as file:
             self._process = subprocess.Popen(
-                [*command, str(folder.absolute()), str(self.port)], env=environment, stdout=file, stderr=file
+                [*command, str(folder.absolute()), str(self.port)], env=environment, stdout=file, stderr=file, cwd=home
             )
         try:
             self._await(probe, started + START_LIMIT_S)
@@ -69,33 +81,53 @@ class Server:
 
     def memory_mib(self) -> float:
         """Resident memory of all its processes, what they share counted once."""
-        return sum(_memory_kib(pid, b"Pss:") for pid in self._pids()) / 1024.0
+        return sum(_memory_kib(pid, b"Pss:") for pid in self.pids()) / 1024.0
 
     def resident_mib(self) -> float:
         """Resident memory of all its processes, whatever else maps the same pages."""
-        return sum(_memory_kib(pid, b"Rss:") for pid in self._pids()) / 1024.0
+        return sum(_memory_kib(pid, b"Rss:") for pid in self.pids()) / 1024.0
+
+    def peaks_mib(self) -> dict[int, float]:
+        """The most resident memory that each of its processes has had since `reset_peaks`."""
+        return {pid: _peak_kib(pid) / 1024.0 for pid in self.pids()}
+
+    def reset_peaks(self) -> None:
+        """Let every process's peak be what it has now."""
+        for pid in self.pids():
+            with suppress(OSError):  # it has gone
+                Path(f"/proc/{pid}/clear_refs").write_text("5")
 
     def threads(self) -> int:
         """Of all its processes."""
-        return sum(len(list(Path(f"/proc/{pid}/task").iterdir())) for pid in self._pids())
+        return sum(len(list(Path(f"/proc/{pid}/task").iterdir())) for pid in self.pids())
 
     def descriptors(self) -> int:
         """Open files and connections of all its processes."""
-        return sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in self._pids())
+        return sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in self.pids())
 
     def cpu_s(self) -> float:
         """Processor time that its processes have taken, to a hundredth of a second."""
-        return sum(map(_cpu_ticks, self._pids())) / TICKS_S
+        return sum(map(_cpu_ticks, self.pids())) / TICKS_S
+
+    def pids(self) -> set[int]:
+        """Its processes: those that carry the mark, and their children, which may have overwritten the mark."""
+        wanted = f"{MARK}={self._mark}".encode()
+        everyone = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+        found = {pid for pid in everyone if wanted in _read(Path(f"/proc/{pid}/environ")).split(b"\0")}
+        parents = {pid: _parent(pid) for pid in everyone}
+        while more := {pid for pid, parent in parents.items() if parent in found} - found:
+            found |= more
+        return set(filter(_alive, found))
 
     def stop(self) -> None:
         """End it and whatever it started, asking first."""
-        pids = self._pids()
+        pids = self.pids()
         self._process.terminate()
         end = time.perf_counter() + STOP_LIMIT_S
         while any(map(_alive, pids)) and time.perf_counter() < end:
             self._process.poll()
             time.sleep(0.05)
-        for pid in pids | self._pids():
+        for pid in pids | self.pids():
             _kill(pid)
         self._process.wait()
 
@@ -117,16 +149,6 @@ class Server:
 
     def _all_serve(self) -> bool:
         return self._workers == 1 or self._log.read_text(errors="replace").count(STARTED) >= self._workers
-
-    def _pids(self) -> set[int]:
-        """Those that carry the mark, and their children: a process that renames itself overwrites its environment."""
-        wanted = f"{MARK}={self._mark}".encode()
-        everyone = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
-        found = {pid for pid in everyone if wanted in _read(Path(f"/proc/{pid}/environ")).split(b"\0")}
-        parents = {pid: _parent(pid) for pid in everyone}
-        while more := {pid for pid, parent in parents.items() if parent in found} - found:
-            found |= more
-        return found
 
 
 def end_when_asked() -> None:
@@ -172,6 +194,11 @@ def _cpu_ticks(pid: int) -> int:
 def _memory_kib(pid: int, measure: bytes) -> int:
     lines = _read(Path(f"/proc/{pid}/smaps_rollup")).splitlines()
     return next((int(line.split()[1]) for line in lines if line.startswith(measure)), 0)
+
+
+def _peak_kib(pid: int) -> int:
+    lines = _read(Path(f"/proc/{pid}/status")).splitlines()
+    return next((int(line.split()[1]) for line in lines if line.startswith(b"VmHWM:")), 0)
 
 
 def _kill(pid: int) -> None:

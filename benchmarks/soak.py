@@ -82,11 +82,12 @@ def main() -> int:
     home = ignored_home()
     write_models(home / "soak-models")
     found, probe = Soak(options.minutes, 60.0 * options.minutes * WARM_UP), bodies.json("/v1/reconstruct")
-    os.environ |= {"VAE_MODEL_CONTROL": "true"} if RELOADS else {}
+    os.environ |= {"VAE_MODEL_CONTROL": "anonymous"} if RELOADS else {}
     server = Server(COMMAND, home / "soak-models" / "mlp" / "1", probe.ask(bodies.images(1)), home / "soak.log")
     try:
-        load = Mixture(server.port)
-        asyncio.run(under_load(server, Mixture(server.port), Soak(0.0, 0.0), 60.0 * options.minutes * WARM_UP / 2))
+        load, warm_up = Mixture(server.port), Mixture(server.port)
+        asyncio.run(warm_up.once())
+        asyncio.run(under_load(server, warm_up, Soak(0.0, 0.0), 60.0 * options.minutes * WARM_UP / 2))
         found.before = at_rest(server)
         asyncio.run(under_load(server, load, found, 60.0 * options.minutes))
         found.after = at_rest(server)
@@ -167,7 +168,7 @@ def wrongs(found: Soak, load: Mixture) -> list[str]:
     before, after = found.before, found.after
     assert before is not None
     assert after is not None
-    counted, answered = after.requests - before.requests, load.answered()
+    counted, answered = after.requests - before.requests, load.counted()
     checks = {
         f"{load.wrong():,} calls ended otherwise than they should": load.wrong() == 0,
         f"the service counts {counted:,} requests, callers {answered:,} answers and {load.hung_up():,} hang-ups": (
@@ -203,8 +204,8 @@ def setting(found: Soak) -> str:
     reloads = f"; a version unloaded and loaded again {found.reloads} times" if found.reloads else ""
     return (
         f"{pages.machine()}, shared by server and callers. One worker, one thread for onnxruntime, the two models of "
-        f"the benchmark; {mixture.CALLERS} callers, {mixture.RATE:g} requests a second between them, for "
-        f"{found.minutes:g} minutes{reloads}. `make soak` makes this page."
+        f"the benchmark; {mixture.CALLERS} callers, {mixture.RATE:g} requests a second between them, of which "
+        f"{mixture.HOSTILE:.0%} are hostile, for {found.minutes:g} minutes{reloads}. `make soak` makes this page."
     )
 
 

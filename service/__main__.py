@@ -5,139 +5,144 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 import sys
 import tempfile
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from logging.config import dictConfig
-from typing import Any
+from pathlib import Path
 
-import uvicorn
-from uvicorn.supervisors import Multiprocess
-
-from service.app import create_app, end_process, open_repository
-from service.config import Settings, read_settings
+from service.config import Settings, forget_kubernetes, read_settings
 from service.errors import StartError
 from service.exposure import check
-from service.logs import Format, log_config
-from service.protocol import Protocol
+from service.listeners import Listener, bind
+from service.logs import FLUSH_S, Format, log_config, outputs, prepare_standard_streams
+from service.repository import default_model
+from service.selection import Selection
 from service.sources import local_copy
+from service.supervisor import Supervisor, apart
 from service.telemetry import SHARED_FOLDER
 
 log = logging.getLogger("service")
 
-BACKLOG = 2048
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Serve until stopped; 1 with one line where that cannot begin."""
-    # Until uvicorn listens to it, and after: a container's first process ignores signals it has no handler for.
+    # Until the supervisor listens to it: a container's first process ignores signals it has no handler for.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    prepare_standard_streams()
+    ignored = forget_kubernetes()
     try:
         settings = read_settings(sys.argv[1:] if arguments is None else arguments)
         check(settings)
     except StartError as error:
         return refuse(error, "text")
     dictConfig(log_config(settings.log_format))
+    if ignored:
+        log.info("ignored, as Kubernetes sets them for services: %s", ", ".join(ignored))
     try:
         serve(settings)
     except StartError as error:
         return refuse(error, settings.log_format)
+    finally:
+        for output in outputs():
+            output.flush_within(FLUSH_S)
     return 0
 
 
 def refuse(error: StartError, form: Format) -> int:
     """Say in one line why it does not start; gives the exit status."""
+    line = " ".join(str(error).split())
     if form == "json":
-        log.critical("%s", error)
+        log.critical("%s", line)
     else:
-        print(f"vae-serve: {error}", file=sys.stderr)
+        with suppress(OSError):
+            os.write(2, f"vae-serve: {line}\n".encode(errors="backslashreplace"))
     return 1
 
 
 def serve(settings: Settings) -> None:
-    """Listen, open the models, serve until stopped.
+    """Listen, find the models, serve until stopped.
 
     Raises: StartError.
     """
-    listeners = [bind(settings, settings.port)]
-    if settings.ops_port is not None:
-        listeners.append(bind(settings, settings.ops_port))
-        settings = settings.model_copy(update={"ops_port": listeners[1].getsockname()[1]})
-    settings = settings.model_copy(update={"models": local_copy(settings)})  # fetched once, for all workers
-    repository = open_repository(settings)
-    for listener in listeners:
-        listener.listen(BACKLOG)  # not before: a balancer would let requests wait here instead of asking another
-    urls, models = [url_of(settings, listener) for listener in listeners], list(repository.models)
-    if settings.log_format == "json":
-        log.info("serving %s on %s", ", ".join(models), " and ".join(urls))
-    else:
-        print(welcome(models, *urls), flush=True)
-    if settings.workers > 1:
-        del repository  # it was opened to see that it can be; every worker opens its own
-        supervise(settings, listeners)
-    else:
-        uvicorn.Server(server_config(settings, create_app(settings, repository, end_process))).run(listeners)
-
-
-def server_config(settings: Settings, app: Any, **more: Any) -> uvicorn.Config:
-    """How uvicorn serves, in one process or in several."""
-    return uvicorn.Config(
-        app,
-        log_level="info",
-        log_config=log_config(settings.log_format),
-        access_log=False,  # ours knows the request's id
-        http=partial(Protocol, settings=settings),  # type: ignore[arg-type]  # which makes one
-        ws="none",
-        proxy_headers=bool(settings.trusted_proxies),
-        forwarded_allow_ips=settings.trusted_proxies,
-        ssl_certfile=settings.tls_certificate or None,
-        ssl_keyfile=settings.tls_key or None,
-        server_header=False,
-        timeout_graceful_shutdown=round(settings.timeout_s),
-        **more,
-    )
-
-
-def supervise(settings: Settings, listeners: list[socket.socket]) -> None:
-    """Serve in several processes on the same ports; one that dies is replaced. A folder adds up their metrics."""
-    with tempfile.TemporaryDirectory(prefix="vae-metrics-") as folder:
-        os.environ |= settings.to_environment() | {SHARED_FOLDER: folder}
-        config = server_config(settings, "service.app:create_worker_app", factory=True, workers=settings.workers)
-        Multiprocess(config, listeners).run()
-
-
-def bind(settings: Settings, port: int) -> socket.socket:
-    """A port, taken before the models are opened, so that a taken one is told at once.
-
-    Raises: StartError.
-    """
-    listener = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listeners = bind(settings)
     try:
-        listener.bind((settings.host, port))
+        if settings.ops_port is not None:
+            settings = settings.model_copy(update={"ops_port": listeners[-1].socket.getsockname()[1]})
+        settings = resolved(settings)
+        with shared_folder(settings):
+            Supervisor(settings, listeners, lambda models: announce(settings, listeners, models)).run()
+    finally:
+        for listener in listeners:
+            listener.remove()
+
+
+def resolved(settings: Settings) -> Settings:
+    """The settings with the folder of the models and the default model, so that no worker finds others.
+
+    Raises: StartError.
+    """
+    models = settings.models
+    if not isinstance(models, Path):
+        models = Path(apart(lambda: str(local_copy(settings))))
+    default = default_model(models, Selection(settings.versions), settings.default_model)
+    return settings.model_copy(update={"models": models, "default_model": default})
+
+
+@contextmanager
+def shared_folder(settings: Settings) -> Iterator[None]:
+    """A folder of the workers, where there are several, named in the environment and removed at the end.
+
+    Raises: StartError.
+    """
+    if settings.workers == 1:
+        yield
+        return
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="vae-service-", ignore_cleanup_errors=True)
     except OSError as error:
-        listener.close()
         raise StartError(
-            f"cannot listen on {settings.host}:{port} ({error.strerror}); set VAE_PORT, VAE_OPS_PORT or VAE_HOST"
+            f"no folder for what the workers share ({error.strerror}); set TMPDIR to one that can be written, or "
+            "VAE_WORKERS to 1"
         ) from error
-    return listener
+    with folder as name:
+        os.environ[SHARED_FOLDER] = name
+        try:
+            yield
+        finally:
+            del os.environ[SHARED_FOLDER]
 
 
-def url_of(settings: Settings, listener: socket.socket) -> str:
-    """What one can type."""
-    host, port = listener.getsockname()[:2]
-    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104
-    return f"{'https' if settings.tls_certificate else 'http'}://{shown}:{port}"
+def announce(settings: Settings, listeners: list[Listener], models: list[str]) -> None:
+    """Say that requests are taken, and where.
+
+    Raises: StartError where standard output cannot be written.
+    """
+    if settings.log_format == "json":
+        at = " and ".join(listener.url or listener.name for listener in listeners)
+        log.info("serving %s on %s", ", ".join(models), at)
+        return
+    try:
+        with suppress(BlockingIOError):  # a pipe that nobody reads
+            print(welcome(models, settings, listeners), flush=True)
+    except OSError as error:
+        raise StartError(f"cannot write to standard output: {error.strerror}; send it elsewhere") from error
 
 
-def welcome(models: list[str], url: str, ops_url: str = "") -> str:
+def welcome(models: list[str], settings: Settings, listeners: list[Listener]) -> str:
     """What to try first."""
-    return (
-        f"serving {', '.join(models)} on {url}   (documentation: {url}/docs)\n"
-        f"try: curl -s -X POST '{url}/v1/sample?count=16&seed=7' -H 'Accept: image/png' -o digits.png"
-        + (f"\nhealth and metrics on {ops_url}" if ops_url else "")
-    )
+    first, *others = listeners
+    curl, url, documentation = "curl -s", first.url, f"   (documentation: {first.url}/docs)"
+    if first.file is not None:
+        curl, url, documentation = f"curl -s --unix-socket {first.name}", "http://localhost", ""
+    lines = [
+        f"serving {', '.join(models)} on {first.url or first.name}{documentation}",
+        f"try: {curl} -X POST '{url}/v1/sample?count=16&seed=7' -H 'Accept: image/png' -o digits.png",
+    ]
+    if settings.ops_port is not None:
+        lines.append(f"health and metrics on {others.pop().url}")
+    return "\n".join([*lines, *(f"also on {other.url}" for other in others)])
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from service.operation import Inputs, Operation, Rows
 from service.pixels import fit
 from service.tiling import tiling
 
+ROUNDING = 1e-6
+"""How far outside the range a value may lie and count as on its bound: float32 rounds by less."""
 OBSERVED_MARGIN = 10.0
 """How many widths of the value range an observed, noisy value may lie outside it."""
 
@@ -45,14 +48,14 @@ def admit(
         shape, name = model.latent_shape, "latents"
     tiles = None
     if options.said("fit") == "tile":
-        images = as_images(payload.array, shape[0], name)
+        images = as_images(payload.array, shape, name)
         tiles = tiling(len(images), (images.shape[2], images.shape[3]), (shape[1], shape[2]))
         shape = images.shape[1:]
     rows = _shaped(payload.array, shape, name, options, max_rows, room)
     count = tiles.images * tiles.tiles if tiles else len(rows)
     check_count(count * options.multiplicity, max_rows)
     room(count)
-    check_range(rows, *_bounds(operation, model, name), name)
+    rows = in_range(rows, *_bounds(operation, model, name), name)
     if payload.mask is None and operation.masked:
         raise InvalidShape(
             f"{operation.name} needs a mask, 1 where a pixel is seen and 0 where it is missing: `mask` in JSON, a "
@@ -73,7 +76,7 @@ def _shaped(
     how = options.said("fit")
     if how in (None, "tile") or name == "latents":
         return as_rows(array, shape, name)
-    images = as_images(array, shape[0], name)
+    images = as_images(array, shape, name)
     check_count(len(images), max_rows)
     room(len(images))
     return images if images.shape[1:] == shape else fit(images, (shape[1], shape[2]), how)
@@ -82,7 +85,7 @@ def _shaped(
 def _mask(array: NDArray[Any], shape: tuple[int, ...], options: Any, rows: int, room: Callable[[int], None]) -> Rows:
     """1 where seen, for every channel; one mask for all rows, or one a row."""
     mask = _shaped(array, (1, *shape[1:]), "mask", options, rows, room)
-    check_range(mask, 0.0, 1.0, "mask")
+    mask = in_range(mask, 0.0, 1.0, "mask")
     if len(mask) not in (1, rows):
         raise InvalidShape(f"{len(mask)} masks for {rows} images; send one, or one an image")
     return np.broadcast_to((mask >= 0.5).astype(np.float32), (rows, *shape))
@@ -117,18 +120,27 @@ def check_count(rows: int, limit: int) -> None:
         raise TooLarge(f"{rows} rows in one request, draws counted; VAE_MAX_REQUEST_ROWS is {limit}")
 
 
-def check_range(array: Rows, low: float, high: float, name: str) -> None:
-    """Refuse NaN, infinity and what lies outside [low, high]; min and max carry a NaN along.
+@lru_cache
+def _bits(value: float) -> int:
+    """A float32 as its bits."""
+    return int(np.float32(value).view(np.uint32))
 
-    Raises: InvalidValue.
+
+def in_range(array: Rows, low: float, high: float, name: str) -> Rows:
+    """The values, those that rounding put outside [low, high] at the bound that they passed.
+
+    Raises: InvalidValue for NaN, infinity and what lies further outside.
     """
-    if low == 0.0 and array.view(np.uint32).max() <= np.float32(high).view(np.uint32):
-        return  # one pass for what nearly all send: as bits, negative numbers, NaN and infinity are above all others
-    least, most = array.min(), array.max()
-    finite = np.isfinite(least) and np.isfinite(most)
-    if finite and least >= low and most <= high:
-        return
-    if not finite:
-        raise InvalidValue(f"{name} holds NaN or infinity; every value must be a finite number")
+    if low == 0.0 and array.view(np.uint32).max() <= _bits(high):
+        return array  # one pass for what nearly all send: as bits, negative numbers, NaN and infinity are above others
+    least, most = array.min(), array.max()  # both carry a NaN along
+    if not (np.isfinite(least) and np.isfinite(most)):
+        raise InvalidValue(f"{name} has NaN, infinity or a number that float32 cannot hold; every value must be finite")
+    if least >= low and most <= high:
+        return array
+    if float(least) >= low - ROUNDING and float(most) <= high + ROUNDING:
+        return np.clip(array, np.float32(low), np.float32(high))
     advice = "; divide 8-bit values by 255" if most > 1.0 and name == "images" else ""
-    raise InvalidValue(f"{name} has values from {least:g} to {most:g}; they must lie in [{low:g}, {high:g}]{advice}")
+    raise InvalidValue(
+        f"{name} has values from {least!s} to {most!s}; they must lie in [{low:.9g}, {high:.9g}]{advice}"
+    )

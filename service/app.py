@@ -10,10 +10,12 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
+from urllib.parse import quote
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 from starlette.types import ASGIApp
 
 from service import __version__, problems
@@ -24,15 +26,19 @@ from service.endpoint import Context
 from service.engine import Engine
 from service.errors import ServiceError
 from service.memory import Memory
+from service.methods import Methods, RootPath
+from service.offload import Offload
 from service.orders import Orders, Standing
 from service.pages import PageHeaders
+from service.proxies import Proxies
 from service.repository import Repository
 from service.route import Shortcut
 from service.routes import OPERATIONS, add_operations
 from service.routes.control import control_router
+from service.routes.docs import docs_router
 from service.routes.health import health_router
 from service.routes.metrics import metrics_router
-from service.routes.models import models_router
+from service.routes.models import models_router, readiness_router
 from service.selection import Selection
 from service.session import cpu_count, execution_provider
 from service.sources import local_copy
@@ -40,6 +46,9 @@ from service.telemetry import SHARED_FOLDER
 from service.tracing import Named, TracedEngine, finish, tracer_provider
 from service.tracking import AccessLog, Tracking
 
+NOT_FOUND = 404
+LONGEST_TOLD = 100
+"""Characters of a path that an error repeats."""
 SWITCH_S = 3e-4
 """How soon the event loop makes room for the thread that computes; Python's 5 ms let it stand idle for a fifth."""
 
@@ -50,7 +59,7 @@ class Service(FastAPI):
     def build_middleware_stack(self) -> ASGIApp:
         """Added middleware, then the shortcut, then FastAPI's own."""
         added, self.user_middleware = self.user_middleware, []
-        app: ASGIApp = Shortcut(PageHeaders(super().build_middleware_stack()), self.router.routes)
+        app: ASGIApp = Shortcut(PageHeaders(Methods(super().build_middleware_stack())), self.router.routes)
         self.user_middleware = added
         for middleware in reversed(added):
             app = middleware.cls(app, *middleware.args, **middleware.kwargs)
@@ -84,10 +93,13 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        if settings.docs:
+            app.openapi()  # takes a quarter of a second, which no request should wait for
         settle()
         async with control.running():
             yield
         await engine.close()
+        offload.close()
         if provider:
             await asyncio.to_thread(finish, provider)
 
@@ -96,8 +108,8 @@ def create_app(
         version=__version__,
         summary="Variational auto-encoders over HTTP: encode, decode, reconstruct, restore, sample.",
         lifespan=lifespan,
-        openapi_url="/openapi.json" if settings.docs else None,
-        redoc_url=None,
+        openapi_url=None,  # the documentation is ours, in routes/docs.py
+        redirect_slashes=False,  # they go where the header Host says
         dependencies=[Depends(HTTPBearer(auto_error=False))] if settings.api_keys else [],  # told in OpenAPI
         # What is on is asked for at every request; metrics are ours, at /metrics.
         telemetry={
@@ -109,14 +121,18 @@ def create_app(
         },
     )
     app.state.repository, app.state.stopping = repository, False
-    add_operations(app, Context(settings, repository, engine, Memory(settings.memory_bytes)))
+    offload = Offload(cpu_count())
+    add_operations(app, Context(settings, repository, engine, Memory(settings.memory_bytes), offload))
     for router in (
         models_router(repository, OPERATIONS),
-        control_router(repository, control, allowed=settings.model_control),
+        readiness_router(repository, engine),
+        control_router(repository, control, settings),
         health_router(repository, engine),
         metrics_router(engine.telemetry),
     ):
         app.include_router(router)
+    if settings.docs:
+        app.include_router(docs_router(app.openapi))
     add_doors(app, settings, engine.telemetry.refused)
     app.add_exception_handler(ServiceError, _service_problem)
     app.add_exception_handler(HTTPException, _http_problem)
@@ -132,6 +148,8 @@ def add_middleware(app: FastAPI, settings: Settings) -> None:
     if settings.access_log:
         app.add_middleware(AccessLog)
     app.add_middleware(Tracking)
+    if settings.root_path or settings.trusted_proxies:
+        app.add_middleware(RootPath, root_path=settings.root_path, proxies=Proxies(settings.trusted_proxies))
 
 
 def settle() -> None:
@@ -151,10 +169,31 @@ async def _service_problem(_request: Request, error: Exception) -> Response:
 async def _http_problem(request: Request, error: Exception) -> Response:
     """Paths and methods that nobody serves."""
     assert isinstance(error, HTTPException)
+    path, headers = request.scope["path"], dict(error.headers or {})
+    if error.status_code == NOT_FOUND and (place := _without_slash(request)):
+        return Response(status_code=307, headers={"location": place})
+    if headers.get("Allow") == "GET":
+        headers["Allow"] = "GET, HEAD"
     codes = {
-        404: ("not_found", f"nothing is at {request.url.path}; see /docs"),
-        405: ("method_not_allowed", "see /docs"),
+        404: ("not_found", f"nothing is at {path[:LONGEST_TOLD]}; see /docs"),
+        405: ("method_not_allowed", f"{path[:LONGEST_TOLD]} takes {headers.get('Allow')}; see /docs"),
     }
     code, detail = codes.get(error.status_code, ("http_error", str(error.detail)))
     content = problems.problem(error.status_code, code, detail)
-    return Response(content, error.status_code, error.headers, problems.MEDIA_TYPE)
+    return Response(content, error.status_code, headers, problems.MEDIA_TYPE)
+
+
+def _without_slash(request: Request) -> str:
+    """Where to find what was asked for with a slash at the end, from there; empty where there is nothing.
+
+    A relative place holds whatever the caller calls this host, and under which path a proxy serves it.
+    """
+    scope = request.scope
+    path, raw_path = scope["path"], scope.get("raw_path") or quote(scope["path"]).encode()
+    if not path.endswith("/") or not raw_path.endswith(b"/"):
+        return ""
+    shorter = {"type": "http", "method": scope["method"], "path": path[:-1]}
+    if all(route.matches(shorter)[0] is Match.NONE for route in request.app.router.routes):
+        return ""
+    query = scope["query_string"].decode("latin-1")
+    return f"../{raw_path.decode('latin-1').split('/')[-2]}" + (f"?{query}" if query else "")

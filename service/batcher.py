@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.errors import CallerGone, DeadlinePassed, InferenceFailed, NotReady, Overloaded, ServiceError
-from service.thread import ComputingThread
+from service.thread import ComputingThreads
 
 Arrays = tuple[NDArray[Any], ...]
 
@@ -178,7 +178,7 @@ class Batcher:
         self.stuck = False
         self._clock, self._observe, self._on_failure = clock, observe, on_failure
         self._lanes: OrderedDict[Program, deque[_Job]] = OrderedDict()
-        self._thread = ComputingThread("inference", _yield_to_others if background else None)
+        self._thread = ComputingThreads("inference", prepare=_yield_to_others if background else None)
         self._scheduled: asyncio.Handle | None = None
         self._watching: asyncio.Handle | None = None
         self._running: _Batch | None = None
@@ -335,7 +335,7 @@ class Batcher:
     def _pointless(self, job: _Job, now: float) -> bool:
         """Whether nobody would read the answer; the job's future then says why."""
         if job.deadline is not None and now >= job.deadline:
-            job.future.set_exception(_too_late())
+            job.future.set_exception(DeadlinePassed())
         elif job.gone is not None and (job.begun or now - job.arrived > PROBE_AFTER_S) and job.gone():
             job.future.set_exception(CallerGone("the caller hung up"))
         return job.future.done()
@@ -381,7 +381,7 @@ class Batcher:
         now = self._clock()
         for job in self._jobs():
             if job.deadline is not None and now >= job.deadline and not job.future.done():
-                job.future.set_exception(_too_late())
+                job.future.set_exception(DeadlinePassed())
         if not self.stuck and now - self._began > self.batch_limit_s:
             self._stick()
         self._end_if_idle()
@@ -518,10 +518,6 @@ def _failed() -> InferenceFailed:
 
 def _no_memory() -> Overloaded:
     return Overloaded("there is not enough memory for this batch; send fewer rows, or lower VAE_MAX_ROWS", 1.0)
-
-
-def _too_late() -> DeadlinePassed:
-    return DeadlinePassed("the request's time ran out: X-Timeout-Ms, or else VAE_TIMEOUT_S")
 
 
 def _stopped() -> NotReady:

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from service.errors import StartError
+from service.hosts import check_pattern
 from service.selection import ALL, Selection
 
 PREFIX = "VAE_"
@@ -36,6 +37,10 @@ KUBERNETES = tuple(
 )
 """Names and values of the variables that Kubernetes sets in every pod for a service named `vae` or `vae-*`."""
 
+PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9_~-][A-Za-z0-9_.~-]*){1,8}", re.ASCII).fullmatch
+OWN = {"docs", "health", "metrics", "openapi.json", "v1"}
+"""Where paths of the service begin."""
+
 
 def _rate(value: str) -> str:
     if value:
@@ -50,6 +55,26 @@ def _proxies(value: str) -> str:
     return value
 
 
+def _root_path(value: str) -> str:
+    path = value.rstrip("/")
+    if path and not is_prefix(path):
+        raise ValueError(
+            "a root path is a slash and plain names, as in /vae or /apps/vae, and none of the service's own paths"
+        )
+    return path
+
+
+def is_prefix(path: str) -> bool:
+    """Whether a proxy may serve the service under this path: plain, and not to be taken for one of its own paths."""
+    return bool(PLAIN_PATH(path)) and path.split("/", 2)[1] not in OWN
+
+
+def _hosts(value: str) -> str:
+    for pattern in split(value):
+        check_pattern(pattern)
+    return value
+
+
 def _located(value: Any) -> Any:
     """A URL as it is, anything else as a path."""
     return Path(value) if isinstance(value, str) and "://" not in value else value
@@ -58,6 +83,8 @@ def _located(value: Any) -> Any:
 OPTIONS_EXAMPLE = 'VAE_MODELS_OPTIONS={"endpoint_url": "https://store.example"}'
 Rate = Annotated[str, AfterValidator(_rate)]
 Proxies = Annotated[str, AfterValidator(_proxies)]
+RootPath = Annotated[str, AfterValidator(_root_path)]
+Hosts = Annotated[str, AfterValidator(_hosts)]
 Location = Annotated[Path | str, BeforeValidator(_located)]
 
 
@@ -80,8 +107,9 @@ class Settings(BaseSettings):
     versions: Annotated[str, AfterValidator(lambda text: Selection(text).text)] = ALL
     """Versions that are served: `all`, `latest`, or a list such as `mnist:2,mnist:3,mnist-2d:latest`; models that a
     list does not name are not served. Requests that name no version get the latest that is served."""
-    model_control: bool = False
-    """Whether models may be loaded and unloaded over HTTP."""
+    model_control: bool | Literal["anonymous"] = False
+    """Whether models may be loaded and unloaded over HTTP: `true` by API keys with the right `control`, `anonymous` by
+    whoever may call, where no keys are asked for."""
     poll_s: Annotated[float, Field(ge=0)] = 0.0
     """How often the folder is looked through for new versions; 0 is never."""
     host: str = "127.0.0.1"
@@ -116,6 +144,8 @@ class Settings(BaseSettings):
     """How long requests are still accepted after SIGTERM, while readiness is false and balancers turn away."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 64 * 2**20
     """Size of a request's body."""
+    max_json_bytes: Annotated[int, Field(ge=1024)] = 8 * 2**20
+    """Size of a JSON body, which holds up all other requests of its worker while it is parsed; binary forms do not."""
     max_request_rows: Annotated[int, Field(ge=1)] = 16384
     """Rows in one request, sampled rows included; those above max_rows are run in several batches."""
     max_draws: Annotated[int, Field(ge=1)] = 64
@@ -132,7 +162,10 @@ class Settings(BaseSettings):
     max_headers: Annotated[int, Field(ge=8)] = 100
     """Headers in one request."""
     max_connections: Annotated[int, Field(ge=1)] = 4096
-    """Open connections of each worker; one more is answered 503 and closed."""
+    """Open connections of each worker; those above it are answered for health alone, anything else with 503."""
+    max_connections_per_address: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Open connections of one client address, over all workers; 0 is any number. An IPv6 network of 64 bits counts as
+    one address, and trusted proxies are not counted."""
     head_timeout_s: Annotated[float, Field(gt=0)] = 10.0
     """How long a connection may take to send its first request's line and headers, or those of one it has begun."""
     body_timeout_s: Annotated[float, Field(gt=0)] = 120.0
@@ -144,19 +177,28 @@ class Settings(BaseSettings):
     api_keys: str = ""
     """File of API keys, read again when it changes; empty asks nobody for one."""
     allow_anonymous: bool = False
-    """Whether an address that other machines can reach may be served without API keys."""
+    """Whether an address that other machines can reach may be served without API keys; control stays closed."""
     anonymous_rate: Rate = ""
     """Without API keys, how often each client address may call, as in `100/minute` or `5/second,1000/hour`."""
     anonymous_concurrency: Annotated[int, Field(ge=0)] = 0
     """Without API keys, calls of a client address at the same time; 0 is any number."""
+    open_rate: Rate = "30/second"
+    """Without a known API key, how often each client address may ask for /docs, /openapi.json and /metrics, and how
+    often it may be told that its key is not known; empty is any number."""
+    allowed_hosts: Hosts = ""
+    """Names in the Host header, with commas, that are answered besides localhost, IP addresses and this machine's own:
+    `vae.example`, `*.example`, or `*` for any. Requests with a known API key or from a trusted proxy may have any."""
     docs: bool = True
     """Whether /docs and /openapi.json are served, to anybody."""
     ops_port: Annotated[int, Field(ge=0, le=65535)] | None = None
     """Port for /health and /metrics, which then leave the main one; 0 takes a free one."""
     trusted_proxies: Proxies = ""
-    """Addresses or networks, with commas, whose X-Forwarded-For and X-Forwarded-Proto are believed."""
+    """Addresses or networks, with commas, whose X-Forwarded-For, -Proto and -Prefix are believed."""
+    root_path: RootPath = ""
+    """Path under which a proxy serves this service, as in `/vae`, whether the proxy removes it or not."""
+    """Addresses or networks, with commas, whose X-Forwarded-For, -Proto and -Host are believed."""
     cors_origins: str = ""
-    """Origins, with commas, whose pages may call from a browser; `*` is every one."""
+    """Origins, with commas, whose pages may call from a browser; `*` is every one. Other pages cannot POST."""
     tls_certificate: str = ""
     """PEM file of the certificate and its chain; empty serves plain HTTP."""
     tls_key: str = ""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from traceback import clear_frames
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import parse_qsl
 
 from pydantic import ValidationError
@@ -19,27 +21,50 @@ from service.admission import admit
 from service.codecs import EVENTS, HEADERS, READERS, Answer, Body, EventForm, Intake, Meter, Payload, single_array
 from service.config import Settings
 from service.engine import Engine
-from service.errors import CallerGone, InvalidOption, WrongModel
-from service.intake import disconnected, read_body
+from service.errors import (
+    CallerGone,
+    DeadlinePassed,
+    Deferred,
+    InvalidOption,
+    ReaderFault,
+    ServiceError,
+    WrongModel,
+    quoted,
+)
+from service.intake import IDENTITY, Limit, coding_of, disconnected, inflated, read_body
 from service.latent import BLOCK_ROWS
 from service.memory import Memory, Share, answer_bytes
 from service.model import Model
-from service.negotiation import acceptable, form_of, write
+from service.negotiation import JSON, acceptable, fields, form_of, write
+from service.offload import Offload
 from service.operation import Inputs, LatentOptions, Operation, Rows
 from service.repository import Repository
 from service.telemetry import server_timing
+from service.tracking import request_id
 from service.vae import Observe, Result, Submit
 from service.watching import Event, watched
 
-NAMED = ("seed", "binarisation", "note")
+log = logging.getLogger(__name__)
+
+NAMED = ("seed", "binarisation")
 """What is said about an answer, in a header of its own."""
 HEADER_NUMBERS = 16
 """Lists longer than this are not repeated in a header."""
 REMEMBERED = 256
-"""Longer query strings and Accept headers are nobody's, and are not remembered."""
+"""Longer query strings are nobody's, and are not remembered."""
 PART_ROWS = 4 * BLOCK_ROWS
 """Binary answers of more rows are sent in parts of this many, so that they need no more memory."""
 
+LOOP_BYTES = 2**16
+"""Bodies that the event loop reads; larger ones are read in a thread."""
+LOOP_BINARY_BYTES = 2**20
+"""The same for arrays in binary, which are read without parsing."""
+LOOP_NUMBERS = 2**16
+"""Numbers of an answer that the event loop writes; larger ones are written in a thread."""
+LONGEST_TIMEOUT = 12
+"""Digits of X-Timeout-Ms."""
+
+T = TypeVar("T")
 Headers = list[tuple[bytes, bytes]]
 
 UNBUFFERED: Headers = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
@@ -54,6 +79,7 @@ class Context:
     repository: Repository
     engine: Engine
     memory: Memory
+    offload: Offload
 
 
 class Call(NamedTuple):
@@ -64,8 +90,21 @@ class Call(NamedTuple):
     headers: dict[bytes, bytes]
     body: Body
     submit: Submit
+    deadline: float
+    """By time.monotonic()."""
     gone: Callable[[], bool]
     share: Share
+    content_type: str
+    accept: str
+
+    def check_time(self) -> None:
+        """Raise DeadlinePassed where its time is up."""
+        if time.monotonic() > self.deadline:
+            raise DeadlinePassed
+
+
+Parsed = tuple[str | None, Any, Inputs, str]
+"""A request read and admitted: the form of its body, options, rows, and the form that its answer takes first."""
 
 
 class Reply(NamedTuple):
@@ -91,6 +130,7 @@ class OperationApp:
         self.operation = operation
         self.context = context
         self._remembered = lru_cache(1024)(lambda query: self._options(_pairs(query)))
+        self._limit, self._json_limit = body_limits(context.settings)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request; every error is answered as a problem."""
@@ -106,15 +146,22 @@ class OperationApp:
             model = self.context.repository.find(path.get("model"), path.get("version"))
             label = model.manifest.name
             self.operation.check_offered(model)
-            headers = dict(scope["headers"])
-            body = await read_body(receive, headers, self.context.settings.max_body_bytes, share)
+            headers = fields(scope["headers"])
+            if b"expect" in headers:
+                self._check_early(headers, scope["query_string"])
+            content_type = headers.get(b"content-type", b"").decode("latin-1")
+            body = await read_body(receive, headers, self._limit_of(content_type), share)
             if body is None:
                 return
-            gone = partial(disconnected, receive)
-            call = Call(model, scope["query_string"], headers, body, self._submit(headers, gone), gone, share)
+            gone, deadline = partial(disconnected, receive), self._deadline(headers)
+            submit = partial(self.context.engine.submit, deadline=deadline, gone=gone)
+            accept = headers.get(b"accept", b"*/*").decode("latin-1")
+            query = scope["query_string"]
+            call = Call(model, query, headers, body, submit, deadline, gone, share, content_type, accept)
             reply = await self._answer(call)
         except Exception as error:  # noqa: BLE001  # the one place where errors become answers
             reply = _refusal(error)
+            clear_frames(error.__traceback__)  # they hold the body, in a cycle with the error
         served: dict[str, Any] = {
             "model": label,
             "operation": self.operation.name,
@@ -125,32 +172,19 @@ class OperationApp:
         served["outcome"] = await self._send(reply, send)
         self.context.engine.telemetry.request(**served)
 
+    def _check_early(self, headers: dict[bytes, bytes], query: bytes) -> None:
+        """Refuse what its head tells before the body is sent, for a caller that waits for 100 Continue.
+
+        Raises: UnsupportedMediaType, InvalidOption.
+        """
+        if headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in headers:
+            form_of(headers.get(b"content-type", b"").decode("latin-1"), b"to come", self.operation)
+        coding_of(headers)
+        self.options_of_query(query)
+
     async def _answer(self, call: Call) -> Reply:
-        content_type = call.headers.get(b"content-type", b"").decode("latin-1")
-        accept = call.headers.get(b"accept", b"*/*")[:REMEMBERED].decode("latin-1")
-        model, settings, operation = call.model, self.context.settings, self.operation
-        form = form_of(content_type, call.body, operation)
-        options = self.options_of_query(call.query)
-        intake = Intake(
-            operation.takes or "",
-            operation.row_shape(model, options),
-            Meter(settings.max_pixels, settings.max_request_rows, call.share.need),
-            operation.masked,
-            operation.or_latents,
-        )
-        payload = READERS[form](call.body, content_type, intake) if form else Payload(None)
-        if payload.options:
-            options = self._options({**_pairs(call.query), **payload.options})
-        _check_fingerprint(model, call.headers.get(b"x-fingerprint"), options)
-        best = next(iter(acceptable(accept, form)), "")
-        in_parts = best in HEADERS and options.said("fit") is None  # what is fitted is there as a whole
-
-        def room(rows: int) -> None:
-            call.share.need(answer_bytes(model, options, min(rows, 2 * PART_ROWS) if in_parts else rows))
-
-        inputs = admit(operation, model, payload, options, settings.max_request_rows, room)
-        if operation.check is not None:
-            operation.check(model, inputs, options)
+        model, operation = call.model, self.operation
+        form, options, inputs, best = self._parse(call) or await self._parse_apart(call)
         if best in EVENTS:
             return await self._watch(call, inputs, options, best)
         if best in HEADERS and len(inputs.rows) > PART_ROWS and inputs.tiling is None:
@@ -158,16 +192,84 @@ class OperationApp:
             if reply is not None:
                 return reply
             call.share.need(answer_bytes(model, options, len(inputs.rows)))
-        result = await operation.run(model, call.submit, inputs, options)
+        result = await operation.perform(model, call.submit, inputs, options)
         answer = _answer(model, result)
-        answer_form, content = write(answer, accept, form)
+        if numbers(answer) > LOOP_NUMBERS:
+            answer_form, content = await self._offloaded(call, partial(write, answer, call.accept, form))
+        else:
+            answer_form, content = write(answer, call.accept, form)
         return Reply(200, _headers(answer_form, answer.about, result), content, "ok", len(inputs.rows))
+
+    def _parse(self, call: Call) -> Parsed | None:
+        """Read the body in the event loop; None where that may take long."""
+        form, options = form_of(call.content_type, call.body, self.operation), self.options_of_query(call.query)
+        arrays = form in HEADERS and options.said("fit") is None
+        if len(call.body) > (LOOP_BINARY_BYTES if arrays else LOOP_BYTES) or b"content-encoding" in call.headers:
+            return None
+        try:
+            return self._read(call, form, options, in_loop=True)
+        except Deferred:
+            return None
+
+    async def _parse_apart(self, call: Call) -> Parsed:
+        """Read the body in a thread."""
+        form, options = form_of(call.content_type, call.body, self.operation), self.options_of_query(call.query)
+        parsed = await self._offloaded(call, partial(self._read, call, form, options, coding_of(call.headers)))
+        call.share.keep(parsed[2].nbytes)
+        return parsed
+
+    async def _offloaded(self, call: Call, work: Callable[[], T]) -> T:
+        return await self.context.offload.run(work, call.share, call.deadline, call.gone)
+
+    def _read(
+        self, call: Call, form: str | None, options: Any, coding: bytes = IDENTITY, *, in_loop: bool = False
+    ) -> Parsed:
+        """Decompress, read, admit. Runs in the event loop or in a thread.
+
+        Raises:
+            ReaderFault: Something raised what is no ServiceError; logged with its traceback.
+        """
+        try:
+            return self._admitted(call, form, options, coding, in_loop=in_loop)
+        except (ServiceError, MemoryError):
+            raise
+        except Exception as error:
+            log.exception("request %s: reading %s failed", request_id(), form)
+            raise ReaderFault(f"the body cannot be read as {form}") from error
+
+    def _admitted(self, call: Call, form: str | None, options: Any, coding: bytes, *, in_loop: bool) -> Parsed:
+        model, settings, operation, body, share = (
+            call.model,
+            self.context.settings,
+            self.operation,
+            call.body,
+            call.share,
+        )
+        meter = Meter(settings.max_pixels, settings.max_request_rows, share.reserve, call.check_time, in_loop=in_loop)
+        if coding != IDENTITY:
+            body = inflated(body, coding, self._limit_of(call.content_type), meter)
+        shape = operation.row_shape(model, options)
+        intake = Intake(operation.takes or "", shape, meter, operation.masked, operation.or_latents)
+        payload = READERS[form](body, call.content_type, intake) if form else Payload(None)
+        if payload.options:
+            options = self._options({**_pairs(call.query), **payload.options})
+        _check_fingerprint(model, call.headers.get(b"x-fingerprint"), options)
+        best = next(iter(acceptable(call.accept, form)), "")
+        in_parts = best in HEADERS and options.said("fit") is None  # what is fitted is there as a whole
+
+        def room(rows: int) -> None:
+            share.need(answer_bytes(model, options, min(rows, 2 * PART_ROWS) if in_parts else rows))
+
+        inputs = admit(operation, model, payload, options, settings.max_request_rows, room)
+        if operation.check is not None:
+            operation.check(model, inputs, options)
+        return form, options, inputs, best
 
     async def _watch(self, call: Call, inputs: Inputs, options: Any, form: str) -> Reply:
         """Events, from the first on: what goes wrong before it is a problem like every other."""
 
         async def run(observe: Observe) -> Result:
-            return await self.operation.run(call.model, call.submit, inputs._replace(observe=observe), options)
+            return await self.operation.perform(call.model, call.submit, inputs._replace(observe=observe), options)
 
         model, events, further = call.model, EVENTS[form], watched(run)
         parts = _framed(model, events, await anext(further), further)
@@ -176,7 +278,7 @@ class OperationApp:
 
     async def _stream(self, call: Call, inputs: Inputs, options: Any, form: str) -> Reply | None:
         """An answer of many rows, sent part by part; None where its form cannot hold it."""
-        first = await self.operation.run(call.model, call.submit, inputs.part(0, PART_ROWS), options)
+        first = await self.operation.perform(call.model, call.submit, inputs.part(0, PART_ROWS), options)
         array = single_array(first.outputs)
         if array is None:
             return None
@@ -194,7 +296,7 @@ class OperationApp:
         submit = partial(self.context.engine.submit, gone=call.gone, begun=True)
         array: Rows | None = first
         for start in range(PART_ROWS, len(inputs.rows), PART_ROWS):
-            run = self.operation.run(call.model, submit, inputs.part(start, PART_ROWS), options)
+            run = self.operation.perform(call.model, submit, inputs.part(start, PART_ROWS), options)
             ahead = asyncio.ensure_future(run)
             try:
                 assert array is not None  # as that of the first part
@@ -241,22 +343,46 @@ class OperationApp:
             options = self.operation.options.model_validate(named)
         except ValidationError as error:
             known = ", ".join(self.operation.options.model_fields) or "none"
-            problem = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:3])
+            wrong = error.errors()[:3]
+            problem = "; ".join(f"{quoted('.'.join(map(str, one['loc'])))}: {one['msg']}" for one in wrong)
             raise InvalidOption(f"{problem} (options of {self.operation.name}: {known})") from error
         limit = self.context.settings.max_draws
         if options.multiplicity > limit:
             raise InvalidOption(f"draws is {options.multiplicity}, VAE_MAX_DRAWS is {limit}")
         return options
 
-    def _submit(self, headers: dict[bytes, bytes], gone: Callable[[], bool]) -> Submit:
-        """The engine's submit, with this request's deadline and a way to ask whether its caller is still there."""
+    def _limit_of(self, content_type: str) -> Limit:
+        """How large a body of that type may be."""
+        return self._json_limit if content_type[: len(JSON)].lower() == JSON else self._limit
+
+    def _deadline(self, headers: dict[bytes, bytes]) -> float:
+        """When the request's time is up, by time.monotonic().
+
+        Raises: InvalidOption.
+        """
         seconds = self.context.settings.timeout_s
         wished = headers.get(b"x-timeout-ms")
         if wished is not None:
-            if not wished.isdigit() or int(wished) == 0:
-                raise InvalidOption("X-Timeout-Ms must be a whole number of milliseconds above 0")
+            if not wished.isdigit() or len(wished) > LONGEST_TIMEOUT or int(wished) == 0:
+                raise InvalidOption("X-Timeout-Ms must be a whole number of milliseconds, from 1 to 12 digits long")
             seconds = min(seconds, int(wished) / 1000.0)
-        return partial(self.context.engine.submit, deadline=time.monotonic() + seconds, gone=gone)
+        return time.monotonic() + seconds
+
+
+def body_limits(settings: Settings) -> tuple[Limit, Limit]:
+    """Limits of bodies in general, and of JSON, which holds up every other request while it is parsed."""
+    advice = "send arrays as application/x-npy or application/octet-stream and pictures as files, or raise it"
+    most, most_json = settings.max_body_bytes, settings.max_json_bytes
+    limit = Limit(most, "VAE_MAX_BODY_BYTES", "send fewer rows, or raise it")
+    return limit, min(limit, Limit(most_json, "VAE_MAX_JSON_BYTES", advice), key=lambda one: one.size)
+
+
+def numbers(answer: Answer) -> int:
+    """How many numbers it has."""
+    size = 0
+    for array in answer.outputs.values():
+        size += array.size
+    return size
 
 
 def _check_fingerprint(model: Model, header: bytes | None, options: Any) -> None:
@@ -268,37 +394,48 @@ def _check_fingerprint(model: Model, header: bytes | None, options: Any) -> None
     if header is None and option is None:
         return
     manifest = model.manifest
-    for named in (header and header.decode("latin-1"), option):
+    for named in (None if header is None else header.decode("latin-1"), option):
         if named is not None and named != manifest.fingerprint:
             raise WrongModel(
-                f"the request is for the model with fingerprint {named!r:.80}, but {manifest.name} version "
+                f"the request is for the model with fingerprint {quoted(named)}, but {manifest.name} version "
                 f"{manifest.version} has {manifest.fingerprint}; ask the model that gave the latents, or encode again"
             )
 
 
 def _pairs(query: bytes) -> dict[str, str]:
-    return dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True))
+    """The options in a query string.
+
+    Raises: InvalidOption for one that is there twice.
+    """
+    pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True)
+    named = dict(pairs)
+    if len(named) < len(pairs):
+        raise InvalidOption("the query string names an option twice; send each once")
+    return named
 
 
 def _refusal(error: Exception) -> Reply:
     status, code, content, extra = problems.describe(error)
     head = [(b"content-type", problems.MEDIA_TYPE.encode())]
     head += [(name.encode(), value.encode()) for name, value in extra.items()]
-    return Reply(status, head, content, code, 0)
+    outcome = error.outcome if isinstance(error, ServiceError) else ""
+    return Reply(status, head, content, outcome or code, 0)
 
 
 async def _framed(
     model: Model, form: EventForm, first: Event | None, further: AsyncGenerator[Event | None, None]
 ) -> AsyncGenerator[bytes, None]:
     """Events as they are sent."""
-
-    def framed(event: Event | None) -> bytes:
-        return form.event(event.kind, _answer(model, event.result)) if event else form.keep_alive
-
+    event = first
     async with aclosing(further):
-        yield framed(first)
-        async for event in further:
-            yield framed(event)
+        while True:
+            for piece in form.event(event.kind, _answer(model, event.result)) if event else (form.keep_alive,):
+                yield piece
+                await asyncio.sleep(0)  # other requests come between the pieces of a large event
+            try:
+                event = await anext(further)
+            except StopAsyncIteration:
+                return
 
 
 def _answer(model: Model, result: Result) -> Answer:
@@ -322,9 +459,18 @@ def _headers(form: str, about: Mapping[str, Any], result: Result, *, whole: bool
     named = _named(form, about["model"], about["version"], about["fingerprint"], *result.outputs)
     head = [*named, (b"server-timing", timing)]
     head += [(b"x-" + name.encode(), str(about[name]).encode()) for name in NAMED if name in about]
+    if "notes" in about:
+        head.append((b"x-note", ", ".join(map(_noted, about["notes"])).encode("ascii", "replace")))
     if "level" in about and len(about["level"]) <= HEADER_NUMBERS:
         head.append((b"x-level", ",".join(f"{value:.4g}" for value in about["level"]).encode()))
     return head
+
+
+def _noted(note: Mapping[str, Any]) -> str:
+    """A note as an item of a list of structured fields (RFC 9651): code;rows="0 1";detail="..."."""
+    rows = " ".join(map(str, note["rows"][:HEADER_NUMBERS])) + (" ..." if len(note["rows"]) > HEADER_NUMBERS else "")
+    detail = note["detail"].replace("\\", "\\\\").replace('"', '\\"')
+    return f'{note["code"]};rows="{rows}";detail="{detail}"'
 
 
 @lru_cache(1024)

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+MOST_QUOTED = 80
+
+
+def quoted(text: str) -> str:
+    """What a caller sent, as messages repeat it: on one line, in double quotes, of bounded length."""
+    plain = "".join(letter if letter.isprintable() else "?" for letter in text[:MOST_QUOTED])
+    plain = plain.replace('"', "'")
+    return f'"{plain}{"..." if len(text) > MOST_QUOTED else ""}"'
+
 
 class ServiceError(Exception):
-    """The root. `code` is stable: clients may branch on it. The message names the fix."""
+    """The root. `code` is stable: clients may branch on it. The message names the fix.
+
+    `outcome` is what metrics and the access log count it as; empty is the code.
+    """
 
     code = "error"
+    outcome = ""
 
 
 class StartError(ServiceError):
@@ -31,6 +44,18 @@ class Forbidden(ServiceError):
     """The API key lacks a right; the message names it."""
 
     code = "forbidden"
+
+
+class CrossSite(ServiceError):
+    """A web page of another origin sent the request."""
+
+    code = "cross_site"
+
+
+class UnknownHost(ServiceError):
+    """The Host header names nothing that the service answers to."""
+
+    code = "unknown_host"
 
 
 class SlowRequest(ServiceError):
@@ -71,6 +96,16 @@ class Unreadable(ServiceError):
     """The body is not what its media type says."""
 
     code = "unreadable_body"
+
+
+class ReaderFault(Unreadable):
+    """A reader raised what it should not: a bug that the body brought out, answered like any unreadable body."""
+
+    outcome = "reader_fault"
+
+
+class Deferred(ServiceError):
+    """Reading this body takes too long for the event loop: it is read again in a thread. Never answered."""
 
 
 class UnknownModel(ServiceError):
@@ -156,9 +191,12 @@ class NotReady(ServiceError):
 
 
 class DeadlinePassed(ServiceError):
-    """The caller's time ran out before the work began."""
+    """The request's time ran out before its answer was there."""
 
     code = "deadline_passed"
+
+    def __init__(self, message: str = "the request's time ran out: X-Timeout-Ms, or else VAE_TIMEOUT_S") -> None:
+        super().__init__(message)
 
 
 class CallerGone(ServiceError):
@@ -171,3 +209,16 @@ class InferenceFailed(ServiceError):
     """A batch failed. The cause is logged, not told."""
 
     code = "inference_failed"
+
+
+def without_frames(error: Exception) -> Exception:
+    """The error without tracebacks, unless it is a bug, whose traceback is logged.
+
+    The frames of a traceback hold what was being read, and refer back to the error: a cycle that keeps a body in memory
+    until the garbage collector runs.
+    """
+    part: BaseException | None = error if isinstance(error, ServiceError | MemoryError) else None
+    while part is not None:
+        part.__traceback__ = None
+        part = part.__cause__ or part.__context__
+    return error

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import logging
 import re
+import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +30,13 @@ LOOK_S = 1.0
 FORM = "a line is `name key-or-sha256:digest rights [rate=100/minute] [concurrency=4]`"
 
 
+Stamp = tuple[int, int, int]
+
+
+class NoKeys(StartError):
+    """A file of keys without any."""
+
+
 class Limits(NamedTuple):
     """How often a caller may call, and how many calls may run at the same time (0 is any number)."""
 
@@ -48,12 +57,21 @@ class Keyring:
     """The keys of a file."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
-        """Raises: StartError naming the line that cannot be read."""
+        """A file without keys, whose keys were all revoked, lets nobody in.
+
+        Raises: StartError naming the line that cannot be read.
+        """
         self._path = path
         self._clock = clock
-        self._stamp = _stamp(path)
-        self._keys = read_keys(path)
+        self._empty = False
+        self._exposed = False
+        self._stamp = self._look_at()
         self._looked = clock()
+        self._keys: tuple[Key, ...] = ()
+        try:
+            self._keys = read_keys(path)
+        except NoKeys as error:
+            log.warning("no API key is valid: %s", error)
 
     def find(self, token: bytes) -> Key | None:
         """The key, looked for in a time that does not tell which one it is."""
@@ -65,19 +83,50 @@ class Keyring:
                 found = key
         return found
 
+    async def watch(self) -> None:
+        """Look at the file for as long as it runs, so that keys are revoked in time also where nobody calls."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            self._reread()
+
     def _reread(self) -> None:
-        """Take the keys of a file that has changed; where it cannot be read the old ones stay."""
+        """Take the keys of a file that has changed; where it cannot be read the old ones stay.
+
+        So they do where it is empty, as it is while somebody writes it, until the next look finds it empty again.
+        """
         self._looked = self._clock()
-        stamp = _stamp(self._path)
-        if stamp == self._stamp:
+        stamp = self._look_at()
+        if stamp == self._stamp and not self._empty:
             return
-        self._stamp = stamp
+        self._stamp, was_empty, self._empty = stamp, self._empty, False
         try:
-            self._keys = read_keys(self._path)
+            keys = read_keys(self._path)
+        except NoKeys as error:
+            self._empty = not was_empty
+            if was_empty and self._keys:
+                self._keys = ()
+                log.warning("no API key is valid any more: %s", error)
         except StartError as error:
             log.error("the API keys stay as they were: %s", error)  # noqa: TRY400  # the message says all
         else:
-            log.warning("the API keys have changed: %s", ", ".join(key.name for key in self._keys))
+            if keys != self._keys:
+                self._keys = keys
+                log.warning("the API keys have changed: %s", ", ".join(key.name for key in keys))
+
+    def _look_at(self) -> Stamp | None:
+        """What changes with the file's content, also where a link is turned to another one. Warns of its mode."""
+        try:
+            found = self._path.stat()
+        except OSError:
+            return None
+        exposed = bool(found.st_mode & (stat.S_IROTH | stat.S_IWOTH))
+        if exposed and not self._exposed:
+            log.warning(
+                "every user of this machine can read or write the API keys in %s; `chmod o= %s` keeps them out",
+                self._path, self._path,
+            )  # fmt: skip
+        self._exposed = exposed
+        return found.st_mtime_ns, found.st_ino, found.st_size
 
 
 def read_keys(path: Path) -> tuple[Key, ...]:
@@ -102,7 +151,7 @@ def read_keys(path: Path) -> tuple[Key, ...]:
             raise StartError(f"{path}, line {number}: the name or the key is there twice")
         keys[key.name] = key
     if not keys:
-        raise StartError(f"{path} holds no API key; {FORM}")
+        raise NoKeys(f"{path} holds no API key; {FORM}")
     return tuple(keys.values())
 
 
@@ -148,12 +197,3 @@ def limits_of(rate: str, concurrency: int) -> Limits:
     Raises: ValueError.
     """
     return Limits(tuple(parse_many(rate)) if rate else (), concurrency)
-
-
-def _stamp(path: Path) -> tuple[int, int, int] | None:
-    """What changes with a file's content, also where a link is turned to another one."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_ino, found.st_size

@@ -90,4 +90,5 @@ def path(start: NDArray[Any], end: NDArray[Any], steps: int, *, spherical: bool)
             turned = (np.sin((1.0 - t) * angle) * a / lengths[0] + np.sin(t * angle) * b / lengths[1]) / np.sin(angle)
             along = turned * ((1.0 - t) * lengths[0] + t * lengths[1])
     along[0], along[-1] = a, b
-    return along.reshape(steps, *start.shape).astype(np.float32)
+    with np.errstate(over="ignore"):  # of an answer that is not finite the caller is told
+        return along.reshape(steps, *start.shape).astype(np.float32)

@@ -153,4 +153,3 @@ def _check_free(path: Path) -> None:
         except ConnectionRefusedError:
             return  # left by a process that was killed
     raise FileExistsError(0, "another process listens there")
-

@@ -123,17 +123,17 @@ class Model:
     graphs: Mapping[str, Session]
     programs: dict[tuple[Any, ...], ModelProgram] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def input_shape(self) -> tuple[int, ...]:
         """(c, h, w)."""
         return tuple(self.manifest.input_shape)
 
-    @property
+    @cached_property
     def latent_shape(self) -> tuple[int, ...]:
         """The shape of one latent."""
         return tuple(self.manifest.latent_shape)
 
-    @property
+    @cached_property
     def noise_shape(self) -> tuple[int, ...]:
         """The shape of the standard normal noise that one draw from the prior takes."""
         prior = self.manifest.graphs.get("prior")

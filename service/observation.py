@@ -118,6 +118,13 @@ class Observation(NamedTuple):
         """The column to estimate."""
         return None if self.known else self.family
 
+    def with_level(self, level: Rows, least: np.float32, most: np.float32) -> Observation:
+        """With that level, whose estimated column is clipped to [least, most]."""
+        if self.estimated is not None:
+            level = level.copy()
+            np.clip(level[:, self.estimated], least, most, out=level[:, self.estimated])
+        return self._replace(level=level)
+
     def through(self) -> Operator:
         """The operator, which may be the identity."""
         if self.operator is not None:

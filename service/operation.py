@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.errors import UnsupportedOperation
+from service.errors import InferenceFailed, InvalidValue, ServiceError, UnsupportedOperation
 from service.latent import MAX_SEED
 from service.model import Model
 from service.pixels import Fit
@@ -18,6 +19,9 @@ from service.tiling import Tiling
 from service.vae import Observe, Result, Submit
 
 Rows = NDArray[np.float32]
+
+LATENT_EXTREME = 100.0
+"""A latent further from 0 may explain a result that is not finite; priors have a deviation of about 1."""
 
 
 class Options(BaseModel):
@@ -79,6 +83,11 @@ class Inputs(NamedTuple):
     tiling: Tiling | None = None
     observe: Observe | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its arrays."""
+        return self.rows.nbytes + (0 if self.mask is None else self.mask.nbytes)
+
     def part(self, start: int, size: int) -> Inputs:
         """Some of them, as views."""
         mask = None if self.mask is None else self.mask[start : start + size]
@@ -114,6 +123,41 @@ class Operation:
     check: Callable[[Model, Inputs, Any], None] | None = None
     """(model, inputs, options): what it refuses beside shape and range, of the whole request."""
 
+    async def perform(self, model: Model, submit: Submit, inputs: Inputs, options: Any) -> Result:
+        """Run it, and see that every number of what it finds is finite, while it goes on as well as at the end.
+
+        Raises:
+            InvalidValue: One is not, and an input lies so far outside what the model knows that this explains it.
+            InferenceFailed: One is not, and nothing explains it.
+        """
+        observe = inputs.observe
+        if observe is not None:
+            inputs = inputs._replace(observe=lambda found: observe(self._finite(found, model, inputs)))
+        return self._finite(await self.run(model, submit, inputs, options), model, inputs)
+
+    def _finite(self, result: Result, model: Model, inputs: Inputs) -> Result:
+        for found in (result.outputs, result.about):
+            for name, array in found.items():
+                if isinstance(array, np.ndarray) and not is_finite(array):
+                    raise self._explained(name, model, inputs)
+        return result
+
+    def _explained(self, name: str, model: Model, inputs: Inputs) -> ServiceError:
+        """Why an output may not be finite."""
+        what = "latents" if inputs.latents else self.takes
+        low, high = (-LATENT_EXTREME, LATENT_EXTREME) if what == "latents" else model.manifest.value_range
+        if inputs.rows.size:
+            least, most = inputs.rows.min(), inputs.rows.max()
+            if least < low or most > high:
+                return InvalidValue(
+                    f"{name} would not be finite: {what} has values from {least!s} to {most!s}, and the model knows "
+                    f"values in [{low:.9g}, {high:.9g}]"
+                )
+        return InferenceFailed(
+            f"{name} of model {model.manifest.name} would not be finite, though the input is in its range; "
+            "try another version of the model"
+        )
+
     def row_shape(self, model: Model, options: Any) -> tuple[int, ...]:
         """The shape of one row of what it takes: of images, the model's divided by the options' `factor`, rounded down.
 
@@ -136,6 +180,12 @@ class Operation:
             raise UnsupportedOperation(
                 f"model {model.manifest.name} was exported without {lacking}; {self.name} needs it"
             )
+
+
+def is_finite(array: Rows) -> bool:
+    """Whether all numbers are finite; their sum of squares, taken first, costs a third of looking at each."""
+    flat = array.ravel()
+    return math.isfinite(flat.dot(flat)) or bool(np.isfinite(array).all())
 
 
 def check_refinable(model: Model, graph: str) -> None:

@@ -1,16 +1,17 @@
-"""What browsers are told about the pages of the service."""
+"""Security headers for HTML pages."""
 
 from __future__ import annotations
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-SWAGGER = "https://cdn.jsdelivr.net"
+from service.routes.docs import SCRIPT_HASHES
+
 POLICY = "; ".join(
     (
         "default-src 'none'",
-        f"script-src 'unsafe-inline' {SWAGGER}",  # /docs has one script of its own, which holds nothing of a request
-        f"style-src 'unsafe-inline' {SWAGGER}",
-        "img-src data: https://fastapi.tiangolo.com",
+        f"script-src 'self' {' '.join(SCRIPT_HASHES)}",
+        "style-src 'self' 'unsafe-inline'",  # Swagger UI sets styles of elements
+        "img-src 'self' data:",
         "connect-src 'self'",
         "base-uri 'none'",
         "form-action 'none'",

@@ -2,47 +2,98 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 Fit = Literal["resize", "pad", "crop"]
 Pixels = NDArray[np.float32]
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-DEEPEST = 65535.0
+OPAQUE = 255
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image upright, by its orientation in EXIF."""
+DECODER_ERRORS = (
+    Image.DecompressionBombError, EOFError, IndexError, KeyError, OSError, OverflowError, SyntaxError, TypeError,
+    ValueError, Warning, struct.error, zlib.error,
+)  # fmt: skip
+"""What Pillow raises for a broken file. A warning is one where the process turns warnings into errors."""
 
 
 def to_array(image: Image.Image, channels: int) -> Pixels:
     """Any Pillow image as (channels, h, w) in [0, 1], upright; transparency is laid on black.
 
     16-bit grey is scaled by 65,535. A float image (mode F) is taken as it is.
-    Raises: ValueError where the model's channels are not 1, 3 or 4.
+
+    Raises:
+        ValueError: The channels are not 1, 3 or 4, or the image is 32-bit integer grey, whose white is not known.
     """
     if channels not in MODES:
         raise ValueError(f"an image file cannot fill {channels} channels; send an array")
-    image = ImageOps.exif_transpose(image)
+    if image.mode == "I" and image.format != "PPM":  # Pillow scales 16-bit PGM to 65,535 and calls it 32-bit
+        raise ValueError("32-bit integer grey has no known white; convert it to 8 or 16 bits")
+    image = upright(image)
     if image.mode == "F" or image.mode.startswith("I"):
-        plane = np.asarray(image, np.float32) / np.float32(1.0 if image.mode == "F" else DEEPEST)
+        white = np.float32(1.0 if image.mode == "F" else 65535.0)
+        plane = np.divide(np.asarray(image), white, dtype=np.float32)
         return np.broadcast_to(plane, (channels, *plane.shape))
-    if channels != 4 and _is_transparent(image):
+    if channels != 4 and is_transparent(image):
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
-    values = np.asarray(image.convert(MODES[channels]), np.float32) / np.float32(255.0)
-    return np.atleast_3d(values).transpose(2, 0, 1)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, OPAQUE)), image)
+    levels = np.atleast_3d(np.asarray(image.convert(MODES[channels])))
+    values = np.empty((channels, *levels.shape[:2]), np.float32)
+    for channel, plane in enumerate(values):
+        np.divide(levels[..., channel], np.float32(255.0), out=plane)
+    return values
 
 
 def opacity(image: Image.Image) -> Pixels | None:
     """How opaque each pixel of a Pillow image is, (1, h, w) in [0, 1], upright; None where it cannot be transparent."""
-    if not _is_transparent(image):
+    if not is_transparent(image):
         return None
-    return np.asarray(ImageOps.exif_transpose(image).convert("RGBA"), np.float32)[None, ..., 3] / np.float32(255.0)
+    image = upright(image)
+    if image.mode.startswith("I"):  # 16-bit grey, one level of which is transparent
+        return (np.asarray(image) != image.info["transparency"]).astype(np.float32)[None]
+    alpha = image if image.mode in ("LA", "RGBA") else image.convert("RGBA")
+    return np.divide(np.asarray(alpha.getchannel("A")), np.float32(OPAQUE), dtype=np.float32)[None]
 
 
-def _is_transparent(image: Image.Image) -> bool:
+def seen(image: Image.Image) -> Pixels:
+    """A mask drawn as a picture, (1, h, w) in [0, 1]: its opacity where it is transparent, else its luminance."""
+    found = opacity(image)
+    return found if found is not None and found.min() < 1.0 else to_array(image, 1)
+
+
+def is_transparent(image: Image.Image) -> bool:
+    """Whether the image has an alpha channel or names a transparent colour."""
     return "A" in image.mode or "a" in image.mode or "transparency" in image.info
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF says; as it is where the EXIF cannot be read."""
+    image.load()
+    try:
+        return turned(image, image.getexif().get(ExifTags.Base.Orientation, 1))
+    except DECODER_ERRORS:
+        return image
+
+
+def turned(image: Image.Image, orientation: Any) -> Image.Image:
+    """The image turned from that orientation, as EXIF counts, to upright."""
+    turn = TURNS.get(orientation)
+    return image if turn is None else image.transpose(turn)
 
 
 def fit(images: Pixels, size: tuple[int, int], how: Fit) -> Pixels:

@@ -21,9 +21,11 @@ CONTROL = (errors.ControlOff, errors.LoadRefused)
 STATUS: dict[type[errors.ServiceError], int] = {
     errors.Malformed: 400,
     errors.Unreadable: 400,
+    errors.ReaderFault: 400,
     errors.Unauthenticated: 401,
     errors.Forbidden: 403,
     errors.ControlOff: 403,
+    errors.CrossSite: 403,
     errors.UnknownModel: 404,
     errors.NotAcceptable: 406,
     errors.SlowRequest: 408,
@@ -32,6 +34,7 @@ STATUS: dict[type[errors.ServiceError], int] = {
     errors.TooLarge: 413,
     errors.UrlTooLong: 414,
     errors.UnsupportedMediaType: 415,
+    errors.UnknownHost: 421,
     errors.InvalidShape: 422,
     errors.InvalidValue: 422,
     errors.InvalidOption: 422,
@@ -57,6 +60,7 @@ TITLES = {
     413: "Content Too Large",
     414: "URI Too Long",
     415: "Unsupported Media Type",
+    421: "Misdirected Request",
     422: "Unprocessable Content",
     429: "Too Many Requests",
     431: "Request Header Fields Too Large",
@@ -101,7 +105,7 @@ def describe(error: Exception) -> tuple[int, str, bytes, dict[str, str]]:
 def documented(*kinds: type[errors.ServiceError]) -> dict[int | str, dict[str, Any]]:
     """The statuses of these errors, without any of all that an operation may answer with, for OpenAPI."""
     codes: dict[int, list[str]] = {}
-    for kind in kinds or [kind for kind in STATUS if kind not in (errors.CallerGone, *CONTROL)]:
+    for kind in kinds or [kind for kind in STATUS if kind not in (errors.CallerGone, errors.ReaderFault, *CONTROL)]:
         codes.setdefault(STATUS[kind], []).append(kind.code)
     schema = {
         "type": "object",

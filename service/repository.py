@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from service import manifest as manifests
-from service.errors import NotReady, StartError, UnknownModel
+from service.errors import NotReady, StartError, UnknownModel, quoted
 from service.manifest import ManifestError
 from service.model import Model, open_model
 from service.orders import WHOLE, Standing
@@ -40,7 +40,7 @@ class Library:
 
     def names(self) -> list[str]:
         """Models that have a version; half-written ones are hidden."""
-        return sorted({path.parent.name for path in self.folder.glob("*/*/") if _is_seen(path.parent, path)})
+        return model_names(self.folder)
 
     def versions(self, model: str) -> set[str]:
         """Those that lie there now."""
@@ -101,7 +101,7 @@ class Repository:
         can be served, a selected model that is not there.
         """
         library = Library(folder, selection, lambda path: open_model(path, provider, threads, max_rows))
-        default, names = default_model(library, default), library.names()
+        default, names = default_model(folder, selection, default), library.names()
         repository = cls({}, default, library)
         for name in names:
             repository.settle(name, standing)
@@ -123,7 +123,7 @@ class Repository:
         if version is None:
             return next(reversed(versions.values()))
         if version not in versions:
-            raise UnknownModel(f"model {name} has no version {version!r:.80}; it has {', '.join(versions)}")
+            raise UnknownModel(f"model {name} has no version {quoted(version)}; it has {', '.join(versions)}")
         return versions[version]
 
     def refused(self, name: str) -> dict[str, str]:
@@ -144,11 +144,11 @@ class Repository:
         assert self._library is not None
         names = {*self._library.names(), *self.conditions}
         if name not in names:
-            raise UnknownModel(f"no model {name!r:.80}; the models are {', '.join(sorted(names))}")
+            raise UnknownModel(f"no model {quoted(name)}; the models are {', '.join(sorted(names))}")
         versions = {*self._library.versions(name), *self.conditions.get(name, {})}
         if version not in {*versions, WHOLE}:
             known = ", ".join(sorted(versions, key=version_key))
-            raise UnknownModel(f"model {name} has no version {version!r:.80}; its folder holds {known}")
+            raise UnknownModel(f"model {name} has no version {quoted(version)}; its folder holds {known}")
 
     def news(self) -> dict[str, set[str]]:
         """Models whose folder holds something new: a version never seen, or files changed of one that failed."""
@@ -232,19 +232,23 @@ class Repository:
 
     def _missing(self, name: str) -> UnknownModel | NotReady:
         if name not in self.conditions:
-            return UnknownModel(f"no model {name!r:.80}; the models are {', '.join(self.models)}")
+            return UnknownModel(f"no model {quoted(name)}; the models are {', '.join(self.models)}")
         return NotReady(f"no version of model {name} is served; /v1/models/{name} says why")
 
 
-def default_model(library: Library, wanted: str) -> str:
+def model_names(folder: Path) -> list[str]:
+    """Models below a folder that have a version; half-written ones are hidden."""
+    return sorted({path.parent.name for path in folder.glob("*/*/") if _is_seen(path.parent, path)})
+
+
+def default_model(folder: Path, selection: Selection, wanted: str) -> str:
     """The model that requests without a name mean: the one that is wanted, else the first by name.
 
     Raises: StartError for a missing or empty folder, an unknown default, a selected model that is not there.
     """
-    folder, selection = library.folder, library.selection
     if not folder.is_dir():
         raise StartError(f"no model repository {folder.resolve()}; set VAE_MODELS, or train one")
-    names = library.names()
+    names = model_names(folder)
     if not names:
         raise StartError(f"{folder.resolve()} holds no model; expected <name>/<version>/{manifests.FILE_NAME}")
     selected = sorted(selection.models or names)

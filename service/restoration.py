@@ -18,6 +18,8 @@ from service.observation import LEAST_VARIANCE, Observation, OperatorName, opera
 from service.refinement import RATE, REFINEMENT_STREAM, STEPS, Ascent, Waypoint, ascend, begin, climb_rows
 from service.vae import Compute, Graphs, Observe, Plan, Result, Rows, Submit, decode_draws, drawn_noise, sample_rows
 
+LEAST_LEVEL, MOST_LEVEL = np.float32(1e-6), np.float32(1.0)
+"""Bounds of a level that is estimated: those of the option `level`, which must be above 0."""
 PRIOR_DRAWS = 64
 """Over which the prior's mean is taken, always the same ones."""
 
@@ -26,14 +28,17 @@ PRIOR_DRAWS = 64
 
 
 def level_rows(graphs: Graphs, estimated: int | None) -> Compute:
-    """y, mask, level -> level, of which the column `estimated`, unless None, is estimated from y and all else is 0."""
+    """y, mask, level -> level, of which the column `estimated`, unless None, is estimated from y and all else is 0.
+
+    An estimate is clipped to what the option `level` allows.
+    """
 
     def compute(y: Rows, mask: Rows, level: Rows) -> Arrays:
         if estimated is None:
             return (level,)
         (guess,) = graphs["noise_level"](y, mask)
         level = np.zeros_like(level)
-        level[:, estimated] = guess[:, estimated]
+        level[:, estimated] = np.clip(guess[:, estimated], LEAST_LEVEL, MOST_LEVEL)
         return (level,)
 
     return compute
@@ -132,7 +137,7 @@ async def restore(
             mean, log_var, bound, level, spent = await _refine(
                 plan, submit, start, seen, steps, observe, preview=wish.preview
             )
-            about, seen = {"seed": seed, "elbo": bound}, seen._replace(level=level)
+            about, seen = {"seed": seed, "elbo": bound}, seen.with_level(level, LEAST_LEVEL, MOST_LEVEL)
             trip = spent.after(trip)
         fused = await _fused(plan, submit, seen, mean, log_var, eps, completions=wish.completions)
         trip = fused.after(trip)
@@ -190,7 +195,7 @@ async def _refine(
         assert observe is not None
         shown = {}
         if preview:
-            so_far = seen._replace(level=way.told[1])
+            so_far = seen.with_level(way.told[1], LEAST_LEVEL, MOST_LEVEL)
             shown["images"] = (await _fused(plan, submit, so_far, *way.ascent.posterior(latent_dim))).arrays[0]
         observe(way.result(shown))
 

@@ -75,12 +75,21 @@ class Telemetry:
         self._batch_children = cache(
             lambda *values: [metric.labels(*values) for metric in (self._queue, self._inference, self._batch_rows)]
         )
+        self.changes = 0  # with every flush that added something
         self._load = load
         self._noted: list[Callable[[], None]] = []
+        self._counted: dict[tuple[str, str, str], list[int]] = {}
+        self._flushing = False
 
     def request(self, model: str, operation: str, outcome: str, rows: int) -> None:
         """Count one request."""
-        self._note(partial(self._add_request, model, operation, outcome, rows))
+        counted = self._counted.get((model, operation, outcome))
+        if counted is None:
+            self._counted[model, operation, outcome] = [1, rows]
+            self._flush_soon()
+        else:
+            counted[0] += 1
+            counted[1] += rows
 
     def refused(self, code: str) -> None:
         """Count one call turned away before it was anybody's operation."""
@@ -93,26 +102,33 @@ class Telemetry:
     def ready(self, model: str, versions: int) -> None:
         """How many versions of a model are served."""
         self._ready.labels(model).set(versions)
+        self.changes += 1
 
     def flush(self) -> None:
         """Add up what was noted; callers' answers do not wait for it."""
+        self._flushing = False
         noted, self._noted = self._noted, []
+        self.changes += bool(noted)
         for add in noted:
             add()
+        counted, self._counted = self._counted, {}
+        for labels, (requests, rows) in counted.items():
+            self._request_child(*labels).inc(requests)
+            if rows:
+                self._rows_child(*labels).inc(rows)
         queued_rows, running = self._load()
         self._queued.set(queued_rows)
         self._running.set(running)
         self._tasks.set(len(asyncio.all_tasks()))
 
     def _note(self, add: Callable[[], None]) -> None:
-        if not self._noted:
-            asyncio.get_running_loop().call_later(FLUSH_S, self.flush)
         self._noted.append(add)
+        self._flush_soon()
 
-    def _add_request(self, model: str, operation: str, outcome: str, rows: int) -> None:
-        self._request_child(model, operation, outcome).inc()
-        if rows:
-            self._rows_child(model, operation, outcome).inc(rows)
+    def _flush_soon(self) -> None:
+        if not self._flushing:
+            self._flushing = True
+            asyncio.get_running_loop().call_later(FLUSH_S, self.flush)
 
     def _add_batch(self, model: str, operation: str, rows: int, queue_s: list[float], inference_s: float) -> None:
         queue, inference, batch_rows = self._batch_children(model, operation)

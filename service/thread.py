@@ -1,4 +1,4 @@
-"""One thread that computes what it is given, in order. A process that ends does not wait for it, as it may be stuck."""
+"""Daemon threads that work off a queue in order. A process that ends does not wait for them, as one may be stuck."""
 
 from __future__ import annotations
 
@@ -10,26 +10,38 @@ from queue import SimpleQueue
 Work = Callable[[], None]
 
 
-class ComputingThread:
-    """Begun with the first work; ended by `close`, or with whoever held it.
+class ComputingThreads:
+    """Threads started with the first work, and ended by `close` or with their owner.
 
-    prepare: run in the thread before any work.
+    Args:
+        name: Name of the threads.
+        count: How many of them.
+        prepare: Run in each thread before any work.
     """
 
-    def __init__(self, name: str, prepare: Work | None = None) -> None:
+    def __init__(self, name: str, count: int = 1, prepare: Work | None = None) -> None:
         self._queue: SimpleQueue[Work | None] = SimpleQueue()
-        self._thread = threading.Thread(target=_work_off, args=(self._queue, prepare), name=name, daemon=True)
-        weakref.finalize(self, self._queue.put, None)
+        self._threads = [
+            threading.Thread(target=_work_off, args=(self._queue, prepare), name=name, daemon=True)
+            for _ in range(count)
+        ]
+        weakref.finalize(self, _end, self._queue, count)
 
     def run(self, work: Work) -> None:
-        """Compute it as soon as the thread is free; errors are the work's own business."""
-        if self._thread.ident is None:
-            self._thread.start()
+        """Compute it as soon as a thread is free; errors are the work's own business."""
+        if self._threads[0].ident is None:
+            for thread in self._threads:
+                thread.start()
         self._queue.put(work)
 
     def close(self) -> None:
-        """End the thread after the work that it has, without waiting."""
-        self._queue.put(None)
+        """End the threads after the work that they have, without waiting."""
+        _end(self._queue, len(self._threads))
+
+
+def _end(queue: SimpleQueue[Work | None], threads: int) -> None:
+    for _ in range(threads):
+        queue.put(None)
 
 
 def _work_off(queue: SimpleQueue[Work | None], prepare: Work | None) -> None:

@@ -102,6 +102,8 @@ class Named:
 
 def _describe(span: trace.Span, scope: Scope) -> None:
     span.set_attribute("vae.request_id", scope["request_id"].decode())
+    if "key" in scope:
+        span.set_attribute("vae.key", scope["key"])
     served = scope.get("served")
     if served is not None:
         span.set_attributes({f"vae.{name}": value for name, value in served.items()})

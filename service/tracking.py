@@ -126,14 +126,17 @@ def _log_access(scope: Scope, status: int, duration_ms: float) -> None:
     client = "{}:{}".format(*scope["client"]) if scope.get("client") else ""
     path = quote(scope["path"]) + ("?" + scope["query_string"].decode("latin-1") if scope["query_string"] else "")
     identity = scope["request_id"].decode()
+    key = scope.get("key")
     access.info(
-        '%s "%s %s" %d %.1f ms %s', client, scope["method"], path, status, duration_ms, identity,
+        '%s%s "%s %s" %d %.1f ms %s', client, f" {key}" if key else "", scope["method"], path, status, duration_ms,
+        identity,
         extra={
             "client": client,
             "method": scope["method"],
             "path": path,
             "status": status,
             "duration_ms": round(duration_ms, 3),
+            **({"key": key} if key else {}),
             **scope.get("served", {}),
         },
     )  # fmt: skip

@@ -6,7 +6,7 @@ rows out, no randomness. Around it, a function draws the request's noise, submit
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +32,19 @@ class Result(NamedTuple):
     outputs: dict[str, Rows]
     about: dict[str, Any]
     trip: Trip
+
+
+def noted(result: Result, code: str, rows: Iterable[int], detail: str) -> Result:
+    """The result with one more note about some of its rows.
+
+    Args:
+        result: What an operation found.
+        code: Stable: clients may branch on it.
+        rows: Places in the request.
+        detail: A sentence for people, in ASCII.
+    """
+    notes = [*result.about.get("notes", ()), {"code": code, "rows": [int(row) for row in rows], "detail": detail}]
+    return result._replace(about={**result.about, "notes": notes})
 
 
 Observe = Callable[[Result], None]

@@ -23,6 +23,7 @@ from fastapi import FastAPI
 from service import tracking
 from service.app import create_app
 from service.config import Settings
+from service.connections import Connections
 from service.errors import StartError
 from service.logs import FLUSH_S, outputs
 from service.protocol import Protocol
@@ -102,7 +103,7 @@ def _serve(settings: Settings, app: FastAPI, listeners: list[socket.socket], bea
         app,
         log_config=None,  # inherited
         access_log=False,  # ours knows the request's id
-        http=partial(Protocol, settings=settings),  # type: ignore[arg-type]  # which makes one
+        http=partial(Protocol, settings=settings, connections=Connections(settings)),  # type: ignore[arg-type]  # makes one
         ws="none",
         proxy_headers=bool(settings.trusted_proxies),
         forwarded_allow_ips=settings.trusted_proxies,
@@ -166,7 +167,8 @@ class Server(uvicorn.Server):
         for listener in sockets or ():
             listener.close()
         end = time.monotonic() + FRESH_S
-        while time.monotonic() < end and any(one.cycle is None for one in self.server_state.connections):
+        connections: set[Any] = self.server_state.connections
+        while time.monotonic() < end and any(one.cycle is None for one in connections):  # noqa: ASYNC110  # nobody tells
             await asyncio.sleep(0.01)
         await super().shutdown([])
 

@@ -1,21 +1,21 @@
-"""image/png, image/jpeg, image/webp in; image/png out. The file's own magic bytes decide, not the header."""
+"""image/png, image/jpeg, image/webp, image/bmp in; image/png out. The file's own first bytes decide, not the header."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
+from typing import TypeVar
 
 from PIL import Image
 
-from service.codecs.payload import Answer, Body, Intake, Payload, images_only
-from service.errors import ServiceError, Unreadable
-from service.pixels import Pixels, opacity, to_array, to_image
+from service.codecs.container import picture
+from service.codecs.payload import Answer, Body, Intake, Meter, Payload, images_only
+from service.errors import Unreadable
+from service.pixels import DECODER_ERRORS, MODES, Pixels, opacity, seen, to_array, to_image, turned
 
-FORMATS = ("PNG", "JPEG", "WEBP")
-PIXEL_BYTES = 48
-"""Most memory that decoding a pixel takes: WebP's canvases, RGBA twice, float32 by channel, and the mask."""
-Image.MAX_IMAGE_PIXELS = (
-    None  # VAE_MAX_PIXELS is looked at below; Pillow would warn, and remember each size it warned of
-)
+Image.MAX_IMAGE_PIXELS = None  # VAE_MAX_PIXELS is checked by the Meter; Pillow would warn, and remember each warning
+
+Decoded = TypeVar("Decoded")
 
 
 def read(body: Body, _content_type: str, intake: Intake) -> Payload:
@@ -27,18 +27,40 @@ def read(body: Body, _content_type: str, intake: Intake) -> Payload:
 def parse(body: Body, intake: Intake) -> tuple[Pixels, Pixels | None]:
     """A picture file as (c, h, w) in [0, 1], of its own size; its opacity (1, h, w) where wanted and there is one.
 
-    Raises: Unreadable for no picture, a broken one, or an operation that takes none; TooLarge before decoding.
+    Raises:
+        Unreadable: It is no picture, or a broken one, or the operation takes none.
+        TooLarge: It has too many pixels, or needs too much memory; known before it is decoded.
+        Overloaded, DeadlinePassed: As `Meter.picture` does.
     """
     if not intake.is_images:
-        raise Unreadable(f"this operation takes {intake.name}, not pictures; send JSON, npy or raw float32")
+        raise Unreadable(f"this operation takes {intake.name or 'options'}, not pictures")
+    channels = intake.shape[0]
+    if channels not in MODES:
+        raise Unreadable(f"the model's images have {channels} channels, which no picture has; send an array")
+
+    def convert(image: Image.Image) -> tuple[Pixels, Pixels | None]:
+        return to_array(image, channels), opacity(image) if intake.masked else None
+
+    return _decoded(body, channels, intake.meter, convert)
+
+
+def parse_mask(body: Body, intake: Intake) -> Pixels:
+    """A mask drawn as a picture, (1, h, w) in [0, 1]: transparent or black where a pixel is missing.
+
+    Raises: as `parse` does.
+    """
+    return _decoded(body, 1, intake.meter, seen)
+
+
+def _decoded(body: Body, channels: int, meter: Meter, convert: Callable[[Image.Image], Decoded]) -> Decoded:
+    found = picture(body)
+    meter.picture(found.width, found.height, found.pixel_bytes(channels))
+    meter.reserve(len(found.content))
     try:
-        with Image.open(io.BytesIO(body), formats=FORMATS) as picture:
-            intake.meter.picture(*picture.size, PIXEL_BYTES)
-            return to_array(picture, intake.shape[0]), opacity(picture) if intake.masked else None
-    except ServiceError:
-        raise
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
-        raise Unreadable(f"the picture cannot be read ({str(error)[:120]}); send a whole PNG, JPEG or WebP") from error
+        with Image.open(io.BytesIO(found.content), formats=(found.form,)) as image:
+            return convert(turned(image, found.orientation))
+    except DECODER_ERRORS as error:
+        raise Unreadable(f"the {found.form} is broken, cut short or of a rare kind; send it as plain PNG") from error
 
 
 def write(answer: Answer) -> bytes | None:

@@ -1,57 +1,220 @@
-"""multipart/form-data: a picture or .npy in the field `file`, a mask in `mask`, options in fields of their names."""
+"""multipart/form-data: pictures or .npy in fields `file`, masks in fields `mask`, options in fields of their names.
+
+Also application/x-www-form-urlencoded, options alone. Sources: RFC 7578; HTML standard, 4.10.21.
+"""
 
 from __future__ import annotations
 
+import base64
+import binascii
 import logging
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+from urllib.parse import parse_qsl
 
-from python_multipart import FormParser
+import numpy as np
+from numpy.typing import NDArray
+from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
 from service.codecs import image, npy
-from service.codecs.payload import Body, Intake, Payload
-from service.errors import Unreadable
+from service.codecs.payload import Body, Intake, Payload, as_images, as_rows, check_pictures
+from service.errors import InvalidOption, InvalidShape, InvalidValue, TooLarge, Unreadable, quoted
 
-logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of what the caller is told
+logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it warns of what the caller is told
+
+MAX_URLENCODED_BYTES = 2**16
+MAX_PARTS = 1024
+MAX_PARAMETERS = 16
+FILES = ("file", "mask")
+UNCODED = ("", "binary", "8bit", "7bit")
+TOO_MANY = f"the form has more than {MAX_PARTS} fields; send fewer files, or many rows as one .npy"
+
+Array = NDArray[Any]
+
+
+class Part(NamedTuple):
+    """One field of a form."""
+
+    name: str
+    content: bytes
+    is_file: bool
 
 
 def read(body: Body, content_type: str, intake: Intake) -> Payload:
-    """The form's file as an array."""
-    fields, files = _parse(body, content_type)
-    if "file" not in files:
-        raise Unreadable("the form has no file in the field `file`; with curl: -F file=@digit.png")
-    payload = _read(files["file"], intake)
-    mask = _read(files["mask"], intake).array if "mask" in files else None
-    return Payload(payload.array, payload.mask if mask is None else mask[:, :1], fields)
+    """The form's files as arrays, its other fields as options; what is empty counts as not sent."""
+    parts = [part for part in _parse(body, content_type, intake) if part.content]
+    options = _options((part.name, _text(part)) for part in parts if not part.is_file)
+    files = {name: [part.content for part in parts if part.is_file and part.name == name] for name in FILES}
+    unknown = [part.name for part in parts if part.is_file and part.name not in FILES]
+    if not intake.name:
+        if any(part.is_file for part in parts):
+            raise InvalidOption("the form has a file, and this operation takes none; send options alone")
+        return Payload(None, None, options)
+    if not files["file"]:
+        instead = f", only in {quoted(unknown[0])}" if unknown else ""
+        raise Unreadable(f"the form has no file in the field `file`{instead}; with curl: -F file=@digit.png")
+    if unknown:
+        raise InvalidOption(f"the form has a file in the field {quoted(unknown[0])}; files go in `file` and `mask`")
+    array, mask = _rows(files["file"], intake)
+    if files["mask"]:
+        mask = _masks(files["mask"], intake)
+    return Payload(array, mask, options)
 
 
-def _read(content: bytes, intake: Intake) -> Payload:
-    return Payload(npy.parse(content)) if content.startswith(npy.MAGIC) else image.read(content, "", intake)
-
-
-def _parse(body: Body, content_type: str) -> tuple[dict[str, Any], dict[str, bytes]]:
-    _, parameters = parse_options_header(content_type)
-    fields: dict[str, Any] = {}
-    files: dict[str, bytes] = {}
-
-    def on_field(field: Any) -> None:
-        fields[field.field_name.decode()] = (field.value or b"").decode()
-
-    def on_file(file: Any) -> None:
-        file.file_object.seek(0)
-        files[file.field_name.decode()] = file.file_object.read()
-
+def read_urlencoded(body: Body, _content_type: str, _intake: Intake) -> Payload:
+    """Options alone, which are short; decoding them takes thirty times the memory of the text."""
+    if len(body) > MAX_URLENCODED_BYTES:
+        raise TooLarge(f"the form of options is above {MAX_URLENCODED_BYTES} bytes; send files as multipart/form-data")
     try:
-        parser = FormParser(
-            "multipart/form-data",
-            on_field,
-            on_file,
-            boundary=parameters.get(b"boundary"),
-            config={"MAX_MEMORY_FILE_SIZE": len(body) + 1},  # never to disk: the body is in memory already
-        )
-        parser.write(bytes(body))
-        parser.finalize()
-    except (FormParserError, UnicodeDecodeError, ValueError) as error:
-        raise Unreadable(f"the form cannot be read ({error})") from error
-    return fields, files
+        pairs = parse_qsl(bytes(body).decode(), keep_blank_values=True, max_num_fields=MAX_PARTS, errors="strict")
+    except UnicodeDecodeError as error:
+        raise Unreadable("the form is not UTF-8 text; encode it as UTF-8") from error
+    except ValueError as error:  # as documented for max_num_fields
+        raise TooLarge(TOO_MANY) from error
+    return Payload(None, None, _options((name, value) for name, value in pairs if value))
+
+
+def _options(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    options: dict[str, str] = {}
+    for name, value in pairs:
+        if name in options:
+            raise InvalidOption(f"the form names the option {quoted(name)} twice; send it once")
+        options[name] = value
+    return options
+
+
+def _text(part: Part) -> str:
+    try:
+        return part.content.decode()
+    except UnicodeDecodeError as error:
+        raise Unreadable(f"the form's field {quoted(part.name)} is not UTF-8 text; send a file as a file") from error
+
+
+def _rows(files: list[bytes], intake: Intake) -> tuple[Array, Array | None]:
+    """The rows of all files, and a mask where every picture has one."""
+    check_pictures(len(files), intake.meter)
+    found = [_read(content, "file", intake) for content in files]
+    if len(found) == 1:
+        return found[0]
+    rows = as_rows if intake.name == "latents" else as_images
+    arrays = _joined([rows(array, intake.shape, intake.name) for array, _ in found], "file")
+    masks = [mask for _, mask in found if mask is not None]
+    return arrays, np.concatenate(masks) if len(masks) == len(found) else None
+
+
+def _masks(files: list[bytes], intake: Intake) -> Array:
+    check_pictures(len(files), intake.meter)
+    found = [_read(content, "mask", intake)[0] for content in files]
+    if len(found) == 1:
+        return found[0]
+    return _joined([as_images(array, (1, *intake.shape[1:]), "mask") for array in found], "mask")
+
+
+def _joined(arrays: list[Array], name: str) -> Array:
+    if len({array.shape[1:] for array in arrays}) > 1:
+        raise InvalidShape(f"the files in the fields `{name}` must be of one size; send them one by one")
+    return np.concatenate(arrays)
+
+
+def _read(content: bytes, field: str, intake: Intake) -> tuple[Array, Array | None]:
+    """A file as rows, and its opacity where that is the mask."""
+    try:
+        if content.startswith(npy.MAGIC):
+            return npy.parse(content, intake), None
+        if field == "mask":
+            return image.parse_mask(content, intake)[None], None
+        payload = image.read(content, "", intake)
+    except (InvalidShape, InvalidValue, Unreadable) as error:
+        raise type(error)(f"in the form's field `{field}`: {error}") from error
+    assert payload.array is not None
+    return payload.array, payload.mask
+
+
+def _parse(body: Body, content_type: str, intake: Intake) -> list[Part]:
+    """Every part in the order of the form.
+
+    Raises:
+        Unreadable: The form is not what RFC 7578 says, or ends before its closing boundary.
+        TooLarge: It has too many parts, or too little memory is left.
+    """
+    _, parameters = parse_options_header(content_type if content_type.count(";") <= MAX_PARAMETERS else "")
+    boundary = parameters.get(b"boundary")
+    if not boundary:
+        raise Unreadable("Content-Type names no boundary; let your HTTP client set it, or add boundary=...")
+    if body.count(b"--" + boundary) > MAX_PARTS + 1:
+        raise TooLarge(TOO_MANY)
+    intake.meter.reserve(2 * len(body))
+    found = _Parts()
+    try:
+        MultipartParser(boundary, found.callbacks()).write(bytes(body))
+    except (FormParserError, ValueError) as error:
+        raise Unreadable(f"the form cannot be read: {error}; let your HTTP client write it") from error
+    if not found.ended:
+        raise Unreadable("the form ends before its closing boundary; send the whole body")
+    return found.parts
+
+
+class _Parts:
+    """Collects the parts of one form as the parser comes to them."""
+
+    def __init__(self) -> None:
+        self.parts: list[Part] = []
+        self.ended = False
+        self._names: dict[bytes, bytes] = {}
+        self._name, self._value = b"", b""
+        self._pieces: list[bytes] = []
+
+    def callbacks(self) -> Any:
+        """By the parser's own names."""
+        return {
+            "on_part_begin": self._begin,
+            "on_header_field": self._field,
+            "on_header_value": self._content_of_header,
+            "on_header_end": self._end_of_header,
+            "on_part_data": self._data,
+            "on_part_end": self._end,
+            "on_end": self._finish,
+        }
+
+    def _begin(self) -> None:
+        self._names, self._pieces = {}, []
+
+    def _field(self, data: bytes, start: int, end: int) -> None:
+        self._name += data[start:end]
+
+    def _content_of_header(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def _end_of_header(self) -> None:
+        self._names[self._name.lower()] = self._value.strip(b" \t")
+        self._name, self._value = b"", b""
+
+    def _data(self, data: bytes, start: int, end: int) -> None:
+        self._pieces.append(data[start:end])
+
+    def _end(self) -> None:
+        disposition = self._names.get(b"content-disposition", b"")
+        if disposition.count(b";") > MAX_PARAMETERS:  # reading them takes the square of their number
+            raise Unreadable("a Content-Disposition of the form has too many parameters; send name and filename")
+        kind, said = parse_options_header(disposition)
+        if kind != b"form-data" or b"name" not in said:
+            raise Unreadable('each part of a form needs Content-Disposition: form-data; name="..."')
+        try:
+            name = said[b"name"].decode()
+        except UnicodeDecodeError as error:
+            raise Unreadable("the name of a field is not UTF-8 text; rename it") from error
+        content = b"".join(self._pieces)
+        coding = self._names.get(b"content-transfer-encoding", b"").decode("latin-1").lower()
+        if coding == "base64":
+            try:
+                content = base64.b64decode(content)
+            except binascii.Error as error:
+                raise Unreadable(f"the form's field {quoted(name)} is not base64") from error
+        elif coding not in UNCODED:
+            raise Unreadable(f"the form's field {quoted(name)} is {quoted(coding)} encoded; send it as it is")
+        self.parts.append(Part(name, content, b"filename" in said or name in FILES))
+
+    def _finish(self) -> None:
+        self.ended = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -9,11 +10,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from service.errors import InvalidShape, TooLarge
+from service.errors import Deferred, InvalidShape, InvalidValue, TooLarge
 from service.pixels import Pixels
 
 FLOAT = np.dtype("<f4")
 """What travels in binary."""
+
+
+LOOP_PIXELS, LOOP_PICTURES = 2**14, 4
+"""What the event loop decodes of one body; more goes to a thread."""
 
 
 class Meter:
@@ -28,6 +33,8 @@ class Meter:
         max_rows: int = 2**14,
         reserve: Callable[[int], None] = lambda _: None,
         check_time: Callable[[], None] = lambda: None,
+        *,
+        in_loop: bool = False,
     ) -> None:
         """Limits of one request.
 
@@ -37,10 +44,12 @@ class Meter:
             reserve: Takes a number of bytes from the memory budget until the request is answered; raises TooLarge or
                 Overloaded where they are not there.
             check_time: Raises DeadlinePassed after the request's deadline. To be called between parts of long work.
+            in_loop: Whether the event loop waits for the reader, so that only few small pictures may be decoded.
         """
         self.max_pixels, self.max_rows = max_pixels, max_rows
         self.reserve, self.check_time = reserve, check_time
-        self._pixels = 0
+        self._pixels = self._pictures = 0
+        self._in_loop = in_loop
 
     def picture(self, width: int, height: int, pixel_bytes: int) -> None:
         """Count a picture, known from its header, before it is decoded.
@@ -54,11 +63,15 @@ class Meter:
             TooLarge: The request's pictures exceed VAE_MAX_PIXELS, or their memory VAE_MEMORY_BYTES.
             Overloaded: Other requests leave too little memory.
             DeadlinePassed: The request's time is up.
+            Deferred: Decoding takes too long for the event loop.
         """
         if self._pixels + width * height > self.max_pixels:
             further = f", with {self._pixels} of the request's other pictures," if self._pixels else ""
             raise TooLarge(f"{width} x {height} pixels{further} are above VAE_MAX_PIXELS ({self.max_pixels})")
         self._pixels += width * height
+        self._pictures += 1
+        if self._in_loop and (self._pixels > LOOP_PIXELS or self._pictures > LOOP_PICTURES):
+            raise Deferred
         self.check_time()
         self.reserve(width * height * pixel_bytes)
 
@@ -131,43 +144,136 @@ def images_only(answer: Answer) -> Pixels | None:
     return answer.outputs["images"] if set(answer.outputs) == {"images"} else None
 
 
+def check_pictures(count: int, meter: Meter) -> None:
+    """Refuse more pictures than one request may have rows, before any is decoded.
+
+    Raises: TooLarge.
+    """
+    if count > meter.max_rows:
+        raise TooLarge(f"{count} pictures in one request; VAE_MAX_REQUEST_ROWS is {meter.max_rows}")
+
+
 def as_rows(array: NDArray[Any], shape: tuple[int, ...], name: str) -> NDArray[np.float32]:
-    """Float32 rows (n, *shape) from (n, *shape), one bare row, or, for one channel, the same without the channel axis.
+    """Float32 rows (n, *shape) of the model's shape.
 
-    A view where the array already is what is wanted.
-    Raises: InvalidShape naming both shapes.
+    Also taken are one bare row, for one channel the same without the channel axis, and, unless they are latents, images
+    whose last axis is the channels'. A view where the array already is what is wanted.
+
+    Raises:
+        InvalidShape: No reading fits; the message names both shapes and the fix.
+        InvalidValue: Integers whose scale is not known.
     """
-    if array.dtype.kind != "f":
-        array = _floats(array, name)
-    wanted = [shape, shape[1:]] if len(shape) == 3 and shape[0] == 1 else [shape]
-    for row in wanted:
-        if array.shape == row or (array.ndim == len(row) + 1 and array.shape[1:] == row):
-            rows = array.reshape(-1, *shape)
-            if len(rows) == 0:
-                raise InvalidShape(f"{name} has no rows; send at least one")
-            return np.ascontiguousarray(rows, np.float32)
-    raise InvalidShape(
-        f"{name} has shape {tuple(array.shape)}; the model takes (n, {', '.join(map(str, shape))})"
-        + ("; fit=resize, pad or crop brings images to its size" if name == "images" else "")
-    )
+    found = array.shape
+    if found[1:] == shape or found == shape:
+        rows = array
+    elif name != "latents" and (moved := _exact(array, shape)) is not None:
+        rows = moved
+    else:
+        raise InvalidShape(
+            f"{name} has shape {found}; the model takes (n, {', '.join(map(str, shape))}){_advice(found, shape, name)}"
+        )
+    rows = rows.reshape(-1, *shape)
+    if len(rows) == 0:
+        raise InvalidShape(f"{name} has no rows; send at least one")
+    return as_floats(rows, name)
 
 
-def as_images(array: NDArray[Any], channels: int, name: str) -> Pixels:
-    """Float32 (n, channels, h, w) of any size from the same forms as `as_rows`.
+def as_images(array: NDArray[Any], shape: tuple[int, ...], name: str) -> Pixels:
+    """Float32 (n, channels, h, w) of any size from the same forms as `as_rows`; the model's own shape is tried first.
 
-    Raises: InvalidShape.
+    Raises:
+        InvalidShape: No reading fits, or more than one does.
+        InvalidValue: As `as_rows` does.
     """
-    shape, axes = array.shape, array.ndim
-    if channels == 1 and axes in (2, 3) and 0 not in shape:
-        array = array.reshape(-1, 1, *shape[-2:])
-    elif axes == 3 and shape[0] == channels:
-        array = array[None]
-    if array.ndim != 4 or array.shape[1] != channels or 0 in shape:
-        raise InvalidShape(f"{name} has shape {tuple(shape)}; the model takes (n, {channels}, height, width)")
-    return np.ascontiguousarray(array, np.float32)
+    found, channels = array.shape, shape[0]
+    moved = None
+    if 0 not in found:
+        moved = array if found[1:] == shape else array[None] if found == shape else _exact(array, shape)
+        moved = _of_any_size(array, shape, name) if moved is None else moved
+    if moved is None:
+        raise InvalidShape(
+            f"{name} has shape {found}; the model takes (n, {channels}, height, width){_advice(found, shape, name)}"
+        )
+    return as_floats(moved.reshape(-1, channels, *moved.shape[-2:]), name)
 
 
-def _floats(array: NDArray[Any], name: str) -> NDArray[Any]:
-    if array.dtype.kind not in "iub":
-        raise InvalidShape(f"{name} must be a rectangular array of numbers, not of {array.dtype}")
-    return array.astype(np.float32)
+COLOURS = (3, 4)
+"""Channels of colour pictures."""
+
+
+def _exact(array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any] | None:
+    """Images of exactly that size: grey ones without an axis of channels, or any with that axis last."""
+    channels, height, width = shape
+    found = array.shape
+    if channels == 1 and found[-2:] == (height, width) and len(found) <= 3:
+        return array
+    if found[-3:] == (height, width, channels) and len(found) in (3, 4):
+        return np.moveaxis(array, -1, -3)
+    return None
+
+
+def _of_any_size(array: NDArray[Any], shape: tuple[int, ...], name: str) -> NDArray[Any] | None:
+    """Images of any size, as (n, c, h, w), (c, h, w), the same with the channels last, or grey (n, h, w), (h, w)."""
+    found, channels = array.shape, shape[0]
+    axes = len(found)
+    if axes not in (2, 3, 4) or (axes == 2 and (channels != 1 or found[1] == math.prod(shape))):
+        return None
+    if axes == 2 or (axes > 2 and found[-3] == channels):
+        return array
+    if found[-1] == channels and min(found[-3:-1]) > 1:
+        return np.moveaxis(array, -1, -3)
+    if axes == 3 and channels == 1 and (name == "mask" or not {found[0], found[-1]} & set(COLOURS)):
+        return array
+    return None
+
+
+def _advice(found: tuple[int, ...], shape: tuple[int, ...], name: str) -> str:
+    """What to do about an array that is none of these."""
+    flat = math.prod(shape)
+    if found and flat == found[-1] and len(found) <= 2 and len(shape) > 1:
+        one = f", or a single image to (1, 1, {found[0]}, {flat})" if len(found) == 2 and shape[0] == 1 else ""
+        return f"; reshape it to ({', '.join(map(str, (*found[:-1], *shape)))}){one}"
+    if name == "latents" or len(shape) != 3:
+        return ""
+    channels = shape[0]
+    places = {found[-3], found[-1]} if len(found) in (3, 4) else set()
+    if channels == 1 and places & set(COLOURS):
+        return (
+            "; convert colour to grey first, or send picture files, which the service converts. Grey images of that "
+            "many rows or columns are sent as (n, 1, height, width)"
+        )
+    if channels in places or (channels == 1 and len(found) in (2, 3)):
+        return "; fit=resize, pad or crop brings images to its size" if name == "images" else ""
+    if channels > 1 and (len(found) == 2 or 1 in places):
+        return f"; repeat the grey images in {channels} channels, or send picture files, which the service converts"
+    return ""
+
+
+def as_floats(array: NDArray[Any], name: str) -> NDArray[np.float32]:
+    """Float32 in C order: bool as 0 and 1, uint8 images as 255ths, uint8 masks of 0 and 1 or of 0 and 255.
+
+    Raises:
+        InvalidShape: The array is not of numbers, or latents are integers.
+        InvalidValue: It is not known what 8-bit levels mean.
+    """
+    kind = array.dtype.kind
+    if kind == "f" and array.dtype.itemsize <= FLOAT.itemsize:
+        return np.ascontiguousarray(array, np.float32)
+    if kind == "f":
+        with np.errstate(over="ignore"):  # what float32 cannot hold is refused with the range
+            return np.ascontiguousarray(array, np.float32)
+    if name == "latents" or array.dtype not in (np.bool_, np.uint8):
+        raise InvalidShape(f"{name} must be floats, not {array.dtype}")
+    if kind == "b":
+        return np.ascontiguousarray(array, np.float32)
+    most = array.max()
+    if name == "mask":
+        if not ((array == 0) | (array == most)).all() or most not in (0, 1, 255):
+            raise InvalidValue("a mask in uint8 must hold 0 and 1, or 0 and 255; 0 is missing")
+        return np.ascontiguousarray(array != 0, np.float32)
+    if most == 1:
+        raise InvalidValue(
+            f"{name} in uint8 are levels of 0 to 255, but the highest is 1; send black and white as bool, as float32, "
+            "or as 0 and 255"
+        )
+    return np.divide(array, np.float32(255.0), dtype=np.float32, order="C")

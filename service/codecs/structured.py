@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import math
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,8 @@ import simdjson
 from numpy.typing import NDArray
 
 from service.codecs import image
-from service.codecs.payload import Answer, Body, Intake, Payload
-from service.errors import InvalidShape, Unreadable
+from service.codecs.payload import Answer, Body, Intake, Payload, check_pictures
+from service.errors import InvalidOption, InvalidShape, Unreadable, quoted
 from service.pixels import Pixels
 
 MOST_AXES = 8
@@ -22,23 +23,31 @@ LARGE = 2**20
 """Bytes of a body that is worth a look at how much reading it takes."""
 NUMBER_BYTES = 48
 """What the parser and the array take for one number."""
+MOST_FIELDS = 64
+"""Fields of the object: more than any operation has options."""
+SLICE_NUMBERS = 2**16
+"""Numbers of an answer that are written at once: at most 16 bytes of text each, so 1 MiB."""
+NO_NUMBER = re.compile(rb"(?<![\w\"])[-+]?(?:NaN|Infinity|nan|inf)\b")
+"""What writers of JSON write who allow more numbers than JSON."""
+URL_SAFE = str.maketrans("-_", "+/")
 NUMBERS = "{} must be nested lists of numbers, without text, null, true or false"
 
 
 def read(body: Body, _content_type: str, intake: Intake) -> Payload:
     """{"images" or "latents": nested numbers or base64 pictures, "mask": ..., and any option by its name}.
 
-    Numbers go from the text to the array without becoming Python's.
+    Numbers go from the text to the array without becoming Python's. What is neither an array of the operation nor one
+    value is not converted.
     """
     if len(body) > LARGE:
-        intake.meter.reserve(body.count(b",") * NUMBER_BYTES)
+        intake.meter.reserve(2 * len(body) + body.count(b",") * NUMBER_BYTES)
     try:
         content = simdjson.Parser().parse(bytes(body) or b"{}")
     except (ValueError, RuntimeError) as error:
-        raise Unreadable(f"the body is not JSON: {error}") from error
+        raise Unreadable(_not_json(body, error)) from error
     if not isinstance(content, simdjson.Object):
         raise Unreadable('the body must be a JSON object such as {"images": [...]}')
-    named = {key: content[key] for key in content}
+    named = _named(content)
     array, mask = _arrays(named.pop(intake.name), intake) if intake.name in named else (None, None)
     latents = intake.or_latents and array is None and "latents" in named
     if latents:
@@ -48,10 +57,62 @@ def read(body: Body, _content_type: str, intake: Intake) -> Payload:
     return Payload(array, mask, {name: _plain(value) for name, value in named.items()}, latents)
 
 
+def _named(content: simdjson.Object) -> dict[str, Any]:
+    """The fields of an object, each once.
+
+    Raises:
+        InvalidOption: There are more than any operation has, or one is there twice.
+    """
+    if len(content) > MOST_FIELDS:
+        raise InvalidOption(f"the JSON object has {len(content)} fields; an operation has at most a few options")
+    named: dict[str, Any] = {}
+    for name in content.keys():  # noqa: SIM118  # not a dict: its items would be converted to Python's
+        if name in named:
+            raise InvalidOption(f"{quoted(name)} is in the JSON object twice; send it once")
+        named[name] = content[name] if name.isidentifier() else None  # no option has another name
+    return named
+
+
 def write(answer: Answer) -> bytes:
     """Every output by its name, as nested numbers, then what is said about them."""
+    text, *further = slices(answer)
+    return b"".join((text, *further)) if further else text
+
+
+def slices(answer: Answer) -> Iterator[bytes]:
+    """The text of `write` in slices of about 1 MiB, so that other work may run between them."""
     arrays = {name: np.ascontiguousarray(array) for name, array in answer.outputs.items()}
-    return orjson.dumps({**arrays, **answer.about}, option=orjson.OPT_SERIALIZE_NUMPY)
+    if sum(array.size for array in arrays.values()) <= SLICE_NUMBERS:
+        yield orjson.dumps({**arrays, **answer.about}, option=orjson.OPT_SERIALIZE_NUMPY)
+        return
+    for k, (name, array) in enumerate(arrays.items()):
+        yield b"%b%b:" % (b"," if k else b"{", orjson.dumps(name))
+        yield from _array_slices(array)
+    about = orjson.dumps(dict(answer.about), option=orjson.OPT_SERIALIZE_NUMPY)
+    yield b"," + about[1:] if answer.about else b"}"
+
+
+def _array_slices(array: NDArray[np.float32]) -> Iterator[bytes]:
+    """Nested lists of the array's numbers, SLICE_NUMBERS at a time."""
+    if array.size <= SLICE_NUMBERS:
+        yield orjson.dumps(array, option=orjson.OPT_SERIALIZE_NUMPY)
+        return
+    rows = max(1, SLICE_NUMBERS * len(array) // array.size)
+    for start in range(0, len(array), rows):
+        yield b"," if start else b"["
+        if array.ndim > 1 and array[0].size > SLICE_NUMBERS:
+            yield from _array_slices(array[start])
+        else:
+            yield orjson.dumps(array[start : start + rows], option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
+    yield b"]"
+
+
+def _not_json(body: Body, error: Exception) -> str:
+    """What is wrong with the text, as far as can be said."""
+    found = NO_NUMBER.search(body)
+    if found:
+        return f"the body is not JSON: it holds {found[0].decode()}, and every number must be finite"
+    return f"the body is not JSON: {str(error)[:120]}"
 
 
 def _arrays(value: Any, intake: Intake) -> tuple[NDArray[Any], NDArray[Any] | None]:
@@ -59,6 +120,7 @@ def _arrays(value: Any, intake: Intake) -> tuple[NDArray[Any], NDArray[Any] | No
     texts = [value] if isinstance(value, str) else value
     if not (isinstance(texts, list | simdjson.Array) and len(texts) and isinstance(texts[0], str)):
         return _numbers(value, intake.name), None
+    check_pictures(len(texts), intake.meter)
     pictures, masks = list[Pixels](), list[Pixels | None]()
     for text in texts:
         picture, mask = image.parse(_base64(text), intake)
@@ -71,13 +133,22 @@ def _arrays(value: Any, intake: Intake) -> tuple[NDArray[Any], NDArray[Any] | No
 
 
 def _base64(text: Any) -> bytes:
+    """As of a data URL, with line breaks, of either alphabet, with or without padding."""
     if not isinstance(text, str):
         raise InvalidShape("images must be all numbers or all base64 strings")
-    payload = text.split(",", 1)[-1] if text.startswith("data:") else text
+    kind, comma, payload = text.partition(",")
+    if not (comma and kind[:5].lower() == "data:"):
+        payload = text
+    elif not kind.rstrip().lower().endswith(";base64"):
+        raise Unreadable("a data URL in images is not in base64; begin it as data:image/png;base64,")
     try:
         return base64.b64decode(payload, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise Unreadable(f"a string in images is not base64 ({error})") from error
+    except ValueError:
+        plain = "".join(payload.split()).translate(URL_SAFE).rstrip("=")
+    try:
+        return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
+    except ValueError as error:
+        raise Unreadable("a string in images is not base64; encode the bytes of a picture file as base64") from error
 
 
 def _numbers(value: Any, name: str) -> NDArray[np.float64]:
@@ -109,11 +180,16 @@ def _is_rectangular(value: Any, shape: tuple[int, ...]) -> bool:
     """Whether the lists of a level are all as long as the first one; the innermost entries are not looked at."""
     if not isinstance(value, simdjson.Array) or len(value) != shape[0]:
         return False
-    return len(shape) == 1 or all(_is_rectangular(entry, shape[1:]) for entry in value)
+    if len(shape) == 1:
+        return True
+    if len(shape) == 2:  # most lists are of the last level, where a call each costs most
+        width = shape[1]
+        return all(isinstance(row, simdjson.Array) and len(row) == width for row in value)
+    return all(_is_rectangular(entry, shape[1:]) for entry in value)
 
 
 def _plain(value: Any) -> Any:
-    """As Python has it."""
+    """One value as Python has it; lists and objects, which no option takes, as empty ones."""
     if isinstance(value, simdjson.Object):
-        return value.as_dict()
-    return value.as_list() if isinstance(value, simdjson.Array) else value
+        return {}
+    return [] if isinstance(value, simdjson.Array) else value

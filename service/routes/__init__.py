@@ -8,7 +8,7 @@ import orjson
 from fastapi import FastAPI
 
 from service import problems
-from service.codecs import EVENTS, READERS, WRITERS
+from service.codecs import EVENTS, OPTION_FORMS, READERS, WRITERS
 from service.endpoint import Context
 from service.operation import Operation
 from service.route import OperationRoute, endpoint
@@ -57,19 +57,36 @@ STREAM = (
 )
 
 
+FILES = {
+    name: {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1, "description": text}
+    for name, text in (
+        ("file", "pictures of one size, or .npy files; each is one or more rows"),
+        (
+            "mask",
+            "a picture, black or transparent where a pixel is missing, or an .npy: one for all rows, or one a row",
+        ),
+    )
+}
+"""Of a form."""
+
+
 def _bodies(operation: Operation) -> dict[str, Any]:
     """The request body for OpenAPI, in every form that the operation reads."""
+    options = operation.options.model_json_schema().get("properties", {})
     forms: dict[str, Any] = {
         "application/json": {"schema": _object(operation), "example": operation.example},
     }
-    if operation.takes:
-        pictures = [form for form in READERS if form.startswith("image/")] if operation.takes == "images" else []
-        for form in ("application/x-npy", "application/octet-stream", *pictures):
-            forms[form] = {"schema": {"type": "string", "format": "binary"}}
-        file = {"type": "string", "format": "binary", "description": "a picture or an .npy file"}
-        form_schema = {"type": "object", "required": ["file"], "properties": {"file": file}}
-        forms["multipart/form-data"] = {"schema": form_schema}
-    return {"requestBody": {"required": operation.takes is not None, "content": forms}}
+    if not operation.takes:
+        for form in OPTION_FORMS[1:]:
+            forms[form] = {"schema": {"type": "object", "properties": options, "additionalProperties": False}}
+        return {"requestBody": {"required": False, "content": forms}}
+    pictures = [form for form in READERS if form.startswith("image/")] if operation.takes == "images" else []
+    for form in ("application/x-npy", "application/octet-stream", *pictures):
+        forms[form] = {"schema": {"type": "string", "format": "binary"}}
+    files = {name: FILES[name] for name in ("file", "mask") if name == "file" or operation.observed}
+    form_schema = {"type": "object", "required": ["file"], "properties": {**files, **options}}
+    forms["multipart/form-data"] = {"schema": {**form_schema, "additionalProperties": False}}
+    return {"requestBody": {"required": True, "content": forms}}
 
 
 def _headers(operation: Operation) -> dict[str, Any]:
@@ -82,7 +99,8 @@ def _headers(operation: Operation) -> dict[str, Any]:
 
 
 ARRAYS = {
-    "images": "Rows as nested numbers, (n, c, h, w), (n, h, w) or (h, w), or base64 strings of PNG, JPEG or WebP files",
+    "images": "Rows as nested numbers in [0, 1], (n, c, h, w), (n, h, w, c) or, if grey, (n, h, w) or (h, w), "
+    "or base64 strings of PNG, JPEG, WebP or BMP files",
     "latents": "Rows as nested numbers, of the model's latent shape",
     "mask": "1 where a pixel is seen, 0 where it is missing: one for all images or one an image",
 }
@@ -101,12 +119,27 @@ def _object(operation: Operation) -> dict[str, Any]:
     }
 
 
+NOTES = {
+    "type": "array",
+    "description": "What is special about some rows; absent where nothing is",
+    "items": {
+        "type": "object",
+        "required": ["code", "rows", "detail"],
+        "properties": {
+            "code": {"type": "string", "description": "stable: nothing_seen, level_clipped, grey_levels"},
+            "rows": {"type": "array", "items": {"type": "integer"}},
+            "detail": {"type": "string"},
+        },
+    },
+}
+
+
 def _answer(operation: Operation) -> dict[str, Any]:
     """What a JSON answer always has, and of which type its fields are."""
     types = {list: "array", int: "integer", str: "string"}
     fields = {name: {"type": types[type(value)]} for name, value in operation.answer.items()}
     about = {"model": {"type": "string"}, "version": {"type": "string"}}
-    return {"type": "object", "required": [*about], "properties": {**about, **fields}}
+    return {"type": "object", "required": [*about], "properties": {**about, **fields, "notes": NOTES}}
 
 
 def _answers(operation: Operation) -> dict[str, Any]:

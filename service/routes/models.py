@@ -6,7 +6,8 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from service.errors import UnknownModel
+from service.engine import Engine
+from service.errors import NotReady, UnknownModel
 from service.model import Model
 from service.operation import Operation
 from service.problems import documented
@@ -38,6 +39,10 @@ EXAMPLE = {
     "fingerprint": "0123456789abcdef",
 }
 ONE = {**example(EXAMPLE), **documented(UnknownModel)}
+READY = {
+    **example({"ready": True, "model": "mnist", "version": "1"}),
+    **documented(UnknownModel, NotReady),
+}
 
 
 def states(repository: Repository, name: str) -> list[dict[str, str]]:
@@ -47,6 +52,23 @@ def states(repository: Repository, name: str) -> list[dict[str, str]]:
 
 def _state(version: str, found: Condition) -> dict[str, str]:
     return {"version": version, "state": found.state, "reason": found.reason}
+
+
+def ready(repository: Repository, engine: Engine, name: str, version: str | None) -> dict[str, Any]:
+    """That a version (None: the latest that is served) of a model gets requests.
+
+    Raises: NotReady with the reason, UnknownModel.
+    """
+    known = repository.conditions.get(name, {})
+    if version is not None and known and version not in known:
+        raise UnknownModel(f"model {name} has no version {version:.80}; it has {', '.join(known)}")
+    wanted = known if version is None else {one: known[one] for one in known if one == version}
+    if wanted and not repository.models.get(name, {}).keys() & wanted.keys():
+        raise NotReady("; ".join(f"version {one} is {found.state}: {found.reason}" for one, found in wanted.items()))
+    model = repository.find(name, version)
+    if not engine.healthy:
+        raise NotReady("the engine has stopped")
+    return {"ready": True, "model": name, "version": model.manifest.version}
 
 
 def models_router(repository: Repository, operations: tuple[Operation, ...]) -> APIRouter:
@@ -99,5 +121,20 @@ def models_router(repository: Repository, operations: tuple[Operation, ...]) -> 
         if version in repository.conditions.get(model, ()) and version not in repository.models.get(model, ()):
             return {"model": model, **condition(model, version), **overview(model)}
         return describe(repository.find(model, version))
+
+    return router
+
+
+def readiness_router(repository: Repository, engine: Engine) -> APIRouter:
+    """Routes of one application."""
+    router = APIRouter(prefix="/v1/models", tags=["models"])
+
+    @router.get("/{model}/ready", summary="Whether a version of a model is served", responses=READY)
+    async def model_ready(model: str) -> dict[str, Any]:
+        return ready(repository, engine, model, None)
+
+    @router.get("/{model}/versions/{version}/ready", summary="Whether a version is served", responses=READY)
+    async def version_ready(model: str, version: str) -> dict[str, Any]:
+        return ready(repository, engine, model, version)
 
     return router

@@ -14,11 +14,10 @@ from service.model import Model
 from service.observation import Observation, OperatorName, Rows
 from service.operation import DrawOptions, Inputs, check_refinable
 from service.pixels import Fit
-from service.restoration import Wish, level_rows, prior_mean, restore
+from service.restoration import LEAST_LEVEL, MOST_LEVEL, Wish, level_rows, prior_mean, restore
 from service.tiling import Tiling
-from service.vae import Observe, Result, Submit
+from service.vae import Observe, Result, Submit, noted
 
-MOST_NAMED = 8
 NEEDS = ("recognition", "noise_level", "fusion", "correction")
 
 
@@ -83,6 +82,7 @@ async def restored(model: Model, submit: Submit, inputs: Inputs, seen: Observati
         check_refinable(model, "refinement")
     if options.completions and not options.draws:
         raise InvalidOption("completions are draws of the posterior; say how many with draws")
+    estimated = seen.estimated is not None
     if inputs.tiling is not None and not seen.known:
         seen = await _of_one_level(model, submit, seen, inputs.tiling)
     wish = Wish(refined, options.draws, options.uncertainty, options.completions, options.preview)
@@ -90,9 +90,11 @@ async def restored(model: Model, submit: Submit, inputs: Inputs, seen: Observati
     result = await restore(model.plan, submit, model.latent_shape, seen, wish, noise, observe)
     if options.uncertainty:
         result.outputs["std"] = _calibrated(model, result.outputs["std"], seen, options.quality)
-    unseen = np.flatnonzero(~seen.mask.any(axis=(1, 2, 3)))
-    if len(unseen):
-        result = await _without_sight(model, submit, result, unseen, inputs)
+    sighted: NDArray[np.bool_] = np.any(seen.mask, axis=(1, 2, 3))
+    if not sighted.all():
+        result = await _without_sight(model, submit, result, np.flatnonzero(~sighted), inputs)
+    if estimated:
+        result = _with_clipped_level(result, sighted, inputs)
     return result if inputs.tiling is None else _joined(result, inputs.tiling)
 
 
@@ -134,7 +136,26 @@ async def _without_sight(model: Model, submit: Submit, result: Result, unseen: N
     for name, known in (("images", mean), ("std", std)):
         if name in result.outputs:
             result.outputs[name][unseen] = known
-    rows = ", ".join(map(str, inputs.first + unseen[:MOST_NAMED])) + (" and more" if len(unseen) > MOST_NAMED else "")
-    what = "tile" if inputs.tiling else "image"
-    note = f"the mask hides all of {what} {rows}: the answer is the mean of the prior"
-    return result._replace(about={**result.about, "note": note})
+    what = "of a tile of the image" if inputs.tiling else "of the image"
+    detail = f"the mask hides all {what}, so the answer there is the mean of the prior"
+    return noted(result, "nothing_seen", _places(unseen, inputs), detail)
+
+
+def _with_clipped_level(result: Result, sighted: NDArray[np.bool_], inputs: Inputs) -> Result:
+    """Says so where an estimated level is at a bound."""
+    level = result.about["level"]
+    clipped = np.flatnonzero(sighted & ((level <= LEAST_LEVEL) | (level >= MOST_LEVEL)))
+    if not len(clipped):
+        return result
+    detail = (
+        "the noise level estimated for the image lies outside (0, 1] and was clipped; check the scale of the image and "
+        "the kind of its noise, or name the level"
+    )
+    return noted(result, "level_clipped", _places(clipped, inputs), detail)
+
+
+def _places(rows: NDArray[Any], inputs: Inputs) -> NDArray[Any]:
+    """Rows, or the images whose tiles they are, as places in the request."""
+    tiles = inputs.tiling.tiles if inputs.tiling else 1
+    found: NDArray[Any] = inputs.first + np.unique(rows // tiles)
+    return found

@@ -15,7 +15,7 @@ from service.operation import ImageOptions, Inputs, Operation, check_refinable
 from service.routes.examples import PROGRESS
 from service.scoring import DRAWS, Wish
 from service.scoring import score as scored
-from service.vae import Result, Submit
+from service.vae import Result, Submit, noted
 
 GREY_NOTE = (
     "the model has black and white pixels but was trained on grey levels, which have no probability under them: the "
@@ -76,7 +76,9 @@ async def _run(model: Model, submit: Submit, inputs: Inputs, options: ScoreOptio
     if how == scoring.binarisation:
         values = scoring.elbo_percentiles_nats
         outputs["percentile"] = np.interp(outputs["elbo"], values, np.arange(101.0)).astype(np.float32)
-    return result._replace(outputs=outputs, about={**result.about, **({"note": GREY_NOTE} if of_grey else {})})
+    result = result._replace(outputs=outputs)
+    rows = range(inputs.first, inputs.first + len(inputs.rows))
+    return noted(result, "grey_levels", rows, GREY_NOTE) if of_grey else result
 
 
 score = Operation(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+from service.rates import LOOK_S
 from tests.faults.conftest import eventually
 from tests.faults.test_several_processes import workers_of
 
@@ -52,7 +54,12 @@ def test_a_killed_worker_is_replaced_orders_are_followed_and_metrics_summed(
     """Two workers share the port and what they are told to serve; after one is killed the other serves, a new one comes
     that knows what was ordered, and nothing is forgotten.
     """  # noqa: D205  # one promise
-    settings = {"VAE_MODELS": str(flat_models), "VAE_WORKERS": "2", "VAE_VERSIONS": "latest", "VAE_MODEL_CONTROL": "1"}
+    settings = {
+        "VAE_MODELS": str(flat_models),
+        "VAE_WORKERS": "2",
+        "VAE_VERSIONS": "latest",
+        "VAE_MODEL_CONTROL": "anonymous",
+    }
     each_its_own = httpx.Limits(max_keepalive_connections=0)  # so that every worker gets some
     with (
         start_service(**settings) as (process, url),
@@ -76,5 +83,37 @@ def test_a_killed_worker_is_replaced_orders_are_followed_and_metrics_summed(
         os.kill(other, signal.SIGSTOP)  # so that the new one answers
         assert versions(one) == {"1"}
         os.kill(other, signal.SIGCONT)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+
+
+def test_workers_count_callers_together(
+    start_service: Callable[..., AbstractContextManager[tuple[subprocess.Popen[str], str]]],
+    flat_models: Path,
+    tmp_path: Path,
+) -> None:
+    """A key's rate, and that of an address without one, hold for all workers; a killed one frees nobody of them."""
+    keys = tmp_path / "keys"
+    keys.write_text("alice alice-0123456789abcdef infer rate=10/day\n")
+    settings = {"VAE_MODELS": str(flat_models), "VAE_WORKERS": "2", "VAE_API_KEYS": str(keys)}
+    each_its_own = httpx.Limits(max_keepalive_connections=0)
+    key = {"authorization": "Bearer alice-0123456789abcdef"}
+    with (
+        start_service(**settings, VAE_OPEN_RATE="10/day") as (process, url),
+        httpx.Client(base_url=url, limits=each_its_own, timeout=60) as one,
+    ):
+        eventually(lambda: len(workers_of(process.pid)) == 2)
+        eventually(lambda: one.get("/health/ready").status_code == 200)
+        time.sleep(2 * LOOK_S)  # by then each worker knows the other
+        for path, headers in (("/v1/models", key), ("/metrics", {})):
+            statuses = [one.get(path, headers=headers).status_code for _ in range(REQUESTS)]
+            assert statuses.count(200) == 10
+            assert statuses.count(429) == REQUESTS - 10
+        first = workers_of(process.pid)[0]
+        os.kill(first, signal.SIGKILL)
+        eventually(lambda: len(set(workers_of(process.pid)) - {first}) == 2)
+        eventually(lambda: one.get("/health/ready").status_code == 200)
+        time.sleep(2 * LOOK_S)
+        assert {one.get("/v1/models", headers=key).status_code for _ in range(REQUESTS)} == {429}
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0

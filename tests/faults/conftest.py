@@ -100,7 +100,7 @@ def eventually(true: Callable[[], bool], seconds: float = LIMIT_S) -> None:
 
 def wire(path: str, body: bytes = b"", **headers: str) -> bytes:
     """A whole request."""
-    named = {"host": "x", **RAW, **headers, "content-length": str(len(body))}
+    named = {"host": "localhost", **RAW, **headers, "content-length": str(len(body))}
     lines = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in named.items())
     return f"POST {path} HTTP/1.1\r\n{lines}\r\n".encode() + body
 

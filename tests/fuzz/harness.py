@@ -1,8 +1,10 @@
 """Coverage-guided fuzzing of everything that reads a stranger's bytes.
 
 `python -m tests.fuzz.harness TARGET CORPUS [flags of libFuzzer]`, where TARGET is one of TARGETS, or `all` of them in
-turn by the first byte, and CORPUS a folder, to which the first inputs are added. Whatever is raised but the error that
-a reader promises is a crash, and ends the process with its input written down.
+turn by the first byte, and CORPUS a folder, to which the first inputs are added (of `all` only the short ones).
+
+Whatever is raised but the error that a reader promises is a crash, and so is reading that costs too much
+(tests/fuzz/cost.py): it ends the process with its input written down.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import logging
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +26,8 @@ from PIL import Image
 
 with atheris.instrument_imports(include=["service", "python_multipart"]):
     from service import manifest
-    from service.admission import check_range
-    from service.codecs import READERS, Intake, Meter
+    from service.admission import in_range
+    from service.codecs import OPTION_FORMS, READERS, Intake
     from service.codecs.payload import as_images, as_rows
     from service.config import Settings
     from service.endpoint import Context, OperationApp
@@ -32,28 +35,36 @@ with atheris.instrument_imports(include=["service", "python_multipart"]):
     from service.errors import ServiceError
     from service.memory import Memory
     from service.negotiation import acceptable
+    from service.offload import Offload
     from service.repository import Repository
     from service.routes import OPERATIONS
 
+from tests.fuzz.cost import Ledger, check_memory, check_result, check_time
+from tests.fuzz.growing import GROWING, grown
+
+Target = Callable[[bytes, Ledger], None]
 INTAKES: tuple[dict[str, Any], ...] = (
     {"name": "images", "shape": (1, 8, 8)},
     {"name": "images", "shape": (3, 8, 8), "masked": True},
     {"name": "images", "shape": (1, 8, 8), "or_latents": True},
     {"name": "latents", "shape": (8,)},
+    {"name": "", "shape": ()},
 )
 CONTENT_TYPES = {"multipart/form-data": "multipart/form-data; boundary=x"}
 MANIFEST = Path(__file__).parents[2] / "models" / "mnist-2d" / "1" / manifest.FILE_NAME
 SETTINGS = Settings()
-CONTEXT = Context(SETTINGS, Repository({}, ""), Engine(SETTINGS), Memory(SETTINGS.memory_bytes))
+CONTEXT = Context(SETTINGS, Repository({}, ""), Engine(SETTINGS), Memory(SETTINGS.memory_bytes), Offload())
 APPS = [OperationApp(operation, CONTEXT) for operation in OPERATIONS]
 
 
-def body(form: str) -> Callable[[bytes], None]:
+def body(form: str) -> Target:
     """The reader of that media type, and what becomes of its array; the first byte says what is wanted."""
+    intakes = INTAKES if form in OPTION_FORMS else INTAKES[:-1]
 
-    def read(data: bytes) -> None:
-        intake = Intake(meter=Meter(2**16), **INTAKES[data[0] % len(INTAKES) if data else 0])
+    def read(data: bytes, ledger: Ledger) -> None:
+        intake = Intake(meter=ledger, **intakes[data[0] % len(intakes) if data else 0])
         payload = READERS[form](data[1:], CONTENT_TYPES.get(form, form), intake)
+        check_result(payload, ledger, len(data))
         for app in APPS[:1] if payload.options else ():
             app._options({key: value for key, value in payload.options.items() if isinstance(key, str)})
         if payload.array is None:
@@ -61,51 +72,61 @@ def body(form: str) -> Callable[[bytes], None]:
         name = "latents" if payload.latents else intake.name
         shape = (8,) if payload.latents else intake.shape
         if data[0] & 128 and name == "images":
-            as_images(payload.array, shape[0], name)
+            as_images(payload.array, shape, name)
         else:
-            check_range(as_rows(payload.array, shape, name), 0.0, 1.0, name)
+            in_range(as_rows(payload.array, shape, name), 0.0, 1.0, name)
 
     return read
 
 
-def query(data: bytes) -> None:
+def query(data: bytes, _: Ledger) -> None:
     """Options in a query string, of the operation that the first byte says, and an Accept header of the same bytes."""
     if data:
         acceptable(data[1:].decode("latin-1"), None)
         APPS[data[0] % len(APPS)].options_of_query(data[1:])
 
 
-def read_manifest(data: bytes) -> None:
+def read_manifest(data: bytes, _: Ledger) -> None:
     """A manifest that can be read can be written and read again."""
     found = manifest.parse(data)
     assert manifest.parse(found.to_json().encode()) == found
 
 
-TARGETS: dict[str, Callable[[bytes], None]] = {
+TARGETS: dict[str, Target] = {
     "json": body("application/json"),
     "npy": body("application/x-npy"),
     "raw": body("application/octet-stream"),
     "image": body("image/png"),
     "multipart": body("multipart/form-data"),
+    "urlencoded": body("application/x-www-form-urlencoded"),
     "query": query,
     "manifest": read_manifest,
 }
 
 
-def fuzzed(target: Callable[[bytes], None]) -> Callable[[bytes], None]:
-    """What a reader may do: give its result, or the errors that it promises."""
+NOT_BODIES = {"query", "manifest"}
+"""Targets whose input is short: VAE_MAX_URL_BYTES, or written by who owns the models."""
+GROW = 96
+"""These bits of a body's first byte say that the rest is to be grown; one bit would make every second body large."""
 
-    def run(data: bytes) -> None:
+
+def run(name: str, data: bytes) -> None:
+    """What a reader may do: give its result, or the errors that it promises, at a cost in proportion to the body.
+
+    Raises: whatever else the target raises; Costly.
+    """
+    large = name not in NOT_BODIES and data[:1] > b"" and data[0] & GROW == GROW
+    if large:
+        data = data[:1] + grown(data[1:])
+    for check in (check_time, check_memory) if large else (check_time,):
         with suppress(ServiceError, manifest.ManifestError):
-            target(data)
-
-    return run
+            check(partial(TARGETS[name], data), len(data))
 
 
 def all_in_turn(data: bytes) -> None:
     """The target that the first byte says."""
     if data:
-        list(TARGETS.values())[data[0] % len(TARGETS)](data[1:])
+        run(list(TARGETS)[data[0] % len(TARGETS)], data[1:])
 
 
 def seeds(name: str) -> list[bytes]:
@@ -120,13 +141,28 @@ def seeds(name: str) -> list[bytes]:
     pictures = json.dumps({"images": [base64.b64encode(png).decode()] * 2})
     bodies = {
         "json": [numbers.encode(), pictures.encode(), b'{"latents": [[0, 1, 2, 3, 4, 5, 6, 7]]}'],
-        "npy": [npy, saved(np.asfortranarray(rows[0, 0].astype(np.float64))), saved(np.zeros((3, 8), np.float16))],
+        "npy": [
+            npy,
+            saved(rows > 0.5),
+            saved((rows * 255).astype(np.uint8)),
+            saved(np.asfortranarray(rows[0, 0].astype(np.float64))),
+            saved(np.zeros((3, 8), np.float16)),
+        ],
         "raw": [rows.tobytes(), np.zeros((2, 8), np.float32).tobytes()],
-        "image": [png, picture("RGBA", "PNG"), picture("L", "JPEG"), picture("P", "PNG"), picture("RGB", "WEBP")],
+        "image": [
+            png,
+            picture("RGBA", "PNG"),
+            picture("L", "JPEG"),
+            picture("P", "PNG"),
+            picture("RGB", "WEBP"),
+            *pictures_too(),
+        ],
         "multipart": [
             part % (b"file", npy) + field + b"--x--\r\n",
             part % (b"file", png) + part % (b"mask", png) + b"--x--\r\n",
+            part % (b"file", png) * 2 + part % (b"mask", picture("RGBA", "PNG")) * 2 + b"--x--\r\n",
         ],
+        "urlencoded": [b"count=3&seed=7", b"draws=%32&level="],
         "query": [
             b"draws=2&seed=7&fit=pad",
             b"noise=gaussian&level=0.2&quality=refined",
@@ -136,7 +172,12 @@ def seeds(name: str) -> list[bytes]:
     }
     if name == "manifest":
         return [MANIFEST.read_bytes()]
-    return [bytes([k]) + one for one in bodies[name] for k in (0, 1, 2, 3, 128)]
+    return [bytes([k]) + one for one in bodies[name] for k in (0, 1, 2, 3, 4, 128)]
+
+
+def large_seeds(name: str) -> list[bytes]:
+    """Inputs that are grown."""
+    return [bytes([GROW | k]) + one for one in GROWING.get(name, []) for k in (0, 1)]
 
 
 def saved(array: np.ndarray) -> bytes:
@@ -144,6 +185,23 @@ def saved(array: np.ndarray) -> bytes:
     file = io.BytesIO()
     np.save(file, array)
     return file.getvalue()
+
+
+def pictures_too() -> list[bytes]:
+    """Files of other kinds: with EXIF, of several scans, of several frames, without compression."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    found = []
+    for form, options in (
+        ("BMP", {}),
+        ("JPEG", {"progressive": True, "exif": exif.tobytes()}),
+        ("WEBP", {"lossless": True, "exif": exif.tobytes()}),
+        ("PNG", {"save_all": True, "append_images": [Image.new("RGB", (8, 8), (9, 9, 9))]}),
+    ):
+        file = io.BytesIO()
+        Image.new("RGB", (8, 8), (200, 100, 50)).save(file, form, **options)
+        found.append(file.getvalue())
+    return found
 
 
 def picture(mode: str, form: str) -> bytes:
@@ -157,10 +215,9 @@ def main() -> None:
     """Fuzz until libFuzzer's flags say that it is enough."""
     name, corpus, *flags = sys.argv[1:]
     logging.disable(logging.CRITICAL)
-    for k, seed in enumerate(seeds(name)):
+    for k, seed in enumerate(seeds(name) + large_seeds(name)):
         (Path(corpus) / f"seed-{k}").write_bytes(seed)
-    target = fuzzed(all_in_turn if name == "all" else TARGETS[name])
-    atheris.Setup([sys.argv[0], corpus, *flags], target)
+    atheris.Setup([sys.argv[0], corpus, *flags], all_in_turn if name == "all" else partial(run, name))
     atheris.Fuzz()
 
 

@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from service.app import create_app
 from service.config import Settings
-from service.repository import Repository
+from service.repository import Condition, Repository
 
 OPERATIONS = [
     "encode",
@@ -119,5 +119,43 @@ def test_a_service_whose_engine_has_stopped_says_so(digits_models: Path) -> None
             for response in (await one.get("/health/ready"), await one.post("/v1/sample")):
                 assert (response.status_code, response.json()["code"]) == (503, "not_ready")
                 assert int(response.headers["retry-after"]) > 0
+
+    asyncio.run(scenario())
+
+
+def test_readiness_of_a_model(client: httpx.Client) -> None:
+    """Of its latest version that is served and of each one; names that nobody knows are 404."""
+    for path in ("/v1/models/digits/ready", "/v1/models/digits/versions/1/ready"):
+        assert client.get(path).json() == {"ready": True, "model": "digits", "version": "1"}
+        assert client.head(path).status_code == 200
+    for path in ("/v1/models/nobody/ready", "/v1/models/digits/versions/2/ready", "/v1/models/nobody/versions/1/ready"):
+        answer = client.get(path)
+        assert (answer.status_code, answer.json()["code"]) == (404, "unknown_model")
+        assert client.head(path).status_code == 404
+
+
+def test_a_model_that_is_not_served_is_not_ready(small: Repository) -> None:
+    """503 with the reason of each version; a version beside it that is served makes the model ready, not itself."""
+
+    async def scenario() -> None:
+        model = small.find("mnist-2d", None)
+        repository = Repository({"mnist-2d": {"1": model}}, "mnist-2d")
+        repository.conditions = {
+            "mnist-2d": {"1": Condition("ready"), "2": Condition("failed", "not a graph")},
+            "other": {"1": Condition("unloaded", "unloaded by request")},
+        }
+        transport = httpx.ASGITransport(create_app(Settings(), repository))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as one:
+            assert (await one.get("/v1/models/mnist-2d/ready")).json()["version"] == "1"
+            for path, reason in (
+                ("mnist-2d/versions/2", "version 2 is failed: not a graph"),
+                ("other", "version 1 is unloaded: unloaded by request"),
+                ("other/versions/1", "version 1 is unloaded: unloaded by request"),
+            ):
+                answer = await one.get(f"/v1/models/{path}/ready")
+                assert (answer.status_code, answer.json()["code"]) == (503, "not_ready")
+                assert answer.json()["detail"] == reason
+                assert answer.headers["retry-after"] == "1"
+            assert (await one.get("/v1/models/other/versions/7/ready")).status_code == 404
 
     asyncio.run(scenario())

@@ -119,7 +119,7 @@ CASES: dict[str, Case] = {
         {"content": npy_header("__import__('os')"), "headers": NPY},
         *UNREADABLE,
     ),
-    "an npy of integers": ("encode", {"content": saved(GOOD.astype(np.uint8)), "headers": NPY}, *UNREADABLE),
+    "an npy of integers": ("encode", {"content": saved(GOOD.astype(np.int64)), "headers": NPY}, *UNREADABLE),
     "an npy of complex numbers": ("encode", {"content": saved(GOOD + 1j), "headers": NPY}, *UNREADABLE),
     "an empty npy": (
         "encode",
@@ -149,11 +149,36 @@ CASES: dict[str, Case] = {
         "unsupported_media_type",
     ),
     "no media type": ("encode", {"content": b"x"}, 415, "unsupported_media_type"),
-    "a compressed body": (
+    "a body compressed in a way that is not read": (
         "encode",
-        {"content": b"x", "headers": {**RAW, "content-encoding": "gzip"}},
+        {"content": GOOD.tobytes(), "headers": {**RAW, "content-encoding": "br"}},
         415,
         "unsupported_media_type",
+    ),
+    "a body that is not compressed as it says": (
+        "encode",
+        {"content": GOOD.tobytes(), "headers": {**RAW, "content-encoding": "gzip"}},
+        *UNREADABLE,
+    ),
+    "more fields than there are options": (
+        "encode",
+        {"json": dict.fromkeys(map(str, range(65)), 0)},
+        422,
+        "invalid_option",
+    ),
+    "a list for an option": ("encode", {"json": {"images": [], "draws": [0]}}, 422, "invalid_option"),
+    "a field twice": ("encode", {"content": b'{"draws": 1, "draws": 2}', "headers": JSON}, 422, "invalid_option"),
+    "a NUL in a field's name": (
+        "encode",
+        {"content": b'{"images": [[0]], "a\\u0000b": 1}', "headers": JSON},
+        422,
+        "invalid_option",
+    ),
+    "no time at all": (
+        "encode",
+        {"content": GOOD.tobytes(), "headers": {**RAW, "x-timeout-ms": "00"}},
+        422,
+        "invalid_option",
     ),
     "an unknown option": ("encode?drawz=1", {"content": GOOD.tobytes(), "headers": RAW}, 422, "invalid_option"),
     "an unknown JSON key": ("sample", {"json": {"counts": 3}}, 422, "invalid_option"),
@@ -239,7 +264,9 @@ def test_a_wrong_shape_names_both_and_the_fix(client: httpx.Client) -> None:
 
 def test_a_body_above_the_limit_names_the_setting(client: httpx.Client) -> None:
     """Refused by its announced length, and by what arrives where none is announced."""
-    head = f"POST /v1/encode HTTP/1.1\r\nhost: x\r\ncontent-length: {64 * 2**20 + 4}\r\nconnection: close\r\n\r\n"
+    head = (
+        f"POST /v1/encode HTTP/1.1\r\nhost: localhost\r\ncontent-length: {64 * 2**20 + 4}\r\nconnection: close\r\n\r\n"
+    )
     with socket.create_connection((client.base_url.host, client.base_url.port or 80)) as connection:
         connection.sendall(head.encode())
         announced = connection.makefile().read()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import shutil
 import threading
 import time
@@ -38,7 +39,7 @@ async def client(
     models: Path, repository: Repository | None = None, **further: Any
 ) -> AsyncIterator[httpx.AsyncClient]:
     """The application around a repository, with model control."""
-    settings = Settings(models=models, **{"max_rows": 8, "threads": 1, "model_control": True, **further})
+    settings = Settings(models=models, **{"max_rows": 8, "threads": 1, "model_control": "anonymous", **further})
     app = create_app(settings, repository)
     transport = httpx.ASGITransport(app)
     async with (
@@ -93,7 +94,7 @@ def test_a_new_version_takes_over_and_no_request_is_lost(
     flat_models: Path, brighter: Brighter, serve: Callable[[FastAPI], AbstractContextManager[str]]
 ) -> None:
     """Under steady load every request is answered, by the version it says, which changes once; the old one is freed."""
-    settings = Settings(models=flat_models, versions="latest", model_control=True, max_rows=8, threads=1)
+    settings = Settings(models=flat_models, versions="latest", model_control="anonymous", max_rows=8, threads=1)
     repository = open_repository(settings)
     old = weakref.ref(repository.find(None, None))
     expected = {"1": repository.find(None, None).graphs["decoder"](Z)[0].tobytes()}
@@ -345,3 +346,109 @@ def test_a_bad_model_beside_good_ones_is_named_and_the_rest_serve(
             assert (await one.post("http://x/v1/models/other/sample")).json()["code"] == "not_ready"
 
     asyncio.run(scenario())
+
+
+CONTROL_PATHS = ("/load", "/unload", "/versions/1/load", "/versions/1/unload")
+KEYS = {"ops": "control", "alice": "infer"}
+
+
+def bearer(name: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {name}-0123456789abcdef"}
+
+
+@pytest.fixture
+def api_keys(tmp_path: Path) -> str:
+    """A file with a key for each right."""
+    path = tmp_path / "keys"
+    path.write_text("".join(f"{name} {name}-0123456789abcdef {right}\n" for name, right in KEYS.items()))
+    path.chmod(0o600)
+    return str(path)
+
+
+@pytest.mark.parametrize("open_to_all", [False, True])
+def test_control_needs_a_key(flat_models: Path, open_to_all: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """That an address is open to callers without keys does not open control; the refusal and the log name both ways."""
+
+    async def scenario() -> None:
+        async with client(flat_models, model_control=True, allow_anonymous=open_to_all) as one:
+            for path in CONTROL_PATHS:
+                refused = await one.post(path)
+                assert (refused.status_code, refused.json()["code"]) == (403, "control_off")
+                assert "VAE_API_KEYS" in refused.json()["detail"]
+                assert "VAE_MODEL_CONTROL=anonymous" in refused.json()["detail"]
+            assert await version(one) == "1"
+
+    asyncio.run(scenario())
+    assert [record.name for record in caplog.records if "VAE_MODEL_CONTROL" in record.message] == ["service.doors"]
+
+
+@pytest.mark.parametrize("control", [True, "anonymous"])
+def test_where_there_are_keys_control_needs_one_with_the_right(
+    flat_models: Path, api_keys: str, control: bool | str
+) -> None:
+    """Also where callers without a key might control if there were no keys."""
+
+    async def scenario() -> None:
+        async with client(flat_models, model_control=control, api_keys=api_keys) as one:
+            for path in CONTROL_PATHS:
+                assert (await one.post(path)).status_code == 401
+                assert (await one.post(path, headers=bearer("alice"))).status_code == 403
+                assert (await one.post(path, headers=bearer("ops"))).status_code == 200
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        {"origin": "http://evil.example", "sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"},
+        {"origin": "null", "content-type": "application/x-www-form-urlencoded"},
+        {"origin": "http://evil.example", "host": "evil.example"},
+        {"origin": "http://evil.example:8000", "host": "evil.example:8000", "sec-fetch-site": "same-origin"},
+    ],
+    ids=["fetch", "form", "rebinding", "rebinding of this port"],
+)
+def test_a_page_of_others_unloads_nothing(flat_models: Path, page: dict[str, str]) -> None:
+    """On a machine whose service anybody may control."""
+
+    async def scenario() -> None:
+        async with client(flat_models) as one:
+            for path in CONTROL_PATHS:
+                refused = await one.post(path, headers=page)
+                assert (refused.status_code, refused.json()["code"]) in ((403, "cross_site"), (421, "unknown_host"))
+            assert await version(one) == "1"
+
+    asyncio.run(scenario())
+
+
+def test_every_order_is_in_the_audit_log(flat_models: Path, api_keys: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Who gave it, from where, about what, and what came of it; names that callers make up cannot forge a line."""
+    caplog.set_level(logging.INFO, "service.audit")
+
+    async def scenario() -> None:
+        async with client(flat_models, api_keys=api_keys) as one:
+            headers = {**bearer("ops"), "x-request-id": "r-1"}
+            await one.post("/unload", headers=headers)
+            await one.post("/versions/1/load", headers=headers)
+            await one.post("/versions/9/load", headers=headers)
+            await one.post("http://x/v1/models/a%0Ab/load", headers=headers)
+            await one.post("/load", headers=bearer("alice"))
+        async with client(flat_models, model_control=False) as one:
+            await one.post("/load")
+
+    asyncio.run(scenario())
+    told = [record for record in caplog.records if record.name == "service.audit"]
+    assert [
+        (line.action, line.model, line.version, line.outcome, line.key)  # type: ignore[attr-defined]
+        for line in told
+    ] == [
+        ("unload", "mnist-2d", "", "ok", "ops"),
+        ("load", "mnist-2d", "1", "ok", "ops"),
+        ("load", "mnist-2d", "9", "unknown_model", "ops"),
+        ("load", "a\nb", "", "unknown_model", "ops"),
+        ("load", "mnist-2d", "", "control_off", ""),
+    ]
+    assert told[0].getMessage() == (
+        "unload model mnist-2d version (all): ok (by the API key ops at 127.0.0.1, request r-1)"
+    )
+    assert all("\n" not in line.getMessage() for line in told)

@@ -12,8 +12,9 @@ import pytest
 import yaml
 
 from docs.reference import PAGE, with_tables
-from service.config import Settings
-from service.errors import ServiceError
+from service.config import Settings, split
+from service.errors import ReaderFault, ServiceError
+from service.hosts import Hosts
 from service.telemetry import Telemetry
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -52,7 +53,7 @@ def test_queries_name_metrics_and_outcomes_that_exist(expression: str) -> None:
     """In the dashboard and in the alerts."""
     assert set(re.findall(r"\bvae_\w+", expression)) <= exposed()
     outcomes = [code for found in re.findall(r'outcome=~?"([^"]+)"', expression) for code in found.split("|")]
-    assert set(outcomes) <= {"ok", "internal_error", *codes()}
+    assert set(outcomes) <= {"ok", "internal_error", ReaderFault.outcome, *codes()}
 
 
 def test_the_queue_that_fills_is_the_default_one() -> None:
@@ -102,6 +103,21 @@ def test_kubernetes_runs_it_as_compose_does() -> None:
     labels = MANIFEST["Deployment"]["spec"]["template"]["metadata"]["labels"]
     selectors = [MANIFEST[kind]["spec"]["selector"]["matchLabels"] for kind in ("Deployment", "PodDisruptionBudget")]
     assert [*selectors, MANIFEST["Service"]["spec"]["selector"]] == [labels] * 3
+
+
+def test_what_is_deployed_answers_to_its_names() -> None:
+    """Those under which other containers and pods ask for it."""
+    line = next(line for line in COMPOSE["vae"]["environment"] if line.startswith("VAE_ALLOWED_HOSTS="))
+    hosts = Hosts(split(re.findall(r":-([^}]+)", line)[0]))
+    assert all(hosts.allow(f"{name}:8000".encode()) for name in ("vae", "vae-gpu"))
+    (container,) = POD["containers"]
+    variables = {one["name"]: one for one in container["env"]}
+    assert variables["POD_NAMESPACE"]["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.namespace"
+    hosts = Hosts(split(variables["VAE_ALLOWED_HOSTS"]["value"].replace("$(POD_NAMESPACE)", "ours")))
+    service = MANIFEST["Service"]["metadata"]["name"]
+    for name in (service, f"{service}.ours", f"{service}.ours.svc", f"{service}.ours.svc.cluster.local"):
+        assert hosts.allow(name.encode()), name
+    assert not hosts.allow(b"vae.theirs")
 
 
 def test_kubernetes_loses_no_request() -> None:

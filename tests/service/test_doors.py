@@ -6,7 +6,6 @@ import asyncio
 import re
 import ssl
 import threading
-import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -30,7 +29,6 @@ from service.doors import Doors, address_of, needed_right
 from service.errors import StartError
 from service.exposure import check
 from service.keys import CONTROL, INFER, Limits, limits_of
-from service.rates import Counts
 from service.repository import Repository
 from service.route import OperationRoute
 from service.tracking import Tracking
@@ -93,7 +91,7 @@ def test_nobody_comes_in_without_a_key(locked: FastAPI) -> None:
                 assert (answer.status_code, answer.json()["code"]) == (401, "unauthenticated")
                 assert answer.headers["content-type"] == "application/problem+json"
                 assert answer.headers["www-authenticate"] == "Bearer"
-        for path in ("/health/live", "/metrics", "/docs", "/openapi.json"):
+        for path in ("/health/live", "/metrics", "/docs", "/docs/swagger-ui.css", "/openapi.json"):
             assert (await client.get(path)).status_code == 200
         assert 'vae_refused_total{code="unauthenticated"} 12.0' in (await client.get("/metrics")).text
         assert (await client.get("/v1/models", headers=bearer(OPS))).json() == {"models": []}
@@ -109,6 +107,24 @@ def test_two_keys_are_none(locked: FastAPI) -> None:
         assert (await client.get("/v1/models", headers=both)).status_code == 401
 
     asked(locked, scenario)
+
+
+def test_a_prefix_changes_no_right(keys: str) -> None:
+    """Where a proxy shows the service below a path, the same is open, and the same needs a key."""
+
+    async def scenario(client: httpx.AsyncClient) -> None:
+        for prefix in ("", "/vae"):
+            assert (await client.get(f"{prefix}/health/live")).status_code == 200
+            assert (await client.get(f"{prefix}/v1/models")).status_code == 401
+            refused = await client.post(f"{prefix}/v1/models/m/load", headers=bearer(ALICE))
+            assert (refused.status_code, refused.json()["code"]) == (403, "forbidden")
+
+    async def run() -> None:
+        transport = httpx.ASGITransport(empty(api_keys=keys), root_path="/vae")
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            await scenario(client)
+
+    asyncio.run(run())
 
 
 def test_a_key_opens_what_it_has_the_right_to(locked: FastAPI) -> None:
@@ -133,9 +149,11 @@ def test_whatever_is_no_operation_wants_the_right_to_control(unlocked: FastAPI) 
     for route in posts:
         path = re.sub(r"\{\w+\}", "m", route.path)  # type: ignore[attr-defined]
         assert needed_right("POST", path) == (INFER if isinstance(route, OperationRoute) else CONTROL)
-    for path in [*CONTROL_PATHS, "/v1/models/m/load\n", "/v1/models/a\nb/load"]:
+    spelled = ["\n", "/", "//", " ", "\r\n/"]
+    for path in [*(path + end for path in CONTROL_PATHS for end in ("", *spelled)), "/v1/models/a\nb/load"]:
         assert needed_right("POST", path) == CONTROL
     assert needed_right("DELETE", "/v1/models/m") == CONTROL
+    assert needed_right("POST", "/vae/v1/models/m/unload") == needed_right("POST", "//v1//models/m/load") == CONTROL
     assert needed_right("POST", "/v1/models/load/encode") == INFER
     assert needed_right("GET", "/v1/models/m/load") is None
 
@@ -168,16 +186,37 @@ def test_anonymous_callers_are_counted_by_address() -> None:
     asked(app, often, "192.0.2.2")
 
 
-def test_counts_are_forgotten_and_need_no_thread() -> None:
-    """Memory does not grow with the addresses that ever called."""
-    counts = Counts(clean_s=0.0)
-    time.sleep(0.05)  # the library starts one thread, which ends
-    before = threading.active_count()
-    assert [[counts.incr(str(caller), 0.2) for caller in range(100)] for _ in range(2)] == [[1] * 100, [2] * 100]
-    assert threading.active_count() == before
-    time.sleep(0.25)
-    assert counts.incr("0", 60) == 1
-    assert len(counts.storage) == len(counts.expirations) == 1
+OPENED = ("/openapi.json", "/metrics", "/docs")
+
+
+def test_what_is_open_is_open_at_a_rate() -> None:
+    """For each address without a key; never health, nor operations."""
+    app = empty(open_rate="3/day")
+
+    async def often(client: httpx.AsyncClient) -> None:
+        assert [(await client.get(path)).status_code for path in (*OPENED, *OPENED)] == [200] * 3 + [429] * 3
+        refused = await client.head("/metrics")
+        assert refused.status_code == 429
+        assert int(refused.headers["retry-after"]) >= 1
+        for path, status in (("/health/live", 200), ("/v1/models", 200), ("/nowhere", 404)):
+            assert [(await client.get(path)).status_code for _ in range(5)] == [status] * 5
+
+    asked(app, often, "192.0.2.1")
+    asked(app, often, "192.0.2.2")
+
+
+def test_a_key_opens_what_is_open_at_any_rate_and_guesses_are_counted(keys: str) -> None:
+    """Guesses keep neither the address's key out nor what is open."""
+    app = empty(open_rate="3/day", api_keys=keys)
+
+    async def scenario(client: httpx.AsyncClient) -> None:
+        guesses = [(await client.get("/v1/models", headers=bearer(f"guess-{n}-0123456789"))) for n in range(5)]
+        assert [guess.status_code for guess in guesses] == [401] * 3 + [429] * 2
+        assert [(await client.get("/metrics", headers=bearer(OPS))).status_code for _ in range(5)] == [200] * 5
+        assert [(await client.get("/metrics")).status_code for _ in range(4)] == [200] * 3 + [429]
+        assert (await client.get("/v1/models", headers=bearer(OPS))).status_code == 200
+
+    asked(app, scenario)
 
 
 @pytest.mark.parametrize(
@@ -234,8 +273,8 @@ def test_calls_at_the_same_time_are_limited_and_refused_unread() -> None:
 
 
 def test_doors_that_nobody_asked_for_are_not_there(unlocked: FastAPI) -> None:
-    """By default nothing stands before the operations."""
-    assert [added.cls for added in unlocked.user_middleware] == [Tracking]
+    """By default the doors alone stand before the operations, and count nothing there."""
+    assert [added.cls for added in unlocked.user_middleware] == [Tracking, Doors]
     assert Limits() == limits_of("", 0)
 
 
@@ -268,11 +307,11 @@ def test_the_page_is_told_what_it_may_do(unlocked: FastAPI) -> None:
         for kind, pattern in (
             ("script-src", r'<script src="([^"]+)"'),
             ("style-src", r'rel="stylesheet" href="([^"]+)"'),
+            ("img-src", r'rel="shortcut icon" href="([^"]+)"'),
         ):
             (source,) = re.findall(pattern, page.text)
-            assert any(source.startswith(allowed) for allowed in policy[kind].split())
-        (icon,) = re.findall(r'rel="shortcut icon" href="([^"]+)"', page.text)
-        assert any(icon.startswith(allowed) for allowed in policy["img-src"].split())
+            assert "//" not in source
+            assert "'self'" in policy[kind].split()
         assert policy["default-src"] == policy["frame-ancestors"] == "'none'"
         assert policy["connect-src"] == "'self'"
         assert page.headers["x-frame-options"] == "DENY"
@@ -287,7 +326,9 @@ def test_the_documentation_can_be_closed_and_tells_of_keys(locked: FastAPI) -> N
     """Closed, it is nowhere; where keys are needed, it says so."""
 
     async def closed(client: httpx.AsyncClient) -> None:
-        assert [(await client.get(path)).status_code for path in ("/docs", "/openapi.json")] == [404, 404]
+        assert [
+            (await client.get(path)).status_code for path in ("/docs", "/openapi.json", "/docs/swagger-ui.css")
+        ] == [404] * 3
 
     async def told(client: httpx.AsyncClient) -> None:
         document = (await client.get("/openapi.json")).json()

@@ -29,9 +29,9 @@ def test_requests_of_callers_that_left_are_dropped(
     slow: Callable[[float], Repository], serve: Callable[[FastAPI], AbstractContextManager[str]]
 ) -> None:
     """Behind a batch, ten callers hang up; their rows are not computed, and the next caller is served."""
-    head = "POST /v1/decode HTTP/1.1\r\nhost: x\r\ncontent-type: application/octet-stream\r\ncontent-length: {}\r\n\r\n"
+    head = b"POST /v1/decode HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/octet-stream\r\n"
     body = bytes(8 * 8 * 4)
-    request = head.format(len(body)).encode() + body
+    request = head + b"content-length: %d\r\n\r\n" % len(body) + body
     with serve(create_app(Settings(max_rows=8), slow(0.3))) as url, httpx.Client(base_url=url) as client:
         address = (client.base_url.host, client.base_url.port or 80)
         with socket.create_connection(address) as busy:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 from pathlib import Path
@@ -34,6 +35,7 @@ def written(path: Path, text: str) -> None:
     """A new file in the place of the old one, as an orchestrator's secret changes."""
     new = path.with_suffix(".new")
     new.write_text(text)
+    new.chmod(0o600)
     os.replace(new, path)  # noqa: PTH105
 
 
@@ -92,11 +94,11 @@ def test_a_changed_file_is_read_again(path: Path) -> None:
     assert keys.find(OPS.encode())
 
 
-@pytest.mark.parametrize("text", ["nonsense", "", None])
+@pytest.mark.parametrize("text", ["nonsense", None])
 def test_a_broken_file_changes_nothing(path: Path, text: str | None, caplog: pytest.LogCaptureFixture) -> None:
     """The old keys stay, the log says why, once; a file that is mended counts again."""
     clock = Clock()
-    path.write_text(f"alice {ALICE} infer\n")
+    written(path, f"alice {ALICE} infer\n")
     keys = Keyring(path, clock)
     path.unlink() if text is None else written(path, text)
     for _ in range(3):
@@ -108,3 +110,80 @@ def test_a_broken_file_changes_nothing(path: Path, text: str | None, caplog: pyt
     written(path, f"ops {OPS} infer\n")
     clock.now += LOOK_S
     assert keys.find(OPS.encode())
+
+
+@pytest.mark.parametrize("text", ["", "\n \n", "# nobody any more\n"])
+def test_a_file_that_stays_empty_revokes_every_key(path: Path, text: str, caplog: pytest.LogCaptureFixture) -> None:
+    """At the second look, since a file is empty also while it is written; new keys count at once."""
+    clock = Clock()
+    written(path, f"alice {ALICE} infer\n")
+    keys = Keyring(path, clock)
+    written(path, text)
+    clock.now += LOOK_S
+    assert keys.find(ALICE.encode())
+    clock.now += LOOK_S
+    assert keys.find(ALICE.encode()) is None
+    clock.now += LOOK_S
+    assert keys.find(ALICE.encode()) is None
+    (record,) = caplog.records
+    assert "no API key is valid any more" in record.message
+    written(path, f"ops {OPS} infer\n")
+    clock.now += LOOK_S
+    assert keys.find(OPS.encode())
+
+
+@pytest.mark.parametrize("between", [f"alice {ALICE} infer\n", "half a li", None])
+def test_a_file_that_is_empty_now_and_then_revokes_nothing(path: Path, between: str | None) -> None:
+    """Two looks in a row count."""
+    clock = Clock()
+    written(path, f"alice {ALICE} infer\n")
+    keys = Keyring(path, clock)
+    for text in ("", between, "", between):
+        path.unlink() if text is None else written(path, text)
+        clock.now += LOOK_S
+        assert keys.find(ALICE.encode())
+
+
+def test_a_worker_that_starts_after_all_keys_were_revoked_lets_nobody_in(path: Path) -> None:
+    """It does not end, and takes the keys that come."""
+    clock = Clock()
+    written(path, "")
+    keys = Keyring(path, clock)
+    assert keys.find(ALICE.encode()) is None
+    written(path, f"ops {OPS} infer\n")
+    clock.now += LOOK_S
+    assert keys.find(OPS.encode())
+
+
+def test_keys_are_revoked_also_where_nobody_calls(path: Path) -> None:
+    """The first call after a while finds what the file says by then."""
+    written(path, f"alice {ALICE} infer\n")
+    clock = Clock()  # which stands still: no call looks at the file
+    keys = Keyring(path, clock)
+    written(path, "")
+
+    async def wait() -> None:
+        watch = asyncio.create_task(keys.watch())
+        async with asyncio.timeout(30):
+            while keys.find(ALICE.encode()):  # noqa: ASYNC110  # what is waited for is a look at a file
+                await asyncio.sleep(0.05)
+        watch.cancel()
+
+    asyncio.run(wait())
+
+
+@pytest.mark.parametrize("mode", [0o604, 0o602, 0o644])
+def test_a_file_that_others_can_read_is_warned_of(path: Path, mode: int, caplog: pytest.LogCaptureFixture) -> None:
+    """At the start, and when it becomes so, also through a link; once each. Its keys count."""
+    clock = Clock()
+    target = path.with_suffix(".target")
+    written(target, f"alice {ALICE} infer\n")
+    path.symlink_to(target)
+    target.chmod(mode)
+    keys = Keyring(path, clock)
+    assert [str(path) in record.message for record in caplog.records] == [True]
+    for changed, warned in ((0o640, 1), (0o400, 1), (mode, 2), (mode, 2)):
+        target.chmod(changed)
+        clock.now += LOOK_S
+        assert keys.find(ALICE.encode())
+        assert len(caplog.records) == warned

@@ -265,8 +265,10 @@ def test_where_nothing_is_seen_the_answer_is_the_priors_mean(
     prior = graphs["decoder"](standard_normal(0, 64, (8,)))[0].mean(0)
     assert np.allclose(numbers(answer)[1], prior, atol=1e-5)
     assert np.allclose(numbers(answer)[0], images[0], atol=1e-6)
-    assert "image 1: the answer is the mean of the prior" in answer.json()["note"]
-    assert answer.headers["x-note"] == answer.json()["note"]
+    (note,) = answer.json()["notes"]
+    assert (note["code"], note["rows"]) == ("nothing_seen", [1])
+    assert "mean of the prior" in note["detail"]
+    assert answer.headers["x-note"].startswith('nothing_seen;rows="1";detail="the mask hides all')
 
 
 @pytest.mark.parametrize("quality", ["fast", "refined"])

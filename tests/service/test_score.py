@@ -307,9 +307,10 @@ def test_of_grey_levels_under_black_and_white_pixels_there_is_only_a_bound(
         grey, bits = (client.post(f"/v1/score?seed=1{more}", json=request).json() for more in ("", "&binarise=sample"))
     assert {"elbo", "log_likelihood", "kl", "percentile"} <= grey.keys()
     assert not {"importance_weighted", "standard_error"} & grey.keys()
-    assert "no probability" in grey["note"]
+    assert [(note["code"], note["rows"]) for note in grey["notes"]] == [("grey_levels", [0, 1, 2])]
+    assert "no probability" in grey["notes"][0]["detail"]
     assert "importance_weighted" in bits
-    assert not {"note", "percentile"} & bits.keys()  # the percentiles are those of grey levels
+    assert not {"notes", "percentile"} & bits.keys()  # the percentiles are those of grey levels
 
 
 def test_a_model_of_grey_levels_takes_them_as_they_are(model: Model, serve: Serve, images: Rows) -> None:

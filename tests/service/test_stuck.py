@@ -22,7 +22,7 @@ from service.config import Settings
 from service.errors import DeadlinePassed, InferenceFailed, NotReady, Overloaded
 from service.model import Model
 from service.repository import Repository
-from service.thread import ComputingThread
+from service.thread import ComputingThreads
 
 ONE = (np.ones((1, 2), np.float32),)
 ROOT = Path(__file__).parents[2]
@@ -142,8 +142,8 @@ def test_closing_does_not_wait_for_a_batch_that_nobody_waits_for() -> None:
 def test_a_process_ends_although_its_thread_hangs() -> None:
     """The interpreter does not wait for it."""
     script = (
-        "import threading, time\nfrom service.thread import ComputingThread\nentered = threading.Event()\n"
-        "one = ComputingThread('hangs')\none.run(lambda: (entered.set(), time.sleep(60)))\nentered.wait()\n"
+        "import threading, time\nfrom service.thread import ComputingThreads\nentered = threading.Event()\n"
+        "one = ComputingThreads('hangs')\none.run(lambda: (entered.set(), time.sleep(60)))\nentered.wait()\n"
     )
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=20, check=False).returncode == 0
 
@@ -151,10 +151,10 @@ def test_a_process_ends_although_its_thread_hangs() -> None:
 def test_a_thread_ends_with_its_owner() -> None:
     """Nobody needs to close it."""
     ran = threading.Event()
-    owner = ComputingThread("short-lived")
+    owner = ComputingThreads("short-lived")
     owner.run(ran.set)
     assert ran.wait(5)
-    thread = owner._thread
+    (thread,) = owner._threads
     del owner
     gc.collect()
     thread.join(5)

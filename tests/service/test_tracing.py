@@ -94,6 +94,16 @@ def test_a_request_is_a_span_with_its_queue_and_batch(
     assert others == {"GET /v1/models"}
 
 
+def test_a_span_names_the_key(collector: type[Collector], serve: Serve, tmp_path: Path) -> None:
+    """By its name."""
+    keys = tmp_path / "keys"
+    keys.write_text("alice alice-0123456789abcdef infer\n")
+    with serve(create_app(Settings(tracing=True, api_keys=str(keys)), Repository({}, ""))) as url:
+        for headers in ({"authorization": "Bearer alice-0123456789abcdef"}, {}):
+            httpx.get(f"{url}/v1/models", headers=headers)
+    assert sorted(attributes(span).get("vae.key", "") for span in collector.spans) == ["", "alice"]
+
+
 def test_a_failed_request_is_an_error_in_its_trace(collector: type[Collector], serve: Serve) -> None:
     """With the code of its problem."""
     with serve(create_app(Settings(tracing=True), Repository({}, ""))) as url:

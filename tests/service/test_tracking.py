@@ -146,6 +146,27 @@ def test_the_access_log_says_what_was_asked_and_what_came_of_it(
     assert (second.__dict__["status"], "\n" in second.getMessage()) == (404, False)
 
 
+def test_the_access_log_names_the_key(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """By its name, also where it is refused; a key that is not known has none."""
+    caplog.set_level(logging.INFO, "service.access")
+    keys = tmp_path / "keys"
+    keys.write_text("alice alice-0123456789abcdef control\n")
+
+    async def scenario() -> None:
+        async with asking(create_app(Settings(access_log=True, api_keys=str(keys)), Repository({}, ""))) as client:
+            for token in ("alice-0123456789abcdef", "guess-0123456789abcdef"):
+                headers = {"authorization": f"Bearer {token}", "x-request-id": "r1"}
+                await client.get("/v1/models", headers=headers)
+                await client.post("/v1/encode", headers=headers)
+
+    asyncio.run(scenario())
+    told = [record for record in caplog.records if record.name == "service.access"]
+    named = [(record.__dict__["status"], record.__dict__.get("key")) for record in told]
+    assert named == [(200, "alice"), (403, "alice"), (401, None), (401, None)]
+    assert re.fullmatch(r'127.0.0.1:123 alice "GET /v1/models" 200 [\d.]+ ms r1', told[0].getMessage())
+    assert not any("0123456789" in str(record.__dict__) for record in told)
+
+
 def test_without_the_access_log_nothing_is_logged(small: Repository, caplog: pytest.LogCaptureFixture) -> None:
     """It is off by default."""
     caplog.set_level(logging.INFO)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import struct
 import zlib
 from pathlib import Path
 from typing import Any
@@ -296,3 +297,37 @@ def test_float_image_outside_0_to_1_is_named(value: float, tmp_path: Path) -> No
     deep(np.float32, value).save(tmp_path / "bad.tiff")
     with pytest.raises(DataError, match=r"bad\.tiff .*\[0, 1\]"):
         folder(mode="L").load(tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("kind", [np.int32, np.int16, np.uint32])
+def test_grey_whose_white_is_unknown_is_named(tmp_path: Path, kind: Any, mode: Any) -> None:
+    """An integer TIFF of 32 bits, or of 16 with a sign, is not divided by 65,535."""
+    two_good_ones(tmp_path)
+    (tmp_path / "bad.tiff").write_bytes(tiff(np.full((6, 5), 200, kind)))
+    with pytest.raises(DataError, match=r"bad\.tiff .*8 or 16 bits"):
+        folder(mode=mode).load(tmp_path)
+
+
+def test_16_bit_grey_of_any_format_is_scaled_alike(tmp_path: Path) -> None:
+    """PNG, TIFF of both byte orders, and PGM, which Pillow opens as 32-bit."""
+    values = np.full((6, 5), 0x8080, np.uint16)
+    deep(np.uint16, 0x8080).save(tmp_path / "a.png")
+    (tmp_path / "b.tiff").write_bytes(tiff(values))
+    (tmp_path / "c.tiff").write_bytes(tiff(values.astype(">u2")))
+    (tmp_path / "d.pgm").write_bytes(b"P5 5 6 65535\n" + values.astype(">u2").tobytes())
+    found = folder(mode="L", fit="resize").load(tmp_path)
+    assert {*found.train.unique().tolist(), *found.validation.unique().tolist(), *found.test.unique().tolist()} == {128}
+
+
+def tiff(values: Any) -> bytes:
+    """An uncompressed grey TIFF of one strip."""
+    order = ">" if values.dtype.byteorder == ">" else "<"
+    height, width = values.shape
+    kind = {"u": 1, "i": 2, "f": 3}[values.dtype.kind]
+    size = values.dtype.itemsize * 8
+    tags = [(256, width), (257, height), (258, size), (259, 1), (262, 1), (273, 8), (277, 1), (278, height)]
+    tags += [(279, values.nbytes), (339, kind)]
+    entries = b"".join(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in tags)
+    head = (b"MM" if order == ">" else b"II") + struct.pack(f"{order}HI", 42, 8 + values.nbytes)
+    return head + values.tobytes() + struct.pack(f"{order}H", len(tags)) + entries + bytes(4)

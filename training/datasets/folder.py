@@ -25,7 +25,8 @@ class Folder(Strict):
     """Every image below the directory, brought to one size and mode.
 
     fit: `crop` fills the size and cuts what stands out, `pad` keeps all and fills with black, `resize` stretches.
-    Transparent pixels are laid on black. 16-bit grey is scaled by 65,535; a float image must lie in [0, 1].
+    Transparent pixels are laid on black. 16-bit grey is scaled by 65,535; a float image must lie in [0, 1]; 32-bit
+    integer grey is refused.
     """
 
     dataset: Literal["folder"]
