@@ -91,9 +91,10 @@ COPY --from=models /models /models
 # engine's business.
 ENV VAE_HOST=0.0.0.0 VAE_ALLOW_ANONYMOUS=true VAE_MODELS=/models
 EXPOSE 8000
-# Not through urllib, which would ask a proxy that the environment names.
+# Not through urllib, which would ask a proxy that the environment names. Kubernetes sets VAE_PORT=tcp://... for a
+# service named vae.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --start-interval=1s --retries=3 CMD \
-    ["python", "-ISc", "import http.client as h, os, ssl; e = os.environ.get; at = '127.0.0.1', int(e('VAE_OPS_PORT') or e('VAE_PORT') or 8000); c = h.HTTPSConnection(*at, timeout=4, context=ssl._create_unverified_context()) if e('VAE_TLS_CERTIFICATE') else h.HTTPConnection(*at, timeout=4); c.request('GET', '/health/ready'); raise SystemExit(c.getresponse().status != 200)"]
+    ["python", "-ISc", "import http.client as h, os, ssl; e = os.environ.get; port = e('VAE_OPS_PORT') or e('VAE_PORT') or ''; at = '127.0.0.1', int(port) if port.isdigit() else 8000; c = h.HTTPSConnection(*at, timeout=4, context=ssl._create_unverified_context()) if e('VAE_TLS_CERTIFICATE') else h.HTTPConnection(*at, timeout=4); c.request('GET', '/health/ready'); raise SystemExit(c.getresponse().status != 200)"]
 CMD ["vae-serve"]
 
 FROM runtime AS train

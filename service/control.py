@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from typing import NamedTuple
 
 from service.config import Settings
-from service.errors import LoadRefused
+from service.errors import LoadRefused, NoRoom
 from service.orders import WHOLE, Orders, Report, Standing
 from service.repository import Repository
 from service.session import give_back_memory
@@ -47,7 +47,10 @@ class Control:
         if not (settings.poll_s or (settings.model_control and settings.workers > 1)):
             yield
             return
-        await asyncio.to_thread(self._catch_up)
+        try:
+            await asyncio.to_thread(self._catch_up)
+        except NoRoom as error:  # it can serve all the same, and tries again as long as it runs
+            log.error("%s", error)  # noqa: TRY400  # the message says all
         task = asyncio.create_task(self._follow())
         try:
             yield

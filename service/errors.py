@@ -190,6 +190,12 @@ class NotReady(ServiceError):
     code = "not_ready"
 
 
+class NoRoom(ServiceError):
+    """A file that the workers share cannot be written."""
+
+    code = "no_room"
+
+
 class DeadlinePassed(ServiceError):
     """The request's time ran out before its answer was there."""
 

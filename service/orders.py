@@ -11,10 +11,11 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from service.errors import NoRoom
 from service.selection import Selection
 
 WHOLE = ""
@@ -128,10 +129,21 @@ class Orders:
 
 
 def _replace(path: Path, content: object) -> None:
-    """A file is there as a whole or as it was."""
+    """A file is there as a whole or as it was.
+
+    Raises:
+        NoRoom: It cannot be written.
+    """
     draft = path.with_suffix(f".{os.getpid()}")
-    draft.write_text(json.dumps(content))
-    draft.replace(path)
+    try:
+        draft.write_text(json.dumps(content))
+        draft.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            draft.unlink()
+        raise NoRoom(
+            f"what the workers share cannot be written ({error.strerror}); make room in the temporary folder"
+        ) from error
 
 
 def _lives(path: Path) -> bool:

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 MEDIA_TYPE = "application/problem+json"
 INTERNAL = 500
 CLIENT_CLOSED_REQUEST = 499  # as nginx logs it; it reaches nobody
-CONTROL = (errors.ControlOff, errors.LoadRefused)
+CONTROL = (errors.ControlOff, errors.LoadRefused, errors.NoRoom)
 """What only loading and unloading answer with."""
 STATUS: dict[type[errors.ServiceError], int] = {
     errors.Malformed: 400,
@@ -45,6 +45,7 @@ STATUS: dict[type[errors.ServiceError], int] = {
     errors.InferenceFailed: INTERNAL,
     errors.Overloaded: 503,
     errors.NotReady: 503,
+    errors.NoRoom: 503,
     errors.TooManyConnections: 503,
     errors.DeadlinePassed: 504,
 }

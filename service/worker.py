@@ -30,6 +30,7 @@ from service.protocol import Protocol
 
 DUMP_SIGNAL = signal.SIGQUIT
 """Makes a worker write the stacks of its threads to standard error, whatever its interpreter is doing."""
+STOPPING = (signal.SIGTERM, signal.SIGINT)
 GO = b"serve"
 """What the supervisor answers to a worker that is ready."""
 FRESH_S = 0.5
@@ -62,8 +63,8 @@ def run(
     try:
         faulthandler.enable(2)
         faulthandler.register(DUMP_SIGNAL, 2)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # for the supervisor, as SIGINT is until it serves
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # for the supervisor
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # until there are handlers
         tracking.renew()
         app = _opened(settings, channel)
         if app is not None and channel.recv(len(GO)) == GO:
@@ -98,8 +99,9 @@ def end_process() -> None:
     signal.raise_signal(signal.SIGINT)
 
 
-def _serve(settings: Settings, app: FastAPI, listeners: list[socket.socket], beat: Callable[[], None]) -> None:
-    config = uvicorn.Config(
+def server_config(settings: Settings, app: Any, **more: Any) -> uvicorn.Config:
+    """How uvicorn serves."""
+    return uvicorn.Config(
         app,
         log_config=None,  # inherited
         access_log=False,  # ours knows the request's id
@@ -111,7 +113,12 @@ def _serve(settings: Settings, app: FastAPI, listeners: list[socket.socket], bea
         ssl_keyfile=settings.tls_key or None,
         server_header=False,
         timeout_graceful_shutdown=math.ceil(settings.timeout_s),
+        **more,
     )
+
+
+def _serve(settings: Settings, app: FastAPI, listeners: list[socket.socket], beat: Callable[[], None]) -> None:
+    config = server_config(settings, app)
     make_loop = config.get_loop_factory()
     loop = make_loop() if make_loop else asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
@@ -123,6 +130,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, app: FastAPI, settings: Settings, beat: Callable[[], None]) -> None:
         super().__init__(config)
+        config.load()  # not later: a signal may come before it serves
         self._app, self._drain_s, self._beat = app, settings.drain_s, beat
         self._beat_s = beat_s(settings)
         self._close_at: float | None = None
@@ -138,6 +146,7 @@ class Server(uvicorn.Server):
         """SIGTERM drains, SIGINT stops; each as often as it comes."""
         signal.signal(signal.SIGTERM, self._drain)
         signal.signal(signal.SIGINT, self._stop)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
         yield
 
     def _drain(self, *_: Any) -> None:

@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from service.audit import record
 from service.config import Settings
 from service.control import Control
-from service.errors import ControlOff, LoadRefused, ServiceError, UnknownModel
+from service.errors import ControlOff, LoadRefused, NoRoom, ServiceError, UnknownModel
 from service.orders import WHOLE
 from service.problems import documented
 from service.repository import Repository
@@ -26,7 +26,7 @@ DONE = {
 ANSWERS = {
     **example(DONE),
     202: {"description": "Done here; some workers have not followed yet"},
-    **documented(ControlOff, UnknownModel, LoadRefused),
+    **documented(ControlOff, UnknownModel, LoadRefused, NoRoom),
 }
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.faults.conftest import workers_of
 from training.experiments.served import started
 
 Start = Callable[..., AbstractContextManager[tuple[subprocess.Popen[str], str]]]
@@ -400,24 +401,11 @@ def test_an_address_has_no_more_connections_than_it_may(start_service: Start, mo
 
         assert eventually(free)
         assert not free()
-        workers = children(process.pid)
+        workers = workers_of(process.pid)
         assert len(workers) == 2
         for worker in workers:
             os.kill(worker, signal.SIGKILL)
         assert eventually(free)
-
-
-def children(process: int) -> list[int]:
-    """Workers that serve: Python's helpers have other command lines."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = path.read_text().rpartition(")")[2].split()[1]
-            if int(parent) == process and b"spawn_main" in (path.parent / "cmdline").read_bytes():
-                found.append(int(path.parent.name))
-        except OSError:
-            continue
-    return found
 
 
 def test_a_trusted_proxy_is_not_counted(start_service: Start, models: Path) -> None:

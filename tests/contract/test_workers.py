@@ -14,8 +14,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.rates import LOOK_S
-from tests.faults.conftest import eventually
-from tests.faults.test_several_processes import workers_of
+from tests.faults.conftest import eventually, workers_of
 
 REQUESTS = 40
 

@@ -45,13 +45,19 @@ class Service(NamedTuple):
         """Of loopback."""
         return int(self.url.rsplit(":", 1)[1])
 
+    @property
+    def worker(self) -> int:
+        """The process that serves; the one that was started watches it."""
+        (pid,) = workers_of(self.process.pid)
+        return pid
+
     def descriptors(self) -> int:
         """Open files and connections."""
-        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+        return len(list(Path(f"/proc/{self.worker}/fd").iterdir()))
 
     def kib(self, measure: str) -> int:
         """A line of its memory in /proc."""
-        found = re.search(rf"{measure}:\s+(\d+) kB", Path(f"/proc/{self.process.pid}/status").read_text())
+        found = re.search(rf"{measure}:\s+(\d+) kB", Path(f"/proc/{self.worker}/status").read_text())
         assert found
         return int(found[1])
 
@@ -80,6 +86,12 @@ def service(small_models: Path) -> Iterator[Service]:
         one = Service(process, url, small_models)
         eventually(lambda: answers(url))
         yield one
+
+
+def workers_of(supervisor: int) -> list[int]:
+    """The processes that serve."""
+    children = Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text()
+    return [int(child) for child in children.split()]
 
 
 def answers(url: str) -> bool:

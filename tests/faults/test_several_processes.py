@@ -10,17 +10,21 @@ import sys
 import time
 from pathlib import Path
 
-from tests.faults.conftest import LIMIT_S, ROOT, Outcome, Service, answers, eventually, keep_asking, wire
+from tests.faults.conftest import (
+    LIMIT_S,
+    ROOT,
+    Outcome,
+    Service,
+    answers,
+    eventually,
+    keep_asking,
+    wire,
+    workers_of,
+)
 from training.experiments.served import started
 
 CALLERS = 8
 REQUEST = wire("/v1/sample?count=4&seed=7")
-
-
-def workers_of(pid: int) -> list[int]:
-    """Children of the process that serve; multiprocessing's resource tracker is none."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(c) for c in children if b"resource_tracker" not in Path(f"/proc/{c}/cmdline").read_bytes()]
 
 
 async def killed_under_load(service: Service) -> tuple[list[Outcome], list[int]]:

@@ -22,16 +22,17 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from fastapi import FastAPI
 from starlette.types import Message, Scope
 
-from service.__main__ import bind, server_config, url_of
 from service.app import create_app
 from service.config import Settings
 from service.doors import Doors, address_of, needed_right
 from service.errors import StartError
 from service.exposure import check
 from service.keys import CONTROL, INFER, Limits, limits_of
+from service.listeners import bind
 from service.repository import Repository
 from service.route import OperationRoute
 from service.tracking import Tracking
+from service.worker import server_config
 
 ALICE, OPS = "alice-0123456789abcdef", "ops-0123456789abcdef"
 BOB = "bob-0123456789abcdef"
@@ -384,13 +385,13 @@ async def mirror(scope: Scope, _receive: Any, send: Any) -> None:
 @contextmanager
 def served(settings: Settings) -> Iterator[str]:
     """The mirror, as `python -m service` serves an application, in a thread."""
-    listener = bind(settings, 0)
+    (listener,) = bind(settings.model_copy(update={"port": 0}))
     listener.listen()
     server = uvicorn.Server(server_config(settings, mirror, lifespan="off"))
-    thread = threading.Thread(target=server.run, args=([listener],))
+    thread = threading.Thread(target=server.run, args=([listener.socket],))
     thread.start()
     try:
-        yield url_of(settings, listener)
+        yield listener.url
     finally:
         server.should_exit = True
         thread.join()

@@ -17,12 +17,13 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
-from service.__main__ import bind, server_config, url_of
 from service.app import create_app
 from service.config import Settings, read_settings
 from service.errors import StartError
 from service.hosts import Hosts
+from service.listeners import bind
 from service.repository import Repository
+from service.worker import server_config
 
 KEY = "ops-0123456789abcdef"
 OWN = "http://localhost:8000"
@@ -91,13 +92,13 @@ def asked(
 def served(**settings: Any) -> Iterator[tuple[str, int]]:
     """The service without a model, served as `python -m service` does; its address and port."""
     chosen = Settings(**settings)
-    listener = bind(chosen, 0)
+    (listener,) = bind(chosen.model_copy(update={"port": 0}))
     listener.listen()
     server = uvicorn.Server(server_config(chosen, create_app(chosen, Repository({}, ""))))
-    thread = threading.Thread(target=server.run, args=([listener],))
+    thread = threading.Thread(target=server.run, args=([listener.socket],))
     thread.start()
     try:
-        url = httpx.URL(url_of(chosen, listener))
+        url = httpx.URL(listener.url)
         yield url.host, url.port or 80
     finally:
         server.should_exit = True
