@@ -19,6 +19,7 @@ import onnxruntime as ort  # after the line above
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 ERROR_SEVERITY = 3
+M_MMAP_THRESHOLD, LARGE_BLOCK = -3, 2**21
 NO_MEMORY = ("bad_alloc", "Failed to allocate memory")
 """How onnxruntime says that there is none, in its own and in the operating system's words."""
 
@@ -58,6 +59,17 @@ def give_back_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
     if trim is not None:
         trim(0)
+
+
+def return_large_blocks() -> None:
+    """Let memory of large arrays go back to the system when it is freed.
+
+    glibc raises the size from which it does so with every large block that is freed, up to 32 MiB, and then keeps what
+    one large body took.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
 
 
 class Session:

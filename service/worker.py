@@ -27,6 +27,7 @@ from service.connections import Connections
 from service.errors import StartError
 from service.logs import FLUSH_S, outputs
 from service.protocol import Protocol
+from service.session import return_large_blocks
 
 DUMP_SIGNAL = signal.SIGQUIT
 """Makes a worker write the stacks of its threads to standard error, whatever its interpreter is doing."""
@@ -66,6 +67,7 @@ def run(
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # for the supervisor
         signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # until there are handlers
         tracking.renew()
+        return_large_blocks()
         app = _opened(settings, channel)
         if app is not None and channel.recv(len(GO)) == GO:
             _serve(settings, app, listeners, beat)
