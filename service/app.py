@@ -27,6 +27,7 @@ from service.engine import Engine
 from service.errors import ServiceError
 from service.memory import Memory
 from service.methods import Methods, RootPath
+from service.model import LoadLimits
 from service.offload import Offload
 from service.orders import Orders, Standing
 from service.pages import PageHeaders
@@ -74,7 +75,10 @@ def open_repository(settings: Settings, standing: Standing = Standing()) -> Repo
     provider = execution_provider(settings.execution_provider)
     threads = settings.threads or max(1, cpu_count() // settings.workers)
     models, selection = local_copy(settings), Selection(settings.versions)
-    return Repository.open(models, settings.default_model, provider, threads, settings.max_rows, selection, standing)
+    limits = LoadLimits(settings.load_limit_s, settings.load_memory_bytes)
+    return Repository.open(
+        models, settings.default_model, provider, threads, settings.max_rows, selection, standing, limits
+    )
 
 
 def create_app(

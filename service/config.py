@@ -112,6 +112,10 @@ class Settings(BaseSettings):
     whoever may call, where no keys are asked for."""
     poll_s: Annotated[float, Field(ge=0)] = 0.0
     """How often the folder is looked through for new versions; 0 is never."""
+    load_limit_s: Annotated[float, Field(gt=0, le=3600)] = 60.0
+    """How long opening and replaying one version may take before it is refused."""
+    load_memory_bytes: Annotated[int, Field(ge=2**26)] = 4 * 2**30
+    """Memory that opening one version may take before it is refused; never more than is free."""
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 from service.config import Settings
 from service.errors import LoadRefused, NoRoom
@@ -15,6 +16,7 @@ from service.orders import WHOLE, Orders, Report, Standing
 from service.repository import Repository
 from service.session import give_back_memory
 from service.telemetry import Telemetry
+from service.thread import ComputingThreads
 
 FOLLOW_S = 1.0
 """How often a worker looks for orders that others took."""
@@ -22,6 +24,8 @@ ROLL_CALL_S = 0.1
 """How often the worker that took one looks whether the others have followed."""
 
 log = logging.getLogger(__name__)
+
+Found = TypeVar("Found")
 
 
 class Outcome(NamedTuple):
@@ -37,6 +41,7 @@ class Control:
     def __init__(self, repository: Repository, orders: Orders, settings: Settings, telemetry: Telemetry) -> None:
         self._repository, self._orders, self._settings, self._telemetry = repository, orders, settings, telemetry
         self._lock = asyncio.Lock()
+        self._thread = ComputingThreads("control")  # not the loop's executor, which an ending process waits for
         self._followed = 0
         self._count_ready()
 
@@ -48,7 +53,7 @@ class Control:
             yield
             return
         try:
-            await asyncio.to_thread(self._catch_up)
+            await self._beside(self._catch_up)
         except NoRoom as error:  # it can serve all the same, and tries again as long as it runs
             log.error("%s", error)  # noqa: TRY400  # the message says all
         task = asyncio.create_task(self._follow())
@@ -63,7 +68,7 @@ class Control:
         Raises: UnknownModel; LoadRefused where a version cannot be served, in this worker or in another.
         """
         async with self._lock:
-            number = await asyncio.to_thread(self._obey, model, version, loaded)
+            number = await self._beside(partial(self._obey, model, version, loaded))
         reports = await self._roll_call(number)
         followed = [report for report in reports if report.followed >= number]
         for report in followed if loaded else ():
@@ -71,6 +76,10 @@ class Control:
                 if version in (WHOLE, of) and reason and state != "unloaded":
                     raise LoadRefused(f"version {of}: {reason}")
         return Outcome(self._settings.workers, len(followed))
+
+    async def _beside(self, work: Callable[[], Found]) -> Found:
+        """What `work` returns, computed beside the event loop; a process that ends does not wait for it."""
+        return await asyncio.wrap_future(self._thread.submit(work))
 
     def _obey(self, model: str, version: str, loaded: bool) -> int:
         """Try it, then make it an order: one that cannot be followed never reaches the others. The order's number."""
@@ -109,7 +118,7 @@ class Control:
             polled = time.monotonic() if due else polled
             async with self._lock:
                 try:
-                    await asyncio.to_thread(self._poll if due else self._catch_up)
+                    await self._beside(self._poll if due else self._catch_up)
                 except Exception:
                     log.exception("what is served could not be brought up to date; it is tried again")
 

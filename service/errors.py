@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 MOST_QUOTED = 80
+MOST_TOLD = 600
 
 
 def quoted(text: str) -> str:
@@ -10,6 +11,12 @@ def quoted(text: str) -> str:
     plain = "".join(letter if letter.isprintable() else "?" for letter in text[:MOST_QUOTED])
     plain = plain.replace('"', "'")
     return f'"{plain}{"..." if len(text) > MOST_QUOTED else ""}"'
+
+
+def one_line(message: object) -> str:
+    """What a model's files or a library say, as messages repeat it: on one line, printable, of bounded length."""
+    words = " ".join(str(message).split())[:MOST_TOLD]
+    return "".join(letter if letter.isprintable() else "?" for letter in words)
 
 
 class ServiceError(Exception):

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 from service import manifest as manifests
 from service.errors import NotReady, StartError, UnknownModel, quoted
 from service.manifest import ManifestError
-from service.model import Model, open_model
+from service.model import LoadLimits, Model, check_files, open_model
 from service.orders import WHOLE, Standing
 from service.selection import Selection, version_key
 
@@ -57,12 +57,16 @@ class Library:
     def differs(self, model: Model) -> bool:
         """Whether what lies there is another version under the same number.
 
-        Raises: StartError where it cannot be read.
+        Raises: StartError where it cannot be read, or where its files are not as its manifest says.
         """
+        folder = self.folder / model.manifest.name / model.manifest.version
         try:
-            return manifests.read(self.folder / model.manifest.name / model.manifest.version) != model.manifest
+            if manifests.read(folder) != model.manifest:
+                return True
         except ManifestError as error:
             raise StartError(str(error)) from error
+        check_files(folder, model.manifest)
+        return False
 
     def reason(self, error: StartError) -> str:
         """What is wrong, on one line, without saying where on this machine."""
@@ -94,13 +98,14 @@ class Repository:
         max_rows: int,
         selection: Selection = Selection(),  # noqa: B008  # frozen
         standing: Standing = Standing(),  # noqa: B008  # a tuple
+        limits: LoadLimits = LoadLimits(),  # noqa: B008  # a tuple
     ) -> Repository:
         """Open what is wanted of what lies below `folder`; a version that fails is named in the log, others serve.
 
         Raises: StartError, in one line, for a missing or empty folder, an unknown default or one of which no version
         can be served, a selected model that is not there.
         """
-        library = Library(folder, selection, lambda path: open_model(path, provider, threads, max_rows))
+        library = Library(folder, selection, lambda path: open_model(path, provider, threads, max_rows, limits))
         default, names = default_model(folder, selection, default), library.names()
         repository = cls({}, default, library)
         for name in names:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.errors import StartError
+from service.manifest import Graph
 
 # onnxruntime reports names of models and graphs to its maker unless this is set before it is imported.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -19,6 +21,7 @@ import onnxruntime as ort  # after the line above
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 ERROR_SEVERITY = 3
+FLOAT32 = "tensor(float)"
 M_MMAP_THRESHOLD, LARGE_BLOCK = -3, 2**21
 NO_MEMORY = ("bad_alloc", "Failed to allocate memory")
 """How onnxruntime says that there is none, in its own and in the operating system's words."""
@@ -73,25 +76,38 @@ def return_large_blocks() -> None:
 
 
 class Session:
-    """One graph, opened: numpy arrays in, numpy arrays out, in the order the graph names them."""
+    """One graph, opened: numpy arrays in, numpy arrays out, in the order of `described`, else of the graph."""
 
-    def __init__(self, graph: bytes, provider: str, threads: int) -> None:
+    def __init__(self, graph: bytes, provider: str, threads: int, described: Graph | None = None) -> None:
+        """Open it.
+
+        Raises: StartError where its inputs and outputs are others than described; MemoryError; else onnxruntime's own.
+        """
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = ERROR_SEVERITY
         # A thread that spins while idle takes a core from whoever has work.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # What `check_graph` has looked through is ONNX; onnxruntime's own format is read in other ways.
+        options.add_session_config_entry("session.load_model_format", "ONNX")
         # The arena keeps the largest batch's memory for ever; malloc gives it back.
         options.enable_cpu_mem_arena = False
         fallback = [] if provider == PROVIDERS["cpu"] else [PROVIDERS["cpu"]]
-        self._session = ort.InferenceSession(graph, options, providers=[provider, *fallback])
+        try:
+            self._session = ort.InferenceSession(graph, options, providers=[provider, *fallback])
+        except Exception as error:
+            raise _told(error) from error
         if self._session.get_providers()[0] != provider:
             raise StartError(
                 f"onnxruntime could not open {provider} and fell back; see its log for the missing library"
             )
         self.inputs = [tensor.name for tensor in self._session.get_inputs()]
         self.outputs = [tensor.name for tensor in self._session.get_outputs()]
+        if described is not None:
+            _compare("inputs", self._session.get_inputs(), described.inputs)
+            _compare("outputs", self._session.get_outputs(), described.outputs)
+            self.inputs, self.outputs = list(described.inputs), list(described.outputs)
 
     def __call__(self, *arrays: NDArray[Any]) -> tuple[NDArray[np.float32], ...]:
         """Run the graph on float32 arrays, one an input, sharing their first axis.
@@ -102,6 +118,38 @@ class Session:
         try:
             return tuple(self._session.run(self.outputs, feed))
         except Exception as error:
-            if any(words in str(error) for words in NO_MEMORY):
-                raise MemoryError(str(error)) from error
-            raise
+            raise _told(error) from error
+
+
+def _told(error: Exception) -> Exception:
+    """The error itself, or a MemoryError where that is what it says."""
+    return MemoryError(str(error)) if any(words in str(error) for words in NO_MEMORY) else error
+
+
+def _compare(kind: str, tensors: Sequence[Any], described: Mapping[str, Sequence[int]]) -> None:
+    """Whether a graph's tensors are those of its manifest, as far as the graph tells their shapes.
+
+    Raises: StartError.
+    """
+    names = {tensor.name for tensor in tensors}
+    if names != described.keys():
+        raise StartError(
+            f"its {kind} are {_joined(sorted(names))}, in the manifest {_joined(sorted(described))}; "
+            "export the model again"
+        )
+    for tensor in tensors:
+        shape, wanted = tensor.shape, described[tensor.name]
+        fits = (
+            len(shape) == 1 + len(wanted)
+            and not isinstance(shape[0], int)
+            and all(found == size or not isinstance(found, int) for found, size in zip(shape[1:], wanted, strict=True))
+        )
+        if tensor.type != FLOAT32 or (shape and not fits):  # no shape where the graph tells none
+            raise StartError(
+                f"{tensor.name} of its {kind} is {tensor.type} of shape {_joined(shape)}, in the manifest float32 of "
+                f"shape {_joined(['any', *wanted])}; export the model again"
+            )
+
+
+def _joined(values: Iterable[Any]) -> str:
+    return f"[{', '.join(map(str, values))}]"

@@ -20,7 +20,8 @@ from urllib.parse import urlsplit
 from service import manifest as manifests
 from service.config import Settings
 from service.errors import StartError
-from service.manifest import File, Golden, Graph, ManifestError
+from service.golden import archive_bytes
+from service.manifest import MAX_FILE_BYTES, MAX_MANIFEST_BYTES, File, Golden, Graph, ManifestError
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +30,6 @@ WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Before a question that failed is asked again."""
 BLOCK_BYTES = 4 * 2**20
 """What is asked for at once; a connection that is cut costs one of these."""
-MAX_MANIFEST_BYTES = 2**20
 NEVER_BETTER = (FileNotFoundError, PermissionError, ValueError, TypeError)
 """Failures that asking again does not mend."""
 
@@ -113,23 +113,18 @@ class Store:
 
         Raises: StartError.
         """
-        text = b""
-        for block in self._blocks(f"{version}/{manifests.FILE_NAME}"):
-            text += block
-            if len(text) > MAX_MANIFEST_BYTES:
-                raise StartError(f"{self.shown(version)}/{manifests.FILE_NAME} is too large to be a manifest")
-        return text
+        return b"".join(self._blocks(f"{version}/{manifests.FILE_NAME}", MAX_MANIFEST_BYTES))
 
-    def fetch(self, version: str, entry: File | Graph | Golden, folder: Path) -> int:
+    def fetch(self, version: str, entry: File | Graph | Golden, folder: Path, max_bytes: int) -> int:
         """Write one file of a version into `folder`, under its name only if its digest is right; gives its bytes.
 
-        Raises: StartError.
+        Raises: StartError, also where it has more than `max_bytes`.
         """
         source, unfinished = f"{version}/{entry.file}", folder / f".{entry.file}"
         found, size = hashlib.sha256(), 0
         try:
             with unfinished.open("wb") as file:
-                for block in self._blocks(source):
+                for block in self._blocks(source, max_bytes):
                     file.write(block)
                     found.update(block)
                     size += len(block)
@@ -144,21 +139,44 @@ class Store:
             unfinished.unlink(missing_ok=True)
         return size
 
-    def _blocks(self, path: str) -> Iterator[bytes]:
-        """A file's content; where a connection is cut it goes on with the block that was under way."""
+    def _blocks(self, path: str, max_bytes: int) -> Iterator[bytes]:
+        """A file's content; where a connection is cut it goes on with the block that was under way.
+
+        Raises: StartError for what is not a file, and where there is more than `max_bytes`.
+        """
         shown = self.shown(path)
-        size = self._ask(partial(self._files.info, path), shown)["size"]
+        about = self._ask(partial(self._files.info, path), shown)
+        size = about["size"]
+        if about.get("type", "file") != "file":  # a FIFO would be waited for
+            raise StartError(f"{shown} is not a regular file; upload the version again")
+        too_large = StartError(f"{shown} is larger than the {max_bytes} bytes that it may have; upload it again")
         if size is None:  # a web server that does not say
-            yield self._ask(partial(self._files.cat_file, path), shown)
+            content = self._ask(partial(self._head, path, max_bytes + 1), shown)
+            if len(content) > max_bytes:
+                raise too_large
+            yield content
             return
+        if size > max_bytes:
+            raise too_large
         start = 0
         while start < size:
             stop = min(size, start + BLOCK_BYTES)
             block = self._ask(partial(self._files.cat_file, path, start=start, end=stop), shown)
             if not block:
                 raise StartError(f"{shown} ends at {start} of its {size} bytes; upload the version again")
-            yield block
             start += len(block)  # all of it at once from a server without ranges
+            if start > size:
+                raise StartError(f"{shown} has more than its {size} bytes; upload the version again")
+            yield block
+
+    def _head(self, path: str, size: int) -> bytes:
+        """At most so many bytes of a file's beginning."""
+        parts, missing = [], size
+        with self._files.open(path, "rb") as file:
+            while missing and (part := file.read(min(missing, BLOCK_BYTES))):
+                parts.append(part)
+                missing -= len(part)
+        return b"".join(parts)
 
     def _ask(self, question: Callable[[], Found], about: str) -> Found:
         for attempt in range(len(self._waits_s) + 1):
@@ -193,34 +211,36 @@ def _bring(store: Store, source: str, folder: Path) -> int:
     except ManifestError as error:
         raise StartError(f"{store.shown(source)}/{manifests.FILE_NAME}: {error}") from error
     files = manifest.files()
-    if _is_manifest(folder / manifests.FILE_NAME, text) and all(_holds(folder, entry) for entry in files):
+    most = {entry.file: MAX_FILE_BYTES for entry in files} | {manifest.golden.file: archive_bytes(manifest)}
+    if _holds_manifest(folder, text) and all(_holds(folder, entry, most[entry.file]) for entry in files):
         return 0
     hidden, fetched = folder.with_name(f".{folder.name}"), 0
     hidden.mkdir(parents=True, exist_ok=True)
     (hidden / manifests.FILE_NAME).write_bytes(text)
     for done, entry in enumerate(files, 1):
-        if not _holds(hidden, entry):
-            if _holds(folder, entry):
+        max_bytes = most[entry.file]
+        if not _holds(hidden, entry, max_bytes):
+            if _holds(folder, entry, max_bytes):
                 shutil.copyfile(folder / entry.file, hidden / entry.file)
             else:
-                fetched += store.fetch(source, entry, hidden)
+                fetched += store.fetch(source, entry, hidden, max_bytes)
         log.info("%s: %d of %d files, %.1f MB fetched", store.shown(source), done, len(files), fetched / 1e6)
     shutil.rmtree(folder, ignore_errors=True)
     hidden.rename(folder)
     return fetched
 
 
-def _is_manifest(path: Path, text: bytes) -> bool:
-    return path.is_file() and path.read_bytes() == text
+def _holds_manifest(folder: Path, text: bytes) -> bool:
+    with suppress(ManifestError):
+        return manifests.read_text(folder) == text
+    return False
 
 
-def _holds(folder: Path, entry: File | Graph | Golden) -> bool:
+def _holds(folder: Path, entry: File | Graph | Golden, max_bytes: int) -> bool:
     """Whether the file is there with the right digest."""
-    try:
-        with (folder / entry.file).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == entry.sha256
-    except OSError:
-        return False
+    with suppress(ManifestError):
+        return manifests.has_digest(folder, entry, max_bytes)
+    return False
 
 
 def _forget_others(folder: Path, versions: set[tuple[str, str]]) -> None:

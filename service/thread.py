@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from functools import partial
 from queue import SimpleQueue
+from typing import TypeVar
 
 Work = Callable[[], None]
+Given = TypeVar("Given")
+Found = TypeVar("Found")
 
 
 class ComputingThreads:
@@ -34,6 +39,21 @@ class ComputingThreads:
                 thread.start()
         self._queue.put(work)
 
+    def submit(self, work: Callable[[], Found]) -> Future[Found]:
+        """Compute it as soon as a thread is free; the future gives its result or its error."""
+        future: Future[Found] = Future()
+
+        def compute() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(work())
+            except BaseException as error:  # noqa: BLE001  # raised again where the future is waited for
+                future.set_exception(error)
+
+        self.run(compute)
+        return future
+
     def close(self) -> None:
         """End the threads after the work that they have, without waiting."""
         _end(self._queue, len(self._threads))
@@ -51,3 +71,13 @@ def _work_off(queue: SimpleQueue[Work | None], prepare: Work | None) -> None:
     while (work := queue.get()) is not None:
         work()
         del work  # with its batch, which would live until the next one comes
+
+
+def in_threads(function: Callable[[Given], Found], values: Iterable[Given], count: int) -> list[Found]:
+    """`function` of every value in their order, computed in `count` threads; raises the first error."""
+    threads = ComputingThreads("in_threads", count)
+    try:
+        futures = [threads.submit(partial(function, value)) for value in values]
+        return [future.result() for future in futures]
+    finally:
+        threads.close()

@@ -22,6 +22,26 @@ from training.pipeline import Workshop
 
 CONFIGS = Path(__file__).parent.parent / "training" / "configs"
 MODELS = Path(__file__).parent.parent / "models"
+HEAD = """
+<ir_version: 10, opset_import: ["" : 20]>
+decoder (float[n, 2] z) => (float[n, 1, 28, 28] x_mean) {
+    going = Constant <value = bool {1}> ()
+"""
+LOOP = """
+    end = Loop ("", going, start) <body = forever (int64 k, bool on, float v) => (bool on_2, float w) {
+        on_2 = Identity (on)
+        w = Mul (v, v)
+    }>
+    rows = Shape <start = 0, end = 1> (z)
+    image = Constant <value = int64[3] {1, 28, 28}> ()
+    shape = Concat <axis = 0> (rows, image)
+    x_mean = Expand (end, shape)
+}
+"""
+ENDLESS = {
+    "opened": f"{HEAD} start = Constant <value = float {{1.0}}> () {LOOP}",
+    "run": f"{HEAD} start = ReduceSum <keepdims = 0> (z) {LOOP}",
+}
 # Threads of small operations wait for each other by spinning: on cores that have other work, fifteen times slower.
 torch.set_num_threads(1)
 
@@ -106,3 +126,19 @@ def brighter(seal: Callable[..., None]) -> Callable[..., Path]:
         return folder
 
     return added
+
+
+@pytest.fixture(scope="session")
+def hanging(seal: Callable[..., None]) -> Callable[[Path, str], None]:
+    """A function that makes an endless loop of the decoder of `mnist-2d` in a folder.
+
+    onnxruntime runs into it when the graph is `opened`, since it folds constants, or only when it is `run`.
+    """
+
+    def hung(folder: Path, when: str) -> None:
+        decoder = onnx.parser.parse_model(ENDLESS[when])
+        onnx.checker.check_model(decoder)
+        onnx.save(decoder, folder / "decoder.onnx")
+        seal(folder)
+
+    return hung

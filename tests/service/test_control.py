@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import shutil
 import threading
 import time
@@ -176,6 +177,51 @@ def test_a_bad_version_leaves_the_old_serving_and_says_why(flat_models: Path, br
             assert (await one.post("/load")).status_code == 200
             assert await version(one) == "2"
             assert "failed" not in (await one.get("http://x/health/ready")).json()
+
+    asyncio.run(scenario())
+
+
+def test_a_graph_spoilt_after_it_was_loaded_is_not_ready_again(flat_models: Path) -> None:
+    """Digests are checked anew at every load, though the manifest is the same; what was loaded goes on serving."""
+
+    async def scenario() -> None:
+        async with client(flat_models) as one:
+            decoder = flat_models / "mnist-2d/1/decoder.onnx"
+            whole = decoder.read_bytes()
+            decoder.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+            for path in ("/versions/1/load", "/load"):
+                refused = await one.post(path)
+                assert (refused.status_code, refused.json()["code"]) == (409, "load_refused")
+                assert "decoder.onnx does not match the SHA-256" in refused.json()["detail"]
+            assert "does not match" in (await conditions(one))["1"][1]
+            assert await version(one) == "1"
+            decoder.write_bytes(whole)
+            assert (await one.post("/load")).status_code == 200
+            assert (await conditions(one))["1"] == ("ready", "")
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("when", ["opened", "run"])
+def test_loads_go_on_after_one_that_hung(
+    flat_models: Path, brighter: Brighter, hanging: Callable[[Path, str], None], when: str
+) -> None:
+    """It is refused when its time is up; versions that are good, or FIFOs, do not wait for it."""
+
+    async def scenario() -> None:
+        async with client(flat_models, versions="latest", load_limit_s=3.0) as one:
+            hanging(brighter(flat_models, "2"), when)
+            folder = brighter(flat_models, "3")
+            (folder / "manifest.json").unlink()
+            os.mkfifo(folder / "manifest.json")
+            for number, reason in (("2", "VAE_LOAD_LIMIT_S"), ("3", "not a regular file")):
+                refused = await one.post(f"/versions/{number}/load")
+                assert (refused.status_code, refused.json()["code"]) == (409, "load_refused")
+                assert reason in refused.json()["detail"]
+            assert await version(one) == "1"
+            brighter(flat_models, "4")
+            assert (await one.post("/versions/4/load")).status_code == 200
+            assert await version(one) == "4"
 
     asyncio.run(scenario())
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -72,7 +74,7 @@ def test_a_calibration_is_read_and_changes_no_fingerprint(content: dict[str, Any
     ("path", "value", "says"),
     [
         ("schema_version", 2, "upgrade the service"),
-        ("schema_version", None, "schema_version is None"),
+        ("schema_version", None, "schema_version is null"),
         ("likelihood", None, "lacks likelihood"),
         ("mood", "good", "unknown mood"),
         ("input_shape", "28", "input_shape must be"),
@@ -114,3 +116,109 @@ def test_nonsense_is_refused_and_nothing_else_happens(text: bytes) -> None:
     """Any bytes at all are a ManifestError."""
     with pytest.raises(ManifestError):
         manifests.parse(text)
+
+
+def digits(count: int) -> str:
+    return "1" + "0" * count
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+NESTED = "[" * 40 + "]" * 40
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("quality", '{"mse": NaN}', "not finite"),
+        ("quality", '{"mse": -Infinity}', "not finite"),
+        ("quality", '{"mse": 1e999}', "not finite"),
+        ("value_range", "[0.0, Infinity]", "not finite"),
+        ("value_range", "[0.0, 1e300]", "float32"),
+        ("quality", f'{{"mse": {digits(30)}}}', "more than 64 bits"),
+        ("quality", f'{{"mse": {digits(5000)}}}', "not JSON"),
+        ("input_shape", f"[1, 28, {digits(400)}]", "more than 64 bits"),
+        ("schema_version", digits(30), "more than 64 bits"),
+        ("schema_version", "true", "schema_version must be int, not true"),
+        ("schema_version", "1.0", "schema_version must be int, not 1.0"),
+        ("training", f'{{"a": {DEEP}}}', "levels"),
+        ("training", f'{{"a": {NESTED}}}', "levels"),
+        ("training", '{"a": 1, "a": 2}', "a stands twice"),
+        ("training", f"{{{', '.join(f'{json.dumps(str(k))}: 1' for k in (*range(50_000), 49_999))}}}", "stands twice"),
+        ("training", '{"a": "\\ud800"}', "half a character"),
+        ("training", '{"\\udfff": 1}', "half a character"),
+        ("name", '"caf\\u00e9"', "name must be letters"),
+        ("name", '"\\u0130"', "name must be letters"),
+        ("name", '"a\\u0000"', "name must be letters"),
+        ("version", '"../1"', "version must be letters"),
+        ("version", '""', "version must be letters"),
+        ("input_shape", "[1048575, 1048575, 1048575]", "input_shape must be"),
+        ("latent_shape", f"[{', '.join(['1'] * 1000)}]", "latent_shape has 1000 entries"),
+        ("latent_shape", "[]", "latent_shape must be"),
+        ("noise_families", json.dumps([f"f{k}" for k in range(100_000)]), "has 100000 entries, at most 128 are read"),
+        ("noise_families", json.dumps([f"f{k}" for k in range(10_000)]), "has 10000 entries, at most 128 are read"),
+        ("noise_families", '["a", "a"]', "noise_families must be different"),
+        ("noise_families", '["\\u202e"]', "noise_families must be different plain names"),
+        ("likelihood", '{"a": 1}', "likelihood must be str"),
+        ("graphs", json.dumps({f"g{k}": {} for k in range(1000)}), "at most 64"),
+        ("graphs", "[]", "graphs must be"),
+        ("mood\\u001b[31m", "1", "has unknown 'mood"),
+        ("x" * 100_000, "1", "has unknown 'xxx"),
+        ("training", f'"{"x" * 2**20}"', "larger than the 1048576 bytes"),
+    ],
+    ids=lambda value: value[:40] if isinstance(value, str) else None,
+)
+def test_a_hostile_manifest_is_one_short_line(content: dict[str, Any], key: str, value: str, says: str) -> None:
+    """Printable and in ASCII, and without what Python says of its own values."""
+    others = {name: part for name, part in content.items() if name != key}
+    text = f'{json.dumps(others)[:-1]}, "{key}": {value}}}'.encode()
+    with pytest.raises(ManifestError) as caught:
+        manifests.parse(text)
+    line = str(caught.value)
+    assert says in line
+    assert line.isprintable()
+    assert line.isascii()
+    assert len(line) < 500
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "latin-1"])
+def test_a_manifest_is_utf8(content: dict[str, Any], encoding: str) -> None:
+    """With or without a byte order mark, as editors on Windows write."""
+    text = json.dumps({**content, "dataset": "caf\u00e9"}, ensure_ascii=False)
+    assert manifests.parse(text.encode("utf-8-sig")) == manifests.parse(text.encode())
+    with pytest.raises(ManifestError, match="not JSON in UTF-8"):
+        manifests.parse(text.encode(encoding))
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where something stands in a JSON value."""
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(place for key, part in parts for place in places(part, (*path, key)))]
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec="utf-8")),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(st.characters(codec="utf-8")), inner),
+    max_leaves=8,
+)
+
+
+@given(st.data())
+def test_whatever_stands_in_a_manifest_it_is_read_or_refused(content: dict[str, Any], data: st.DataObject) -> None:
+    """And what is read can be written by any JSON writer and read again."""
+    changed = json.loads(json.dumps(content))
+    *parents, last = data.draw(st.sampled_from([place for place in places(content) if place]))
+    inner = changed
+    for parent in parents:
+        inner = inner[parent]
+    inner[last] = data.draw(ANYTHING)
+    refused = ""
+    try:
+        manifest = manifests.parse(json.dumps(changed).encode())
+    except ManifestError as error:
+        refused = str(error)
+    if refused:
+        assert refused.isprintable()
+        assert len(refused) < 1000
+        return
+    assert manifests.parse(manifest.to_json().encode()) == manifest
+    orjson.dumps(dataclasses.asdict(manifest))

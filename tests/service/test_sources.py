@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
 import resource
 import shutil
 import socket
@@ -203,7 +204,7 @@ def test_a_connection_that_is_always_cut_is_one_line(cutter: Any, tmp_path: Path
         (other_decoder("other.onnx"), "/other.onnx is not there; upload the version again"),
         (other_decoder("../../decoder.onnx"), "manifest.json: '../../decoder.onnx' is not a plain file name"),
         ({"manifest.json": b"{"}, "manifest.json: not JSON"),
-        ({"manifest.json": bytes(2**20 + 1)}, "manifest.json is too large to be a manifest"),
+        ({"manifest.json": bytes(2**20 + 1)}, "manifest.json is larger than the 1048576 bytes that it may have"),
     ],
 )
 def test_what_is_wrong_with_a_version_is_one_line(bucket: Bucket, tmp_path: Path, files: Files, says: str) -> None:
@@ -297,6 +298,68 @@ def test_a_web_server_that_lists_its_folders_will_do(tmp_path: Path) -> None:
         assert files_below(sync(url, tmp_path / "all", {}, HURRIED)) == WHOLE
         assert files_below(sync(f"{url}/mnist-2d/1/manifest.json", tmp_path / "one", {}, HURRIED)) == WHOLE
         server.shutdown()
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "decoder.onnx", "golden.npz"])
+def test_what_is_not_a_regular_file_is_not_fetched(tmp_path: Path, file: str) -> None:
+    """A FIFO is not waited for, a link to a device is not read for ever."""
+    version = tmp_path / "models" / "mnist-2d" / "1"
+    shutil.copytree(VERSION, version)
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        (version / file).unlink()
+        make(version / file)
+        with pytest.raises(StartError, match=rf"{file} is not a regular file"):
+            sync(f"file://{tmp_path}/models", tmp_path / "copy", {}, HURRIED)
+        assert not list(tmp_path.glob("copy/*/1"))
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "decoder.onnx", "golden.npz"])
+def test_a_file_larger_than_it_may_be_is_not_fetched(tmp_path: Path, file: str) -> None:
+    """Sparse files of 8 GiB, of which nothing is copied."""
+    version = tmp_path / "models" / "mnist-2d" / "1"
+    shutil.copytree(VERSION, version)
+    with (version / file).open("r+b") as opened:
+        opened.truncate(2**33)
+    with pytest.raises(StartError, match=rf"{file} is larger than the \d+ bytes that it may have"):
+        sync(f"file://{tmp_path}/models", tmp_path / "copy", {}, HURRIED)
+    assert not list(tmp_path.glob(f"copy/*/.1/*{file}"))
+
+
+class Endless(http.server.BaseHTTPRequestHandler):
+    """Says no sizes and sends for ever."""
+
+    def do_GET(self) -> None:
+        """Zeros, until the caller hangs up."""
+        self.send_response(200)
+        self.end_headers()
+        with suppress(ConnectionError):
+            while True:
+                self.wfile.write(bytes(2**16))
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing."""
+
+
+def test_a_web_server_that_sends_for_ever_is_cut_off(tmp_path: Path) -> None:
+    """Where it has sent more than a manifest may have."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/mnist-2d/1/manifest.json"
+        with pytest.raises(StartError, match=r"manifest.json is larger than the 1048576 bytes"):
+            sync(url, tmp_path / "copy", {}, HURRIED)
+        server.shutdown()
+
+
+def test_what_is_not_a_regular_file_in_the_copy_is_fetched_again(tmp_path: Path) -> None:
+    """Nothing in the local folder is waited for."""
+    url = f"file://{VERSION.parents[1]}/mnist-2d/1/manifest.json"
+    folder = sync(url, tmp_path / "copy", {}, HURRIED) / "mnist-2d" / "1"
+    for file in ("manifest.json", "decoder.onnx"):
+        (folder / file).unlink()
+        os.mkfifo(folder / file)
+    sync(url, tmp_path / "copy", {}, HURRIED)
+    assert files_below(tmp_path / "copy") == WHOLE
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
