@@ -229,6 +229,8 @@ class Supervisor:
         """Pass the signal on, wait for the workers to end, and kill those that do not in time."""
         settings, sent = self._settings, 0
         end = time.monotonic()
+        for listener in self._listeners:
+            listener.socket.close()  # else callers could connect for as long as this process lives, and nobody answered
         while True:
             if len(self._signals) > sent:
                 gently = sent == 0 and self._signals[0] == signal.SIGTERM

@@ -49,6 +49,15 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+def refused(port: int) -> bool:
+    """Whether nobody can connect."""
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
 def told(url: str, name: str, **labels: str) -> float:
     """A metric's value."""
     wanted = ",".join(f'{label}="{value}"' for label, value in sorted(labels.items()))
@@ -180,6 +189,23 @@ def test_requests_are_taken_for_a_while_after_sigterm() -> None:
         assert process.wait(LIMIT_S) == 0
         with pytest.raises(httpx.TransportError):
             httpx.get(f"{url}/health/live")
+
+
+def test_nobody_connects_once_it_is_over() -> None:
+    """A caller that is still answered keeps the processes alive; whoever comes then is refused, not left waiting."""
+    head = b"POST /v1/reconstruct HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/octet-stream\r\n"
+    with running(VAE_DRAIN_S="1", VAE_WORKERS="2") as process:
+        assert process.stdout is not None
+        port = int(process.stdout.readline().split(" on ")[1].split()[0].rsplit(":", 1)[1])
+        with socket.create_connection(("127.0.0.1", port), LIMIT_S) as caller:
+            caller.sendall(head + b"content-length: 3136\r\n\r\n")
+            time.sleep(0.5)
+            process.send_signal(signal.SIGTERM)
+            eventually(lambda: refused(port), LIMIT_S)
+            assert process.poll() is None
+            caller.sendall(bytes(3136))
+            assert caller.recv(15) == b"HTTP/1.1 200 OK"
+        assert process.wait(LIMIT_S) == 0
 
 
 def test_an_interrupt_from_the_keyboard_skips_that() -> None:
