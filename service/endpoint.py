@@ -31,7 +31,7 @@ from service.errors import (
     WrongModel,
     quoted,
 )
-from service.intake import IDENTITY, Limit, coding_of, disconnected, inflated, read_body
+from service.intake import IDENTITY, WHOLE, Limit, coding_of, disconnected, inflated, read_body
 from service.latent import BLOCK_ROWS
 from service.memory import Memory, Share, answer_bytes
 from service.model import Model
@@ -61,6 +61,8 @@ LOOP_BINARY_BYTES = 2**20
 """The same for arrays in binary, which are read without parsing."""
 LOOP_NUMBERS = 2**16
 """Numbers of an answer that the event loop writes; larger ones are written in a thread."""
+ONE_WRITE = 2**16
+"""Bytes of an answer that are joined to its head."""
 LONGEST_TIMEOUT = 12
 """Digits of X-Timeout-Ms."""
 
@@ -131,6 +133,7 @@ class OperationApp:
         self.context = context
         self._remembered = lru_cache(1024)(lambda query: self._options(_pairs(query)))
         self._limit, self._json_limit = body_limits(context.settings)
+        self._whole = not context.settings.tracing  # spans end with the body's message
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request; every error is answered as a problem."""
@@ -169,7 +172,8 @@ class OperationApp:
             "rows": reply.rows,
         }
         scope["served"] = served  # for the access log and the trace
-        served["outcome"] = await self._send(reply, send)
+        whole = self._whole and WHOLE in scope.get("extensions", ())
+        served["outcome"] = await self._send(reply, send, whole=whole)
         self.context.engine.telemetry.request(**served)
 
     def _check_early(self, headers: dict[bytes, bytes], query: bytes) -> None:
@@ -309,11 +313,15 @@ class OperationApp:
         assert array is not None
         yield array.data.cast("B")
 
-    async def _send(self, reply: Reply, send: Send) -> str:
+    async def _send(self, reply: Reply, send: Send, *, whole: bool) -> str:
         """Send it, and say how it came out; an answer that breaks off leaves its connection closed."""
         length = len(reply.content) if reply.parts is None else reply.length
         head = reply.headers if length is None else [*reply.headers, (b"content-length", b"%d" % length)]
-        await send({"type": "http.response.start", "status": reply.status, "headers": head})
+        start = {"type": "http.response.start", "status": reply.status, "headers": head}
+        if whole and reply.parts is None and len(reply.content) <= ONE_WRITE:
+            await send({**start, "content": reply.content})
+            return reply.outcome
+        await send(start)
         if reply.parts is None:
             await send({"type": "http.response.body", "body": reply.content})
             return reply.outcome

@@ -11,6 +11,9 @@ from service.codecs import Body, Meter
 from service.errors import Malformed, TooLarge, Unreadable, UnsupportedMediaType
 from service.memory import Share
 
+WHOLE = "vae.whole_answer"
+"""ASGI extension of `protocol.Protocol`: `http.response.start` may hold the whole body as `content`, which ends the
+answer. Head and body are then one write, where two cost a small request a fifth of its time."""
 LONGEST_LENGTH = 19
 """Digits in a Content-Length; more are above every limit."""
 IDENTITY = b"identity"

@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from httptools import HttpParserCallbackError, HttpParserError, HttpParserUpgrade, HttpRequestParser
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from service import problems
 from service.config import Settings
@@ -23,8 +23,10 @@ from service.errors import (
     SlowRequest,
     UrlTooLong,
 )
+from service.intake import WHOLE
 from service.proxies import PEER
 
+EXTENSIONS: dict[str, dict[object, object]] = {WHOLE: {}}
 LINGER_S = 1.0
 """How long a refused connection stays, so that its caller can read why."""
 BODIES = (b"content-length", b"transfer-encoding")
@@ -53,6 +55,34 @@ class Part(Enum):
     """The rest of a request's line and headers."""
     BODY = auto()
     """The rest of its body."""
+
+
+class Cycle(RequestResponseCycle):
+    """One request and its answer. An answer that comes whole, as `intake.WHOLE` says it may, is written at once."""
+
+    async def send(self, message: Any) -> None:
+        """As uvicorn's; `content` in `http.response.start` is the whole body."""
+        content = message.get("content")
+        if content is None:
+            await super().send(message)
+            return
+        headers = self.default_headers + message["headers"]
+        plain = len(self.default_headers) == 1 and self.keep_alive  # else a header closes the connection
+        if not plain or self.flow.write_paused or self.disconnected or self.response_started:
+            await super().send(message)
+            await super().send({"type": "http.response.body", "body": content})
+            return
+        lines = [STATUS_LINE[message["status"]]]
+        for name, value in headers:
+            lines += (name, b": ", value, b"\r\n")
+        head = b"".join(lines)
+        if head.count(b"\n") != len(headers) + 1 or head.count(b"\r") != len(headers) + 1:
+            raise RuntimeError("a header of the answer has a line break")
+        self.response_started = self.response_complete = True
+        self.waiting_for_100_continue = False
+        self.transport.write(b"%b\r\n%b" % (head, content))
+        self.message_event.set()
+        self.on_response()
 
 
 class Protocol(HttpToolsProtocol):
@@ -143,6 +173,8 @@ class Protocol(HttpToolsProtocol):
         if self._excess is not None:
             self._check_excess()
         super().on_headers_complete()
+        self.scope["extensions"] = EXTENSIONS
+        self.cycle.__class__ = Cycle
         self._begun = self.scope
         self.headers = []  # trailers come here, where nobody takes them for headers
         if self._awaited is not None:

@@ -235,6 +235,28 @@ def test_an_idle_connection_is_closed_without_a_word(url: str) -> None:
         assert heard(served) == b""
 
 
+def test_a_small_answer_is_one_write(url: str) -> None:
+    """Head and body come together; pipelined answers keep their order, and the one that closes says so."""
+    with connected(url) as connection:
+        for _ in range(3):
+            connection.sendall(WHOLE)
+            head, body = connection.recv(65536).split(b"\r\n\r\n", 1)
+            assert head.startswith(b"HTTP/1.1 200 OK\r\n")
+            assert b"\r\ncontent-length: %d" % len(body) in head
+        closing = DECODE + b"connection: close\r\ncontent-length: 8\r\n\r\n" + ROW
+        marked = [b"\r\nx-request-id: %d\r\n\r\n" % number for number in range(3)]
+        connection.sendall(
+            b"".join(
+                each.replace(b"\r\n\r\n", mark) for each, mark in zip((WHOLE, WHOLE, closing), marked, strict=True)
+            )
+        )
+        answers = heard(connection)
+    heads = [part.rpartition(b"HTTP/1.1 200 OK")[2].lower() for part in answers.split(b"\r\n\r\n")[:-1]]
+    assert [re.findall(rb"x-request-id: (\d)", head) for head in heads] == [[b"0"], [b"1"], [b"2"]]
+    assert [b"connection: close" in head for head in heads] == [False, False, True]
+    assert answers.split(b"\r\n\r\n")[-1] == body
+
+
 def test_a_caller_that_does_not_read_is_cut_off(url: str) -> None:
     """An answer that nobody fetches is not kept."""
     with socket.socket() as connection:
