@@ -82,7 +82,9 @@ def limit_memory(most_bytes: int, threads: int = 0) -> None:
         stack, _ = resource.getrlimit(resource.RLIMIT_STACK)
         stacks = threads * (STACK_BYTES if stack == resource.RLIM_INFINITY else stack)
         limit = taken + min(most_bytes, max(LEAST_BYTES, free_bytes())) + stacks
-        resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+        _, highest = resource.getrlimit(resource.RLIMIT_AS)  # of whoever started the service
+        soft = limit if highest == resource.RLIM_INFINITY else min(limit, highest)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, highest))
 
 
 def forbid_files() -> None:

@@ -29,11 +29,11 @@ LIMIT_S = 30.0
 
 @contextmanager
 def running(
-    stdout: Any = subprocess.PIPE, stderr: Any = subprocess.PIPE, **settings: str
+    stdout: Any = subprocess.PIPE, stderr: Any = subprocess.PIPE, command: list[str] = COMMAND, **settings: str
 ) -> Iterator[subprocess.Popen[str]]:
     """The command, ended with its workers whatever happens."""
     process = subprocess.Popen(
-        COMMAND, cwd=ROOT, env={**CLEAN, **SERVED, **settings}, stdout=stdout, stderr=stderr, text=True,
+        command, cwd=ROOT, env={**CLEAN, **SERVED, **settings}, stdout=stdout, stderr=stderr, text=True,
         start_new_session=True,
     )  # fmt: skip
     try:
@@ -256,6 +256,13 @@ def test_full_standard_output() -> None:
         assert process.returncode == 1
         assert [said for said in line.splitlines() if said.startswith("vae-serve: cannot write to standard output")]
         assert "Traceback" not in line
+
+
+def test_a_limit_of_memory_that_cannot_be_raised() -> None:
+    """Of whoever starts it: versions are tried within it."""
+    with running(command=["prlimit", f"--as={8 * 2**30}", *COMMAND]) as process:
+        assert process.stdout is not None
+        assert "mnist-2d" in process.stdout.readline()
 
 
 def test_no_folder_for_several_workers() -> None:
