@@ -153,6 +153,7 @@ def test_who_comes_is_told_how_long_what_waits_will_take(seconds: float) -> None
         assert engine.queued_rows == left + 1
         computer.gate.set()
         await asyncio.gather(*waiting)
+        assert len(computer.batches) == 81
         await engine.close()
 
     asyncio.run(scenario())
