@@ -87,7 +87,7 @@ def test_a_worker_whose_loop_stands_still_is_replaced(tmp_path: Path, workers: s
     log = tmp_path / "log"
     with (
         log.open("w") as errors,
-        running(stderr=errors, VAE_WORKERS=workers, VAE_LOOP_LIMIT_S="0.5") as process,
+        running(stderr=errors, VAE_WORKERS=workers, VAE_LOOP_LIMIT_S="2") as process,
     ):
         assert process.stdout is not None
         url = process.stdout.readline().split(" on ")[1].split()[0]
@@ -96,9 +96,9 @@ def test_a_worker_whose_loop_stands_still_is_replaced(tmp_path: Path, workers: s
         os.kill(first, signal.SIGSTOP)
         eventually(lambda: not lives(first), LIMIT_S)
         eventually(lambda: len(workers_of(process.pid)) == int(workers) and answers(url), LIMIT_S)
-        assert told(url, "vae_worker_restarts_total", reason="stuck") == 1.0
+        assert told(url, "vae_worker_restarts_total", reason="stuck") >= 1.0
     said = log.read_text()
-    assert f"the event loop of worker {first} has stood still for more than VAE_LOOP_LIMIT_S (0.5)" in said
+    assert f"the event loop of worker {first} has stood still for more than VAE_LOOP_LIMIT_S (2)" in said
     assert f"worker {first} was killed by SIGKILL; it is started again" in said
 
 
@@ -201,7 +201,7 @@ def test_requests_are_taken_for_a_while_after_sigterm() -> None:
 def test_nobody_connects_once_it_is_over() -> None:
     """A caller that is still answered keeps the processes alive; whoever comes then is refused, not left waiting."""
     head = b"POST /v1/reconstruct HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/octet-stream\r\n"
-    with running(VAE_DRAIN_S="1", VAE_WORKERS="2") as process:
+    with running(VAE_DRAIN_S="0", VAE_WORKERS="2") as process:
         assert process.stdout is not None
         port = int(process.stdout.readline().split(" on ")[1].split()[0].rsplit(":", 1)[1])
         with socket.create_connection(("127.0.0.1", port), LIMIT_S) as caller:
