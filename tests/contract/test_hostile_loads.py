@@ -21,7 +21,7 @@ StartService = Callable[..., AbstractContextManager[tuple[subprocess.Popen[str],
 Hanging = Callable[[Path, str], None]
 ROOT = Path(__file__).parents[2]
 CLEAN = {key: value for key, value in os.environ.items() if not key.startswith("VAE_")}
-PATIENT = {"VAE_LOAD_LIMIT_S": "3600", "VAE_TIMEOUT_S": "1"}
+PATIENT = {"VAE_LOAD_LIMIT_S": "3600", "VAE_TIMEOUT_S": "1", "VAE_DRAIN_S": "0"}
 
 
 def trials(folder: Path) -> list[int]:

@@ -33,7 +33,7 @@ def refused(*flags: str, **settings: str) -> str:
 
 def test_it_serves_and_stops_in_good_order(start_service: StartService, digits_models: Path) -> None:
     """It prints its URL and a line to try; that line works; SIGTERM ends it with 0."""
-    with start_service(VAE_MODELS=str(digits_models)) as (process, url):
+    with start_service(VAE_MODELS=str(digits_models), VAE_DRAIN_S="0") as (process, url):
         assert process.stdout is not None
         line = process.stdout.readline()
         command = re.search(r"curl .*", line)

@@ -41,7 +41,7 @@ async def killed_under_load(service: Service) -> tuple[list[Outcome], list[int]]
 
 def test_a_worker_killed_under_load_costs_what_it_had_in_hand(small_models: Path) -> None:
     """Its callers' connections are closed, at most one request each; the other serves, a new one comes, counts stay."""
-    with started(VAE_MODELS=str(small_models), VAE_WORKERS="2", VAE_THREADS="1") as (process, url):
+    with started(VAE_MODELS=str(small_models), VAE_WORKERS="2", VAE_THREADS="1", VAE_DRAIN_S="0") as (process, url):
         service = Service(process, url, small_models)
         eventually(lambda: len(workers_of(process.pid)) == 2 and answers(url), 60.0)
         outcomes, (first, other) = asyncio.run(killed_under_load(service))
