@@ -14,6 +14,7 @@ import onnx
 import pytest
 import torch
 from filelock import FileLock
+from hypothesis import settings
 
 from service.manifest import digest
 from service.session import Session
@@ -44,6 +45,9 @@ ENDLESS = {
 }
 # Threads of small operations wait for each other by spinning: on cores that have other work, fifteen times slower.
 torch.set_num_threads(1)
+# A busy machine takes longer over an example than hypothesis allows by itself.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session")

@@ -80,7 +80,7 @@ def transition(
     jittered = step_size * (1.0 + JITTER * (2.0 * spread - 1.0))
     proposal, final = leapfrog(density, state, velocity, jittered.unsqueeze(-1), leapfrog_steps)
     gain = proposal.log_density - state.log_density - 0.5 * (final.square() - velocity.square()).sum(-1)
-    acceptance = gain.exp().clamp(max=1.0).nan_to_num(nan=0.0)
+    acceptance = gain.exp().clamp(max=1.0).nan_to_num(nan=0.0) * proposal.log_density.isfinite()
     accepted = threshold < acceptance
     z, log_density, gradient = (
         torch.where(accepted if new.ndim == 1 else accepted.unsqueeze(-1), new, old)

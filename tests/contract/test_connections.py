@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.faults.conftest import connections, eventually
 from training.experiments.served import started
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -200,9 +201,9 @@ def trickled(connection: socket.socket, data: bytes, pause_s: float) -> bytes:
 @pytest.mark.parametrize(
     ("before", "trickle", "setting"),
     [
-        (b"", WHOLE, "VAE_HEAD_TIMEOUT_S"),
-        (DECODE + b"content-length: 100\r\n\r\n", bytes(100), "VAE_BODY_TIMEOUT_S"),
-        (CHUNKED + b"\r\n", b"1\r\nx\r\n" * 20, "VAE_BODY_TIMEOUT_S"),
+        (b"", WHOLE[:40], "VAE_HEAD_TIMEOUT_S"),
+        (DECODE + b"content-length: 100\r\n\r\n", bytes(40), "VAE_BODY_TIMEOUT_S"),
+        (CHUNKED + b"\r\n", b"1\r\nx\r\n" * 8, "VAE_BODY_TIMEOUT_S"),
     ],
     ids=["head", "body", "chunks"],
 )
@@ -210,11 +211,9 @@ def test_a_request_that_trickles_is_cut_off(url: str, before: bytes, trickle: by
     """Every byte comes soon after the last, but the whole does not come in time."""
     with connected(url) as connection:
         connection.sendall(before)
-        begun = time.monotonic()
         status, code, detail = problem_of(trickled(connection, trickle, TIMEOUT_S / 5))
         assert (status, code) == (408, "slow_request")
         assert setting in detail
-        assert time.monotonic() - begun < 4 * TIMEOUT_S
         assert heard(connection) == b""
 
 
@@ -223,14 +222,14 @@ def test_an_idle_connection_is_closed_without_a_word(url: str) -> None:
     with connected(url) as never, connected(url) as served, connected(url) as restless:
         assert is_served(served, WHOLE)
         assert is_served(restless, WHOLE)
-        begun = time.monotonic()
-        for _ in range(40):
+        for _ in range(30):
             time.sleep(TIMEOUT_S / 5)
             try:
                 restless.sendall(b"\r\n")
             except ConnectionError:
                 break
-        assert time.monotonic() - begun < 6 * TIMEOUT_S
+        else:
+            pytest.fail("empty lines keep it open")
         assert heard(never) == b""
         assert heard(served) == b""
 
@@ -266,8 +265,9 @@ def test_a_caller_that_does_not_read_is_cut_off(url: str) -> None:
         connection.sendall(
             b"POST /v1/sample?count=4096&seed=1 HTTP/1.1\r\nhost: localhost\r\naccept: application/octet-stream\r\n\r\n"
         )
-        time.sleep(6 * TIMEOUT_S)
         connection.settimeout(10)
+        assert connection.recv(1, socket.MSG_PEEK)
+        eventually(lambda: connections(int(port)) == 0)
         read = 0
         with suppress(ConnectionResetError, TimeoutError):
             while part := connection.recv(65536):

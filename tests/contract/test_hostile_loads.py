@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ StartService = Callable[..., AbstractContextManager[tuple[subprocess.Popen[str],
 Hanging = Callable[[Path, str], None]
 ROOT = Path(__file__).parents[2]
 CLEAN = {key: value for key, value in os.environ.items() if not key.startswith("VAE_")}
-PATIENT = {"VAE_LOAD_LIMIT_S": "3600", "VAE_TIMEOUT_S": "1"}
+PATIENT = {"VAE_LOAD_LIMIT_S": "3600", "VAE_TIMEOUT_S": "1", "VAE_DRAIN_S": "0"}
 
 
 def trials(folder: Path) -> list[int]:
@@ -42,9 +43,9 @@ def eventually(true: Callable[[], bool]) -> None:
 
 
 @contextmanager
-def starting(models: Path) -> Iterator[subprocess.Popen[bytes]]:
+def starting(models: Path, port: int = 0) -> Iterator[subprocess.Popen[bytes]]:
     """A service that is about to open `models`, when it tries the first version."""
-    settings = {**CLEAN, **PATIENT, "VAE_PORT": "0", "VAE_MODELS": str(models)}
+    settings = {**CLEAN, **PATIENT, "VAE_PORT": str(port), "VAE_MODELS": str(models)}
     with subprocess.Popen([sys.executable, "-m", "service"], cwd=ROOT, env=settings) as process:
         try:
             eventually(lambda: bool(trials(models)))
@@ -62,6 +63,15 @@ def test_a_start_that_hangs_can_be_ended(flat_models: Path, hanging: Hanging, wh
         process.send_signal(end)
         assert process.wait(30) == (0 if end is signal.SIGTERM else -end)
         eventually(lambda: not trials(flat_models))
+
+
+def test_nobody_is_let_in_before_the_models_are_open(flat_models: Path, hanging: Hanging) -> None:
+    """Until then connections are refused, so that a balancer asks another."""
+    hanging(flat_models / "mnist-2d" / "1", "opened")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with starting(flat_models, port), socket.socket() as caller:
+        assert caller.connect_ex(("127.0.0.1", port)) != 0
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])

@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
+from functools import cache
+from importlib.metadata import files, packages_distributions
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 SHARED = {"service.calibration", "service.golden", "service.manifest", "service.observation", "service.pixels"}
-BY_NAME = {"import_module", "__import__", "find_spec", "run_module"}
+BY_NAME = {"import_module", "__import__", "find_spec", "run_module", "needed"}
+OURS = {"service", "training", "benchmarks", "tests", "docs"}
+ABSENT = "no_such_package"
+"""What a test imports because nobody has it."""
+EXTRAS = {
+    "service/sources.py": ["remote"],
+    "service/tracing.py": ["tracing"],
+    "training": ["train", "evaluation"],
+    "tests": ["train", "test"],
+    "benchmarks": ["train", "test"],
+    "docs": ["train", "test"],
+}
+"""Which extras a file or package may import, besides the dependencies that are always there."""
+ELSEWHERE = {"benchmarks/peers", "benchmarks/trainers"}
+"""What runs in environments of its own."""
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PROVIDERS = packages_distributions()
 
 
 def sources(package: str) -> list[Path]:
@@ -115,6 +135,74 @@ def test_no_import_is_overlooked() -> None:
     )
     found = set(imports(source, ROOT / "service" / "routes" / "imaginary.py"))
     assert {"torch", "numpy.linalg", "training.model", "onnx", "service.app", "service.vae"} <= found
+
+
+def normal(distribution: str) -> str:
+    """A name as the package index compares it."""
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def declared(extras: list[str]) -> set[str]:
+    """Distributions that are installed with these extras."""
+    lines = PROJECT["dependencies"] + [line for extra in extras for line in PROJECT["optional-dependencies"][extra]]
+    own = [re.fullmatch(rf"{PROJECT['name']}\[(.*)\]", line) for line in lines]
+    within = [extra for match in own if match for extra in match[1].split(",")]
+    names = {normal(re.split(r"[\[=<>~!; ]", line)[0]) for line, match in zip(lines, own, strict=True) if not match}
+    return names | (declared(within) if within else set())
+
+
+@cache
+def files_of(distribution: str) -> frozenset[str]:
+    """What it has installed."""
+    return frozenset(map(str, files(distribution) or ()))
+
+
+def providers(name: str) -> set[str]:
+    """The distributions of which any gives that module; none for a package that several share the folder of."""
+    root, *further = name.split(".")
+    known = set(PROVIDERS.get(root, [root]))
+    while len(known) > 1 and further:
+        path = "/".join([root, *further])
+        found = {one for one in known if {f"{path}.py", f"{path}/__init__.py"} & files_of(one)}
+        if found:
+            return {normal(one) for one in found}
+        further.pop()
+    return set() if len(known) > 1 else {normal(one) for one in known}
+
+
+def undeclared(path: Path) -> set[str]:
+    """Modules that a file imports and nobody who follows pyproject.toml need have."""
+    place = name_of(path)
+    extras = EXTRAS.get(place, EXTRAS.get(place.split("/")[0], []))
+    foreign = {name for name in imported(path) if name.split(".")[0] not in sys.stdlib_module_names | OURS | {ABSENT}}
+    return {name for name in foreign if (known := providers(name)) and not known & declared(extras)}
+
+
+@pytest.mark.parametrize("package", ["service", "training", "tests", "benchmarks", "docs"])
+def test_what_is_imported_is_declared(package: str) -> None:
+    """By the dependencies, or by the extras that a file is for; what another package happens to bring may go."""
+    found = {name_of(path): undeclared(path) for path in sorted((ROOT / package).rglob("*.py"))}
+    assert found
+    missing = {path: names for path, names in found.items() if names and path.rpartition("/")[0] not in ELSEWHERE}
+    assert missing == {}
+
+
+def test_an_undeclared_import_is_found() -> None:
+    """A shared folder, a module of another name than its distribution, and one that is not installed."""
+    assert providers("opentelemetry") == set()
+    assert providers("opentelemetry.trace.propagation") == {"opentelemetry-api"}
+    assert providers("opentelemetry.sdk.trace.TracerProvider") == {"opentelemetry-sdk"}
+    assert providers("google.protobuf.message.Message") == {"protobuf"}
+    assert providers("yaml.safe_load") == {"pyyaml"}
+    assert providers("nowhere.at_all") == {"nowhere"}
+    assert "opentelemetry-sdk" in declared(["test"]) - declared([])
+
+
+def test_what_is_declared_is_pinned() -> None:
+    """Every dependency of every extra has its version in constraints.txt; that of `gpu` has onnxruntime's."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {normal(line.split("==")[0]) for line in lines if "==" in line and not line.startswith("#")}
+    assert declared(list(PROJECT["optional-dependencies"])) - pinned <= {"onnxruntime-gpu"}
 
 
 def test_importing_the_service_brings_nothing_heavy() -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-import select
 import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -33,15 +31,9 @@ def refused(*flags: str, **settings: str) -> str:
     return done.stderr
 
 
-def connects(port: int) -> bool:
-    """Whether somebody listens."""
-    with socket.socket() as caller:
-        return caller.connect_ex(("127.0.0.1", port)) == 0
-
-
 def test_it_serves_and_stops_in_good_order(start_service: StartService, digits_models: Path) -> None:
     """It prints its URL and a line to try; that line works; SIGTERM ends it with 0."""
-    with start_service(VAE_MODELS=str(digits_models)) as (process, url):
+    with start_service(VAE_MODELS=str(digits_models), VAE_DRAIN_S="0") as (process, url):
         assert process.stdout is not None
         line = process.stdout.readline()
         command = re.search(r"curl .*", line)
@@ -76,23 +68,6 @@ def test_a_taken_port_is_one_clear_line(digits_models: Path) -> None:
         line = refused(VAE_MODELS=str(digits_models), VAE_PORT=str(port))
     assert f"cannot listen on 127.0.0.1:{port}" in line
     assert line.count("\n") == 1
-
-
-def test_nobody_is_let_in_before_the_models_are_open() -> None:
-    """Until then connections are refused, so that a balancer asks another; afterwards it says so."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    settings = {**CLEAN, "VAE_PORT": str(port), "VAE_MODELS": "models"}
-    command = [sys.executable, "-m", "service"]
-    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, cwd=ROOT, env=settings, **quiet) as process:
-        try:
-            while not connects(port):
-                assert process.poll() is None
-                time.sleep(0.01)
-            assert select.select([process.stdout], [], [], 0.2)[0]
-        finally:
-            process.kill()
 
 
 def test_a_misspelt_flag_is_refused() -> None:

@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.faults.conftest import ROOT, answers, eventually, workers_of
+from tests.faults.conftest import ROOT, answers, connections, eventually, workers_of
 from training.experiments.served import started
 
 CLEAN = {key: value for key, value in os.environ.items() if not key.startswith("VAE_")}
@@ -72,6 +71,13 @@ def lives(pid: int) -> bool:
         return False
 
 
+def awaits(pid: int, number: signal.Signals) -> bool:
+    """Whether a stopped process has been sent that signal."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    pending = next(int(line.split()[1], 16) for line in lines if line.startswith("ShdPnd"))
+    return bool(pending >> (number - 1) & 1)
+
+
 # Workers
 
 
@@ -81,7 +87,7 @@ def test_a_worker_whose_loop_stands_still_is_replaced(tmp_path: Path, workers: s
     log = tmp_path / "log"
     with (
         log.open("w") as errors,
-        running(stderr=errors, VAE_WORKERS=workers, VAE_LOOP_LIMIT_S="0.5") as process,
+        running(stderr=errors, VAE_WORKERS=workers, VAE_LOOP_LIMIT_S="2") as process,
     ):
         assert process.stdout is not None
         url = process.stdout.readline().split(" on ")[1].split()[0]
@@ -90,9 +96,9 @@ def test_a_worker_whose_loop_stands_still_is_replaced(tmp_path: Path, workers: s
         os.kill(first, signal.SIGSTOP)
         eventually(lambda: not lives(first), LIMIT_S)
         eventually(lambda: len(workers_of(process.pid)) == int(workers) and answers(url), LIMIT_S)
-        assert told(url, "vae_worker_restarts_total", reason="stuck") == 1.0
+        assert told(url, "vae_worker_restarts_total", reason="stuck") >= 1.0
     said = log.read_text()
-    assert f"the event loop of worker {first} has stood still for more than VAE_LOOP_LIMIT_S (0.5)" in said
+    assert f"the event loop of worker {first} has stood still for more than VAE_LOOP_LIMIT_S (2)" in said
     assert f"worker {first} was killed by SIGKILL; it is started again" in said
 
 
@@ -147,7 +153,7 @@ def test_sigterm_ends_it_although_a_worker_hangs() -> None:
         (worker,) = workers_of(process.pid)
         os.kill(worker, signal.SIGSTOP)
         process.send_signal(signal.SIGTERM)
-        time.sleep(0.2)  # two signals at once are one
+        eventually(lambda: awaits(worker, signal.SIGTERM))  # two signals at once are one
         process.send_signal(signal.SIGTERM)
         assert process.wait(LIMIT_S) == 0
         assert not lives(worker)
@@ -173,8 +179,8 @@ def test_every_worker_takes_the_default_model_that_the_first_one_took(tmp_path: 
 
 
 def test_requests_are_taken_for_a_while_after_sigterm() -> None:
-    """Readiness turns false at once; new connections are accepted and answered until the drain is over."""
-    with running(VAE_DRAIN_S="3") as process:
+    """Readiness turns false at once; new connections are accepted and answered until the drain ends, here by SIGINT."""
+    with running(VAE_DRAIN_S="600") as process:
         assert process.stdout is not None
         url = process.stdout.readline().split(" on ")[1].split()[0]
         process.send_signal(signal.SIGTERM)
@@ -186,6 +192,7 @@ def test_requests_are_taken_for_a_while_after_sigterm() -> None:
         answer = httpx.post(f"{url}/v1/sample")
         assert answer.status_code == 200
         assert answer.headers["connection"] == "close"
+        process.send_signal(signal.SIGINT)
         assert process.wait(LIMIT_S) == 0
         with pytest.raises(httpx.TransportError):
             httpx.get(f"{url}/health/live")
@@ -194,12 +201,12 @@ def test_requests_are_taken_for_a_while_after_sigterm() -> None:
 def test_nobody_connects_once_it_is_over() -> None:
     """A caller that is still answered keeps the processes alive; whoever comes then is refused, not left waiting."""
     head = b"POST /v1/reconstruct HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/octet-stream\r\n"
-    with running(VAE_DRAIN_S="1", VAE_WORKERS="2") as process:
+    with running(VAE_DRAIN_S="0", VAE_WORKERS="2") as process:
         assert process.stdout is not None
         port = int(process.stdout.readline().split(" on ")[1].split()[0].rsplit(":", 1)[1])
         with socket.create_connection(("127.0.0.1", port), LIMIT_S) as caller:
             caller.sendall(head + b"content-length: 3136\r\n\r\n")
-            time.sleep(0.5)
+            eventually(lambda: connections(port) == 1)
             process.send_signal(signal.SIGTERM)
             eventually(lambda: refused(port), LIMIT_S)
             assert process.poll() is None

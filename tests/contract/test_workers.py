@@ -58,6 +58,7 @@ def test_a_killed_worker_is_replaced_orders_are_followed_and_metrics_summed(
         "VAE_WORKERS": "2",
         "VAE_VERSIONS": "latest",
         "VAE_MODEL_CONTROL": "anonymous",
+        "VAE_DRAIN_S": "0",
     }
     each_its_own = httpx.Limits(max_keepalive_connections=0)  # so that every worker gets some
     with (
@@ -98,7 +99,7 @@ def test_workers_count_callers_together(
     each_its_own = httpx.Limits(max_keepalive_connections=0)
     key = {"authorization": "Bearer alice-0123456789abcdef"}
     with (
-        start_service(**settings, VAE_OPEN_RATE="10/day") as (process, url),
+        start_service(**settings, VAE_OPEN_RATE="10/day", VAE_DRAIN_S="0") as (process, url),
         httpx.Client(base_url=url, limits=each_its_own, timeout=60) as one,
     ):
         eventually(lambda: len(workers_of(process.pid)) == 2)

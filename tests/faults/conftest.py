@@ -51,9 +51,9 @@ class Service(NamedTuple):
         (pid,) = workers_of(self.process.pid)
         return pid
 
-    def descriptors(self) -> int:
-        """Open files and connections."""
-        return len(list(Path(f"/proc/{self.worker}/fd").iterdir()))
+    def connections(self) -> int:
+        """Those that it has taken and not closed."""
+        return connections(self.port)
 
     def kib(self, measure: str) -> int:
         """A line of its memory in /proc."""
@@ -92,6 +92,15 @@ def workers_of(supervisor: int) -> list[int]:
     """The processes that serve."""
     children = Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text()
     return [int(child) for child in children.split()]
+
+
+def connections(port: int) -> int:
+    """Those that the process which listens there has taken and not closed; the kernel's own have no inode."""
+    lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    named = [(local, remote, inode) for _, local, remote, *_, inode in (line.split()[:10] for line in lines)]
+    return sum(
+        local.endswith(f":{port:04X}") and remote[-4:] != "0000" and inode != "0" for local, remote, inode in named
+    )
 
 
 def answers(url: str) -> bool:

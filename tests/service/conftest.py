@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -40,14 +39,14 @@ def serving(app: FastAPI) -> Iterator[str]:
 
 
 @pytest.fixture
-def slow(digits_models: Path) -> Callable[[float], Repository]:
-    """A function that gives the model, whose decoder thinks for so many seconds about every batch."""
+def slow(digits_models: Path) -> Callable[[Callable[[], object]], Repository]:
+    """A function that gives the model, whose decoder first does what it is told, with every batch."""
 
-    def repository(seconds: float) -> Repository:
+    def repository(think: Callable[[], object]) -> Repository:
         model = Repository.open(digits_models, "", "CPUExecutionProvider", 1, 8).find("digits", None)
 
         def decoder(z: NDArray[np.float32]) -> tuple[NDArray[np.float32], ...]:
-            time.sleep(seconds)
+            think()
             return model.graphs["decoder"](z)
 
         slowed = Model(model.manifest, {**model.graphs, "decoder": decoder})  # type: ignore[dict-item]

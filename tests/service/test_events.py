@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import threading
 import time
 import weakref
 from collections.abc import AsyncGenerator, Callable
@@ -220,12 +221,20 @@ def test_the_first_event_does_not_wait_for_the_answer_and_who_leaves_stops_the_w
     thinking: Callable[..., tuple[Repository, list[float]]], serve: Serve, body: dict[str, Any]
 ) -> None:
     """A caller that hangs up after an event: few slices more are computed, and the queue is empty."""
-    repository, asked = thinking(lambda _: 0.02)
+    left = threading.Event()
+
+    def pace(step: int) -> float:
+        if step == WINDOW + 2:
+            assert left.wait(20)
+        return 0.02
+
+    repository, asked = thinking(pace)
     with serve(create_app(Settings(), repository)) as url, httpx.Client(base_url=url, timeout=60) as client:
         with client.stream("POST", REFINED, json=body, headers={"accept": SSE}) as answer:
             assert next(answer.iter_lines()) == "event: progress"
         steps = len(asked)
-        assert WINDOW <= steps < STEPS // 2
+        left.set()
+        assert WINDOW <= steps <= WINDOW + 2
         end = time.monotonic() + 10
         while "caller_gone" not in outcomes(client) and time.monotonic() < end:
             time.sleep(0.02)

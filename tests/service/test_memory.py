@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -100,9 +101,9 @@ def test_pictures_of_one_request_are_counted_together(digits_models: Path) -> No
     assert "VAE_MAX_PIXELS" in answer.json()["detail"]
 
 
-def test_what_others_leave_no_room_for_may_come_back(slow: Callable[[float], Repository]) -> None:
+def test_what_others_leave_no_room_for_may_come_back(slow: Callable[[Callable[[], object]], Repository]) -> None:
     """503 beside what is under way, answered after it; nothing stays taken, whatever became of the requests."""
-    app = create_app(Settings(max_rows=8, memory_bytes=2 * MIB), slow(0.005))
+    app = create_app(Settings(max_rows=8, memory_bytes=2 * MIB), slow(lambda: time.sleep(0.005)))
     greedy = ("sample?count=1500", {"headers": JSON})
     found = answers(app, greedy, greedy, ("decode", {"json": {"latents": [[0.0] * 8]}}))
     assert sorted(answer.status_code for answer in found) == [200, 200, 503]

@@ -82,13 +82,14 @@ def test_a_deadline_ends_the_wait_but_not_the_hold_on_memory() -> None:
 
 def test_no_more_runs_at_once_than_there_are_threads() -> None:
     """However many ask; all of them are answered."""
-    running, most, lock = 0, 0, threading.Lock()
+    running, most, lock, pair = 0, 0, threading.Lock(), threading.Barrier(2, timeout=20)
 
     def work() -> None:
         nonlocal running, most
         with lock:
             running += 1
             most = max(most, running)
+        pair.wait()
         time.sleep(0.01)
         with lock:
             running -= 1
@@ -181,12 +182,12 @@ def test_what_takes_long_to_read_waits_for_a_thread_and_holds_up_nobody(app_of: 
         bodies = {
             "raw": (np.zeros(64, "<f4").tobytes(), RAW),
             "a small picture": (picture(8), {"content-type": "image/png"}),
-            "a large picture": (picture(600), {"content-type": "image/png"}),
-            "large JSON": (b'{"images": [' + b" " * LOOP_BYTES + b"]}", JSON),
-            "compressed": (gzip.compress(np.zeros(64, "<f4").tobytes()), {**RAW, "content-encoding": "gzip"}),
+            "a large picture": (picture(600), {"content-type": "image/png", **soon}),
+            "large JSON": (b'{"images": [' + b" " * LOOP_BYTES + b"]}", {**JSON, **soon}),
+            "compressed": (gzip.compress(np.zeros(64, "<f4").tobytes()), {**RAW, **soon, "content-encoding": "gzip"}),
         }
         found = {
-            name: (await post(app, content=body, headers={**soon, **headers})).status_code
+            name: (await post(app, content=body, headers=headers)).status_code
             for name, (body, headers) in bodies.items()
         }
         release.set()

@@ -182,6 +182,7 @@ def test_without_the_access_log_nothing_is_logged(small: Repository, caplog: pyt
 def test_as_json_every_line_is_an_object(small_models: Path) -> None:
     """Of a real process from start to end, the service's lines and uvicorn's; a request's with its id and trace."""
     settings = {"VAE_MODELS": str(small_models), "VAE_PORT": "0", "VAE_LOG_FORMAT": "json", "VAE_ACCESS_LOG": "true"}
+    settings["VAE_DRAIN_S"] = "0"
     command = [sys.executable, "-m", "service"]
     with subprocess.Popen(command, cwd=ROOT, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         assert process.stdout is not None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -18,6 +20,7 @@ from service.config import Settings
 from service.model import Model
 from service.repository import Repository
 
+Slow = Callable[[Callable[[], object]], Repository]
 RAW = {"content-type": "application/octet-stream", "accept": "application/octet-stream"}
 ONE = np.zeros((1, 8), "<f4").tobytes()
 LARGE = np.zeros((16384, 8), "<f4").tobytes()
@@ -52,30 +55,39 @@ def test_a_full_queue_is_503_with_a_time_to_come_back(digits_models: Path) -> No
     asyncio.run(scenario())
 
 
-def test_a_passed_deadline_is_504(slow: Callable[[float], Repository]) -> None:
+def test_a_passed_deadline_is_504(slow: Slow) -> None:
     """A caller whose request's time runs out behind a batch is told so."""
+    entered, gate = threading.Event(), threading.Event()
 
     async def scenario() -> None:
-        async with client(Settings(), slow(0.1)) as one:
+        async with client(Settings(), slow(lambda: (entered.set(), gate.wait(20)))) as one:
             first = asyncio.create_task(decode(one, ONE))
-            await asyncio.sleep(0.05)
+            await asyncio.to_thread(entered.wait, 20)
             late = await decode(one, ONE, **{"x-timeout-ms": "10"})
             assert (late.status_code, late.json()["code"]) == (504, "deadline_passed")
+            gate.set()
             assert (await first).status_code == 200
 
     asyncio.run(scenario())
 
 
-def test_what_cannot_be_done_in_time_is_503_at_once(slow: Callable[[float], Repository]) -> None:
+def test_what_cannot_be_done_in_time_is_503_at_once(slow: Slow) -> None:
     """A request is not queued where what waits before it takes longer than it has; who has time is answered."""
+    begun, entered, gate = itertools.count(1), threading.Event(), threading.Event()
+
+    def think() -> None:
+        if next(begun) <= 10:
+            time.sleep(0.02)
+        else:
+            entered.set()
+            gate.wait(20)
 
     async def scenario() -> None:
-        async with client(Settings(max_rows=1), slow(0.02)) as one:
+        async with client(Settings(max_rows=1), slow(think)) as one:
             waiting = [asyncio.create_task(decode(one, ONE)) for _ in range(20)]
-            await asyncio.sleep(0.2)
-            started = time.monotonic()
+            await asyncio.to_thread(entered.wait, 20)
             hurried = await decode(one, ONE, **{"x-timeout-ms": "50"})
-            assert time.monotonic() - started < 0.05
+            gate.set()
             assert (hurried.status_code, hurried.json()["code"]) == (503, "overloaded")
             assert int(hurried.headers["retry-after"]) >= 1
             assert {answer.status_code for answer in await asyncio.gather(*waiting)} == {200}

@@ -95,18 +95,25 @@ def test_a_common_step_size_follows_the_mean() -> None:
     assert float(found) == pytest.approx(0.5 * math.exp(-0.2))
 
 
-def test_proposals_without_a_finite_density_are_refused() -> None:
-    """A chain stays where it is rather than leave for where the density is nothing, or not a number."""
+@pytest.mark.parametrize("outside", [math.nan, -math.inf, math.inf])
+def test_proposals_without_a_finite_density_are_refused(outside: float) -> None:
+    """Their chains stay where they are, and independent draws of an Exponential(1) variable stay such draws."""
+    seen: list[Tensor] = []
 
     def walled(z: Tensor) -> Tensor:
-        return torch.log(z).sum(-1) - z.sum(-1)
+        seen.append(torch.where(z > 0, -z, outside).sum(-1))
+        return seen[-1]
 
-    state = hmc.state_at(walled, torch.full((500, 1), 0.05))
-    moved = hmc.transition(walled, state, torch.tensor(3.0), 1, generator(4))
-    assert bool(moved.state.z.isfinite().all())
-    assert bool((moved.state.z > 0).all())
-    assert bool((moved.acceptance >= 0).all())
-    assert bool((moved.state.z == state.z).any())
+    chains = generator(4)
+    state = hmc.state_at(walled, torch.empty(20_000, 1).exponential_(generator=chains))
+    for _ in range(20):
+        moved = hmc.transition(walled, state, torch.tensor(0.7), 2, chains)
+        refused = ~seen[-1].isfinite()
+        assert 0.1 < float(refused.float().mean()) < 0.9
+        assert torch.equal(moved.state.z[refused], state.z[refused])
+        assert bool((moved.acceptance[refused] == 0).all())
+        state = moved.state
+    assert_moments(state.z, torch.ones(1), torch.ones(1, 1))
 
 
 def test_state_s_density_and_gradient_are_those_of_its_place() -> None:
