@@ -37,7 +37,7 @@ P99_MS, WORST_MS = 200.0, 1000.0
 GROWTH_MIB = 512.0
 """What a worker's memory may grow by: VAE_MEMORY_BYTES."""
 PROBES_S = 50
-CALL_S = 15.0
+CALL_S = 35.0
 """A call without an answer after this long is lost."""
 QUIET_S = 30.0
 """How long after an attack the service may go on working for it."""

@@ -13,6 +13,7 @@ import time
 import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.codecs import EVENTS, READERS, Answer, Intake, Meter, structured
 from service.codecs.payload import LOOP_PICTURES
+from service.codecs.structured import Parsers
 from service.config import Settings
 from service.endpoint import LOOP_BYTES, Context, OperationApp
 from service.engine import Engine
@@ -36,6 +38,7 @@ from service.offload import Offload
 from service.operation import Operation
 from service.repository import Repository
 from service.routes.encode import encode
+from tests.faults.conftest import eventually
 
 RAW = {"content-type": "application/octet-stream"}
 NPY = {"content-type": "application/x-npy"}
@@ -463,3 +466,32 @@ def test_a_whole_share_of_memory_comes_back() -> None:
     assert memory.taken == 350
     share.give_back()
     assert memory.taken == 0
+
+
+def test_large_texts_are_parsed_one_after_the_other() -> None:
+    """The next in the queue gets the parser with its memory; an error, or an empty queue, drops it."""
+    parsers, taken, begun, go = Parsers(), [], threading.Event(), threading.Event()
+
+    def take() -> None:
+        with parsers.one() as parser:
+            taken.append(id(parser))
+            begun.set()
+            go.wait(10)
+
+    threads = [threading.Thread(target=take) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    assert begun.wait(10)
+    eventually(lambda: parsers._waiting == 3)
+    assert len(taken) == 1
+    go.set()
+    for thread in threads:
+        thread.join(10)
+    assert len(set(taken)) == 1
+    assert len(taken) == 3
+    assert parsers._parser is None
+    with suppress(ValueError), parsers.one():
+        raise ValueError
+    assert (parsers._waiting, parsers._parser) == (0, None)
+    with parsers.one():
+        pass
