@@ -122,7 +122,7 @@ def load(path: Path) -> Run:
     Raises: ConfigError naming the file, the key and what is wrong with it.
     """
     try:
-        return Run.model_validate(tomllib.loads(path.read_text()))
+        return Run.model_validate(tomllib.loads(path.read_text(encoding="utf-8-sig")))  # Windows editors write a BOM
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

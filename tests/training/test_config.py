@@ -140,6 +140,13 @@ def test_file_that_is_not_toml_is_named(content: bytes, tmp_path: Path) -> None:
         load(path)
 
 
+def test_file_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    """Windows editors begin UTF-8 with one."""
+    path = tmp_path / "run.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + (CONFIGS / "digits.toml").read_bytes())
+    assert load(path) == load(CONFIGS / "digits.toml")
+
+
 def test_missing_table_is_named(tmp_path: Path) -> None:
     """A run without [train] is a ConfigError naming it."""
     path = tmp_path / "run.toml"
