@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from training.config import Run, load
 from training.errors import ConfigError
+from training.stages import vae_stage
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
 EVERY_TABLE = [
@@ -114,6 +116,8 @@ IMPOSSIBLE: list[tuple[tuple[str, ...], Any]] = [
     (("data",), {**FOLDER, "width": -3}),
     (("data",), {**FOLDER, "test": 1.5}),
     (("data",), {**FOLDER, "validation": -0.1}),
+    (("data",), {**FOLDER, "bits": 0}),
+    (("data",), {**FOLDER, "bits": 17}),
     (("data", "test"), 1.0),
 ]
 
@@ -145,6 +149,12 @@ def test_file_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_bytes(b"\xef\xbb\xbf" + (CONFIGS / "digits.toml").read_bytes())
     assert load(path) == load(CONFIGS / "digits.toml")
+
+
+def test_checkpoint_of_a_folder_outlives_new_settings() -> None:
+    """What identifies a run's data is what its TOML says beside the defaults."""
+    run = Run.model_validate(tomllib.loads((CONFIGS / "digits.toml").read_text()) | {"data": FOLDER})
+    assert vae_stage(run, (3, 8, 8), torch.device("cpu")).identity["data"] == FOLDER
 
 
 def test_missing_table_is_named(tmp_path: Path) -> None:
