@@ -25,7 +25,7 @@ from service.manifest import MAX_FILE_BYTES, MAX_MANIFEST_BYTES, File, Golden, G
 
 log = logging.getLogger(__name__)
 
-EXTRA = "pip install 'vae-service[remote]'"
+EXTRA = "pip install '.[remote]' in the project's folder"
 WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Before a question that failed is asked again."""
 BLOCK_BYTES = 4 * 2**20

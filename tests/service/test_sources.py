@@ -242,7 +242,7 @@ def test_a_bad_new_version_leaves_the_good_one(bucket: Bucket, tmp_path: Path) -
         ("s3://models/elsewhere", "s3://models/elsewhere holds no model; expected <name>/<version>/manifest.json"),
         ("s3://no-such-bucket/x", "s3://no-such-bucket/x"),
         ("nowhere://models", "nowhere://models: Protocol not known: nowhere; see VAE_MODELS"),
-        ("gs://models", "need the extra: pip install 'vae-service[remote]'"),
+        ("gs://models", "need the extra: pip install '.[remote]'"),
         ("https://somebody:secret@models", "VAE_MODELS must hold no password"),
     ],
 )
@@ -285,7 +285,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
 def test_without_the_extra_its_name_is_told(tmp_path: Path) -> None:
     """In a process that has no fsspec."""
     said = last_line_of(f"import sys; sys.modules['fsspec'] = None\n{SYNC}", "s3://a/b", str(tmp_path), "{}")
-    assert "pip install 'vae-service[remote]'" in said
+    assert "pip install '.[remote]'" in said
 
 
 def test_a_web_server_that_lists_its_folders_will_do(tmp_path: Path) -> None:
