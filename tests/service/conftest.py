@@ -56,7 +56,7 @@ def slow(digits_models: Path) -> Callable[[float], Repository]:
     return repository
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def serve() -> Callable[[FastAPI], AbstractContextManager[str]]:
     """A function that serves an application, for a `with` block."""
     return serving
