@@ -18,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 FILE_NAME = "manifest.json"
+DEFAULT_FILE = "default"
+"""Beside the models: one line, the name of the model that requests without a name mean."""
+MAX_DEFAULT_BYTES = 128
 SCHEMA_VERSION = 1
 ADVICE = "export the model again"
 BINARISATIONS = ("sample", "none")
