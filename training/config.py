@@ -25,18 +25,24 @@ class Model(Strict):
     """What is trained: q(z|x), p(z) and p(x|z)."""
 
     latent_dim: Positive
+    """Numbers in z."""
     initial_std: Annotated[float, Field(gt=0)] | None = None
     """Parameters of both networks begin as N(0, initial_std^2), the paper's with 0.01; None begins as torch does."""
     likelihood: Likelihood = BernoulliSettings()
+    """p(x|z)."""
     prior: Prior = StandardNormalSettings()
+    """p(z)."""
     network: Architecture
+    """Of encoder and decoder."""
 
 
 class Optimisation(Strict):
     """How one stage is trained; M is `batch_size`, L is `draws`."""
 
     epochs: Positive
+    """Passes over the training images."""
     batch_size: Positive = 100
+    """Images in a minibatch, M."""
     objective: Literal["elbo", "monte_carlo_elbo", "importance_weighted", "denoising", "wake_sleep"] = "elbo"
     """The bound, with the KL in closed form where it has one, without it, importance-weighted over the draws, or with
     posteriors of corrupted images; or the rival that raises it by another way."""
@@ -45,6 +51,7 @@ class Optimisation(Strict):
     corruption_level: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """The standard deviation, or the share of pixels."""
     draws: Positive = 1
+    """Of z for each image, L."""
     free_nats: Annotated[float, Field(ge=0)] = 0.0
     """While a minibatch's mean KL is below this, nothing pulls it further down."""
     microbatches: Positive = 1
@@ -61,6 +68,7 @@ class Optimisation(Strict):
     weight_prior: bool = False
     """Whether N(0, I) is the prior of every weight (biases have none): MAP, which is the paper's weight decay."""
     warmup_steps: Annotated[int, Field(ge=0)] = 200
+    """Steps over which the learning rate grows from 0."""
     kl_warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps over which the weight of the KL term grows from 0 to 1."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
@@ -76,9 +84,13 @@ class Restoration(Strict):
     """The recognition model of corrupted images, q(z | y, mask, level), trained after the VAE."""
 
     network: Architecture
+    """Of the recognition model."""
     level_network: Architecture
+    """Of the network that estimates the level of the noise."""
     correction: UNetSettings = UNetSettings()
+    """The U-Net that corrects the result."""
     train: Optimisation
+    """How long, and how."""
 
 
 class Evaluation(Strict):
@@ -94,15 +106,26 @@ class Run(Strict):
     """A whole run: `python -m training fit CONFIG`."""
 
     name: Name
+    """The model's: lower-case letters, digits, `.`, `_` and `-`."""
     version: Name = "1"
+    """The version's, likewise; of several the service takes the latest, 10 after 2."""
     seed: int = 0
+    """Of the weights, the order of the images and the noise."""
     data: Dataset
+    """Which images."""
     binarise: bool = True
     """A fresh Bernoulli draw of every training pixel, every time it is seen; off trains on grey levels."""
     model: Model
+    """What is trained."""
     train: Optimisation
+    """How it is trained."""
     restoration: Restoration | None = None
+    """What denoise, inpaint and super-resolve need; without it the model has none of them."""
     evaluation: Evaluation = Evaluation()
+    """How it is measured."""
+    tileable: bool = False
+    """Whether parts of larger images look like the images trained on, as of a texture or of scans cut to pieces; not of
+    whole digits, faces or photographs. Only then does the service restore larger images with `fit=tile`."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Run:

@@ -149,6 +149,7 @@ class Workshop:
             "likelihood": self.run.model.likelihood.likelihood,
             "prior": self.run.model.prior.prior,
             "dataset": self.run.data.dataset,
+            "tileable": self.run.tileable,
             "noise_families": [] if self.run.restoration is None else list(FAMILIES),
             "training": self._training(),
             "quality": self._quality(vae, recognition),
@@ -179,7 +180,9 @@ class Workshop:
     def _training(self) -> dict[str, Any]:
         seconds = stage_seconds(self.folder)
         return {
-            "settings": self.run.model_dump(mode="json", exclude={"name", "version", "evaluation"}, exclude_none=True),
+            "settings": self.run.model_dump(
+                mode="json", exclude={"name", "version", "evaluation", "tileable"}, exclude_none=True
+            ),
             "train_images": len(self.images.train),
             "seconds": seconds,
             "device": self.device.type,
