@@ -27,7 +27,7 @@ class Model(Strict):
     latent_dim: Positive
     """Numbers in z."""
     initial_std: Annotated[float, Field(gt=0)] | None = None
-    """Parameters of both networks begin as N(0, initial_std^2), the paper's with 0.01; None begins as torch does."""
+    """Parameters of both networks begin as N(0, initial_std^2), the paper's with 0.01; without it as torch does."""
     likelihood: Likelihood = BernoulliSettings()
     """p(x|z)."""
     prior: Prior = StandardNormalSettings()
@@ -99,7 +99,7 @@ class Evaluation(Strict):
     draws: Positive = 1000
     """Importance samples an image."""
     images: Positive | None = None
-    """None is all of them; a smaller number takes a seeded random subset."""
+    """A seeded random subset of so many; without it all of them."""
 
 
 class Run(Strict):

@@ -24,19 +24,26 @@ LEAST = 3  # one image a split
 class Folder(Strict):
     """Every image below the directory, brought to one size and mode.
 
-    fit: `crop` fills the size and cuts what stands out, `pad` keeps all and fills with black, `resize` stretches.
     Transparent pixels are laid on black. 16-bit grey is scaled by 65,535; a float image must lie in [0, 1]; 32-bit
     integer grey is refused.
     """
 
     dataset: Literal["folder"]
+    """Every image below `--data`."""
     height: Positive
+    """Pixels to which every image is brought."""
     width: Positive
+    """Likewise."""
     mode: Literal["L", "RGB"] = "RGB"
+    """Grey or colour."""
     fit: Literal["crop", "pad", "resize"] = "crop"
+    """`crop` fills the size and cuts what stands out, `pad` keeps all and fills with black, `resize` stretches."""
     validation: Share = 0.05
+    """Share of the images, of those that are not for testing."""
     test: Share = 0.1
+    """Share of all images."""
     seed: int = 0
+    """Of the splits."""
 
     def load(self, root: Path) -> ImageSet:
         """The three splits, at random by `seed`.
