@@ -1,31 +1,43 @@
-"""Writes the tables of docs/operations.md from the code: python docs/reference.py.
+"""Writes the tables of the pages below from the code: python docs/reference.py.
 
 What lies between `<!-- name -->` and `<!-- end -->` is the table of that name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import dataclasses
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 
+from service import manifest
 from service.config import PREFIX, Settings
 from service.telemetry import Telemetry
+from training.config import Run
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "operations.md"
+PAGES = tuple(ROOT / "docs" / name for name in ("operations.md", "configuration.md", "models.md"))
 ALERTS = ROOT / "deploy" / "alerts.yml"
+BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
+Schema = dict[str, Any]
 
 
 def main() -> None:
-    """The page, with its tables made anew."""
-    PAGE.write_text(with_tables(PAGE.read_text()))
+    """The pages, with their tables made anew."""
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text()))
 
 
 def with_tables(page: str) -> str:
     """A page whose tables are current."""
     for name, make in TABLES.items():
+        if f"<!-- {name} -->\n" not in page:
+            continue
         before, rest = page.split(f"<!-- {name} -->\n")
         _, after = rest.split("<!-- end -->", 1)
         page = f"{before}<!-- {name} -->\n{make()}<!-- end -->{after}"
@@ -64,7 +76,103 @@ def alerts() -> str:
     return table(("alert", "when", "what to do"), rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"settings": settings, "metrics": metrics, "alerts": alerts}
+def keys() -> str:
+    """Every table of a run's TOML with its keys, each once, under all its names."""
+    schema = Run.model_json_schema()
+    names: dict[str, list[str]] = {}
+    for name, kind in _tables(schema, schema["$defs"], ""):
+        names.setdefault(kind, []).append(f"`[{name}]`")
+    parts = [_section("Top level", schema)]
+    parts += [_section(" and ".join(dict.fromkeys(found)), schema["$defs"][kind]) for kind, found in names.items()]
+    return "\n".join(parts)
+
+
+def _tables(schema: Schema, known: dict[str, Schema], above: str) -> Iterator[tuple[str, str]]:
+    """Names of the tables below one, with what each is."""
+    for key, value in schema["properties"].items():
+        for kind in _kinds(value):
+            yield f"{above}{key}", kind
+            yield from _tables(known[kind], known, f"{above}{key}.")
+
+
+def _kinds(value: Schema) -> list[str]:
+    """What a table may be; empty for a plain key."""
+    choices = value.get("oneOf") or value.get("anyOf") or [value]
+    return [choice["$ref"].rpartition("/")[2] for choice in choices if "$ref" in choice]
+
+
+def _section(title: str, schema: Schema) -> str:
+    """A heading, what the table is, and its keys."""
+    for key, value in schema["properties"].items():
+        if "const" in value:
+            title += f", `{key} = {json.dumps(value['const'])}`"
+    rows = []
+    for key, value in schema["properties"].items():
+        needed = key in schema.get("required", ())
+        default = value.get("default")
+        shown = "required" if needed else "" if default is None or _kinds(value) else f"`{json.dumps(default)}`"
+        rows.append((f"`{key}`", _kind(value), shown, " ".join(value.get("description", "").split())))
+    return f"### {title}\n\n{schema['description']}\n\n{table(('key', 'type', 'default', 'meaning'), rows)}"
+
+
+def _kind(value: Schema) -> str:
+    """A type as a reader of TOML needs it."""
+    if _kinds(value):
+        return "table"
+    choices = [choice for choice in value.get("anyOf", [value]) if choice.get("type") != "null"]
+    if len(choices) > 1:
+        return " or ".join(map(_kind, choices))
+    (value,) = choices
+    if "const" in value or "enum" in value:
+        return ", ".join(f"`{json.dumps(choice)}`" for choice in value.get("enum", [value.get("const")]))
+    if value["type"] == "array":
+        return f"list of {_kind(value['items'])}"
+    bounds = " and ".join(f"{sign} {value[bound]}" for bound, sign in BOUNDS.items() if bound in value)
+    return f"{value['type']} {bounds}".strip()
+
+
+def manifest_keys() -> str:
+    """Every object of a manifest with its keys."""
+    parts = []
+    for kind in (manifest.Manifest, manifest.Graph, manifest.Golden, manifest.Scoring, manifest.Calibration):
+        rows = [
+            (
+                f"`{field.name}`",
+                _json_type(str(field.type)),
+                "required" if field.default is dataclasses.MISSING else f"`{json.dumps(field.default)}`",
+            )
+            for field in dataclasses.fields(kind)
+        ]
+        parts.append(f"### {kind.__name__}\n\n{inspect.getdoc(kind)}\n\n{table(('key', 'type', 'default'), rows)}")
+    return "\n".join(parts)
+
+
+def _json_type(name: str) -> str:
+    """A type of Python as JSON has it."""
+    name = name.removesuffix(" | None")
+    if inner := re.fullmatch(r"list\[(.+)\]", name):
+        return f"list of {_json_type(inner[1])}"
+    if inner := re.fullmatch(r"dict\[str, (.+)\]", name):
+        return "object" if inner[1] == "Any" else f"object of {_json_type(inner[1])}"
+    return {"int": "integer", "float": "number", "str": "string", "bool": "boolean"}.get(name, name)
+
+
+def graphs() -> str:
+    """The graphs that the service runs, with their tensors."""
+    rows = [
+        (f"`{name}.onnx`", ", ".join(taken), ", ".join(given)) for name, (taken, given) in manifest.SIGNATURES.items()
+    ]
+    return table(("graph", "inputs", "outputs"), rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "settings": settings,
+    "metrics": metrics,
+    "alerts": alerts,
+    "keys": keys,
+    "manifest": manifest_keys,
+    "graphs": graphs,
+}
 
 if __name__ == "__main__":
     main()

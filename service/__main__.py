@@ -133,9 +133,9 @@ def announce(settings: Settings, listeners: list[Listener], models: list[str]) -
 def welcome(models: list[str], settings: Settings, listeners: list[Listener]) -> str:
     """What to try first."""
     first, *others = listeners
-    curl, url, documentation = "curl -s", first.url, f"   (documentation: {first.url}/docs)"
+    curl, url, documentation = "curl -sSf", first.url, f"   (documentation: {first.url}/docs)"
     if first.file is not None:
-        curl, url, documentation = f"curl -s --unix-socket {first.name}", "http://localhost", ""
+        curl, url, documentation = f"curl -sSf --unix-socket {first.name}", "http://localhost", ""
     lines = [
         f"serving {', '.join(models)} on {first.url or first.name}{documentation}",
         f"try: {curl} -X POST '{url}/v1/sample?count=16&seed=7' -H 'Accept: image/png' -o digits.png",

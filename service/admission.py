@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.codecs import Payload
-from service.codecs.payload import as_images, as_rows
+from service.codecs.payload import FIT_ADVICE, as_images, as_rows, viewed
 from service.errors import InvalidOption, InvalidShape, InvalidValue, TooLarge
 from service.model import Model
 from service.operation import Inputs, Operation, Rows
 from service.pixels import fit
-from service.tiling import tiling
+from service.tiling import Tiling, tiling
 
 ROUNDING = 1e-6
 """How far outside the range a value may lie and count as on its bound: float32 rounds by less."""
@@ -48,10 +48,13 @@ def admit(
         shape, name = model.latent_shape, "latents"
     tiles = None
     if options.said("fit") == "tile":
+        check_tileable(model)
         images = as_images(payload.array, shape, name)
         tiles = tiling(len(images), (images.shape[2], images.shape[3]), (shape[1], shape[2]))
+        check_tiles(tiles, options.multiplicity, max_rows)
         shape = images.shape[1:]
-    rows = _shaped(payload.array, shape, name, options, max_rows, room)
+    larger = _larger(payload.array, model, shape, options, max_rows) if name == "images" else ""
+    rows = _shaped(payload.array, shape, name, options, max_rows, room, larger)
     count = tiles.images * tiles.tiles if tiles else len(rows)
     check_count(count * options.multiplicity, max_rows)
     room(count)
@@ -69,13 +72,31 @@ def admit(
     return Inputs(rows, mask, latents=payload.latents, tiling=tiles)
 
 
+def _larger(array: NDArray[Any], model: Model, shape: tuple[int, ...], options: Any, max_rows: int) -> str:
+    """The advice to restore images as tiles, where this operation, this model and these images allow it."""
+    if array.shape[1:] == shape or not (options.tiles and model.manifest.tileable):
+        return ""
+    images = viewed(array, shape, "images")
+    if images is None or images.shape[2] < shape[1] or images.shape[3] < shape[2]:
+        return ""
+    tiles = tiling(len(images), (images.shape[2], images.shape[3]), (shape[1], shape[2]))
+    fits = tiles.images * tiles.tiles * options.multiplicity <= max_rows
+    return "; fit=tile restores larger ones part by part" if fits else ""
+
+
 def _shaped(
-    array: NDArray[Any], shape: tuple[int, ...], name: str, options: Any, max_rows: int, room: Callable[[int], None]
+    array: NDArray[Any],
+    shape: tuple[int, ...],
+    name: str,
+    options: Any,
+    max_rows: int,
+    room: Callable[[int], None],
+    larger: str = "",
 ) -> Rows:
     """Rows of that shape, brought there where the caller says how."""
     how = options.said("fit")
     if how in (None, "tile") or name == "latents":
-        return as_rows(array, shape, name)
+        return as_rows(array, shape, name, larger)
     images = as_images(array, shape, name)
     check_count(len(images), max_rows)
     room(len(images))
@@ -109,6 +130,39 @@ def check_factor(model: Model, factor: int) -> None:
         fitting = [str(k) for k in range(2, min(height, width) + 1) if not (height % k or width % k)]
         known = ", ".join(fitting) or "none does"
         raise InvalidOption(f"factor is {factor}; it must divide {height} x {width}: {known}")
+
+
+def check_tileable(model: Model) -> None:
+    """Refuse tiles of a model that knows whole images alone.
+
+    Raises: InvalidOption naming what works.
+    """
+    if not model.manifest.tileable:
+        _, height, width = model.input_shape
+        raise InvalidOption(
+            f"fit is tile, but model {model.manifest.name} is not tileable: it knows whole images, not parts of larger "
+            f"ones; {FIT_ADVICE} brings images to its {height} x {width}"
+        )
+
+
+def check_tiles(tiles: Tiling, multiplicity: int, limit: int) -> None:
+    """Refuse more tiles than one request may have rows.
+
+    Raises: TooLarge naming what works.
+    """
+    count = tiles.images * tiles.tiles
+    if count * multiplicity > limit:
+        (height, width), (tall, wide) = tiles.size, tiles.tile
+        drawn = f" of {multiplicity} draws each" if multiplicity > 1 else ""
+        ways = [
+            *(["fewer draws"] if count <= limit < count * multiplicity else []),
+            *(["fewer images"] if tiles.tiles * multiplicity <= limit < count * multiplicity else []),
+            FIT_ADVICE,
+        ]
+        raise TooLarge(
+            f"{tiles.images} x {height} x {width} pixels are {count} tiles of {tall} x {wide}{drawn}; "
+            f"VAE_MAX_REQUEST_ROWS is {limit}; use {' or '.join(ways)}"
+        )
 
 
 def check_count(rows: int, limit: int) -> None:

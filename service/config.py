@@ -103,7 +103,8 @@ class Settings(BaseSettings):
     cache: str = ""
     """Where models from a URL are kept; empty is a folder of this user's in the temporary folder."""
     default_model: str = ""
-    """The model that /v1/<operation> means; empty is the first by name."""
+    """The model that /v1/<operation> means; empty is the only one, or the one that the file `default` beside the models
+    names."""
     versions: Annotated[str, AfterValidator(lambda text: Selection(text).text)] = ALL
     """Versions that are served: `all`, `latest`, or a list such as `mnist:2,mnist:3,mnist-2d:latest`; models that a
     list does not name are not served. Requests that name no version get the latest that is served."""
@@ -200,7 +201,6 @@ class Settings(BaseSettings):
     """Addresses or networks, with commas, whose X-Forwarded-For, -Proto and -Prefix are believed."""
     root_path: RootPath = ""
     """Path under which a proxy serves this service, as in `/vae`, whether the proxy removes it or not."""
-    """Addresses or networks, with commas, whose X-Forwarded-For, -Proto and -Host are believed."""
     cors_origins: str = ""
     """Origins, with commas, whose pages may call from a browser; `*` is every one. Other pages cannot POST."""
     tls_certificate: str = ""

@@ -18,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 FILE_NAME = "manifest.json"
+DEFAULT_FILE = "default"
+"""Beside the models: one line, the name of the model that requests without a name mean."""
+MAX_DEFAULT_BYTES = 128
 SCHEMA_VERSION = 1
 ADVICE = "export the model again"
 BINARISATIONS = ("sample", "none")
@@ -144,7 +147,8 @@ class Manifest:
     `noise_families` names the columns of the level that the graphs of denoising take or give; empty without them.
     `training` and `quality` are for people: settings and measured figures with their units in the keys.
     `scoring` goes with the graph `log_joint`; models exported before there was one have neither. `calibration` is added
-    to a version that restores, whose fingerprint it leaves as it is.
+    to a version that restores, whose fingerprint it leaves as it is. `tileable` says that parts of larger images look
+    like the images that the model was trained on, so that these may be restored tile by tile.
     """
 
     schema_version: int
@@ -163,6 +167,7 @@ class Manifest:
     quality: dict[str, Any]
     scoring: Scoring | None = None
     calibration: Calibration | None = None
+    tileable: bool = False
 
     @cached_property
     def fingerprint(self) -> str:

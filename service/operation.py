@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,8 @@ class Options(BaseModel):
     """Options of one operation: the same names in JSON and in the query string; an unknown one is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    tiles: ClassVar[bool] = False
+    """Whether `fit` may be `tile`."""
 
     def said(self, name: str, otherwise: Any = None) -> Any:
         """An option that not every operation has; to ask pydantic for what is not there takes twenty times as long."""

@@ -15,6 +15,8 @@ Pixels = NDArray[np.float32]
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 OPAQUE = 255
+WHITE = 65535
+"""Of 16-bit grey."""
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -32,10 +34,10 @@ DECODER_ERRORS = (
 """What Pillow raises for a broken file. A warning is one where the process turns warnings into errors."""
 
 
-def to_array(image: Image.Image, channels: int) -> Pixels:
+def to_array(image: Image.Image, channels: int, white: int = WHITE) -> Pixels:
     """Any Pillow image as (channels, h, w) in [0, 1], upright; transparency is laid on black.
 
-    16-bit grey is scaled by 65,535. A float image (mode F) is taken as it is.
+    16-bit grey is divided by `white`. A float image (mode F) is taken as it is.
 
     Raises:
         ValueError: The channels are not 1, 3 or 4, or the image is 32-bit integer grey, whose white is not known.
@@ -46,8 +48,8 @@ def to_array(image: Image.Image, channels: int) -> Pixels:
         raise ValueError("32-bit integer grey has no known white; convert it to 8 or 16 bits")
     image = upright(image)
     if image.mode == "F" or image.mode.startswith("I"):
-        white = np.float32(1.0 if image.mode == "F" else 65535.0)
-        plane = np.divide(np.asarray(image), white, dtype=np.float32)
+        divisor = np.float32(1.0 if image.mode == "F" else white)
+        plane = np.divide(np.asarray(image), divisor, dtype=np.float32)
         return np.broadcast_to(plane, (channels, *plane.shape))
     if channels != 4 and is_transparent(image):
         image = image.convert("RGBA")

@@ -102,8 +102,7 @@ class Repository:
     ) -> Repository:
         """Open what is wanted of what lies below `folder`; a version that fails is named in the log, others serve.
 
-        Raises: StartError, in one line, for a missing or empty folder, an unknown default or one of which no version
-        can be served, a selected model that is not there.
+        Raises: StartError, in one line, as `default_model` does, and where no version of the default can be served.
         """
         library = Library(folder, selection, lambda path: open_model(path, provider, threads, max_rows, limits))
         default, names = default_model(folder, selection, default), library.names()
@@ -247,9 +246,10 @@ def model_names(folder: Path) -> list[str]:
 
 
 def default_model(folder: Path, selection: Selection, wanted: str) -> str:
-    """The model that requests without a name mean: the one that is wanted, else the first by name.
+    """The model that requests without a name mean: the one that is wanted, else the only one, else `default` names it.
 
-    Raises: StartError for a missing or empty folder, an unknown default, a selected model that is not there.
+    Raises: StartError for a missing or empty folder, an unknown default or none among several models, a selected model
+        that is not there.
     """
     if not folder.is_dir():
         raise StartError(f"no model repository {folder.resolve()}; set VAE_MODELS, or train one")
@@ -260,10 +260,33 @@ def default_model(folder: Path, selection: Selection, wanted: str) -> str:
     for name in selected:
         if name not in names:
             raise StartError(f"VAE_VERSIONS names {name}, but the models are {', '.join(names)}")
-    default = wanted or selected[0]
+    if not wanted and len(selected) == 1:
+        return selected[0]
+    path = folder / manifests.DEFAULT_FILE
+    default = wanted or _named_in(path)
+    if not default:
+        raise StartError(
+            f"no default model among {', '.join(selected)}; set VAE_DEFAULT_MODEL, or write one of them into {path}"
+        )
     if default not in selected:
-        raise StartError(f"VAE_DEFAULT_MODEL is {default!r}, but the models are {', '.join(selected)}")
+        source = "VAE_DEFAULT_MODEL is" if wanted else f"VAE_DEFAULT_MODEL is not set and {path} names"
+        raise StartError(f"{source} {manifests.shown(default)}, but the models are {', '.join(selected)}")
     return default
+
+
+def _named_in(path: Path) -> str:
+    """The line in the file; empty without one.
+
+    Raises: StartError where it cannot be read.
+    """
+    if not path.exists() or path.is_dir():  # a model of that name
+        return ""
+    advice = "write one model's name into it, or set VAE_DEFAULT_MODEL"
+    try:
+        text = manifests.read_file(path.parent, path.name, manifests.MAX_DEFAULT_BYTES, advice)
+    except ManifestError as error:
+        raise StartError(str(error)) from error
+    return text.decode(errors="replace").strip()
 
 
 def _is_seen(*paths: Path) -> bool:

@@ -25,7 +25,7 @@ from service.manifest import MAX_FILE_BYTES, MAX_MANIFEST_BYTES, File, Golden, G
 
 log = logging.getLogger(__name__)
 
-EXTRA = "pip install 'vae-service[remote]'"
+EXTRA = "pip install '.[remote]' in the project's folder"
 WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Before a question that failed is asked again."""
 BLOCK_BYTES = 4 * 2**20
@@ -50,8 +50,9 @@ def local_copy(settings: Settings) -> Path:
 def sync(url: str, folder: Path, options: Mapping[str, Any] | None = None, waits_s: Sequence[float] = WAITS_S) -> Path:
     """Make `folder` hold what the repository at `url` holds, every file checked against its manifest.
 
-    url: what holds <name>/<version>/manifest.json, or one such manifest. A version appears in `folder` complete or not
-    at all, what is there already is not fetched again, and what the repository no longer has is removed.
+    url: what holds <name>/<version>/manifest.json, and `default` if wanted, or one such manifest. A version appears
+    in `folder` complete or not at all, what is there already is not fetched again, and what the repository no longer
+    has is removed.
     options: of the file system, as fsspec takes them.
     Raises: StartError in one line that names the file and the fix.
     """
@@ -61,6 +62,7 @@ def sync(url: str, folder: Path, options: Mapping[str, Any] | None = None, waits
             versions = store.versions()
             fetched = [_bring(store, source, folder / name / version) for (name, version), source in versions.items()]
             _forget_others(folder, set(versions))
+            _write_default(folder, store.default())
     except OSError as error:
         raise _no_room(folder, error) from error
     log.info("%s: %d versions checked, %.1f MB fetched", url, len(versions), sum(fetched) / 1e6)
@@ -107,6 +109,20 @@ class Store:
                 f"pages that list its folders; or name one version's {manifests.FILE_NAME} in VAE_MODELS"
             )
         return found
+
+    def default(self) -> bytes:
+        """What the file that names the default model holds; empty where there is none.
+
+        Raises: StartError.
+        """
+        if self._root.endswith(f"/{manifests.FILE_NAME}"):
+            return b""
+        try:
+            return b"".join(self._blocks(f"{self._root}/{manifests.DEFAULT_FILE}", manifests.MAX_DEFAULT_BYTES))
+        except StartError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return b""
+            raise
 
     def manifest(self, version: str) -> bytes:
         """The text of a version's manifest.
@@ -251,6 +267,17 @@ def _forget_others(folder: Path, versions: set[tuple[str, str]]) -> None:
     for path in folder.glob("*/"):
         with suppress(OSError):  # a model that has versions
             path.rmdir()
+
+
+def _write_default(folder: Path, content: bytes) -> None:
+    """In one step, since a service may start from the same copy."""
+    path = folder / manifests.DEFAULT_FILE
+    if content:
+        unfinished = folder / f".{path.name}"
+        unfinished.write_bytes(content)
+        unfinished.rename(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

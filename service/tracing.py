@@ -21,7 +21,7 @@ from service.errors import StartError
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
-EXTRA = "pip install 'vae-service[tracing]'"
+EXTRA = "pip install '.[tracing]' in the project's folder"
 SERVICE_NAME = "vae-service"
 """Where OTEL_SERVICE_NAME says nothing."""
 FLUSH_MS = 3000

@@ -85,8 +85,8 @@ def make_digits(folder: Path) -> None:
     run = load(CONFIGS / "digits.toml")
     short = run.train.model_copy(update={"epochs": 10})
     assert run.restoration is not None
-    restoration = run.restoration.model_copy(update={"train": run.restoration.train.model_copy(update={"epochs": 5})})
-    run = run.model_copy(update={"train": short, "restoration": restoration})
+    restoration = run.restoration.model_copy(update={"train": run.restoration.train.model_copy(update={"epochs": 10})})
+    run = run.model_copy(update={"train": short, "restoration": restoration, "tileable": True})
     Workshop.open(run, folder, folder / "run", torch.device("cpu")).fit(folder / "models")
 
 

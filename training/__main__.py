@@ -22,7 +22,6 @@ from training.experiments.oracle import score
 from training.experiments.restore import Plan, compare
 from training.experiments.separate import Plan as Separation
 from training.experiments.separate import separate
-from training.experiments.tasks import SUBJECTS
 from training.processes import ALONE, Processes, joined
 
 INTERRUPTED = 130
@@ -57,6 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     for command in (fit, export):
         command.add_argument("--out", type=Path, default=Path("models"), help="model repository (%(default)s)")
         command.add_argument("--replace", action="store_true", help="overwrite the version if it exists")
+    fit.add_argument("--epochs", type=int, help="instead of the TOML's; a finished run goes on where there are more")
+    fit.add_argument("--restoration-epochs", type=int, help="the same for the recognition model of corrupted images")
     fit.add_argument("--fresh", action="store_true", help="discard the run's checkpoints first")
     for command in (fit, evaluate, export):
         command.add_argument("--draws", type=int, help="importance samples an image, instead of the TOML's")
@@ -68,14 +69,14 @@ def _parser() -> argparse.ArgumentParser:
     figure.add_argument("--out", type=Path, default=Path("docs/results"), help="for PNG and CSV (%(default)s)")
     figure.add_argument("--samples", type=lambda text: int(float(text)), default=10_000_000, help="seen by every curve")
     figure.add_argument("--only", default="*", help="pattern of the curves to train, such as mnist-20-*")
-    figure.add_argument("--threads", type=int, help="CPU threads")
+    figure.add_argument("--threads", type=int, help="CPU threads (as many as cores are free)")
     figure.set_defaults(command=_figure)
     oracle = commands.add_parser("oracle", help="score the weights that the paper's first author published")
     oracle.add_argument("--data", type=Path, default=Path("data"), help="where the data sets lie (%(default)s)")
     oracle.add_argument("--runs", type=Path, default=Path("runs"), help="folder for checkpoints (%(default)s)")
     oracle.add_argument("--out", type=Path, default=Path("docs/results"), help="for oracle.json (%(default)s)")
     oracle.add_argument("--draws", type=int, default=500, help="importance samples an image (%(default)s)")
-    oracle.add_argument("--threads", type=int, help="CPU threads")
+    oracle.add_argument("--threads", type=int, help="CPU threads (as many as cores are free)")
     oracle.set_defaults(command=_oracle)
     restore = _asking_command(commands, "restore", "put a service's restored images beside those of other methods")
     restore.add_argument(
@@ -85,12 +86,12 @@ def _parser() -> argparse.ArgumentParser:
     restore.add_argument("--methods", nargs="+", default=["*"], help="patterns of the methods, such as 'ours*'")
     restore.set_defaults(command=_restore)
     widen = _asking_command(commands, "calibrate", "fit the deviations that a service tells to held-out images")
-    widen.add_argument("--model", default="*", help="pattern of the models' names, of those that restore")
     widen.set_defaults(command=_calibrate)
     apart = _asking_command(commands, "separate", "measure how well a service's score tells images from other pictures")
-    apart.add_argument("--dataset", choices=SUBJECTS, default="mnist", help="whose test images (%(default)s)")
     apart.add_argument("--draws", type=int, default=16, help="of the posterior, for each score (%(default)s)")
     apart.set_defaults(command=_separate)
+    for command in (restore, widen, apart):
+        command.add_argument("--model", default="*", help="pattern of the models' names (%(default)s)")
     for command in (restore, apart):
         command.add_argument("--out", type=Path, default=Path("docs/results"), help="for the page (%(default)s)")
     fetch = commands.add_parser("download", help="fetch a data set")
@@ -106,7 +107,7 @@ def _run_command(commands, name: str, help: str, command) -> argparse.ArgumentPa
     parser.add_argument("--data", type=Path, default=Path("data"), help="where the data set lies (%(default)s)")
     parser.add_argument("--run", type=Path, help="folder for checkpoints and log (runs/<name>)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--threads", type=int, help="CPU threads (as many as cores are free)")
     parser.set_defaults(command=command)
     return parser
 
@@ -116,7 +117,9 @@ def _asking_command(commands, name: str, help: str) -> argparse.ArgumentParser: 
     parser: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help)
     parser.add_argument("--url", help="of the service to ask; without it one is started, and ended afterwards")
     parser.add_argument("--models", type=Path, default=Path("models"), help="what that one serves (%(default)s)")
-    parser.add_argument("--data", type=Path, default=Path("data"), help="where the data sets lie (%(default)s)")
+    parser.add_argument(
+        "--data", type=Path, default=Path("data"), help="where the data set lies, as for fit (%(default)s)"
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder for what is kept (%(default)s)")
     parser.add_argument("--images", type=int, default=200, help="images of each data set (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the images and of what is done to them (%(default)s)")
@@ -125,16 +128,14 @@ def _asking_command(commands, name: str, help: str) -> argparse.ArgumentParser: 
 
 
 def _figure(options: argparse.Namespace) -> None:
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    pipeline.threads(options.threads)
     folder = options.runs / f"figure{options.number}"
     FIGURES[options.number](options.data, folder, options.out, options.samples, options.only)
     print(f"wrote the numbers as CSV and the picture as PNG into {options.out}")
 
 
 def _oracle(options: argparse.Namespace) -> None:
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    pipeline.threads(options.threads)
     print(json.dumps(score(options.data, options.runs / "oracle", options.out, options.draws), indent=2))
 
 
@@ -148,6 +149,7 @@ def _restore(options: argparse.Namespace) -> None:
         options.images,
         options.seed,
         options.unet_epochs,
+        options.model,
         tuple(options.tasks),
         tuple(options.methods),
     )
@@ -171,17 +173,20 @@ def _calibrate(options: argparse.Namespace) -> None:
 
 def _separate(options: argparse.Namespace) -> None:
     plan = Separation(
-        options.data, options.url, options.models, options.dataset, options.images, options.seed, options.draws
+        options.data, options.url, options.models, options.model, options.images, options.seed, options.draws
     )
     print(f"wrote {separate(plan, options.out)}")
 
 
 def _workshop(options: argparse.Namespace, processes: Processes = ALONE) -> pipeline.Workshop:
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    run = load(options.config)
-    changes = {key: value for key in ("draws", "images") if (value := getattr(options, key)) is not None}
-    run = run.model_copy(update={"evaluation": run.evaluation.model_copy(update=changes)})
+    pipeline.threads(options.threads)
+    evaluation = {"draws": options.draws, "images": options.images}
+    epochs = {"epochs": getattr(options, "epochs", None)}
+    restoration_epochs = {"epochs": getattr(options, "restoration_epochs", None)}
+    run = load(
+        options.config,
+        {"evaluation": evaluation, "train": epochs, "restoration": {"train": restoration_epochs}},
+    )
     folder = options.run or Path("runs") / run.name
     return pipeline.Workshop.open(run, options.data, folder, pipeline.device(options.device), processes)
 

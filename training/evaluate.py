@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from training.datasets import as_float, binarise
 from training.elbo import elbo, importance_log_likelihood
 from training.errors import CheckpointError
 from training.model import VAE
+from training.progress import tell, warn
+from training.randomness import keyed_generator
 from training.restoration import FAMILIES, Observation, Recognition, corrupt
-from training.trainer import keyed_generator, read_checkpoint, write_checkpoint
+from training.trainer import read_checkpoint, write_checkpoint
 
 BLOCK = 100  # images scored between two looks at the clock
 DECODES = {"cpu": 200, "cuda": 20_000}
@@ -143,8 +146,8 @@ def restoration(
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Mean PSNR in dB (data range 1) of seeded test images before and after, by family and level.
 
-    The noisy image is cut to [0, 1] first, which only helps it. Also `worse`: the share of images whose error grew,
-    and `auto_db`: the PSNR when the level has to be estimated.
+    The noisy image is cut to [0, 1] first, which only helps it. Also `worse`: the share of images whose error grew;
+    `auto_db`: the PSNR when the level has to be estimated; `level_error`: the mean of |log(estimate / level)|.
     """
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:RESTORED]
     x = as_float(images[order.to(images.device)])
@@ -159,8 +162,27 @@ def restoration(
             estimate[:, column] = recognition.log_level(y, mask).mean[:, column].exp()
             known, _ = recognition.restored(vae, Observation(y, mask, level))
             unknown, _ = recognition.restored(vae, Observation(y, mask, estimate))
-            table.setdefault(family, {})[str(value)] = _decibels(x, y, known, unknown)
+            error = float((estimate[:, column] / value).log().abs().mean())
+            table.setdefault(family, {})[str(value)] = {
+                **_decibels(x, y, known, unknown),
+                "level_error": round(error, 3),
+            }
     return table
+
+
+def report(table: dict[str, dict[str, dict[str, float]]]) -> None:
+    """Say on standard error what `restoration` found, by family; warn where it is no better than doing nothing."""
+    for family, rows in table.items():
+        gain = mean(row["auto_db"] - row["noisy_db"] for row in rows.values())
+        error = mean(row["level_error"] for row in rows.values())
+        logs = [math.log(float(level)) for level in rows]
+        guess = mean(abs(value - median(logs)) for value in logs)
+        told = f"restoring {family}: {gain:+.1f} dB; level off by a factor of {math.exp(error):.2f} on average"
+        tell(f"{told} ({math.exp(guess):.2f} for the best constant)")
+        if gain <= 0.0:
+            warn(f"{family} noise is better left as it is; train longer or on more images")
+        if error >= guess:
+            warn(f"the level of {family} noise is estimated no better than by a constant; train longer")
 
 
 def _decibels(x: Tensor, y: Tensor, known: Tensor, unknown: Tensor) -> dict[str, float]:

@@ -20,7 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from service.golden import deviation
-from service.manifest import FILE_NAME, SCHEMA_VERSION, File, Golden, Graph, Manifest, digest, is_plain_name
+from service.manifest import (
+    DEFAULT_FILE,
+    FILE_NAME,
+    SCHEMA_VERSION,
+    File,
+    Golden,
+    Graph,
+    Manifest,
+    digest,
+    is_plain_name,
+)
 from training.errors import DiskError, ExportError
 from training.gaussian import DiagonalGaussian
 from training.model import VAE
@@ -204,6 +214,8 @@ def version_folder(models: Path, name: str, version: str, *, replace: bool) -> P
     for part in (name, version):
         if not is_plain_name(part):
             raise ExportError(f"{part!r} is not a plain name: lower-case letters, digits, '.', '_' and '-' only")
+    if name == DEFAULT_FILE:
+        raise ExportError(f"{name} is the file that names the default model; choose another name in the TOML")
     target = models / name / version
     if target.exists() and not replace:
         raise ExportError(f"{target} exists; choose another version in the TOML or pass --replace")

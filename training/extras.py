@@ -19,7 +19,7 @@ def needed(module: str) -> Any:
     except ImportError as error:
         package = module.split(".", 1)[0]
         raise DependencyError(
-            f"{package} cannot be imported ({error}); pip install 'vae-service[evaluation]'"
+            f"{package} cannot be imported ({error}); pip install '.[evaluation]' in the project's folder"
         ) from error
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import fcntl
 import os
 import platform
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,22 @@ import torch
 from torch import Tensor
 
 from service.manifest import digest
+from service.session import cpu_count
 from training.config import Run
 from training.datasets import ImageSet, as_float
 from training.errors import CheckpointError, ConfigError, DiskError
-from training.evaluate import likelihood, restoration
+from training.evaluate import likelihood, report, restoration
 from training.export import GOLDEN_ROWS, export, exportables, version_folder
 from training.model import VAE
 from training.processes import ALONE, Processes
+from training.randomness import keyed_generator
 from training.restoration import FAMILIES, Observation, Recognition, simulate
 from training.scoring import held_out
-from training.stages import restoration_stage, trained_recognition, trained_vae, vae_stage
-from training.trainer import keyed_generator, stage_seconds, train
+from training.stages import as_trained, restoration_stage, trained_recognition, trained_vae, vae_stage
+from training.trainer import stage_seconds, train, trained_epochs
+
+LOOK_S = 0.25
+"""How long is looked at which cores are busy."""
 
 
 def device(wanted: str) -> torch.device:
@@ -61,6 +67,32 @@ def locked(folder: Path) -> Iterator[None]:
                 f"another process trains in {folder}; wait for it, or choose another --run"
             ) from error
         yield
+
+
+def threads(wanted: int | None) -> None:
+    """Let torch use as many CPU threads as are wanted, or else one for each core that is free now.
+
+    More threads than free cores wait for one another: with one a core on two busy cores a run is 30 times as slow.
+    """
+    if wanted is None and "OMP_NUM_THREADS" in os.environ:
+        return  # torchrun sets it
+    torch.set_num_threads(wanted or free_cores())
+
+
+def free_cores() -> int:
+    """Cores of which this process may use the whole, one at least: of those allowed, the part that idles."""
+    with suppress(OSError, ValueError, ZeroDivisionError):
+        before = _ticks()
+        time.sleep(LOOK_S)
+        idle, total = (now - then for now, then in zip(_ticks(), before, strict=True))
+        return max(1, min(cpu_count(), round(idle / total * (os.cpu_count() or 1))))
+    return cpu_count()  # another system than Linux
+
+
+def _ticks() -> tuple[int, int]:
+    """Of all cores since the start of the machine: those spent idle, and all."""
+    ticks = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    return ticks[3] + ticks[4], sum(ticks)
 
 
 @dataclass(frozen=True)
@@ -102,11 +134,17 @@ class Workshop:
             return self.export(models, replace=replace)
 
     def _train(self) -> None:
-        shape, images = self.images.shape, self.images.train
-        train(vae_stage(self.run, shape, self.device), images, self.folder, self.processes)
-        if self.run.restoration is not None:
-            stage = restoration_stage(self.run, self.vae(), shape, self.device)
-            train(stage, images, self.folder, self.processes)
+        """Both stages, those that are finished for more epochs where the run has more."""
+        shape, images = self.images.shape, self.images
+        run, before = as_trained(self.run, self.folder, longer=True), trained_epochs(self.folder / "vae.pt")
+        self.processes.wait()
+        if before is not None and before < run.train.epochs and self.processes.first:
+            (self.folder / "restoration.pt").unlink(missing_ok=True)  # it belongs to the VAE as it was
+        train(vae_stage(run, shape, self.device), images.train, self.folder, self.processes, images.validation)
+        if run.restoration is None:
+            return
+        stage = restoration_stage(run, self.vae(), shape, self.device)
+        train(stage, images.train, self.folder, self.processes, images.validation)
 
     def vae(self) -> VAE:
         """The trained model."""
@@ -128,11 +166,10 @@ class Workshop:
             order = torch.randperm(len(test), generator=torch.Generator().manual_seed(self.run.seed))
             test = test[order[: settings.images].to(test.device)]
         partial = self.folder / "evaluation.pt"
-        quality: dict[str, Any] = likelihood(
-            vae, test, settings.draws, self.run.seed, partial, dynamic=self.run.binarise
-        )
+        quality: dict[str, Any] = likelihood(vae, test, settings.draws, self.run.seed, partial, dynamic=self.run.binary)
         if recognition is not None:
-            quality["restoration"] = restoration(vae, recognition, self.images.test, self.run.seed)
+            quality["restoration"] = restoration(vae, recognition, test, self.run.seed)
+            report(quality["restoration"])
         return quality
 
     def export(self, models: Path, *, replace: bool = False) -> Path:
@@ -149,10 +186,11 @@ class Workshop:
             "likelihood": self.run.model.likelihood.likelihood,
             "prior": self.run.model.prior.prior,
             "dataset": self.run.data.dataset,
+            "tileable": self.run.tileable,
             "noise_families": [] if self.run.restoration is None else list(FAMILIES),
             "training": self._training(),
             "quality": self._quality(vae, recognition),
-            "scoring": held_out(vae, self.images.validation, self.run.seed, dynamic=self.run.binarise),
+            "scoring": held_out(vae, self.images.validation, self.run.seed, dynamic=self.run.binary),
         }
         # Graphs are traced where they are compared with onnxruntime.
         graphs = exportables(vae.cpu(), None if recognition is None else recognition.cpu(), *self._golden_rows())
@@ -177,9 +215,12 @@ class Workshop:
         return rows, simulate(rows, keyed_generator(x.device, self.run.seed, 5))
 
     def _training(self) -> dict[str, Any]:
-        seconds = stage_seconds(self.folder)
+        seconds, run = stage_seconds(self.folder), as_trained(self.run, self.folder)
         return {
-            "settings": self.run.model_dump(mode="json", exclude={"name", "version", "evaluation"}, exclude_none=True),
+            "settings": {
+                **run.model_dump(mode="json", exclude={"name", "version", "evaluation", "tileable"}, exclude_none=True),
+                "binarise": run.binary,
+            },
             "train_images": len(self.images.train),
             "seconds": seconds,
             "device": self.device.type,

@@ -136,6 +136,12 @@ def _random_mask(x: Tensor, draw: Callable[..., Tensor]) -> Tensor:
     return seen.float().expand(n, channels, height, width).contiguous()
 
 
+ROUGHNESS = (0.01, 1.0)
+"""What the classical estimate of sigma is cut to."""
+ADDITIVE = (1.0, 0.0, 0.0, 1.0)
+"""By family: whether the estimate is the level's."""
+
+
 class Fusion(nn.Module):
     """E[x | y, z] and Var[x | y, z] of every pixel for itself, given the decoder's mean.
 
@@ -252,6 +258,8 @@ class Recognition(nn.Module):
         self.level_network = level_network
         self.fusion = Fusion()
         self.correction = Correction(correction)
+        # Flat, so that no optimiser takes it for a matrix of weights.
+        self.roughness = nn.Parameter(torch.tensor([*[0.0] * 4, *ADDITIVE, *[0.0] * 4]))
 
     def posterior(self, seen: Observation) -> DiagonalGaussian:
         """q(z | y, mask, level): mean and log_var (n, d)."""
@@ -259,15 +267,38 @@ class Recognition(nn.Module):
         return DiagonalGaussian(mean.float(), log_var.float())
 
     def log_level(self, y: Tensor, mask: Tensor) -> DiagonalGaussian:
-        """q(log level | y, mask): mean and log_var (n, F), each column as if its family were the one at work."""
+        """q(log level | y, mask): mean and log_var (n, F), each column as if its family were the one at work.
+
+        The network corrects a classical estimate where noise is additive, so that few steps suffice.
+        """
         mean, log_var = self.level_network(torch.cat([y, mask], 1))
-        return DiagonalGaussian(mean.float(), log_var.float())
+        rough = log_roughness(y, mask)[:, None]
+        powers = torch.cat([torch.ones_like(rough), rough, rough.square()], 1)
+        started = (powers[:, :, None] * self.roughness.view(3, len(FAMILIES))).sum(1)
+        return DiagonalGaussian(mean.float() + started, log_var.float())
 
     def restored(self, vae: VAE, seen: Observation) -> tuple[Tensor, Tensor]:
         """E[x | y] and Var[x | y] (n, c, h, w): the decoder at the posterior's mean, fused and corrected."""
         x_mean = vae.likelihood.mean(vae.decode(self.posterior(seen).mean))
         restored: tuple[Tensor, Tensor] = self.correction(*self.fusion(x_mean, *seen), *seen)
         return restored
+
+
+def log_roughness(y: Tensor, mask: Tensor) -> Tensor:
+    """The logarithm of sigma as the Laplacian's mean size tells it, (n,): y and mask (n, c, h, w), 1 where seen.
+
+    Source: Immerkaer (1996), "Fast noise variance estimation", equation 3, over pixels whose neighbours are all seen.
+    """
+    channels = y.shape[1]
+    kernel = torch.tensor([[1.0, -2.0, 1.0], [-2.0, 4.0, -2.0], [1.0, -2.0, 1.0]], device=y.device)
+    kernel = kernel.expand(channels, 1, 3, 3)
+    response = functional.conv2d(y, kernel, groups=channels).abs()
+    known = (functional.avg_pool2d(mask, 3, 1) > 1.0 - 1e-6).to(y.dtype)
+    count = known.sum((1, 2, 3))
+    mean = (response * known).sum((1, 2, 3)) / count.clamp(min=1.0)
+    sigma = (math.sqrt(0.5 * math.pi) / 6.0 * mean).clamp(*ROUGHNESS)
+    sigma = torch.where(count > 0.0, sigma, math.sqrt(SIGMA_RANGE[0] * SIGMA_RANGE[1]))
+    return sigma.double().log().to(y.dtype)  # in double for the reason told in Fusion.pixel_prior
 
 
 def planes(level: Tensor, like: Tensor) -> Tensor:

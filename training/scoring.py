@@ -14,7 +14,7 @@ from training.evaluate import is_grey
 from training.gaussian import DiagonalGaussian
 from training.model import VAE
 from training.priors.learned import LearnedPrior
-from training.trainer import keyed_generator
+from training.randomness import keyed_generator
 
 DRAWS = 16
 """As many as the service takes unless it is told otherwise."""

@@ -16,7 +16,7 @@ from training.errors import CheckpointError
 from training.model import VAE
 from training.restoration import FAMILIES, Recognition, corrupt, restoration_bound, simulate
 from training.rivals.wake_sleep import wake_sleep
-from training.trainer import Module, Stage, read_averaged
+from training.trainer import Module, Stage, read_trained, trained_epochs
 
 VaeBound = Callable[[VAE, Tensor, Tensor, torch.Generator], Bound]
 
@@ -73,7 +73,7 @@ def vae_stage(run: Run, shape: tuple[int, int, int], device: torch.device) -> St
     bound = denoising(run.train) if run.train.objective == "denoising" else BOUNDS[run.train.objective]
 
     def objective(model: VAE, images: Tensor, generator: torch.Generator) -> Bound:
-        x = binarise(images, generator) if run.binarise else as_float(images)
+        x = binarise(images, generator) if run.binary else as_float(images)
         return bound(model, x, _noise(run.train.draws, len(x), run.model.latent_dim, generator), generator)
 
     return Stage("vae", _placed(build_vae(run, shape), device), objective, run.train, run.seed, _vae_identity(run))
@@ -95,18 +95,32 @@ def restoration_stage(run: Run, vae: VAE, shape: tuple[int, int, int], device: t
     return Stage("restoration", recognition, objective, settings, run.seed + 1, identity, replayable=False)
 
 
+def as_trained(run: Run, folder: Path, *, longer: bool = False) -> Run:
+    """The run with the numbers of epochs of its checkpoints in `folder`; `longer`: or its own where those are more."""
+
+    def counted(settings: Optimisation, stage: str) -> Optimisation:
+        found = trained_epochs(folder / f"{stage}.pt") or settings.epochs
+        return settings.model_copy(update={"epochs": max(found, settings.epochs) if longer else found})
+
+    changed: dict[str, Any] = {"train": counted(run.train, "vae")}
+    if run.restoration is not None:
+        train = counted(run.restoration.train, "restoration")
+        changed["restoration"] = run.restoration.model_copy(update={"train": train})
+    return run.model_copy(update=changed)
+
+
 def trained_vae(run: Run, shape: tuple[int, int, int], folder: Path, device: torch.device) -> VAE:
     """The averaged weights of the checkpoint.
 
     Raises: CheckpointError where there is none, or of other settings.
     """
-    return read_averaged(folder / "vae.pt", _vae_identity(run), _placed(build_vae(run, shape), device))
+    return read_trained(folder / "vae.pt", _vae_identity(run), _placed(build_vae(run, shape), device))
 
 
 def trained_recognition(run: Run, shape: tuple[int, int, int], folder: Path, device: torch.device) -> Recognition:
     """Likewise, of the recognition model of corrupted images."""
     module = _placed(build_recognition(run, shape), device)
-    return read_averaged(folder / "restoration.pt", _restoration_identity(run), module)
+    return read_trained(folder / "restoration.pt", _restoration_identity(run), module)
 
 
 def _noise(draws: int, rows: int, latent_dim: int, generator: torch.Generator) -> Tensor:
@@ -119,11 +133,21 @@ def _placed(module: Module, device: torch.device) -> Module:
 
 
 def _vae_identity(run: Run) -> dict[str, Any]:
-    return _said(run, {"seed", "data", "binarise", "model", "train"})
+    """Without the number of epochs, since a finished stage may be trained longer."""
+    said = _said(run, {"seed", "data", "model", "train"})
+    if not run.binary:  # that they are binary went without saying when the first checkpoints were written
+        said["binarise"] = False
+    return _without_epochs(said, "train")
 
 
 def _restoration_identity(run: Run) -> dict[str, Any]:
-    return {**_vae_identity(run), **_said(run, {"restoration"})}
+    said = _said(run, {"restoration"})
+    # "roughness" is not a setting: checkpoints without it are of another network.
+    return {**_vae_identity(run), **said, "restoration": _without_epochs(said["restoration"], "train"), "roughness": 1}
+
+
+def _without_epochs(tables: dict[str, Any], name: str) -> dict[str, Any]:
+    return {**tables, name: {key: value for key, value in tables[name].items() if key != "epochs"}}
 
 
 def _said(run: Run, tables: set[str]) -> dict[str, Any]:

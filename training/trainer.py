@@ -27,10 +27,16 @@ from training.elbo import Bound
 from training.errors import CheckpointError, ConfigError, DiskError, DivergedError
 from training.optimisers import build
 from training.processes import ALONE, Processes
+from training.randomness import keyed_generator, mixed
 from training.replay import Replay
+from training.validation import HeldOut
 
 CHECKPOINT_S = 60.0
 LOG_STEPS = 100
+SHOWN_S = 0.5
+"""Between two values of the bound in the progress bar."""
+WARMUP_SHARE, KL_WARMUP_SHARE = 0.1, 0.25
+"""Shares of a run that `warmup_steps` and `kl_warmup_steps` never exceed."""
 AVERAGED_STEPS = 8
 """Steps between two looks of the moving average, which at every step costs 3 % of an MLP's time and gains nothing."""
 MOST_SKIPPED = 10
@@ -59,19 +65,6 @@ class Stage:
     """Whether the objective leaves all on the device, never asking it for a value, so that a GPU can replay it."""
 
 
-def keyed_generator(device: torch.device, *key: int) -> torch.Generator:
-    """Randomness that is a function of its key alone, so that a resumed run draws what an unbroken one would have."""
-    return torch.Generator(device).manual_seed(mixed(*key))
-
-
-def mixed(*key: int) -> int:
-    """A seed that is another for every key."""
-    seed = 0
-    for part in key:
-        seed = (seed * 6364136223846793005 + part + 1442695040888963407) % 2**63
-    return seed
-
-
 def epoch_order(images: Tensor, seed: int, epoch: int) -> Tensor:
     """The rows of `images` in the order in which an epoch takes them, on their device; a function of the key alone."""
     shuffle = keyed_generator(torch.device("cpu"), seed, 0, epoch)
@@ -85,14 +78,27 @@ def computes_bfloat16(device: torch.device) -> bool:
     return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()  # noqa: SLF001
 
 
-def train(stage: Stage, images: Tensor, folder: Path, processes: Processes = ALONE) -> None:
+def train(
+    stage: Stage, images: Tensor, folder: Path, processes: Processes = ALONE, held_out: Tensor | None = None
+) -> None:
     """Train to the end of the last epoch, from the checkpoint in `folder` if there is one.
 
-    `images` is uint8 (n, c, h, w) on the module's device. Writes `<stage>.pt` and appends to `log.jsonl` in `folder`.
-    Raises: DivergedError, DiskError, CheckpointError; ConfigError where the processes cannot share out a minibatch;
-    KeyboardInterrupt passes after a checkpoint is written.
+    Writes `<stage>.pt` and appends to `log.jsonl` in `folder`.
+
+    Args:
+        stage: What to train.
+        images: uint8 (n, c, h, w) on the module's device.
+        folder: Of the checkpoint and the log.
+        processes: Those that train together.
+        held_out: Images like `images` on which the bound is measured after every epoch, and by which the stage keeps
+            either the moving average of the weights or the last ones; without them the average.
+
+    Raises:
+        DivergedError, DiskError, CheckpointError: As their names say.
+        ConfigError: The processes cannot share out a minibatch.
+        KeyboardInterrupt: Passes after a checkpoint is written.
     """
-    loop = _Loop(stage, images, folder, processes)
+    loop = _Loop(stage, images, folder, processes, held_out)
     loop.restore()
     try:
         with deferred_interrupts() as interrupted:
@@ -135,7 +141,9 @@ class _Bounded(nn.Module):
 
 
 class _Loop:
-    def __init__(self, stage: Stage, images: Tensor, folder: Path, processes: Processes) -> None:
+    def __init__(
+        self, stage: Stage, images: Tensor, folder: Path, processes: Processes, held_out: Tensor | None
+    ) -> None:
         settings = stage.optimisation
         if settings.microbatches % processes.size:
             raise ConfigError(
@@ -147,7 +155,14 @@ class _Loop:
         self.log_path = folder / "log.jsonl" if processes.first else Path(os.devnull)
         self.batch_size = min(settings.batch_size, len(images))
         self.epoch_steps = len(images) // self.batch_size
-        self.steps = settings.epochs * self.epoch_steps
+        self.epochs = max(settings.epochs, -(-settings.least_steps // self.epoch_steps))
+        self.steps = self.epochs * self.epoch_steps
+        self.warmup_steps = min(settings.warmup_steps, int(WARMUP_SHARE * self.steps))
+        self.kl_warmup_steps = min(settings.kl_warmup_steps, int(KL_WARMUP_SHARE * self.steps))
+        self.held_out = None
+        if held_out is not None and processes.first:
+            self.held_out = HeldOut(stage, held_out, images, self.batch_size)
+        self.kept, self.elbo, self.shown = "averaged", math.nan, 0.0
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.seconds = 0.0
         self.saved_step = self.order_epoch = -1
@@ -167,7 +182,7 @@ class _Loop:
         self.minibatch, self.advance = self._minibatch, self._advance
         if replayed:
             self.minibatch = Replay(self._minibatch, self.generators)
-            steady = settings.schedule == "constant" and settings.warmup_steps == 0
+            steady = settings.schedule == "constant" and self.warmup_steps == 0
             if steady or all(isinstance(group["lr"], Tensor) for group in self._groups):  # a number stays as recorded
                 self.advance = Replay(self._advance)
 
@@ -180,7 +195,7 @@ class _Loop:
         progress = tqdm(
             total=self.steps * self.batch_size,
             initial=self.step * self.batch_size,
-            desc=f"{self.stage.name} (epoch 0/{self.settings.epochs})",
+            desc=f"{self.stage.name} (epoch 0/{self.epochs})",
             unit="image",
             unit_scale=True,
             mininterval=0.5,
@@ -203,16 +218,18 @@ class _Loop:
                 self.seconds = time.monotonic() - started
                 if self.step in self.stage.watched_steps and self.processes.first:
                     log.write({"stage": self.stage.name, "step": self.step, **self.stage.watch(self.stage.module)})
-                if self.processes.any(interrupted()):
+                if self.step < self.steps and self.processes.any(interrupted()):
                     self.save()
                     self.processes.wait()
                     raise KeyboardInterrupt
-                progress.update(self.batch_size)
-                if (self.step % LOG_STEPS == 0 or self.step == self.steps) and means.terms:
-                    self._report(progress, log, self.processes.mean(means.take()).tolist())
-                if time.monotonic() - saved > CHECKPOINT_S:
+                self._tell(progress, log, means)
+                if self.step < self.steps and time.monotonic() - saved > CHECKPOINT_S:
                     self.save()
                     saved = time.monotonic()
+        if self.held_out is not None and self.step != self.saved_step:
+            self.kept, _ = self.held_out.choose(self._average_so_far, self.stage.module, self.elbo)
+        if self.processes.any(interrupted()):
+            raise KeyboardInterrupt
 
     def _gradient(self) -> tuple[Bound, float]:
         """Of one minibatch: the order of an epoch hangs on (seed, epoch), other noise on (seed, step, microbatch)."""
@@ -220,8 +237,8 @@ class _Loop:
         if self.order_epoch != epoch:
             self.order, self.order_epoch = epoch_order(self.images, self.stage.seed, epoch), epoch
         self.rows.copy_(self.order[index * self.batch_size : (index + 1) * self.batch_size])
-        if self.step <= self.settings.kl_warmup_steps:
-            self.kl_weight.fill_(min(1.0, (self.step + 1) / max(1, self.settings.kl_warmup_steps)))
+        if self.step <= self.kl_warmup_steps:
+            self.kl_weight.fill_(min(1.0, (self.step + 1) / max(1, self.kl_warmup_steps)))
         for number, generator in enumerate(self.generators):
             generator.manual_seed(mixed(self.stage.seed, 1, self.step, number))
         terms, norm = self.minibatch()
@@ -283,17 +300,22 @@ class _Loop:
 
     @torch.no_grad()
     def _average(self) -> None:
-        """What `update_parameters` does, but for its walk through both modules, which costs more than the sums."""
+        """What `update_parameters` does, but for its walk through both modules, which costs more than the sums.
+
+        The decay rises with the steps, so that the average covers about the last tenth of a short run, and forgets
+        the first weights.
+        """
         if self.averaged.n_averaged == 0:
             self.averaged.update_parameters(self.stage.module)
         else:
             steps = self.step % AVERAGED_STEPS or AVERAGED_STEPS
-            torch._foreach_lerp_(self.averages, [*self.parameters], 1.0 - self.settings.ema_decay**steps)
+            decay = min(self.settings.ema_decay, (1.0 + self.step) / (10.0 + self.step))
+            torch._foreach_lerp_(self.averages, [*self.parameters], 1.0 - decay**steps)
             self.averaged.n_averaged += 1
 
     def _rate(self) -> float:
         """The share of the peak learning rate."""
-        warmth = min(1.0, (self.step + 1) / max(1, self.settings.warmup_steps))
+        warmth = min(1.0, (self.step + 1) / max(1, self.warmup_steps))
         constant = self.settings.schedule == "constant"
         return warmth * (1.0 if constant else 0.5 * (1.0 + math.cos(math.pi * self.step / self.steps)))
 
@@ -305,17 +327,45 @@ class _Loop:
         free = self.settings.free_nats
         return torch.where(kl.mean() < free, kl.detach(), kl) if free else kl
 
-    def _report(self, progress: Any, log: Log, terms: list[float]) -> None:
-        log_likelihood, kl = terms
-        epoch = min(self.step // self.epoch_steps + 1, self.settings.epochs)
-        progress.set_description(f"{self.stage.name} (epoch {epoch}/{self.settings.epochs})", refresh=False)
+    @property
+    def _epoch(self) -> int:
+        """That of the next step, from 1."""
+        return min(self.step // self.epoch_steps + 1, self.epochs)
+
+    @property
+    def _average_so_far(self) -> nn.Module:
+        """The module with the moving average of the weights, or as it is before there is one."""
+        return self.averaged.module if self.averaged.n_averaged else self.stage.module
+
+    def _tell(self, progress: Any, log: Log, means: _Means) -> None:
+        """Whatever is due after a step: the bar, the log's line of training images, that of held-out ones."""
+        if time.monotonic() - self.shown > SHOWN_S and means.terms:
+            self._show(progress, means.so_far())
+            self.shown = time.monotonic()
+        progress.update(self.batch_size)
+        if (self.step % LOG_STEPS == 0 or self.step == self.steps) and means.terms:
+            self._report(log, self.processes.mean(means.take()).tolist())
+        if self.held_out is not None and self.step % self.epoch_steps == 0:
+            epoch = self.step // self.epoch_steps
+            measured = self.held_out.after_epoch(self._average_so_far, epoch, self.epochs)
+            log.write({"stage": self.stage.name, "step": self.step, "epoch": epoch, "held_out_elbo": measured})
+
+    def _show(self, progress: Any, terms: Tensor) -> None:
+        log_likelihood, kl = terms.tolist()
+        progress.set_description(f"{self.stage.name} (epoch {self._epoch}/{self.epochs})", refresh=False)
         shown = {"ELBO": f"{log_likelihood - kl:.2f}", "rec": f"{log_likelihood:.2f}", "KL": f"{kl:.2f}"}
+        if self.held_out is not None and self.held_out.best_epoch:
+            shown["held out"] = f"{self.held_out.elbo:.2f}"
         progress.set_postfix({**shown, **({"skipped": self.skipped} if self.skipped else {})}, refresh=False)
+
+    def _report(self, log: Log, terms: list[float]) -> None:
+        log_likelihood, kl = terms
+        self.elbo = log_likelihood - kl
         log.write(
             {
                 "stage": self.stage.name,
                 "step": self.step,
-                "epoch": epoch,
+                "epoch": self._epoch,
                 "seconds": round(self.seconds, 2),
                 "elbo": log_likelihood - kl,
                 "log_likelihood": log_likelihood,
@@ -333,6 +383,8 @@ class _Loop:
             "identity": self.stage.identity,
             "step": self.step,
             "finished": self.step == self.steps,
+            "epochs": self.epochs,
+            "kept": self.kept,
             "seconds": self.seconds,
             "module": self.stage.module.state_dict(),
             "averaged": self.averaged.state_dict(),
@@ -360,6 +412,7 @@ class _Loop:
             # The state alone: how it is stepped is the settings' and the device's affair, not the checkpoint's.
             optimiser.load_state_dict({**optimiser.state_dict(), "state": saved["state"]})
         self.skipped = state["skipped"]
+        self.kept = state.get("kept", self.kept)
 
 
 class _Means:
@@ -371,9 +424,13 @@ class _Means:
     def add(self, bound: Bound) -> None:
         self.terms.append(bound)
 
-    def take(self) -> Tensor:
+    def so_far(self) -> Tensor:
         """log_likelihood and kl, (2,)."""
-        found = torch.stack([torch.cat(terms).mean() for terms in zip(*self.terms, strict=True)])
+        return torch.stack([torch.cat(terms).mean() for terms in zip(*self.terms, strict=True)])
+
+    def take(self) -> Tensor:
+        """The same, and begin anew."""
+        found = self.so_far()
         self.terms.clear()
         return found
 
@@ -391,12 +448,22 @@ def read_checkpoint(path: Path, identity: dict[str, Any], device: torch.device) 
         raise CheckpointError(f"{path} cannot be read ({type(error).__name__}); delete it to start again") from error
     if not isinstance(state, dict) or "identity" not in state:
         raise CheckpointError(f"{path} is no checkpoint of this trainer; delete it to start again")
-    if state["identity"] != identity:
-        changed = [key for key in identity if state["identity"].get(key) != identity[key]]
+    known = _without_epochs(state["identity"], identity)
+    if known != identity:
+        changed = [key for key in identity if known.get(key) != identity[key]]
         raise CheckpointError(
             f"{path} was made with other settings ({', '.join(changed)}); use --fresh or another --run"
         )
     return state
+
+
+def _without_epochs(saved: Any, wanted: Any) -> Any:
+    """An identity less the numbers of epochs that the wanted one does not have, since a stage may be trained longer."""
+    if not (isinstance(saved, dict) and isinstance(wanted, dict)):
+        return saved
+    return {
+        key: _without_epochs(value, wanted.get(key)) for key, value in saved.items() if key != "epochs" or key in wanted
+    }
 
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -421,16 +488,27 @@ def stage_seconds(folder: Path) -> dict[str, float]:
     return {name: round(state["seconds"], 1) for name, state in states.items() if state.get("finished")}
 
 
-def read_averaged(path: Path, identity: dict[str, Any], module: Module) -> Module:
-    """`module` with the moving average of the weights that a finished stage left in `path`.
+def trained_epochs(path: Path) -> int | None:
+    """The number of epochs that a checkpoint was made with; None where there is none that can be read."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return int(state["epochs"])
+    except Exception:  # noqa: BLE001  # whoever needs the checkpoint says what is wrong with it
+        return None
+
+
+def read_trained(path: Path, identity: dict[str, Any], module: Module) -> Module:
+    """`module` with the weights that a finished stage kept in `path`: their moving average, or the last.
 
     Raises: CheckpointError as `read_checkpoint` does, and where the stage has not come to its end.
     """
     state = read_checkpoint(path, identity, next(module.parameters()).device)
     if not state["finished"]:
         raise CheckpointError(f"{path} is of an unfinished run; run `python -m training fit` again to resume it")
-    prefix = "module."
-    weights = {key.removeprefix(prefix): value for key, value in state["averaged"].items() if key.startswith(prefix)}
+    weights = state["module"]
+    if state.get("kept", "averaged") == "averaged":
+        prefix = "module."
+        weights = {name.removeprefix(prefix): one for name, one in state["averaged"].items() if name.startswith(prefix)}
     module.load_state_dict(weights)
     return module.eval().requires_grad_(False)
 

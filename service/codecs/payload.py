@@ -153,11 +153,13 @@ def check_pictures(count: int, meter: Meter) -> None:
         raise TooLarge(f"{count} pictures in one request; VAE_MAX_REQUEST_ROWS is {meter.max_rows}")
 
 
-def as_rows(array: NDArray[Any], shape: tuple[int, ...], name: str) -> NDArray[np.float32]:
+def as_rows(array: NDArray[Any], shape: tuple[int, ...], name: str, larger: str = "") -> NDArray[np.float32]:
     """Float32 rows (n, *shape) of the model's shape.
 
     Also taken are one bare row, for one channel the same without the channel axis, and, unless they are latents, images
     whose last axis is the channels'. A view where the array already is what is wanted.
+
+    larger: what else than `fit` may be advised for images of another size.
 
     Raises:
         InvalidShape: No reading fits; the message names both shapes and the fix.
@@ -169,8 +171,9 @@ def as_rows(array: NDArray[Any], shape: tuple[int, ...], name: str) -> NDArray[n
     elif name != "latents" and (moved := _exact(array, shape)) is not None:
         rows = moved
     else:
+        wanted = ", ".join(map(str, shape))
         raise InvalidShape(
-            f"{name} has shape {found}; the model takes (n, {', '.join(map(str, shape))}){_advice(found, shape, name)}"
+            f"{name} has shape {found}; the model takes (n, {wanted}){_advice(found, shape, name, larger)}"
         )
     rows = rows.reshape(-1, *shape)
     if len(rows) == 0:
@@ -185,18 +188,25 @@ def as_images(array: NDArray[Any], shape: tuple[int, ...], name: str) -> Pixels:
         InvalidShape: No reading fits, or more than one does.
         InvalidValue: As `as_rows` does.
     """
-    found, channels = array.shape, shape[0]
-    moved = None
-    if 0 not in found:
-        moved = array if found[1:] == shape else array[None] if found == shape else _exact(array, shape)
-        moved = _of_any_size(array, shape, name) if moved is None else moved
+    found, moved = array.shape, viewed(array, shape, name)
     if moved is None:
         raise InvalidShape(
-            f"{name} has shape {found}; the model takes (n, {channels}, height, width){_advice(found, shape, name)}"
+            f"{name} has shape {found}; the model takes (n, {shape[0]}, height, width){_advice(found, shape, name)}"
         )
-    return as_floats(moved.reshape(-1, channels, *moved.shape[-2:]), name)
+    return as_floats(moved, name)
 
 
+def viewed(array: NDArray[Any], shape: tuple[int, ...], name: str) -> NDArray[Any] | None:
+    """The array as (n, channels, h, w), of any size and type; None where it cannot be read so."""
+    found, channels = array.shape, shape[0]
+    if 0 in found:
+        return None
+    moved = array if found[1:] == shape else array[None] if found == shape else _exact(array, shape)
+    moved = _of_any_size(array, shape, name) if moved is None else moved
+    return None if moved is None else moved.reshape(-1, channels, *moved.shape[-2:])
+
+
+FIT_ADVICE = "fit=resize, pad or crop"
 COLOURS = (3, 4)
 """Channels of colour pictures."""
 
@@ -227,7 +237,7 @@ def _of_any_size(array: NDArray[Any], shape: tuple[int, ...], name: str) -> NDAr
     return None
 
 
-def _advice(found: tuple[int, ...], shape: tuple[int, ...], name: str) -> str:
+def _advice(found: tuple[int, ...], shape: tuple[int, ...], name: str, larger: str = "") -> str:
     """What to do about an array that is none of these."""
     flat = math.prod(shape)
     if found and flat == found[-1] and len(found) <= 2 and len(shape) > 1:
@@ -243,7 +253,7 @@ def _advice(found: tuple[int, ...], shape: tuple[int, ...], name: str) -> str:
             "many rows or columns are sent as (n, 1, height, width)"
         )
     if channels in places or (channels == 1 and len(found) in (2, 3)):
-        return "; fit=resize, pad or crop brings images to its size" if name == "images" else ""
+        return f"; {FIT_ADVICE} brings images to its size{larger}" if name == "images" else ""
     if channels > 1 and (len(found) == 2 or 1 in places):
         return f"; repeat the grey images in {channels} channels, or send picture files, which the service converts"
     return ""

@@ -44,9 +44,11 @@ class RestoreOptions(DrawOptions):
 class TiledOptions(RestoreOptions):
     """Of what can be done tile by tile."""
 
+    tiles = True
     fit: Fit | Literal["tile"] | None = None  # type: ignore[assignment]  # one more way than for other operations
     """Bring images of another size to the model's: `resize` stretches, `pad` adds black, `crop` cuts; `tile` restores a
-    larger image as overlapping tiles of the model's size, and the answer has the image's size."""
+    larger image as overlapping tiles of the model's size, and the answer has the image's size; only where the model is
+    `tileable`."""
 
 
 def observed(

@@ -55,7 +55,7 @@ def slow(digits_models: Path) -> Callable[[Callable[[], object]], Repository]:
     return repository
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def serve() -> Callable[[FastAPI], AbstractContextManager[str]]:
     """A function that serves an application, for a `with` block."""
     return serving

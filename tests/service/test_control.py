@@ -384,7 +384,7 @@ def test_a_bad_model_beside_good_ones_is_named_and_the_rest_serve(
     spoil_golden(brighter(flat_models, "1", "other"), seal)
 
     async def scenario() -> None:
-        async with client(flat_models, versions=versions) as one:
+        async with client(flat_models, versions=versions, default_model="mnist-2d") as one:
             assert await version(one) == "1"
             ready = await one.get("http://x/health/ready")
             assert ready.status_code == 200

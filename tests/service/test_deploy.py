@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from docs.reference import PAGE, with_tables
+from docs.reference import PAGES, TABLES, with_tables
 from service.config import Settings, split
 from service.errors import ReaderFault, ServiceError
 from service.hosts import Hosts
@@ -41,11 +41,19 @@ def codes(kind: type[ServiceError] = ServiceError) -> Iterator[str]:
         yield from codes(narrower)
 
 
-def test_the_page_for_operators_is_current() -> None:
-    """Its tables are those of the code: `python docs/reference.py` writes them."""
-    page = PAGE.read_text()
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_generated_tables_are_current(path: Path) -> None:
+    """They are those of the code: `python docs/reference.py` writes them."""
+    page = path.read_text()
     assert with_tables(page) == page
-    assert all(f"`VAE_{name.upper()}`" in page for name in Settings.model_fields)
+
+
+def test_every_table_is_in_a_page() -> None:
+    """Every setting too, and every key of a run's TOML with a line about it."""
+    text = "".join(path.read_text() for path in PAGES)
+    assert all(f"<!-- {name} -->" in text for name in TABLES)
+    assert all(f"`VAE_{name.upper()}`" in text for name in Settings.model_fields)
+    assert not re.findall(r"^\|.*\|  \|$", TABLES["keys"](), re.MULTILINE)
 
 
 @pytest.mark.parametrize("expression", EXPRESSIONS)

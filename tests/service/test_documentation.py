@@ -1,27 +1,95 @@
-"""The documentation, which needs no network, and what is kept of it and of the metrics."""
+"""The documentation: /docs needs no network, every command in the pages runs; what is kept of it and of the metrics."""
 
 from __future__ import annotations
 
 import asyncio
 import gzip
+import os
 import re
+import shlex
+import subprocess
+import sys
+import tomllib
 from base64 import b64encode
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import AbstractContextManager
 from hashlib import sha256
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 from urllib.parse import urljoin
 
 import httpx
 import pytest
+import yaml
 from fastapi import FastAPI
+from torch.distributed.run import get_args_parser
 
 from service.app import create_app
-from service.config import Settings
+from service.config import Settings, read_settings
 from service.engine import Engine
 from service.repository import Repository
 from service.routes.metrics import KEEP_S, RENDERS, Exposition
+from training.__main__ import _parser
+from training.config import Run, load
 
 HOME = "http://localhost/"
+ROOT = Path(__file__).parents[2]
+DOCUMENTED = "http://127.0.0.1:8000"
+READERS = {"/models/faces/": "/models/mnist/", "@noisy-face.png": "@examples/noisy.png"}
+"""What only the reader of the tutorial has, and what takes its place here."""
+SIGNATURES = {".png": b"\x89PNG\r\n\x1a\n", ".npy": b"\x93NUMPY", ".json": b"{"}
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+INDENTED = re.compile(r"(?<=\n\n)(?: {4,}\S.*\n)+")
+ASSIGNMENT = re.compile(r"([A-Z_]+)=(.*)", re.DOTALL)
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+
+
+class Block(NamedTuple):
+    """A block of code in a page; an indented one is of commands."""
+
+    page: str
+    line: int
+    language: str
+    text: str
+
+    def place(self) -> str:
+        """Where it stands."""
+        return f"{self.page}:{self.line}"
+
+    @property
+    def runs(self) -> bool:
+        """Whether it asks a service, and takes no longer than that."""
+        return self.language == "python" or bool(re.search(r"^(?:.* \| )?curl ", self.text, re.MULTILINE))
+
+    @property
+    def commands(self) -> list[str]:
+        """Continued lines are one command, and so is a loop, which is a block of its own."""
+        return [self.text] if self.text.startswith("for ") else self.text.replace("\\\n", " ").splitlines()
+
+
+def runnable(text: str) -> str:
+    """With the project's own model and pictures in place of the reader's."""
+    for readers, ours in READERS.items():
+        text = text.replace(readers, ours)
+    return text
+
+
+def blocks() -> Iterator[Block]:
+    """Those of all pages."""
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        page = path.read_text()
+        for found in FENCED.finditer(page):
+            yield Block(path.name, page.count("\n", 0, found.start()) + 1, found[1], runnable(found[2]))
+        blank = FENCED.sub(lambda found: "\n" * found.group().count("\n"), page)
+        for found in INDENTED.finditer(blank):
+            text = re.sub(r"^ {4,6}", "", found.group(), flags=re.MULTILINE)
+            yield Block(path.name, blank.count("\n", 0, found.start()) + 1, "sh", text)
+
+
+BLOCKS = list(blocks())
+RUN = [block for block in BLOCKS if block.runs]
+NOT_RUN = [command for block in BLOCKS if block.language == "sh" and not block.runs for command in block.commands]
 
 
 def asked(scenario: Callable[[httpx.AsyncClient], Coroutine[Any, Any, None]], **settings: Any) -> FastAPI:
@@ -149,3 +217,124 @@ def test_a_root_path_is_a_plain_path(root_path: str) -> None:
     """Others would be read in two ways, or hide what the service serves."""
     with pytest.raises(ValueError, match="root path"):
         Settings(root_path=root_path)
+
+
+def check_make(words: list[str]) -> None:
+    subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
+
+
+def check_python(words: list[str]) -> None:
+    """A module of ours with its options, or a script."""
+    if words[1] != "-m":
+        assert (ROOT / words[1]).is_file()
+    elif words[2] == "service":
+        read_settings(words[3:])
+    else:
+        assert words[2] == "training"
+        options = _parser().parse_args(words[3:])
+        if "config" in options and (ROOT / options.config).parent != ROOT:  # others are written by the reader
+            load(ROOT / options.config)
+
+
+def check_torchrun(words: list[str]) -> None:
+    options = get_args_parser().parse_args(words[1:])
+    check_python(["python", "-m", options.training_script, *options.training_script_args])
+
+
+def check_pip(words: list[str]) -> None:
+    (extras,) = re.findall(r"^\.\[(.+)\]$", words[-1])
+    assert set(extras.split(",")) <= PROJECT["optional-dependencies"].keys()
+
+
+def check_serve(words: list[str]) -> None:
+    read_settings(words[1:])
+
+
+def check_docker(words: list[str]) -> None:
+    """Profiles and services; the rest needs an engine."""
+    if words[1] == "compose":
+        profiles = {name for service in COMPOSE.values() for name in service.get("profiles", ())}
+        assert {words[k + 1] for k, word in enumerate(words) if word == "--profile"} <= profiles
+        if "run" in words or "restart" in words:
+            assert COMPOSE.keys() & set(words)
+
+
+def check_files(words: list[str]) -> None:
+    assert (ROOT / words[-1]).is_file()
+
+
+CHECKS: dict[str, Callable[[list[str]], None]] = {
+    "make": check_make,
+    "python": check_python,
+    "torchrun": check_torchrun,
+    "pip": check_pip,
+    "vae-serve": check_serve,
+    "docker": check_docker,
+    "kubectl": check_files,
+    "mkdir": lambda _: None,
+    "for": lambda _: None,
+}
+"""How commands that take hours, a container engine or the network are checked without running them, by program."""
+
+
+def test_every_block_says_what_it_is() -> None:
+    """So that no command hides from the tests below."""
+    assert {block.language for block in BLOCKS} <= {"sh", "python", "toml", "text", "yaml"}
+    assert {block.page for block in RUN} >= {"README.md", "api.md", "deployment.md"}
+
+
+@pytest.fixture(scope="module")
+def address(serve: Callable[[FastAPI], AbstractContextManager[str]]) -> Iterator[str]:
+    """Where the shipped models are served."""
+    with serve(create_app(Settings(models=ROOT / "models", threads=1, model_control="anonymous"))) as url:
+        yield url
+
+
+@pytest.mark.parametrize("block", RUN, ids=Block.place)
+def test_commands_that_ask_a_service_do_what_they_say(block: Block, address: str, tmp_path: Path) -> None:
+    """As written, but for the port and what is the reader's: no refusal, and files that are what they are named."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / ".curlrc").write_text('write-out = "%{stderr}status %{http_code}\\n"\n')
+    assert DOCUMENTED in block.text
+    program = [sys.executable, "-c"] if block.language == "python" else ["bash", "-euo", "pipefail", "-c"]
+    done = subprocess.run(
+        [*program, block.text.replace(DOCUMENTED, address)], env=os.environ | {"CURL_HOME": str(tmp_path), "KEY": "x"},
+        cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    statuses = re.findall(r"status (\d+)", done.stderr)
+    assert statuses == ["200"] * len(re.findall(r"\bcurl ", block.text)), done.stdout
+    for path in tmp_path.glob("*.*"):
+        assert path.read_bytes().startswith(SIGNATURES.get(path.suffix, b"")), path.name
+    if "/unload" in block.text:
+        for path in ("/v1/models/mnist/versions/3/load", "/v1/models/mnist/load"):
+            assert httpx.post(f"{address}{path}", timeout=60).status_code == 200
+
+
+@pytest.mark.parametrize("block", [block for block in RUN if " -o " in block.text], ids=Block.place)
+def test_a_refusal_leaves_no_file(block: Block, address: str, tmp_path: Path) -> None:
+    """What is named a picture is one."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    for command in block.commands:
+        if " -o " in command:
+            refused = command.replace(f"{DOCUMENTED}/v1", f"{address}/v0")
+            done = subprocess.run(["bash", "-c", refused], cwd=tmp_path, capture_output=True, check=False)
+            assert done.returncode == 22, done.stderr
+            assert [path.name for path in tmp_path.glob("*.*")] == []
+
+
+@pytest.mark.parametrize("command", NOT_RUN)
+def test_other_commands_are_well_formed(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their syntax, options and what they name."""
+    subprocess.run(["bash", "-n", "-c", command], check=True)
+    words = shlex.split(re.sub(r"\$\([^)]*\)", "x", command), comments=True)
+    while found := ASSIGNMENT.fullmatch(words[0]):
+        if words.pop(0).startswith("VAE_"):
+            monkeypatch.setenv(*found.groups())
+    CHECKS[Path(words[0]).name](words)
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "toml"], ids=Block.place)
+def test_runs_are_complete(block: Block) -> None:
+    """A TOML can be trained as it stands."""
+    Run.model_validate(tomllib.loads(block.text))

@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,10 @@ def test_a_clipped_level_of_tiles_names_the_image(shipped: Repository) -> None:
     """Not the tile."""
     y = np.zeros((2, 28, 60))
     y[1] = 5.0
-    found = asker(shipped)("models/mnist/denoise?fit=tile", json={"images": y.tolist()}).json()
+    model = shipped.find("mnist", None)
+    tileable = Model(replace(model.manifest, tileable=True), model.graphs)  # type: ignore[arg-type]
+    ask = asker(Repository({"mnist": {"3": tileable}}, "mnist"))
+    found = ask("denoise?fit=tile", json={"images": y.tolist()}).json()
     (note,) = found["notes"]
     assert (note["code"], note["rows"]) == ("level_clipped", [1])
     assert found["level"][1] == 1.0

@@ -179,6 +179,22 @@ def test_what_the_repository_no_longer_has_is_removed(bucket: Bucket, tmp_path: 
     assert [path.name for path in (folder / "mnist-2d").iterdir()] == ["2"]
 
 
+def test_the_default_model_is_told_by_the_repository(bucket: Bucket, tmp_path: Path) -> None:
+    """The file comes, changes and goes with what is uploaded."""
+    bucket.put("mnist-2d/1", tiny())
+    for line in (b"mnist-2d\n", b"other\n", None):
+        if line:
+            bucket.files.pipe(f"{bucket.url}/default", line)
+        else:
+            bucket.remove("default")
+        folder = sync(bucket.url, tmp_path, bucket.options)
+        assert files_below(folder) == WHOLE | ({"default"} if line else set())
+        assert not line or (folder / "default").read_bytes() == line
+    bucket.files.pipe(f"{bucket.url}/default", b"x" * 129)
+    with pytest.raises(StartError, match="default is larger than the 128 bytes"):
+        sync(bucket.url, tmp_path, bucket.options)
+
+
 def test_cut_connections_are_made_good(cutter: Any, tmp_path: Path) -> None:
     """Three are cut in the middle of a file; what arrives is whole all the same."""
     proxy = cutter(3, 300_000)
@@ -242,7 +258,7 @@ def test_a_bad_new_version_leaves_the_good_one(bucket: Bucket, tmp_path: Path) -
         ("s3://models/elsewhere", "s3://models/elsewhere holds no model; expected <name>/<version>/manifest.json"),
         ("s3://no-such-bucket/x", "s3://no-such-bucket/x"),
         ("nowhere://models", "nowhere://models: Protocol not known: nowhere; see VAE_MODELS"),
-        ("gs://models", "need the extra: pip install 'vae-service[remote]'"),
+        ("gs://models", "need the extra: pip install '.[remote]'"),
         ("https://somebody:secret@models", "VAE_MODELS must hold no password"),
     ],
 )
@@ -285,7 +301,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
 def test_without_the_extra_its_name_is_told(tmp_path: Path) -> None:
     """In a process that has no fsspec."""
     said = last_line_of(f"import sys; sys.modules['fsspec'] = None\n{SYNC}", "s3://a/b", str(tmp_path), "{}")
-    assert "pip install 'vae-service[remote]'" in said
+    assert "pip install '.[remote]'" in said
 
 
 def test_a_web_server_that_lists_its_folders_will_do(tmp_path: Path) -> None:

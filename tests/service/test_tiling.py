@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+from fastapi import FastAPI
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from service.app import create_app
+from service.config import Settings
 from service.errors import InvalidShape
+from service.model import Model
+from service.repository import Repository
 from service.tiling import tiling
 
 Rows = NDArray[np.float32]
@@ -91,11 +99,59 @@ def test_a_page_is_inpainted_tile_by_tile(client: httpx.Client, images: Rows) ->
     assert (wrong.status_code, wrong.json()["code"]) == (422, "invalid_shape")
 
 
-def test_tiles_count_as_rows(client: httpx.Client) -> None:
-    """A page that would need more than a request may have is refused before anything is computed."""
-    large = np.zeros((1, 1, 2000, 2000), np.float32).tobytes()
-    shape = "(1, 1, 2000, 2000)"
-    head = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
-    npy = b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head.encode() + large
-    answer = client.post("/v1/denoise?fit=tile", content=npy, headers={"content-type": "application/x-npy"})
-    assert (answer.status_code, answer.json()["code"]) == (413, "too_large")
+def refused(client: httpx.Client, path: str, *shape: int) -> tuple[int, str]:
+    """Status and detail of the refusal of a black page."""
+    file = io.BytesIO()
+    np.save(file, np.zeros(shape, np.float32))
+    answer = client.post(path, content=file.getvalue(), headers={"content-type": "application/x-npy"})
+    return answer.status_code, answer.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "fewer"),
+    [
+        ("/v1/denoise?fit=tile", (1, 1, 1080, 1920), ""),
+        ("/v1/denoise?fit=tile&draws=2", (1, 1, 400, 400), "fewer draws or "),
+        ("/v1/denoise?fit=tile", (2, 1, 400, 400), "fewer images or "),
+    ],
+)
+def test_tiles_count_as_rows(client: httpx.Client, path: str, shape: tuple[int, ...], fewer: str) -> None:
+    """A page that would need more than a request may have is refused before anything is computed, with what works."""
+    status, detail = refused(client, path, *shape)
+    assert status == 413
+    assert detail.endswith(f"VAE_MAX_REQUEST_ROWS is 16384; use {fewer}fit=resize, pad or crop")
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "advised"),
+    [
+        ("denoise", (1, 1, 8, 16), True),
+        ("denoise?draws=2", (100, 100, 1), True),
+        ("denoise", (1, 1, 6, 16), False),
+        ("denoise", (1, 1, 1080, 1920), False),
+        ("super-resolve?factor=2", (1, 1, 8, 16), False),
+        ("encode", (1, 1, 8, 16), False),
+    ],
+)
+def test_tiles_are_advised_where_they_work(
+    client: httpx.Client, path: str, shape: tuple[int, ...], advised: bool
+) -> None:
+    """By the operation and for the image; the other ways always are."""
+    status, detail = refused(client, f"/v1/{path}", *shape)
+    assert status == 422
+    assert "fit=resize, pad or crop" in detail
+    assert ("fit=tile" in detail) == advised
+
+
+def test_a_model_of_whole_images_restores_no_tiles(
+    model: Model, serve: Callable[[FastAPI], AbstractContextManager[str]]
+) -> None:
+    """It says so, and what works, which no longer includes tiles."""
+    whole = Model(replace(model.manifest, tileable=False), model.graphs)  # type: ignore[arg-type]
+    app = create_app(Settings(), Repository({"digits": {"1": whole}}, "digits"))
+    with serve(app) as url, httpx.Client(base_url=url) as one:
+        status, detail = refused(one, "/v1/denoise?fit=tile", 1, 1, 8, 16)
+        assert (status, "not tileable" in detail) == (422, True)
+        assert detail.endswith("fit=resize, pad or crop brings images to its 8 x 8")
+        assert "tile" not in refused(one, "/v1/denoise", 1, 1, 8, 16)[1]
+        assert one.get("/v1/models/digits").json()["tileable"] is False

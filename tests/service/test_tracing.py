@@ -138,4 +138,4 @@ def test_without_the_extra_its_name_is_told() -> None:
     """In a process that has no OpenTelemetry SDK; in one line."""
     code = "import sys; sys.modules['opentelemetry.sdk.trace'] = None; import service.tracing as t; t.tracer_provider()"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert "StartError: VAE_TRACING needs the extra: pip install 'vae-service[tracing]'" in done.stderr
+    assert "StartError: VAE_TRACING needs the extra: pip install '.[tracing]'" in done.stderr

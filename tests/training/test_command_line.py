@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -17,9 +18,11 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from service import manifest
+from service.session import cpu_count
+from tests.faults.conftest import eventually
 from training.__main__ import main
 from training.config import load
-from training.pipeline import Workshop
+from training.pipeline import Workshop, free_cores
 from training.stages import vae_stage
 from training.trainer import AVERAGED_STEPS, train
 
@@ -115,15 +118,17 @@ def test_run_that_is_stopped_and_killed_ends_in_the_same_bits(config: Path, tmp_
     assert main([*arguments(config), "--device", "cpu"]) == 0
     run = load(config)
     workshop = Workshop.open(run, tmp_path, tmp_path / "undisturbed", torch.device("cpu"))
-    train(vae_stage(run, workshop.images.shape, workshop.device), workshop.images.train, workshop.folder)
+    stage = vae_stage(run, workshop.images.shape, workshop.device)
+    train(stage, workshop.images.train, workshop.folder, held_out=workshop.images.validation)
     found, expected = weights(partial), weights(tmp_path / "undisturbed")
-    assert (found["step"], found["finished"]) == (expected["step"], True)
+    assert (found["step"], found["finished"], found["kept"]) == (expected["step"], True, expected["kept"])
     for part in ("module", "averaged"):
         assert found[part].keys() == expected[part].keys()
         for name, tensor in expected[part].items():
             assert torch.equal(found[part][name], tensor), f"{part} {name}"
-    for line in (partial / "log.jsonl").read_text().splitlines():
-        assert {"elbo", "kl", "log_likelihood", "step"} <= json.loads(line).keys()
+    lines = [json.loads(line) for line in (partial / "log.jsonl").read_text().splitlines()]
+    assert all({"elbo", "kl", "log_likelihood", "step"} <= line.keys() or "held_out_elbo" in line for line in lines)
+    assert {line["epoch"] for line in lines if "held_out_elbo" in line} == set(range(1, 41))
     assert manifest.read(tmp_path / "models" / "tiny" / "1").quality["images"] == 50
 
 
@@ -188,11 +193,50 @@ def test_evaluate_prints_json_and_fresh_starts_again(
     figures = json.loads(capsys.readouterr().out)
     assert (figures["images"], figures["importance_samples"]) == (20, 3)
 
-    config.write_text(TOML.replace("epochs = 40", "epochs = 2"))
+    config.write_text(TOML.replace("epochs = 40", "epochs = 2").replace("seed = 5", "seed = 6"))
     assert main([*arguments(config), "--device", "cpu"]) == 1
     assert "--replace" in capsys.readouterr().err
     assert main([*arguments(config), "--device", "cpu", "--replace"]) == 1
-    assert "other settings (train)" in capsys.readouterr().err
+    assert "other settings (seed)" in capsys.readouterr().err
     assert main([*arguments(config), "--device", "cpu", "--replace", "--fresh"]) == 0
     training = manifest.read(tmp_path / "models" / "tiny" / "1").training
     assert training["settings"]["train"]["epochs"] == 2
+
+
+def test_a_finished_run_goes_on_for_more_epochs(config: Path, tmp_path: Path) -> None:
+    """By --epochs or the TOML; the other commands take it as it was trained, and fewer epochs train nothing."""
+    command = [*arguments(config), "--device", "cpu", "--replace"]
+    run = ["--run", str(tmp_path / "run"), "--device", "cpu"]
+
+    def epochs() -> tuple[int, int]:
+        settings = manifest.read(tmp_path / "models" / "tiny" / "1").training["settings"]
+        return weights(tmp_path / "run")["step"] // (1294 // 50), settings["train"]["epochs"]
+
+    for said, trained in (("1", 1), ("3", 3), ("2", 3)):
+        assert main([*command, "--epochs", said]) == 0
+        assert epochs() == (trained, trained)
+    config.write_text(TOML.replace("epochs = 40", "epochs = 4"))
+    assert main(["export", str(config), *run, "--out", str(tmp_path / "models"), "--replace"]) == 0
+    assert epochs() == (3, 3)
+    assert main(command) == 0
+    assert epochs() == (4, 4)
+
+
+def test_epochs_are_checked_as_in_the_toml(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A wrong number is named with its table; a run without the second stage has no epochs of it."""
+    assert main([*arguments(config), "--epochs", "0"]) == 1
+    assert "train.epochs" in capsys.readouterr().err
+    assert main([*arguments(config), "--restoration-epochs", "3"]) == 1
+    assert "restoration.network" in capsys.readouterr().err
+
+
+def test_busy_cores_are_left_alone() -> None:
+    """By default there is a thread for each core that idles, and one where none does."""
+    spinning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * (os.cpu_count() or 1))]
+    try:
+        eventually(lambda: free_cores() == 1)
+    finally:
+        for process in spinning:
+            process.kill()
+            process.wait()
+    assert 1 <= free_cores() <= cpu_count()

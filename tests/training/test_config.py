@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from training.config import Run, load
 from training.errors import ConfigError
+from training.stages import vae_stage
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
 EVERY_TABLE = [
@@ -114,6 +116,8 @@ IMPOSSIBLE: list[tuple[tuple[str, ...], Any]] = [
     (("data",), {**FOLDER, "width": -3}),
     (("data",), {**FOLDER, "test": 1.5}),
     (("data",), {**FOLDER, "validation": -0.1}),
+    (("data",), {**FOLDER, "bits": 0}),
+    (("data",), {**FOLDER, "bits": 17}),
     (("data", "test"), 1.0),
 ]
 
@@ -140,6 +144,19 @@ def test_file_that_is_not_toml_is_named(content: bytes, tmp_path: Path) -> None:
         load(path)
 
 
+def test_file_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    """Windows editors begin UTF-8 with one."""
+    path = tmp_path / "run.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + (CONFIGS / "digits.toml").read_bytes())
+    assert load(path) == load(CONFIGS / "digits.toml")
+
+
+def test_checkpoint_of_a_folder_outlives_new_settings() -> None:
+    """What identifies a run's data is what its TOML says beside the defaults."""
+    run = Run.model_validate(tomllib.loads((CONFIGS / "digits.toml").read_text()) | {"data": FOLDER})
+    assert vae_stage(run, (3, 8, 8), torch.device("cpu")).identity["data"] == FOLDER
+
+
 def test_missing_table_is_named(tmp_path: Path) -> None:
     """A run without [train] is a ConfigError naming it."""
     path = tmp_path / "run.toml"
@@ -153,7 +170,7 @@ def test_missing_table_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"model": {"likelihood": {"likelihood": "gaussian"}}}, "binarise = false"),
+        ({"binarise": True, "model": {"likelihood": {"likelihood": "gaussian"}}}, "binarise = false"),
         ({"model": {"prior": {"prior": "vamp"}}, "train": {"objective": "wake_sleep"}}, "VampPrior"),
     ],
 )
@@ -164,3 +181,22 @@ def test_settings_that_do_not_go_together_are_named(changes: dict[str, Any], say
         content[key] = {**content[key], **value} if isinstance(value, dict) else value
     with pytest.raises(ValidationError, match=says):
         Run.model_validate(content)
+
+
+@pytest.mark.parametrize(
+    ("changes", "binary"),
+    [
+        ({}, True),
+        ({"binarise": False}, False),
+        ({"model": {"likelihood": {"likelihood": "gaussian"}}}, False),
+        ({"data": {"dataset": "folder", "height": 8, "width": 8}}, False),
+        ({"data": {"dataset": "folder", "height": 8, "width": 8}, "binarise": True}, True),
+        ({"data": {"dataset": "mnist_static"}}, False),
+        ({"data": {"dataset": "mnist"}}, True),
+    ],
+)
+def test_pixels_are_binarised_where_they_are_digits(changes: dict[str, Any], binary: bool) -> None:
+    """By default; whoever knows better says so."""
+    content = tomllib.loads((CONFIGS / "digits.toml").read_text())
+    model = {**content["model"], **changes.get("model", {})}
+    assert Run.model_validate({**content, **changes, "model": model}).binary is binary

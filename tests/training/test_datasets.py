@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gzip
 import math
+import os
+import re
 import struct
+import tracemalloc
 import zlib
 from pathlib import Path
 from typing import Any
@@ -157,6 +160,19 @@ def folder(**settings: Any) -> Folder:
     return Folder.model_validate({"dataset": "folder", "height": 6, "width": 5, **settings})
 
 
+def everything(images: ImageSet) -> torch.Tensor:
+    """The images of all splits."""
+    return torch.cat([images.train, images.validation, images.test])
+
+
+def read(root: Path, **settings: Any) -> torch.Tensor:
+    """The images of a directory to which two are added, so that there is one a split, without those two."""
+    for level in (253, 254):
+        plain("L", level).save(root / f"zz {level}.png")
+    found = everything(folder(**settings).load(root))
+    return found[~torch.isin(found.amax((1, 2, 3)), torch.tensor([253, 254]))]
+
+
 def plain(mode: str, colour: Any) -> Image.Image:
     """An image of one colour, 13 x 9."""
     return Image.new(mode, (13, 9), colour)
@@ -192,16 +208,15 @@ MODES: dict[str, tuple[Image.Image, str, tuple[int, int, int]]] = {
 def test_image_of_any_mode_is_read_in_colour_and_grey(mode: str, fit: str, tmp_path: Path) -> None:
     """One colour stays that colour: transparency on black, 16 bit by 65,535, float as it is; grey by ITU-R 601."""
     image, suffix, colour = MODES[mode]
-    for i in range(3):
-        image.save(tmp_path / f"{i}.{suffix}")
-    found = folder(mode="RGB", fit=fit).load(tmp_path)
-    assert found.shape == (3, 6, 5)
-    middle = found.train[0, :, 3, 2].int()
+    image.save(tmp_path / f"a.{suffix}")
+    found = read(tmp_path, mode="RGB", fit=fit)
+    assert found.shape == (1, 3, 6, 5)
+    middle = found[0, :, 3, 2].int()
     assert (middle - torch.tensor(colour)).abs().max() <= (1 if "A" in mode else 0)
-    grey = folder(mode="L", fit=fit).load(tmp_path)
-    assert grey.shape == (1, 6, 5)
+    grey = read(tmp_path, mode="L", fit=fit)
+    assert grey.shape == (1, 1, 6, 5)
     luma = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
-    assert abs(float(grey.train[0, 0, 3, 2]) - luma) <= 1.0
+    assert abs(float(grey[0, 0, 3, 2]) - luma) <= 1.0
 
 
 def test_directory_is_read_whole(tmp_path: Path) -> None:
@@ -226,9 +241,8 @@ def stripes() -> Image.Image:
 
 def fitted(fit: str, root: Path) -> torch.Tensor:
     """The stripes brought to 10 x 10, (3, 10, 10)."""
-    for i in range(3):
-        stripes().save(root / f"{i}.png")
-    return folder(height=10, width=10, fit=fit).load(root).train[0]
+    stripes().save(root / "stripes.png")
+    return read(root, height=10, width=10, fit=fit)[0]
 
 
 def test_crop_fills_the_size_and_cuts(tmp_path: Path) -> None:
@@ -264,7 +278,7 @@ def test_missing_directory_is_named(tmp_path: Path) -> None:
 def test_empty_directory_is_named(tmp_path: Path) -> None:
     """A directory without images is a DataError naming it and what it would read."""
     (tmp_path / "notes.txt").write_text("not an image")
-    with pytest.raises(DataError, match=r"holds 0 images.*\.png"):
+    with pytest.raises(DataError, match=r"holds 0 images \(1 other file left out\).*PNG"):
         folder().load(tmp_path)
 
 
@@ -286,7 +300,7 @@ def test_corrupt_image_is_named(kind: str, tmp_path: Path) -> None:
     path.write_bytes({"text": b"hello", "empty": b""}.get(kind, whole[:half]))
     if kind.startswith("garbled"):
         path.write_bytes(whole[:half] + bytes(64) + whole[half + 64 :])
-    with pytest.raises(DataError, match=r"bad\.(png|jpg) .*remove or replace it"):
+    with pytest.raises(DataError, match=r"bad\.(png|jpg) \(.*replace or remove"):
         folder().load(tmp_path)
 
 
@@ -316,8 +330,7 @@ def test_16_bit_grey_of_any_format_is_scaled_alike(tmp_path: Path) -> None:
     (tmp_path / "b.tiff").write_bytes(tiff(values))
     (tmp_path / "c.tiff").write_bytes(tiff(values.astype(">u2")))
     (tmp_path / "d.pgm").write_bytes(b"P5 5 6 65535\n" + values.astype(">u2").tobytes())
-    found = folder(mode="L", fit="resize").load(tmp_path)
-    assert {*found.train.unique().tolist(), *found.validation.unique().tolist(), *found.test.unique().tolist()} == {128}
+    assert read(tmp_path, mode="L", fit="resize").tolist() == [[[[128] * 5] * 6]]  # the others are duplicates
 
 
 def tiff(values: Any) -> bytes:
@@ -331,3 +344,338 @@ def tiff(values: Any) -> bytes:
     entries = b"".join(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in tags)
     head = (b"MM" if order == ">" else b"II") + struct.pack(f"{order}HI", 42, 8 + values.nbytes)
     return head + values.tobytes() + struct.pack(f"{order}H", len(tags)) + entries + bytes(4)
+
+
+# The folders that people have
+
+
+def numbered(root: Path, count: int, first: int = 0) -> None:
+    """Grey images 000.png, 001.png ..., each of the level that its name says."""
+    root.mkdir(exist_ok=True)
+    for level in range(first, first + count):
+        plain("L", level).save(root / f"{level:03}.png")
+
+
+def levels(images: torch.Tensor) -> list[int]:
+    """Of grey images of one level each."""
+    return images[:, 0, 0, 0].tolist()
+
+
+def today(root: Path, **settings: Any) -> list[list[int]]:
+    """The levels of the three splits as the first version of the reader made them."""
+    data = folder(mode="L", **settings)
+    images = torch.tensor([np.asarray(Image.open(path))[0, 0] for path in sorted(root.rglob("*.png"))])
+    rest, test = split_off(images, data.test, data.seed)
+    return [part.tolist() for part in (*split_off(rest, data.validation, data.seed), test)]
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_splits_stay_what_they_were(seed: int, tmp_path: Path) -> None:
+    """Without duplicates the splits, and the order in each, are a function of the seed and the sorted paths alone."""
+    for i in range(4):
+        numbered(tmp_path / f"class {3 - i}", 10, 10 * i)
+    found = folder(mode="L", seed=seed, test=0.2).load(tmp_path)
+    expected = today(tmp_path, seed=seed, test=0.2)
+    assert [levels(part) for part in (found.train, found.validation, found.test)] == expected
+
+
+def test_what_systems_leave_behind_is_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Hidden files and folders, and those of macOS and Windows, are neither images nor bad files."""
+    numbered(tmp_path, 4)
+    for name in (".ipynb_checkpoints", "__MACOSX", ".git"):
+        numbered(tmp_path / name, 2, 100)
+    for name in ("._000.png", ".DS_Store", "Thumbs.db", "desktop.ini", "Desktop.ini"):
+        (tmp_path / name).write_bytes(b"\x00\x05\x16\x07")
+    assert sorted(levels(everything(folder(mode="L").load(tmp_path)))) == [0, 1, 2, 3]
+    assert capsys.readouterr().err.splitlines()[-1].endswith("read 4 images")
+
+
+def test_links_are_followed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Links to files and folders elsewhere are read; loops end, and a second way to a folder brings nothing."""
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    numbered(root, 3)
+    numbered(root / "below", 2, 10)
+    numbered(elsewhere, 2, 20)
+    numbered(tmp_path / "files", 1, 30)
+    (root / "file").symlink_to(tmp_path / "files" / "030.png")
+    (root / "a").symlink_to(elsewhere)
+    (root / "b").symlink_to(elsewhere)
+    (root / "below" / "up").symlink_to(root)
+    (elsewhere / "self").symlink_to(elsewhere)
+    found = everything(folder(mode="L").load(root))
+    assert sorted(levels(found)) == [0, 1, 2, 10, 11, 20, 21, 30]
+    assert capsys.readouterr().err.splitlines()[-1].endswith("read 8 images")
+
+
+def test_link_within_the_directory_moves_no_image(tmp_path: Path) -> None:
+    """A folder is read where it lies, not where an earlier link shows it, so the splits stay."""
+    numbered(tmp_path, 10, 10)
+    numbered(tmp_path / "z", 10)
+    before = today(tmp_path)
+    (tmp_path / "0").symlink_to(tmp_path / "z")  # sorts before all
+    found = folder(mode="L").load(tmp_path)
+    assert [levels(part) for part in (found.train, found.validation, found.test)] == before
+
+
+def test_broken_link_and_unreadable_file_are_bad(tmp_path: Path) -> None:
+    """What cannot be opened is named with the system's reason."""
+    two_good_ones(tmp_path)
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "self.png").symlink_to(tmp_path / "self.png")
+    with pytest.raises(DataError, match=r"gone \(No such file or directory\); .*self\.png \(Too many levels"):
+        folder().load(tmp_path)
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may list every folder")
+def test_folder_that_may_not_be_listed_is_bad(tmp_path: Path) -> None:
+    """Its images are not left out in silence."""
+    two_good_ones(tmp_path)
+    (tmp_path / "locked").mkdir(0)
+    with pytest.raises(DataError, match=r"locked \(Permission denied\)"):
+        folder().load(tmp_path)
+
+
+FILES = [
+    ("jfif", "JPEG"), ("jpe", "JPEG"), ("avif", "AVIF"), ("jp2", "JPEG2000"), ("j2k", "JPEG2000"), ("WEBP", "WEBP"),
+    ("tif", "TIFF"), ("ico", "ICO"), ("psd.png", "BMP"), ("png", "JPEG"), ("dat", "PNG"), ("txt", "GIF"), ("", "PNG"),
+    ("", "JPEG"), ("", "WEBP"), ("", "PPM"), ("", "QOI"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("suffix", "form"), FILES)
+def test_image_is_known_by_its_content(suffix: str, form: str, tmp_path: Path) -> None:
+    """Any suffix, a wrong one and none: what Pillow decodes is read."""
+    image = plain("RGB", (200, 100, 50)).resize((16, 16))
+    image.save(tmp_path / f"image{'.' if suffix else ''}{suffix}", form)
+    found = read(tmp_path)
+    assert found.shape == (1, 3, 6, 5)
+    assert (found[0, :, 3, 2].int() - torch.tensor([200, 100, 50])).abs().max() <= 4
+
+
+def test_other_files_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Text, tables, archives and arrays are no bad files, even where they begin as a weak signature does."""
+    numbered(tmp_path, 3)
+    for name, content in {
+        "README.txt": b"Pictures of cats.",
+        "labels.csv": b"P1,P2,P3\n1,2,3\n",
+        "cars.csv": b"BMW,4\nVW,6\n" * 20,
+        "labels.json": b'{"000.png": 1}',
+        "LICENSE": b"",
+        "data.npy": b"\x93NUMPY\x01\0" + bytes(200),
+        "more.zip": b"PK\x05\x06" + bytes(18),
+        "clip.mp4": b"\0\0\0\x18ftypmp42" + bytes(100),
+        "data.h5": b"\x89HDF\r\n\x1a\n" + bytes(100),
+        "figure.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
+    }.items():
+        (tmp_path / name).write_bytes(content)
+    os.mkfifo(tmp_path / "pipe.png")
+    folder(mode="L").load(tmp_path)
+    assert capsys.readouterr().err.splitlines()[-1].endswith("read 3 images (11 other files left out)")
+
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("photo.heic", HEIC),
+        ("photo.jpg", HEIC),
+        ("photo", HEIC),
+        ("photo", b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(50)),
+        ("photo.tga", b"not an image"),
+    ],
+)
+def test_image_that_is_not_decoded_names_what_to_do(name: str, content: bytes, tmp_path: Path) -> None:
+    """HEIC and JPEG XL under any name, and what only a suffix calls an image."""
+    two_good_ones(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=rf"1 bad file: .*{re.escape(name)} \(.*convert it to PNG\); replace or remove"):
+        folder().load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x89PNG\r\n\x1a\n" + bytes(50),
+        b"\xff\xd8\xff\xe0" + bytes(50),
+        b"RIFF\x24\0\0\0WEBPVP8 " + bytes(20),
+        b"II*\0" + b"\xff" * 30,
+        b"GIF89a" + bytes(4),
+        b"\0\0\0\x18ftypavif\0\0\0\0avifmif1" + bytes(50),
+        b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(50),
+        b"8BPS\0\1" + bytes(50),
+    ],
+    ids=["PNG", "JPEG", "WebP", "TIFF", "GIF", "AVIF", "JPEG 2000", "PSD"],
+)
+def test_damaged_image_without_a_suffix_is_bad(content: bytes, tmp_path: Path) -> None:
+    """Its signature says that it is an image."""
+    two_good_ones(tmp_path)
+    (tmp_path / "photo").write_bytes(content)
+    with pytest.raises(DataError, match=r"1 bad file: .*photo \(.+\); replace or remove"):
+        folder().load(tmp_path)
+
+
+def test_cut_image_of_a_weak_signature_is_bad(tmp_path: Path) -> None:
+    """A file that Pillow opens is an image, though its pixels are missing and no suffix says so."""
+    two_good_ones(tmp_path)
+    (tmp_path / "photo").write_bytes(b"P5 100 100 255\n" + bytes(50))
+    with pytest.raises(DataError, match=r"photo \("):
+        folder().load(tmp_path)
+
+
+def film(path: Path, levels: list[int], form: str) -> None:
+    """A file whose frames are grey images of these levels."""
+    first, *others = [plain("L", level) for level in levels]
+    lossless = {"lossless": True} if form == "WEBP" else {}
+    first.save(path, form, save_all=True, append_images=others, **lossless)
+
+
+@pytest.mark.parametrize("form", ["GIF", "PNG", "TIFF", "WEBP"])
+def test_frames_are_images_where_asked(form: str, tmp_path: Path) -> None:
+    """The first of a file, or all of them."""
+    film(tmp_path / "film", [10, 20, 30], form)
+    assert levels(read(tmp_path, mode="L")) == [10]
+    assert sorted(levels(read(tmp_path, mode="L", frames="all"))) == [10, 20, 30]
+
+
+def test_further_pictures_of_a_photograph_are_no_frames(tmp_path: Path) -> None:
+    """Cameras keep previews and depth behind the first picture of a JPEG (MPO)."""
+    film(tmp_path / "a.jpg", [10, 20], "MPO")
+    assert levels(read(tmp_path, mode="L", frames="all")) == [10]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_frames_of_one_file_stay_together(seed: int, tmp_path: Path) -> None:
+    """No file has frames in two splits; a share is one of files."""
+    for i in range(10):
+        film(tmp_path / f"{i}.tif", [10 * i + j for j in range(1 + i % 3)], "TIFF")
+    data = folder(mode="L", frames="all", seed=seed, test=0.3, validation=0.3).load(tmp_path)
+    parts = [{level // 10 for level in levels(part)} for part in (data.train, data.validation, data.test)]
+    assert [len(part) for part in parts] == [5, 2, 3]
+    assert set.union(*parts) == set(range(10))
+    assert len(everything(data)) == 19
+
+
+def test_few_files_of_many_frames_are_refused(tmp_path: Path) -> None:
+    """Three splits need three files: frames of one are not shared out."""
+    film(tmp_path / "a.tif", list(range(20)), "TIFF")
+    with pytest.raises(DataError, match="holds 20 images, in 1 file; at least 3 files"):
+        folder(frames="all").load(tmp_path)
+
+
+def test_12_bits_in_16_are_scaled_by_4095(tmp_path: Path) -> None:
+    """`bits` says what white is in 16-bit PNG and TIFF of both byte orders; 8-bit images are as ever."""
+    values = np.full((6, 5), 0x808, np.uint16)
+    deep(np.uint16, 0x808).save(tmp_path / "a.png")
+    (tmp_path / "b.tiff").write_bytes(tiff(values))
+    (tmp_path / "c.tiff").write_bytes(tiff(values.astype(">u2")))
+    plain("L", 77).save(tmp_path / "d.png")
+    assert sorted(levels(read(tmp_path, mode="L", fit="resize", bits=12))) == [77, 128]
+    assert sorted(levels(read(tmp_path, mode="L", fit="resize"))) == [8, 77]
+
+
+def test_formats_that_name_their_white_need_no_bits(tmp_path: Path) -> None:
+    """PGM of any maximum, and JPEG 2000, which Pillow has scaled already."""
+    values = np.full((16, 16), 0x808, ">u2")
+    (tmp_path / "a.pgm").write_bytes(b"P5 16 16 4095\n" + values.tobytes())
+    Image.fromarray(np.full((16, 16), 0x4040, np.uint16)).save(tmp_path / "b.jp2")
+    assert sorted(levels(read(tmp_path, mode="L", fit="resize", bits=12))) == [64, 128]
+
+
+def test_value_above_the_bits_names_the_key(tmp_path: Path) -> None:
+    """4,096 is not in 12 bits: neither cut nor called white."""
+    two_good_ones(tmp_path)
+    deep(np.uint16, 4096).save(tmp_path / "bad.png")
+    with pytest.raises(DataError, match=r"bad\.png \(.*2\^12 - 1; set a larger `bits`"):
+        folder(bits=12).load(tmp_path)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_duplicates_are_kept_once(seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Equal files and equal pixels in another format or size are in one split, once; the others as without them."""
+    numbered(tmp_path, 10)
+    expected = today(tmp_path, seed=seed)
+    copies = tmp_path / "copies"
+    numbered(copies, 10)
+    for level in range(10):
+        plain("L", level).convert("RGB").resize((20, 20)).save(copies / f"{level}.bmp")
+    found = folder(mode="L", seed=seed).load(tmp_path)
+    assert [levels(part) for part in (found.train, found.validation, found.test)] == expected
+    assert capsys.readouterr().err.splitlines()[-1].endswith("read 10 images (20 duplicates left out)")
+
+
+def spoil(root: Path, count: int) -> None:
+    """Files that are called PNG and are none."""
+    for i in range(count):
+        (root / f"bad {i:02}.png").write_text("no image")
+
+
+def test_bad_files_are_named_at_once(tmp_path: Path) -> None:
+    """All with path and reason up to twenty, then their number; the message names the key that leaves them out."""
+    two_good_ones(tmp_path)
+    spoil(tmp_path, 20)
+    with pytest.raises(DataError) as some:
+        folder().load(tmp_path)
+    spoil(tmp_path, 23)
+    with pytest.raises(DataError) as many:
+        folder().load(tmp_path)
+    assert str(some.value).startswith("20 bad files: ")
+    assert [str(tmp_path / f"bad {i:02}.png (no image") in str(some.value) for i in range(20)] == [True] * 20
+    assert "more" not in str(some.value)
+    assert str(many.value).startswith("23 bad files: ")
+    assert "bad 19.png" in str(many.value)
+    assert "bad 20.png" not in str(many.value)
+    assert "; and 3 more; " in str(many.value)
+    assert str(many.value).endswith('or set on_error = "skip" in [data]')
+
+
+def test_message_about_odd_names_is_one_line(tmp_path: Path) -> None:
+    """A line break in a name does not break the message."""
+    two_good_ones(tmp_path)
+    (tmp_path / "a\nb.png").write_text("no image")
+    with pytest.raises(DataError, match=r"a b\.png") as caught:
+        folder().load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_files_are_left_out_where_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`on_error = "skip"` names them in a line of its own and reads the others; one bad frame is a bad file."""
+    numbered(tmp_path, 6)
+    spoil(tmp_path, 1)
+    film(tmp_path / "cut.tif", [100, 101], "TIFF")
+    whole = (tmp_path / "cut.tif").read_bytes()
+    (tmp_path / "cut.tif").write_bytes(whole[: len(whole) - 80])
+    found = everything(folder(mode="L", on_error="skip", frames="all").load(tmp_path))
+    assert sorted(levels(found)) == list(range(6))
+    warning, closing = capsys.readouterr().err.splitlines()[-2:]
+    assert "left out 2 bad files: " in warning
+    assert re.search(r"bad 00\.png \(.+\); .*cut\.tif \(.+\)$", warning)
+    assert closing == "read 6 images (2 bad files left out)"
+
+
+def test_closing_line_tells_what_was_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Images, duplicates, bad and other files, each in its number."""
+    numbered(tmp_path, 3)
+    numbered(tmp_path / "copies", 1)
+    spoil(tmp_path, 2)
+    (tmp_path / "README").write_text("Levels.")
+    folder(on_error="skip").load(tmp_path)
+    closing = capsys.readouterr().err.splitlines()[-1]
+    assert closing == "read 3 images (1 duplicate, 2 bad files and 1 other file left out)"
+
+
+def test_images_are_in_memory_once(tmp_path: Path) -> None:
+    """The peak of reading is far below twice what the images take."""
+    rng = np.random.default_rng(1)
+    for i in range(100):
+        Image.fromarray(rng.integers(0, 256, (128, 128, 3), np.uint8)).save(tmp_path / f"{i}.bmp")
+    data = folder(height=128, width=128)
+    data.load(tmp_path)  # what the first call imports is not counted
+    tracemalloc.start()
+    try:
+        images = data.load(tmp_path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 1.5 * everything(images).nbytes

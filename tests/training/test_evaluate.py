@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from training.architectures.mlp import Mlp
 from training.architectures.unet import UNetSettings
-from training.evaluate import BLOCK, likelihood, restoration
+from training.evaluate import BLOCK, likelihood, report, restoration
 from training.likelihoods.bernoulli import Bernoulli
 from training.model import VAE
 from training.priors.standard_normal import StandardNormal
@@ -152,3 +152,19 @@ def test_decibels_of_corrupted_images_are_those_of_the_noise() -> None:
     # A tenth of the pixels is 0 or 1, each 1/2 away from grey: an error of 0.1 / 4.
     assert table["salt-and-pepper"]["0.1"]["noisy_db"] == pytest.approx(-10.0 * math.log10(0.1 / 4.0), abs=0.1)
     assert table["masking"]["0.5"]["noisy_db"] == pytest.approx(-10.0 * math.log10(0.5 * 0.502**2), abs=0.1)
+
+
+def test_what_restores_worse_than_nothing_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """By family: the gain, and the level's error beside that of the best constant."""
+
+    def row(auto_db: float, error: float) -> dict[str, float]:
+        return {"noisy_db": 20.0, "restored_db": 30.0, "auto_db": auto_db, "worse": 0.0, "level_error": error}
+
+    report({"gaussian": {"0.1": row(25.0, 0.1), "0.4": row(23.0, 0.3)}})
+    assert capsys.readouterr().err == (
+        "restoring gaussian: +4.0 dB; level off by a factor of 1.22 on average (2.00 for the best constant)\n"
+    )
+    report({"poisson": {"0.1": row(19.0, 0.7), "0.4": row(20.5, 0.7)}})
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("restoring poisson: -0.2 dB")
+    assert [line.startswith("warning: ") and "poisson" in line for line in said[1:]] == [True, True]

@@ -269,6 +269,15 @@ def test_existing_version_survives_all_but_a_good_replacement(tmp_path: Path) ->
     assert [path.name for path in (tmp_path / "tiny").iterdir()] == ["1"]
 
 
+def test_the_file_that_names_the_default_model_is_left_alone(tmp_path: Path) -> None:
+    """No export touches it, nor takes its name."""
+    (tmp_path / "default").write_text("other\n")
+    export(one_graph(nn.Linear(3, 2)), tmp_path, "tiny", "1", ABOUT)
+    with pytest.raises(ExportError, match="choose another name"):
+        export(one_graph(nn.Linear(3, 2)), tmp_path, "default", "1", ABOUT, replace=True)
+    assert (tmp_path / "default").read_text() == "other\n"
+
+
 @pytest.mark.parametrize(
     ("name", "version"), [("../up", "1"), ("Upper", "1"), ("ok", ".hidden"), ("ok", ""), ("a/b", "1")]
 )

@@ -24,6 +24,7 @@ from training.restoration import (
     Observation,
     Recognition,
     corrupt,
+    log_roughness,
     restoration_bound,
     see_through,
     simulate,
@@ -352,9 +353,30 @@ def test_recognition_sees_observation_mask_and_level() -> None:
             return planes, torch.zeros_like(planes)
 
     seen = Observation(torch.full((2, 1, 4, 3), 0.25), torch.ones(2, 1, 4, 3), torch.tensor([[0.1, 0.2, 0.3, 0.4]] * 2))
-    recognition = Recognition(Summing(), Summing(), Summing())
+
+    class Twice(Summing):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            mean, log_var = super().forward(x)
+            return mean.repeat(1, 2), log_var.repeat(1, 2)
+
+    recognition = Recognition(Summing(), Twice(), Summing())
     torch.testing.assert_close(recognition.posterior(seen).mean[1], torch.tensor([0.25, 1.0, 0.1, 0.2, 0.3, 0.4]))
-    torch.testing.assert_close(recognition.log_level(seen.y, seen.mask).mean[0], torch.tensor([0.25, 1.0]))
+    rough = float(log_roughness(seen.y, seen.mask)[0])
+    expected = torch.tensor([0.25 + rough, 1.0, 0.25, 1.0 + rough])
+    torch.testing.assert_close(recognition.log_level(seen.y, seen.mask).mean[0], expected)
+
+
+@pytest.mark.parametrize("sigma", [0.02, 0.1, 0.5])
+def test_roughness_is_the_level_of_noise_on_a_plane(sigma: float) -> None:
+    """The Laplacian does not see the plane; where no pixel has all its neighbours, nothing is known."""
+    generator = torch.Generator().manual_seed(2)
+    plane = torch.linspace(0.0, 1.0, 64).expand(2, 3, 64, 64)
+    y = plane + sigma * torch.randn(2, 3, 64, 64, generator=generator)
+    mask = torch.ones_like(y)
+    mask[1] = torch.arange(64) % 2
+    found = log_roughness(y, mask).exp()
+    assert float(found[0]) == pytest.approx(sigma, rel=0.03)
+    assert float(found[1]) == pytest.approx(math.sqrt(0.015 * 0.8))
 
 
 @pytest.mark.parametrize("coefficient", [-1e3, 1e3])

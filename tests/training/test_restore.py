@@ -6,16 +6,18 @@ import csv
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from training.__main__ import main
-from training.errors import RefusedError, ServiceError
+from training.datasets import Folder
+from training.errors import ConfigError, RefusedError, ServiceError
 from training.experiments.methods import Restored
 from training.experiments.restore import figures
 from training.experiments.served import served, started
-from training.experiments.tasks import SUBJECTS, Task
+from training.experiments.tasks import SUBJECTS, Task, subject_of
 
 pytestmark = pytest.mark.usefixtures("own_signals")
 
@@ -124,3 +126,27 @@ def test_the_service_ends_with_the_block(digits_models: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         next(running)
     assert process.returncode is not None
+
+
+def told(**changes: Any) -> dict[str, Any]:
+    """What a service says of a model that somebody trained on a folder of theirs."""
+    data = {"dataset": "folder", "height": 16, "width": 18, "mode": "RGB", "test": 0.25, "seed": 3}
+    training = {"settings": {"data": data}, "train_images": 1000}
+    about = {"model": "cells", "dataset": "folder", "input_shape": [3, 16, 18], "training": training}
+    return {**about, **changes}
+
+
+def test_images_of_any_model_are_those_that_its_training_held_out() -> None:
+    """Its own settings say how the folder is split; tasks that its size does not allow are left out."""
+    name, subject = subject_of(told())
+    assert name == "cells"
+    assert subject.dataset == Folder(dataset="folder", height=16, width=18, mode="RGB", test=0.25, seed=3)
+    assert {task.factor for task in subject.tasks if task.operation == "super-resolve"} == {2}
+    assert subject.timed in {task.name for task in subject.tasks}
+    assert subject_of(told(dataset="mnist_static", model="static"))[0] == "mnist"
+
+
+def test_a_model_that_does_not_tell_its_data_is_named() -> None:
+    """One that another program exported."""
+    with pytest.raises(ConfigError, match=r"cells does not tell its data set"):
+        subject_of(told(training={}))

@@ -101,5 +101,5 @@ def test_the_gaussian_conditional_fills_in(tmp_path: Path) -> None:
 
 def test_what_is_not_installed_is_named_with_its_extra() -> None:
     """One line that says how to get it."""
-    with pytest.raises(DependencyError, match=r"no_such_package .*pip install 'vae-service\[evaluation\]'"):
+    with pytest.raises(DependencyError, match=r"no_such_package .*pip install '\.\[evaluation\]'"):
         needed("no_such_package.restoration")

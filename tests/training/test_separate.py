@@ -9,7 +9,7 @@ import pytest
 
 from service.routes import OPERATIONS
 from training.__main__ import main
-from training.experiments.separate import DIGITS, SCORES, Plan, figures, kinds, page, rotated, sheared
+from training.experiments.separate import OWN, SCORES, Plan, figures, kinds, page, rotated, sheared
 
 pytestmark = pytest.mark.usefixtures("own_signals")
 
@@ -54,7 +54,7 @@ def test_turned_and_sheared_by_hand() -> None:
 def test_the_table_says_how_well_each_kind_is_told_apart(tmp_path: Path) -> None:
     """1 where every digit scores higher, 0 where none does; the digits' own row has none."""
     rising = {score: np.arange(4.0) for score in SCORES}
-    scores = {DIGITS: rising, "lower": {score: v - 9.0 for score, v in rising.items()},
+    scores = {OWN: rising, "lower": {score: v - 9.0 for score, v in rising.items()},
               "higher": {score: v + 9.0 for score, v in rising.items()}}  # fmt: skip
     rows = figures(scores)
     assert [row.get("auroc_elbo") for row in rows] == [None, 1.0, 0.0]
@@ -66,7 +66,7 @@ def test_scores_of_a_service_of_its_own(
     digits_models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Trained digits are told from noise; a service without `score` is told so in one line."""
-    command = ["separate", "--dataset", "digits", "--models", str(digits_models), "--data", str(tmp_path)]
+    command = ["separate", "--model", "dig*", "--models", str(digits_models), "--data", str(tmp_path)]
     status = main([*command, "--out", str(tmp_path), "--images", "50"])
     if "score" not in {operation.name for operation in OPERATIONS}:
         assert status == 1

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,14 +18,19 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from training import trainer
 from training.architectures.mlp import Mlp
-from training.config import Run
+from training.config import Run, load
 from training.elbo import Bound, elbo
 from training.errors import CheckpointError, DiskError, DivergedError
+from training.processes import ALONE
+from training.randomness import keyed_generator
 from training.stages import trained_vae, vae_stage
-from training.trainer import AVERAGED_STEPS, Stage, computes_bfloat16, keyed_generator, train
+from training.trainer import AVERAGED_STEPS, Stage, computes_bfloat16, train
+from training.validation import HeldOut
 
 CPU = torch.device("cpu")
+CONFIGS = Path(__file__).parents[2] / "training" / "configs"
 MLP_500 = Mlp(architecture="mlp", hidden=(500,))
 SHAPE = (1, 4, 4)
 STEPS = 210
@@ -481,3 +487,107 @@ def test_a_checkpoint_outlives_new_settings(images: Tensor, tmp_path: Path) -> N
     train(stage(free_nats=0.0), images, tmp_path)
     with pytest.raises(CheckpointError, match="train"):
         train(stage(free_nats=1.0), images, tmp_path)
+
+
+def test_the_average_forgets_the_first_weights_of_a_short_run(tmp_path: Path) -> None:
+    """20 epochs of 20 steps: the kept weights have the bound of the last steps, whatever decay is asked for."""
+    short = load(CONFIGS / "digits.toml", {"train": {"epochs": 20, "batch_size": 64, "ema_decay": 0.9999}})
+    digits = short.data.load(tmp_path)
+    learnt = vae_stage(short, digits.shape, CPU)
+    train(learnt, digits.train, tmp_path)
+    vae = trained_vae(short, digits.shape, tmp_path, CPU)
+    with torch.no_grad():
+        bound = float(learnt.objective(vae, digits.train, torch.Generator().manual_seed(0)).elbo.mean())
+    last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 20 * 20
+    assert bound > last["elbo"] - 1.0
+
+
+def test_warm_up_never_outlasts_its_share(images: Tensor, tmp_path: Path) -> None:
+    """Of 210 steps the learning rate rises over 21 at most, the weight of the KL over 52."""
+    train(stage(warmup_steps=10**6, kl_warmup_steps=10**6), images, tmp_path / "endless")
+    train(stage(warmup_steps=21, kl_warmup_steps=52), images, tmp_path / "short")
+    assert_same_bits(state(tmp_path / "endless")["module"], state(tmp_path / "short")["module"])
+
+
+def test_few_images_get_more_epochs(images: Tensor, tmp_path: Path) -> None:
+    """As many as make the least number of steps."""
+    train(stage(epochs=1, least_steps=30), images, tmp_path)
+    assert (state(tmp_path)["step"], state(tmp_path)["epochs"]) == (35, 5)
+
+
+@pytest.mark.parametrize("spoilt", ["averaged", "module"])
+def test_the_better_weights_are_kept(images: Tensor, tmp_path: Path, spoilt: str) -> None:
+    """By the bound on held-out images; the worse ones may be as bad as they like."""
+    one = stage()
+    loop = trainer._Loop(one, images, tmp_path, ALONE, images[:40])
+    loop.run(lambda: False)
+    module = loop.averaged.module if spoilt == "averaged" else one.module
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(3.0)
+    assert loop.held_out is not None
+    loop.kept, _ = loop.held_out.choose(loop.averaged.module, one.module, loop.elbo)
+    loop.save()
+    assert state(tmp_path)["kept"] == ("last" if spoilt == "averaged" else "averaged")
+    vae = trained_vae(run(), SHAPE, tmp_path, CPU)
+    better = one.module if spoilt == "averaged" else loop.averaged.module
+    assert_same_bits(dict(vae.state_dict()), dict(better.state_dict()))
+
+
+def test_held_out_bounds_are_logged_and_their_end_is_told(
+    images: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every epoch; held-out images that are unlike those of the training are learnt from for a while only."""
+    train(stage(epochs=60, learning_rate=3e-2), images, tmp_path, held_out=255 - images[:20])
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    held_out = {line["epoch"]: line["held_out_elbo"] for line in lines if "held_out_elbo" in line}
+    assert sorted(held_out) == list(range(1, 61))
+    best = max(held_out, key=held_out.__getitem__)
+    said = capsys.readouterr().err
+    assert f"vae: the bound on held-out images has not risen since epoch {best} ({held_out[best]:.2f} nats)" in said
+    assert "vae: bound on 20 held-out images" in said
+
+
+@pytest.mark.parametrize(
+    ("trained", "held_out", "seen", "kl", "says"),
+    [
+        (-10.0, -20.0, -20.0, 5.0, "worse than those of the last steps"),
+        (-10.0, -20.0, -10.0, 5.0, "overfits"),
+        (-10.0, -10.0, -10.0, 0.03, "next to nothing"),
+        (-10.0, -10.2, -10.0, 5.0, None),
+    ],
+)
+def test_what_is_wrong_with_the_weights_is_said(
+    images: Tensor, capsys: pytest.CaptureFixture[str],
+    trained: float, held_out: float, seen: float, kl: float, says: str | None,
+) -> None:  # fmt: skip
+    """Kept weights below those that were trained, overfitting, and latents that say nothing."""
+    others = images[:40].clone()
+    others[:, 0, 0, 0] = 7
+
+    def objective(_: Any, batch: Tensor, __: torch.Generator) -> Bound:
+        value = held_out if bool((batch[:, 0, 0, 0] == 7).all()) else seen
+        return Bound(torch.full((len(batch),), value + kl), torch.full((len(batch),), kl))
+
+    one = dataclasses.replace(stage(), objective=objective)
+    images = images.clone()
+    images[:, 0, 0, 0] = 8
+    HeldOut(one, others, images, 20).choose(one.module, one.module, trained)
+    warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(warned) == (says is not None)
+    assert says is None or says in warned[0]
+
+
+def test_the_bound_is_shown_from_the_first_steps(images: Tensor, tmp_path: Path) -> None:
+    """Also of a run that is over before the first line of the log is due."""
+    shown: list[str] = []
+
+    def slow(bound: Bound) -> Bound:
+        time.sleep(0.3)
+        return bound
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.tqdm, "set_postfix", lambda _, values, **__: shown.append(values["ELBO"]))
+        train(failing(stage(epochs=1), 1, slow), images, tmp_path)
+    assert len(shown) >= 2

@@ -21,9 +21,13 @@ class Conv(Strict):
     """
 
     architecture: Literal["conv"]
+    """Residual convolutions."""
     channels: Widths = (24, 48)
+    """A number a level, finest first; each level halves height and width."""
     blocks: Annotated[int, Field(ge=0)] = 1
+    """Residual blocks a level."""
     head: Positive = 12
+    """Channels at full size before the last convolution."""
 
     def encoder(self, shape: tuple[int, int, int], latent_dim: int) -> nn.Module:
         """x (n, *shape) -> mean, log_var (n, latent_dim)."""

@@ -20,8 +20,11 @@ class Mlp(Strict):
     """
 
     architecture: Literal["mlp"]
+    """Fully connected layers."""
     hidden: Widths = (500,)
+    """Widths of the hidden layers, the encoder's first one first."""
     activation: Literal["tanh", "relu", "softplus", "silu"] = "tanh"
+    """Between layers."""
 
     def encoder(self, shape: tuple[int, int, int], latent_dim: int) -> nn.Module:
         """x (n, *shape) -> mean, log_var (n, latent_dim)."""

@@ -13,10 +13,12 @@ from training.strict import Positive, Strict, Widths
 
 
 class UNetSettings(Strict):
-    """Channels a level, and residual blocks; see `UNet`."""
+    """A U-Net of residual blocks."""
 
     channels: Widths = (16, 32)
+    """A number a level, full size first."""
     blocks: Positive = 1
+    """Residual blocks a level."""
 
     def network(self, inputs: int, outputs: int, size: tuple[int, int]) -> nn.Module:
         """(n, inputs, *size) -> (n, outputs, *size)."""

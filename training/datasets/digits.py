@@ -15,9 +15,13 @@ class Digits(Strict):
     """1,797 images of 8 x 8 with 17 grey levels, split at random by `seed`."""
 
     dataset: Literal["digits"]
+    """Those of scikit-learn."""
     validation: Share = 0.1
+    """Share of the images, of those that are not for testing."""
     test: Share = 0.2
+    """Share of all images."""
     seed: int = 0
+    """Of the splits."""
 
     def load(self, root: Path) -> ImageSet:  # noqa: ARG002  # as every data set
         """The three splits; `root` is not read."""

@@ -28,8 +28,11 @@ class Frey(Strict):
     """
 
     dataset: Literal["frey"]
+    """Frey Face."""
     split: Literal["author", "random", "contiguous"] = "contiguous"
+    """Which frames are for what."""
     seed: int = 0
+    """Of the random splits."""
 
     def load(self, root: Path) -> ImageSet:
         """Read DIR/frey_rawface.mat or DIR/freyfaces/frey_rawface.mat.

@@ -31,7 +31,9 @@ class Mnist(Strict):
     """60,000 and 10,000 images of 28 x 28; the last `validation` training images are held out."""
 
     dataset: Literal["mnist"]
+    """MNIST."""
     validation: int = 2000
+    """Training images that are held out."""
 
     def load(self, root: Path) -> ImageSet:
         """Read DIR/*-ubyte[.gz] or DIR/mnist/*-ubyte[.gz].

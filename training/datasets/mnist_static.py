@@ -20,6 +20,7 @@ class MnistStatic(Strict):
     """50,000, 10,000 and 10,000 images of 28 x 28, black or white (Salakhutdinov and Murray; Larochelle's split)."""
 
     dataset: Literal["mnist_static"]
+    """Static binarised MNIST."""
 
     def load(self, root: Path) -> ImageSet:
         """Read DIR/binarized_mnist.npz or DIR/mnist_static/binarized_mnist.npz.

@@ -22,7 +22,7 @@ from training.errors import ConfigError, DiskError
 from training.experiments.measures import LEAST_STD, coverage
 from training.experiments.restore import chosen
 from training.experiments.served import Answer, Client, Pixels, served
-from training.experiments.tasks import BLURRING, POISSON, SUBJECTS, Seen, Subject, Task
+from training.experiments.tasks import BLURRING, POISSON, Seen, Task, subject_of
 
 PROMISED = 0.9
 """Of the pixels are to lie within mean +- 1.645 std."""
@@ -113,20 +113,14 @@ def calibrate(plan: Plan) -> list[Path]:
     DiskError.
     """
     with served(plan.url, plan.models) as client:
-        found = [
-            (model, subject)
-            for model in client.models()
-            for subject in SUBJECTS.values()
-            if fnmatch(model["model"], plan.names)
-            and model["dataset"] in subject.served_as
-            and "denoise" in model["operations"]
-        ]
+        found = [one for one in client.models() if fnmatch(one["model"], plan.names) and "denoise" in one["operations"]]
         if not found:
-            raise ConfigError(f"no model {plan.names} is served that restores images of {', '.join(SUBJECTS)}")
-        return [_calibrate(plan, client, model, subject) for model, subject in found]
+            raise ConfigError(f"no model {plan.names} is served that restores images")
+        return [_calibrate(plan, client, model) for model in found]
 
 
-def _calibrate(plan: Plan, client: Client, model: dict[str, Any], subject: Subject) -> Path:
+def _calibrate(plan: Plan, client: Client, model: dict[str, Any]) -> Path:
+    _, subject = subject_of(model)
     path = plan.models / model["model"] / model["version"] / FILE_NAME
     manifest = _manifest(path, model["fingerprint"])
     x = chosen(subject.dataset.load(plan.data).validation, plan.images, plan.seed)

@@ -21,8 +21,9 @@ from training.experiments import curves
 from training.experiments.canvas import panels
 from training.model import VAE
 from training.pipeline import device
+from training.randomness import keyed_generator
 from training.stages import vae_stage
-from training.trainer import keyed_generator, train
+from training.trainer import train
 
 METHODS = {"aevb": "elbo", "wake-sleep": "wake_sleep"}
 SCORED = 10_000

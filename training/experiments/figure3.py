@@ -31,9 +31,10 @@ from training.experiments import curves
 from training.experiments.canvas import panels
 from training.marginal import reciprocal_log_likelihood
 from training.model import VAE
+from training.randomness import keyed_generator
 from training.rivals.em_loop import EmStage, train_by_em
 from training.stages import build_vae, vae_stage
-from training.trainer import keyed_generator, train
+from training.trainer import train
 
 OBJECTIVES = {"aevb": "elbo", "wake-sleep": "wake_sleep"}
 METHODS = (*OBJECTIVES, "mcem")
@@ -159,14 +160,15 @@ def em_stage(run: Run, images: ImageSet, steps: int) -> EmStage:
     return EmStage(
         build_vae(run, images.shape),
         LATENT_DIM,
-        binarised=run.binarise,
+        binarised=run.binary,
         steps=steps,
         batch_size=curves.BATCH,
         learning_rate=run.train.learning_rate,
         weight_decay=1.0 / len(images.train),
         seed=run.seed,
         identity={
-            **run.model_dump(mode="json", include={"seed", "data", "binarise", "model", "train"}),
+            **run.model_dump(mode="json", include={"seed", "data", "model", "train"}),
+            "binarise": run.binary,
             "steps": steps,
         },
     )

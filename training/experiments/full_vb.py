@@ -24,8 +24,9 @@ from training.experiments import curves
 from training.experiments.canvas import panels
 from training.full_vb import FullVb, evidence_bound, full_vb_objective, map_bound
 from training.model import VAE
+from training.randomness import keyed_generator
 from training.stages import build_vae
-from training.trainer import Objective, Stage, keyed_generator, read_averaged, train
+from training.trainer import Objective, Stage, read_trained, train
 
 LEARNING_RATES = {"ml": 3e-3, "map": 3e-3, "full-vb": 2e-2}
 """Peaks. Full VB's, with INITIAL_STD, had the highest bound on the evidence of six short runs that varied both."""
@@ -230,7 +231,7 @@ def compare(rows: list[dict[str, Any]], latent_dim: int, images: Images, runs: P
     for curve in (curve for curve in CURVES if curve.latent_dim == latent_dim):
         stage, folder = stage_of(curve, images, samples), runs / curve.name
         try:
-            module = read_averaged(folder / f"{stage.name}.pt", stage.identity, stage.module)
+            module = read_trained(folder / f"{stage.name}.pt", stage.identity, stage.module)
         except CheckpointError:
             continue
         scores |= {name: score(models, images.test)[1] for name, models in estimates(module, curve.method).items()}

@@ -13,7 +13,7 @@ from training.experiments.canvas import panels
 from training.experiments.measures import DEVIATIONS, LEAST_STD, MOST_DB
 from training.experiments.methods import RIDGES
 from training.experiments.restore import Findings
-from training.experiments.tasks import SCATTERED, SUBJECTS
+from training.experiments.tasks import SCATTERED
 from training.extras import installed
 
 FIELDS = (
@@ -69,7 +69,7 @@ def page(findings: Findings) -> str:
     for name, model in findings.models.items():
         rows = [row for row in findings.rows if row["dataset"] == name]
         if rows:
-            parts += ["", f"## {name}", "", f"Answers of model {model}.", "", *_tables(rows, SUBJECTS[name].timed)]
+            parts += ["", f"## {name}", "", f"Answers of model {model}.", "", *_tables(rows, findings.timed[name])]
     return "\n".join([*parts, "", "## How", HOW])
 
 

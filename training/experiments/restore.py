@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from service.manifest import digest
 from training.datasets import ImageSet, as_float
-from training.errors import ConfigError, RefusedError
+from training.errors import ConfigError, DataError, RefusedError
 from training.experiments.measures import coverage, psnr, ssim
 from training.experiments.methods import Method, Restored, by_unet, is_gaussian, is_noise, ours, rivals
 from training.experiments.served import ROWS, Client, Pixels, served
-from training.experiments.tasks import SUBJECTS, Seen, Subject, Task
+from training.experiments.tasks import SUBJECTS, Seen, Subject, Task, subject_of
 from training.extras import needed
 from training.rivals import unet
 from training.trainer import stage_seconds
@@ -44,6 +44,8 @@ class Plan:
     seed: int = 0
     unet_epochs: int | None = None
     """None is the data set's own."""
+    names: str = "*"
+    """Pattern of the models' names."""
     tasks: tuple[str, ...] = ("*",)
     methods: tuple[str, ...] = ("*",)
     """Patterns of names."""
@@ -59,6 +61,8 @@ class Findings:
     notes: list[str] = field(default_factory=list)
     models: dict[str, str] = field(default_factory=dict)
     """By data set: the model that answered, its version and fingerprint."""
+    timed: dict[str, str] = field(default_factory=dict)
+    """By data set: the task on which speed is measured."""
     seconds: float = 0.0
 
     def note(self, text: str) -> None:
@@ -76,17 +80,17 @@ def compare(plan: Plan) -> Findings:
     needed("skimage")
     findings, began = Findings(plan), time.monotonic()
     with served(plan.url, plan.models) as client:
-        told = client.models()
-        for name, subject in SUBJECTS.items():
-            model = restoring_model(told, subject)
-            if model is None:
-                findings.note(f"{name}: no model of it that restores is served")
+        for name, subject, model in _chosen_models(client.models(), findings):
+            try:
+                images = subject.dataset.load(plan.data)
+            except DataError as error:
+                findings.note(f"{name}: {error}")
                 continue
-            images = subject.dataset.load(plan.data)
             if list(images.shape) != model["input_shape"]:
                 findings.note(f"{name}: model {model['model']} takes {model['input_shape']}, not {list(images.shape)}")
                 continue
             findings.models[name] = f"{model['model']} {model['version']}, {model['fingerprint']}"
+            findings.timed[name] = subject.timed
             _compare_on(name, subject, images, client, model["model"], findings)
     if not findings.rows:
         notes = [] if findings.models else findings.notes
@@ -95,9 +99,22 @@ def compare(plan: Plan) -> Findings:
     return findings
 
 
-def restoring_model(told: Iterable[dict[str, Any]], subject: Subject) -> dict[str, Any] | None:
-    """The first model, as the service tells of them, of that kind of images that restores."""
-    return next((one for one in told if one["dataset"] in subject.served_as and "denoise" in one["operations"]), None)
+def _chosen_models(told: Iterable[dict[str, Any]], findings: Findings) -> Iterator[tuple[str, Subject, dict[str, Any]]]:
+    """The first model of every data set, as the service tells of them, that restores and has such a name."""
+    seen: set[str] = set()
+    for model in told:
+        if "denoise" not in model["operations"] or not fnmatch(model["model"], findings.plan.names):
+            continue
+        try:
+            name, subject = subject_of(model)
+        except ConfigError as error:
+            findings.note(str(error))
+            continue
+        if name not in seen:
+            seen.add(name)
+            yield name, subject, model
+    for name in (name for name in SUBJECTS if name not in seen):
+        findings.note(f"{name}: no model of it that restores is served")
 
 
 def _compare_on(name: str, subject: Subject, images: ImageSet, client: Client, model: str, findings: Findings) -> None:

@@ -16,8 +16,8 @@ from service.pixels import to_image
 from training.errors import ConfigError
 from training.experiments.figure2 import Curve, bound, follow, load
 from training.model import VAE
+from training.randomness import keyed_generator
 from training.stages import trained_vae
-from training.trainer import keyed_generator
 
 MAP = {"mnist": 20, "frey": 10}
 DREAMS = 10

@@ -1,8 +1,10 @@
-"""Whether the service's `score` tells test digits from other pictures: AUROC by kind of picture."""
+"""Whether the service's `score` tells test images from other pictures: AUROC by kind of picture."""
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,9 @@ from training.experiments.canvas import panels
 from training.experiments.measures import auroc
 from training.experiments.restore import chosen
 from training.experiments.served import Client, Pixels, served
-from training.experiments.tasks import SUBJECTS
+from training.experiments.tasks import subject_of
 
-DIGITS = "test digits"
+OWN = "test images"
 SCORES = ("elbo", "importance_weighted", "log_likelihood")
 FIELDS = ("kind", "images", *(f"auroc_{score}" for score in SCORES), *(f"mean_{score}" for score in SCORES))
 ROTATIONS = (15, 45, 90)
@@ -37,7 +39,8 @@ class Plan:
     data: Path
     url: str | None
     models: Path
-    subject: str = "mnist"
+    names: str = "*"
+    """Pattern of the models' names; the first that is served is asked."""
     images: int = 500
     seed: int = 0
     draws: int = 16
@@ -48,9 +51,9 @@ def separate(plan: Plan, out: Path) -> Path:
 
     Raises: ConfigError where no model that scores is served; ServiceError, DataError.
     """
-    subject = SUBJECTS[plan.subject]
     with served(plan.url, plan.models) as client:
         model = _scoring_model(client, plan)
+        _, subject = subject_of(model)
         x = chosen(subject.dataset.load(plan.data).test, plan.images, plan.seed)
         options = {"draws": plan.draws, "seed": plan.seed}
         scores = {
@@ -65,11 +68,11 @@ def separate(plan: Plan, out: Path) -> Path:
 
 
 def _scoring_model(client: Client, plan: Plan) -> dict[str, Any]:
-    told, names = client.models(), SUBJECTS[plan.subject].served_as
-    found = [one for one in told if one["dataset"] in names and "score" in one["operations"]]
+    told = client.models()
+    found = [one for one in told if fnmatch(one["model"], plan.names) and "score" in one["operations"]]
     if not found:
-        offered = ", ".join(f"{one['model']} ({one['dataset']})" for one in told)
-        raise ConfigError(f"no model of {plan.subject} that offers score is served, but {offered}; see --models, --url")
+        offered = ", ".join(f"{one['model']} ({', '.join(one['operations'])})" for one in told)
+        raise ConfigError(f"no model {plan.names} that offers score is served, but {offered}; see --models, --url")
     return found[0]
 
 
@@ -77,7 +80,7 @@ def kinds(x: Pixels, plan: Plan) -> dict[str, Pixels]:
     """Test images x (n, c, h, w) and as many pictures of every other kind, a function of x and the seed."""
     generator = np.random.default_rng(plan.seed)
     found = {
-        DIGITS: x,
+        OWN: x,
         "inverted": 1.0 - x,
         "pixels shuffled": generator.permuted(x.reshape(*x.shape[:2], -1), axis=2).reshape(x.shape),
         "uniform noise": generator.random(x.shape, np.float32),
@@ -88,7 +91,7 @@ def kinds(x: Pixels, plan: Plan) -> dict[str, Pixels]:
         faces = chosen(read_frames(plan.data), len(x), plan.seed)
     except DataError:
         return found  # no licence lets us fetch them
-    found["Frey faces"] = fit(faces, (x.shape[2], x.shape[3]), "resize")
+    found["Frey faces"] = fit(faces, (x.shape[2], x.shape[3]), "resize").repeat(x.shape[1], axis=1)
     return found
 
 
@@ -108,14 +111,14 @@ def sheared(x: Pixels) -> Pixels:
 
 
 def figures(scores: dict[str, Scores]) -> list[dict[str, Any]]:
-    """A row a kind: how many, the mean of every score, and how well it tells the kind from test digits."""
+    """A row a kind: how many, the mean of every score, and how well it tells the kind from test images."""
     rows = []
     for kind, values in scores.items():
         row: dict[str, Any] = {"kind": kind, "images": len(values[SCORES[0]])}
         for score in SCORES:
             row[f"mean_{score}"] = round(float(values[score].mean()), 2)
-            if kind != DIGITS:
-                row[f"auroc_{score}"] = round(auroc(scores[DIGITS][score], values[score]), 4)
+            if kind != OWN:
+                row[f"auroc_{score}"] = round(auroc(scores[OWN][score], values[score]), 4)
         rows.append(row)
     return rows
 
@@ -128,13 +131,14 @@ def page(rows: list[dict[str, Any]], plan: Plan, model: str) -> str:
         + f" | {row['mean_elbo']:.1f} |"
         for row in rows
     ]
-    named = ", ".join(kind for kind in (row["kind"] for row in rows) if kind != DIGITS)
-    return f"""# Telling digits from other pictures
+    asked = "" if plan.names == "*" else f" --model {shlex.quote(plan.names)}"
+    named = ", ".join(kind for kind in (row["kind"] for row in rows) if kind != OWN)
+    return f"""# Telling test images from other pictures
 
-    python -m training separate --images {plan.images} --seed {plan.seed} --draws {plan.draws}
+    python -m training separate{asked} --images {plan.images} --seed {plan.seed} --draws {plan.draws}
 
-AUROC of what `score` answers: the probability that a test digit scores higher than a picture of another kind (1 tells
-all of them apart, 0.5 is chance, below it the other kind scores higher). {rows[0]["images"]} test digits, seed
+AUROC of what `score` answers: the probability that a test image scores higher than a picture of another kind (1 tells
+all of them apart, 0.5 is chance, below it the other kind scores higher). {rows[0]["images"]} test images, seed
 {plan.seed}, and as many of each: {named}. Model {model}, asked over HTTP with {plan.draws} draws.
 
 | | {" | ".join(f"AUROC, `{score}`" for score in SCORES)} | mean `elbo`, nats |
@@ -143,19 +147,18 @@ all of them apart, 0.5 is chance, below it the other kind scores higher). {rows[
 
 ![the bound by kind of picture](separation.png)
 
-Rotated and sheared digits are still digits, and written so by few people: what lies between. Frey faces are resized to
-the digits' size.
+Rotated and sheared images lie between: few are so. Frey faces are resized to the model's size.
 """
 
 
 def _draw(scores: dict[str, Scores], path: Path) -> None:
-    """A panel a kind: the bound's histogram, that of test digits behind it."""
-    others = [kind for kind in scores if kind != DIGITS]
+    """A panel a kind: the bound's histogram, that of test images behind it."""
+    others = [kind for kind in scores if kind != OWN]
     with panels(len(others), path, columns=4) as axes:
         for axis, kind in zip(axes, others, strict=False):
-            pair = [scores[DIGITS]["elbo"], scores[kind]["elbo"]]
+            pair = [scores[OWN]["elbo"], scores[kind]["elbo"]]
             bins = np.histogram_bin_edges(np.concatenate(pair), 40)
-            for values, label, colour in zip(pair, (DIGITS, kind), ("tab:gray", "tab:red"), strict=True):
+            for values, label, colour in zip(pair, (OWN, kind), ("tab:gray", "tab:red"), strict=True):
                 axis.hist(values, bins, alpha=0.6, label=label, color=colour)
             axis.set(xlabel="ELBO, nats", ylabel="pictures")
             axis.legend(frameon=False, fontsize="small")

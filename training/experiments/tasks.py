@@ -9,12 +9,14 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
 
 from service.observation import OperatorName, operator_of
 from training.datasets import Dataset, Digits, Frey, Mnist
+from training.errors import ConfigError
 from training.experiments.served import Pixels
+from training.randomness import keyed_generator
 from training.restoration import FAMILIES, corrupt
-from training.trainer import keyed_generator
 
 SCATTERED = 0.5
 """Share of the pixels that are missing where they are scattered."""
@@ -159,4 +161,30 @@ SUBJECTS = {
         frozenset({"digits"}),
     ),
 }
-"""The data sets that the table knows; it has the rows of those for which a model is served."""
+"""The data sets with tasks of their own."""
+TASKS = (*noise("0.1", "0.25"), *FLIPS, MASKING, *INPAINTING, *ENLARGING)
+"""Those of any other data set, as far as its images can be shrunk."""
+UNET_IMAGES = 400_000
+"""That a U-Net is shown of any other data set."""
+
+
+def subject_of(model: dict[str, Any]) -> tuple[str, Subject]:
+    """The images that a model, as the service tells of it, was trained on, with their splits: a name and a subject.
+
+    Raises: ConfigError where the model does not tell.
+    """
+    for name, subject in SUBJECTS.items():
+        if model["dataset"] in subject.served_as:
+            return name, subject
+    settings = model.get("training", {}).get("settings", {})
+    try:
+        dataset: Dataset = TypeAdapter(Dataset).validate_python(settings.get("data"))
+    except ValidationError as error:
+        raise ConfigError(
+            f"model {model['model']} does not tell its data set in training.settings.data of its manifest; "
+            "only models that this trainer exported can be asked for their images"
+        ) from error
+    _, height, width = model["input_shape"]
+    tasks = tuple(task for task in TASKS if height % task.factor == 0 and width % task.factor == 0)
+    images = model["training"].get("train_images") or UNET_IMAGES
+    return model["model"], Subject(dataset, tasks, "Gaussian 0.25", max(1, min(400, UNET_IMAGES // images)))

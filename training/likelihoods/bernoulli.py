@@ -15,6 +15,7 @@ class BernoulliSettings(Strict):
     """Independent Bernoulli pixels."""
 
     likelihood: Literal["bernoulli"] = "bernoulli"
+    """Black or white pixels."""
 
     def build(self, _shape: tuple[int, int, int]) -> Bernoulli:
         """The likelihood; it needs no shape."""

@@ -22,6 +22,7 @@ class DiscretisedLogisticSettings(Strict):
     """
 
     likelihood: Literal["discretised_logistic"]
+    """256 levels a channel."""
 
     def build(self, shape: tuple[int, int, int]) -> DiscretisedLogistic:
         """The likelihood of images of that shape."""

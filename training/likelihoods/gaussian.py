@@ -21,6 +21,7 @@ class GaussianSettings(Strict):
     """
 
     likelihood: Literal["gaussian"]
+    """Grey levels as real numbers."""
     least_std: Annotated[float, Field(gt=0, lt=1)] = 1 / 256
     """The width of a grey level: finer differences than that are not in the data."""
     outliers: bool = False

@@ -22,8 +22,11 @@ class RealNvpSettings(Strict):
     """
 
     prior: Literal["realnvp"]
+    """A flow of affine couplings."""
     couplings: Annotated[int, Field(ge=2)] = 6
+    """How many."""
     width: Positive = 128
+    """Of the two hidden layers of each."""
 
     def build(self, latent_dim: int, _shape: tuple[int, int, int], _encoder: nn.Module) -> RealNvp:
         """The density over (..., latent_dim).

@@ -14,6 +14,7 @@ class StandardNormalSettings(Strict):
     """The paper's prior: no parameters."""
 
     prior: Literal["standard_normal"] = "standard_normal"
+    """N(0, I)."""
 
     def build(self, _latent_dim: int, _shape: tuple[int, int, int], _encoder: nn.Module) -> StandardNormal:
         """The density; it needs no dimension."""

@@ -17,7 +17,9 @@ class VampSettings(Strict):
     """`components` pseudo-inputs. Source: Tomczak and Welling (2018), section 3."""
 
     prior: Literal["vamp"]
+    """A mixture of posteriors of learned pseudo-inputs."""
     components: Positive = 500
+    """Pseudo-inputs."""
 
     def build(self, latent_dim: int, shape: tuple[int, int, int], encoder: nn.Module) -> Vamp:
         """The mixture of q(z|u_k) over pseudo-inputs u_k of that shape."""

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from training.datasets import as_float, binarise
 from training.errors import DivergedError
 from training.model import VAE
+from training.randomness import keyed_generator
 from training.rivals.mcem import MonteCarloEm, Step
 from training.trainer import (
     CHECKPOINT_S,
@@ -27,7 +28,6 @@ from training.trainer import (
     deferred_interrupts,
     disk_error,
     epoch_order,
-    keyed_generator,
     read_checkpoint,
     write_checkpoint,
 )

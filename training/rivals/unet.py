@@ -18,7 +18,7 @@ from training.datasets import ImageSet, as_float
 from training.elbo import Bound
 from training.pipeline import locked
 from training.restoration import SIGMA_RANGE
-from training.trainer import Stage, read_averaged, train
+from training.trainer import Stage, read_trained, train
 
 WIDTHS = (32, 64, 96)
 NAME = "unet"
@@ -82,5 +82,5 @@ def trained(images: ImageSet, folder: Path, epochs: int, identity: dict[str, Any
     one = stage(images.shape, epochs, identity)
     with locked(folder):
         train(one, images.train, folder)
-    module: Denoiser = read_averaged(folder / f"{NAME}.pt", one.identity, one.module)  # type: ignore[assignment]
+    module: Denoiser = read_trained(folder / f"{NAME}.pt", one.identity, one.module)  # type: ignore[assignment]
     return module
