@@ -21,6 +21,7 @@ from starlette.types import ASGIApp
 from service import __version__, problems
 from service.config import Settings
 from service.control import Control
+from service.cores import cpu_count
 from service.doors import add_doors
 from service.endpoint import Context
 from service.engine import Engine
@@ -41,7 +42,7 @@ from service.routes.health import health_router
 from service.routes.metrics import metrics_router
 from service.routes.models import models_router, readiness_router
 from service.selection import Selection
-from service.session import cpu_count, execution_provider
+from service.session import execution_provider
 from service.sources import local_copy
 from service.telemetry import SHARED_FOLDER
 from service.tracing import Named, TracedEngine, finish, tracer_provider

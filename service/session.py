@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,20 +39,6 @@ def execution_provider(wanted: str) -> str:
             "extra on a machine with CUDA, or set it to auto or cpu"
         )
     return PROVIDERS[wanted]
-
-
-def cpu_count(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """CPUs this process may use: its affinity, cut by the container's quota (cgroup v2 or v1), rounded up."""
-    allowed = len(os.sched_getaffinity(0))
-    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
-        try:
-            words = " ".join((cgroup / name).read_text() for name in names).split()
-            quota, period = words[:2]
-            if quota not in ("max", "-1"):
-                return max(1, min(allowed, math.ceil(int(quota) / int(period))))
-        except (OSError, ValueError):
-            continue
-    return allowed
 
 
 def give_back_memory() -> None:

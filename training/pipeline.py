@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from service.cores import cpu_count
 from service.manifest import digest
-from service.session import cpu_count
 from training.config import Run
 from training.datasets import ImageSet, as_float
 from training.errors import CheckpointError, ConfigError, DiskError

@@ -15,7 +15,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SHARED = {"service.calibration", "service.golden", "service.manifest", "service.observation", "service.pixels"}
+SHARED = {
+    "service.calibration",
+    "service.cores",
+    "service.golden",
+    "service.manifest",
+    "service.observation",
+    "service.pixels",
+}
 BY_NAME = {"import_module", "__import__", "find_spec", "run_module", "needed"}
 OURS = {"service", "training", "benchmarks", "tests", "docs"}
 ABSENT = "no_such_package"

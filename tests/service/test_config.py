@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from service.config import read_settings
+from service.cores import cpu_count
 from service.errors import StartError
-from service.session import cpu_count, execution_provider
+from service.session import execution_provider
 
 
 def test_the_environment_and_flags_are_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from service import manifest
-from service.session import cpu_count
+from service.cores import cpu_count
 from tests.faults.conftest import eventually
 from training.__main__ import main
 from training.config import load
@@ -204,22 +204,41 @@ def test_evaluate_prints_json_and_fresh_starts_again(
 
 
 def test_a_finished_run_goes_on_for_more_epochs(config: Path, tmp_path: Path) -> None:
-    """By --epochs or the TOML; the other commands take it as it was trained, and fewer epochs train nothing."""
-    command = [*arguments(config), "--device", "cpu", "--replace"]
-    run = ["--run", str(tmp_path / "run"), "--device", "cpu"]
+    """As an option or the TOML asks; fewer train nothing, and a manifest tells how many there were."""
 
-    def epochs() -> tuple[int, int]:
-        settings = manifest.read(tmp_path / "models" / "tiny" / "1").training["settings"]
-        return weights(tmp_path / "run")["step"] // (1294 // 50), settings["train"]["epochs"]
+    def workshop(epochs: int | None = None) -> Workshop:
+        run = load(config, {"train": {"epochs": epochs}})
+        return Workshop.open(run, tmp_path, tmp_path / "run", torch.device("cpu"))
 
-    for said, trained in (("1", 1), ("3", 3), ("2", 3)):
-        assert main([*command, "--epochs", said]) == 0
-        assert epochs() == (trained, trained)
+    def trained() -> tuple[int, int]:
+        told = workshop()._training()["settings"]["train"]["epochs"]
+        return weights(tmp_path / "run")["step"] // (1294 // 50), told
+
+    for asked, found in ((1, 1), (3, 3), (2, 3)):
+        workshop(asked)._train()
+        assert trained() == (found, found)
+        assert workshop(asked).vae() is not None
     config.write_text(TOML.replace("epochs = 40", "epochs = 4"))
-    assert main(["export", str(config), *run, "--out", str(tmp_path / "models"), "--replace"]) == 0
-    assert epochs() == (3, 3)
-    assert main(command) == 0
-    assert epochs() == (4, 4)
+    workshop()._train()
+    assert trained() == (4, 4)
+
+
+def test_what_restores_is_trained_anew_for_another_vae(tmp_path: Path) -> None:
+    """A VAE that went on has other latents, also where it was interrupted on the way; alone it goes on as well."""
+
+    def steps(epochs: int, restoration_epochs: int) -> tuple[int, int]:
+        changes = {"epochs": epochs}, {"train": {"epochs": restoration_epochs}}
+        run = load(ROOT / "training/configs/digits.toml", dict(zip(("train", "restoration"), changes, strict=True)))
+        Workshop.open(run, tmp_path, tmp_path, torch.device("cpu"))._train()
+        lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+        (tmp_path / "log.jsonl").unlink()
+        epochs_of = {name: [one["epoch"] for one in lines if one["stage"] == name and "held_out_elbo" in one]
+                     for name in ("vae", "restoration")}  # fmt: skip
+        return len(epochs_of["vae"]), len(epochs_of["restoration"])
+
+    assert steps(1, 1) == (1, 1)
+    assert steps(1, 2) == (0, 1)
+    assert steps(2, 2) == (1, 2)
 
 
 def test_epochs_are_checked_as_in_the_toml(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

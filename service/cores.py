@@ -1,0 +1,21 @@
+"""How many CPUs there are for this process."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+
+def cpu_count(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """CPUs this process may use: its affinity, cut by the container's quota (cgroup v2 or v1), rounded up."""
+    allowed = len(os.sched_getaffinity(0))
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try:
+            words = " ".join((cgroup / name).read_text() for name in names).split()
+            quota, period = words[:2]
+            if quota not in ("max", "-1"):
+                return max(1, min(allowed, math.ceil(int(quota) / int(period))))
+        except (OSError, ValueError):
+            continue
+    return allowed
