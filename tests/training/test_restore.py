@@ -16,7 +16,7 @@ from training.datasets import Folder
 from training.errors import ConfigError, RefusedError, ServiceError
 from training.experiments.methods import Restored
 from training.experiments.restore import figures
-from training.experiments.served import served, started
+from training.experiments.served import ROOT, served, started
 from training.experiments.tasks import SUBJECTS, Task, subject_of
 
 pytestmark = pytest.mark.usefixtures("own_signals")
@@ -150,3 +150,11 @@ def test_a_model_that_does_not_tell_its_data_is_named() -> None:
     """One that another program exported."""
     with pytest.raises(ConfigError, match=r"cells does not tell its data set"):
         subject_of(told(training={}))
+
+
+def test_several_models_need_no_default(digits_models: Path, tmp_path: Path) -> None:
+    """The service that a command starts serves whatever lies there, since its models are asked by their names."""
+    for name, models in (("digits", digits_models), ("mnist-2d", ROOT / "models")):
+        (tmp_path / name).symlink_to(models / name)
+    with served(None, tmp_path) as client:
+        assert {one["model"] for one in client.models()} == {"digits", "mnist-2d"}

@@ -77,3 +77,12 @@ def test_scores_of_a_service_of_its_own(
     noise = next(line for line in text.splitlines() if line.startswith("| uniform noise"))
     assert float(noise.split("|")[2]) > 0.9
     assert (tmp_path / "separation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_score_that_is_not_answered_is_left_out() -> None:
+    """Grey images under Bernoulli pixels have a bound, and no likelihood."""
+    values = np.arange(20.0)
+    own, other = ({"elbo": values + k, "log_likelihood": values + k} for k in (100.0, 0.0))
+    rows = figures({OWN: own, "lower": other})
+    assert rows[1]["auroc_elbo"] == 1.0
+    assert not [key for row in rows for key in row if "importance" in key]

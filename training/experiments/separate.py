@@ -116,6 +116,8 @@ def figures(scores: dict[str, Scores]) -> list[dict[str, Any]]:
     for kind, values in scores.items():
         row: dict[str, Any] = {"kind": kind, "images": len(values[SCORES[0]])}
         for score in SCORES:
+            if score not in values:  # grey levels under Bernoulli pixels have a bound alone
+                continue
             row[f"mean_{score}"] = round(float(values[score].mean()), 2)
             if kind != OWN:
                 row[f"auroc_{score}"] = round(auroc(scores[OWN][score], values[score]), 4)

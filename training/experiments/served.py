@@ -19,6 +19,7 @@ import httpx
 import numpy as np
 from numpy.typing import NDArray
 
+from service.manifest import FILE_NAME
 from training.errors import RefusedError, ServiceError
 
 Pixels = NDArray[np.float32]
@@ -89,6 +90,7 @@ class Client:
         for k in range(0, len(rows), ROWS):
             said = {"content-type": NPY, "accept": "application/json"}
             answer = self._post(model, operation, options, content=npy(rows[k : k + ROWS]), headers=said).json()
+            answer.pop("notes", None)
             parts.append({name: value for name, value in answer.items() if isinstance(value, list)})
         return {name: np.concatenate([np.asarray(part[name], np.float64) for part in parts]) for name in parts[0]}
 
@@ -96,7 +98,7 @@ class Client:
         if mask is None:
             answer = self._post(model, operation, options, content=npy(rows), headers={"content-type": NPY})
         else:
-            files = {"file": ("seen.npy", npy(rows)), "mask": ("mask.npy", npy(mask))}
+            files = {"file": ("seen.npy", npy(rows)), "mask": ("mask.npy", npy(mask[:, :1]))}  # of all channels
             answer = self._post(model, operation, options, files=files, headers={"accept": NPY})
         names, array = answer.headers["x-outputs"].split(","), np.load(io.BytesIO(answer.content), allow_pickle=False)
         planes = [array] if len(names) == 1 else list(array.swapaxes(0, 1))
@@ -136,6 +138,9 @@ def served(url: str | None, models: Path) -> Iterator[Client]:
     """
     if url is None:
         settings = {"VAE_MODELS": str(models.absolute()), "VAE_THREADS": "1", "VAE_TIMEOUT_S": str(ANSWER_S)}
+        names = sorted(path.parts[-3] for path in models.glob(f"*/*/{FILE_NAME}"))
+        if names:
+            settings["VAE_DEFAULT_MODEL"] = names[0]  # any: models are asked by their names
         with started(**settings) as (_, own), served(own, models) as client:
             yield client
         return
