@@ -180,9 +180,9 @@ def report(table: dict[str, dict[str, dict[str, float]]]) -> None:
         told = f"restoring {family}: {gain:+.1f} dB; level off by a factor of {math.exp(error):.2f} on average"
         tell(f"{told} ({math.exp(guess):.2f} for the best constant)")
         if gain <= 0.0:
-            warn(f"{family} noise is better left as it is; train longer or on more images")
+            warn(f"{family} noise is better left as it is; raise --restoration-epochs or take more images")
         if error >= guess:
-            warn(f"the level of {family} noise is estimated no better than by a constant; train longer")
+            warn(f"the level of {family} noise is estimated no better than by a constant; raise --restoration-epochs")
 
 
 def _decibels(x: Tensor, y: Tensor, known: Tensor, unknown: Tensor) -> dict[str, float]:

@@ -24,6 +24,7 @@ from training.evaluate import likelihood, report, restoration
 from training.export import GOLDEN_ROWS, export, exportables, version_folder
 from training.model import VAE
 from training.processes import ALONE, Processes
+from training.progress import tell
 from training.randomness import keyed_generator
 from training.restoration import FAMILIES, Observation, Recognition, simulate
 from training.scoring import held_out
@@ -139,7 +140,10 @@ class Workshop:
         run, before = as_trained(self.run, self.folder, longer=True), trained_epochs(self.folder / "vae.pt")
         self.processes.wait()
         if before is not None and before < run.train.epochs and self.processes.first:
-            (self.folder / "restoration.pt").unlink(missing_ok=True)  # it belongs to the VAE as it was
+            stale = self.folder / "restoration.pt"
+            if stale.exists():
+                tell("the VAE goes on; what restores belongs to it as it was, and is trained anew")
+                stale.unlink()
         train(vae_stage(run, shape, self.device), images.train, self.folder, self.processes, images.validation)
         if run.restoration is None:
             return
@@ -192,6 +196,7 @@ class Workshop:
             "quality": self._quality(vae, recognition),
             "scoring": held_out(vae, self.images.validation, self.run.seed, dynamic=self.run.binary),
         }
+        tell("exporting; tracing the graphs and replaying them takes up to a minute")
         # Graphs are traced where they are compared with onnxruntime.
         graphs = exportables(vae.cpu(), None if recognition is None else recognition.cpu(), *self._golden_rows())
         return export(graphs, models, self.run.name, self.run.version, about, replace=replace)

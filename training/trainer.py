@@ -383,7 +383,7 @@ class _Loop:
             "identity": self.stage.identity,
             "step": self.step,
             "finished": self.step == self.steps,
-            "epochs": self.epochs,
+            "epochs": self.epochs if self.step == self.steps else -(-self.step // self.epoch_steps),
             "kept": self.kept,
             "seconds": self.seconds,
             "module": self.stage.module.state_dict(),
@@ -489,7 +489,7 @@ def stage_seconds(folder: Path) -> dict[str, float]:
 
 
 def trained_epochs(path: Path) -> int | None:
-    """The number of epochs that a checkpoint was made with; None where there is none that can be read."""
+    """The number of epochs that a checkpoint has begun; None where there is none that can be read."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return int(state["epochs"])

@@ -87,6 +87,7 @@ class HeldOut:
         """
         name, modules = self._stage.name, {"averaged": averaged, "last": last}
         scores = {which: self.score(module, self.images) for which, module in modules.items()}
+        option = "--epochs" if name == "vae" else f"--{name}-epochs"
         kept = max(scores, key=lambda which: scores[which].elbo)
         score = scores[kept]
         order = torch.randperm(len(self._train), generator=keyed_generator(torch.device("cpu"), self._stage.seed, 14))
@@ -97,9 +98,9 @@ class HeldOut:
             f"training images {seen.elbo:.2f}, in the last steps {trained:.2f}; KL {score.kl:.2f} nats"
         )
         if Score(trained, seen.error, 0.0).beats(seen):
-            warn(f"{name}: the weights that are kept are worse than those of the last steps; train longer")
+            warn(f"{name}: the weights that are kept are worse than those of the last steps; raise {option}")
         elif seen.beats(score):
             warn(f"{name}: the model overfits; take more images, fewer epochs or a smaller network")
         if score.kl < LEAST_KL:
-            warn(f"{name}: the latents say next to nothing of an image (KL below 1 nat); train longer")
+            warn(f"{name}: the latents say next to nothing of an image (KL below 1 nat); raise {option}")
         return kept, score

@@ -221,6 +221,10 @@ def test_a_finished_run_goes_on_for_more_epochs(config: Path, tmp_path: Path) ->
     config.write_text(TOML.replace("epochs = 40", "epochs = 4"))
     workshop()._train()
     assert trained() == (4, 4)
+    stopped = torch.load(tmp_path / "run" / "vae.pt", weights_only=True) | {"finished": False}
+    torch.save(stopped | {"step": stopped["step"] - 1}, tmp_path / "run" / "vae.pt")  # of a run of many more epochs
+    workshop(1)._train()
+    assert trained() == (4, 4)
 
 
 def test_what_restores_is_trained_anew_for_another_vae(tmp_path: Path) -> None:
