@@ -15,8 +15,6 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 OURS, OTHERS = "#c0392b", "#7f8c8d"
-MEMORY_AT_REST = 5
-"""Its place in what the soak finds at rest."""
 PANELS = {"mlp-json-64": "JSON, 64 connections", "mlp-binary-64": "Binary, 64 connections",
           "mlp-png-64": "PNG, denoised, 64 connections", "conv-binary-64": "conv, binary, 64 connections"}  # fmt: skip
 
@@ -45,7 +43,7 @@ def soak(found: dict[str, Any]) -> Any:
     minutes, memory = [moment / 60.0 for moment, _ in found["memory"]], [mib for _, mib in found["memory"]]
     axis.plot(minutes, memory, color=OURS)
     for rest in ("before", "after"):
-        axis.axhline(found[rest][MEMORY_AT_REST], color=OTHERS, linestyle=":")
+        axis.axhline(found[rest]["memory_mib"], color=OTHERS, linestyle=":")
     axis.set_ylim(0.0, 1.2 * max(memory))
     axis.set_xlabel("minutes under load")
     axis.set_ylabel("resident memory, MiB")

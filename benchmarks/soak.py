@@ -82,7 +82,8 @@ def main() -> int:
     finally:
         server.stop()
     raw = home / "soak.json"
-    raw.write_text(json.dumps(asdict(found) | {"outcomes": load.outcomes}))
+    rests = {"before": found.before._asdict(), "after": found.after._asdict()}
+    raw.write_text(json.dumps(asdict(found) | rests | {"outcomes": load.outcomes}))
     failures = wrongs(found, load)
     pages.write(page(found, load, failures, options.out.with_suffix(".png").name), options.out, "soak", raw)
     print("\n".join(failures) or "as it should be")

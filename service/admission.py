@@ -55,7 +55,7 @@ def admit(
         shape = images.shape[1:]
     larger = _larger(payload.array, model, shape, options, max_rows) if name == "images" else ""
     rows = _shaped(payload.array, shape, name, options, max_rows, room, larger)
-    count = tiles.images * tiles.tiles if tiles else len(rows)
+    count = tiles.rows if tiles else len(rows)
     check_count(count * options.multiplicity, max_rows)
     room(count)
     rows = in_range(rows, *_bounds(operation, model, name), name)
@@ -80,7 +80,7 @@ def _larger(array: NDArray[Any], model: Model, shape: tuple[int, ...], options: 
     if images is None or images.shape[2] < shape[1] or images.shape[3] < shape[2]:
         return ""
     tiles = tiling(len(images), (images.shape[2], images.shape[3]), (shape[1], shape[2]))
-    fits = tiles.images * tiles.tiles * options.multiplicity <= max_rows
+    fits = tiles.rows * options.multiplicity <= max_rows
     return "; fit=tile restores larger ones part by part" if fits else ""
 
 
@@ -150,7 +150,7 @@ def check_tiles(tiles: Tiling, multiplicity: int, limit: int) -> None:
 
     Raises: TooLarge naming what works.
     """
-    count = tiles.images * tiles.tiles
+    count = tiles.rows
     if count * multiplicity > limit:
         (height, width), (tall, wide) = tiles.size, tiles.tile
         drawn = f" of {multiplicity} draws each" if multiplicity > 1 else ""

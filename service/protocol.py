@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from asyncio import TimerHandle, Transport
+from collections.abc import Iterable
 from enum import Enum, auto
 from ipaddress import IPv6Address
 from types import SimpleNamespace
@@ -57,6 +58,14 @@ class Part(Enum):
     """The rest of its body."""
 
 
+def head_of(status: int, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """The status line and the headers of an answer, without the empty line that ends them."""
+    lines = [STATUS_LINE[status]]
+    for name, value in headers:
+        lines += (name, b": ", value, b"\r\n")
+    return b"".join(lines)
+
+
 class Cycle(RequestResponseCycle):
     """One request and its answer. An answer that comes whole, as `intake.WHOLE` says it may, is written at once."""
 
@@ -72,10 +81,7 @@ class Cycle(RequestResponseCycle):
             await super().send(message)
             await super().send({"type": "http.response.body", "body": content})
             return
-        lines = [STATUS_LINE[message["status"]]]
-        for name, value in headers:
-            lines += (name, b": ", value, b"\r\n")
-        head = b"".join(lines)
+        head = head_of(message["status"], headers)
         if head.count(b"\n") != len(headers) + 1 or head.count(b"\r") != len(headers) + 1:
             raise RuntimeError("a header of the answer has a line break")
         self.response_started = self.response_complete = True
@@ -358,8 +364,7 @@ class Protocol(HttpToolsProtocol):
             (b"content-length", b"%d" % len(content)),
             (b"connection", b"close"),
         ]
-        head = b"".join(b"%b: %b\r\n" % line for line in [*self.server_state.default_headers, *lines])
-        return b"%b%b\r\n%b" % (STATUS_LINE[status], head, content)
+        return b"%b\r\n%b" % (head_of(status, [*self.server_state.default_headers, *lines]), content)
 
     def _turn_away(self) -> None:
         """Close a connection above the limits that has not asked for health."""

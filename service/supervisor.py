@@ -24,6 +24,7 @@ from prometheus_client import CollectorRegistry
 
 from service import telemetry, worker
 from service.config import Settings
+from service.confined import end_with_parent
 from service.errors import StartError
 from service.listeners import Listener
 from service.logs import outputs
@@ -137,7 +138,7 @@ class Supervisor:
     def _become(self, one: Worker, channel: socket.socket, parent: int) -> NoReturn:
         """In the forked process: be a worker, never return."""
         try:
-            worker.end_with_parent(parent)
+            end_with_parent(parent)
             signal.set_wakeup_fd(-1)
             for number in STOPPING:
                 signal.signal(number, signal.SIG_DFL)
@@ -230,7 +231,7 @@ class Supervisor:
         settings, sent = self._settings, 0
         end = time.monotonic()
         for listener in self._listeners:
-            listener.socket.close()  # else callers could connect for as long as this process lives, and nobody answered
+            listener.socket.close()  # the workers have copies; through this one callers could connect, and wait in vain
         while True:
             if len(self._signals) > sent:
                 gently = sent == 0 and self._signals[0] == signal.SIGTERM
@@ -303,7 +304,7 @@ def apart(work: Callable[[], str]) -> str:
     pid = os.fork()
     if pid == 0:
         try:
-            worker.end_with_parent(parent)
+            end_with_parent(parent)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             try:
                 answer = {"found": work()}

@@ -25,6 +25,11 @@ class Tiling(NamedTuple):
         """Of one image."""
         return len(self.tops) * len(self.lefts)
 
+    @property
+    def rows(self) -> int:
+        """Tiles of all images."""
+        return self.images * self.tiles
+
     def cut(self, images: Pixels) -> Pixels:
         """(n, c, *size) -> (n * tiles, c, *tile), image by image, row by row."""
         height, width = self.tile

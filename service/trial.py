@@ -26,7 +26,8 @@ def main(arguments: list[str]) -> int:
         arguments: Process id of the parent, and a `Trial` in JSON.
     """
     parent, asked = int(arguments[0]), Trial(*json.loads(arguments[1]))
-    confined.end_with(parent)
+    confined.end_with_parent(parent)
+    confined.leave_no_core()
     try:
         outcome = tried(asked)
     except MemoryError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import faulthandler
 import json
 import logging
@@ -36,21 +35,8 @@ GO = b"serve"
 """What the supervisor answers to a worker that is ready."""
 FRESH_S = 0.5
 """How long a connection without a request is kept when the worker stops accepting: its request may be on its way."""
-PR_SET_PDEATHSIG = 1
 
 log = logging.getLogger("service")
-
-
-def end_with_parent(parent: int) -> None:
-    """Let the kernel kill this process when the process that forked it ends, however that ends; Linux alone can.
-
-    parent: the process number that `os.getpid` gave before the fork.
-    """
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl is not None:
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it has ended before
-        os._exit(1)
 
 
 def run(
