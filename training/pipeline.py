@@ -32,7 +32,7 @@ from training.stages import as_trained, restoration_stage, trained_recognition, 
 from training.trainer import stage_seconds, train, trained_epochs
 
 LOOK_S = 0.25
-"""How long is looked at which cores are busy."""
+"""Seconds over which idle time is measured."""
 
 
 def device(wanted: str) -> torch.device:

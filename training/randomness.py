@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 
 def keyed_generator(device: torch.device, *key: int) -> torch.Generator:
@@ -16,3 +17,9 @@ def mixed(*key: int) -> int:
     for part in key:
         seed = (seed * 6364136223846793005 + part + 1442695040888963407) % 2**63
     return seed
+
+
+def row_order(images: Tensor, *key: int) -> Tensor:
+    """The rows of `images` in random order, (n,), on their device; a function of their number and the key."""
+    order = torch.randperm(len(images), generator=keyed_generator(torch.device("cpu"), *key))
+    return order.to(images.device)

@@ -29,6 +29,10 @@ SIGMA_RANGE = (0.015, 0.8)
 SHARE_RANGES = ((0.02, 0.6), (0.05, 0.9))
 FAMILY_ODDS = (0.58, 0.12, 0.10, 0.10, 0.10)
 """How often each family is simulated; the last is none at all."""
+ROUGHNESS = (0.01, 1.0)
+"""Bounds of the classical estimate of sigma."""
+ADDITIVE = (1.0, 0.0, 0.0, 1.0)
+"""By family: 1 where the level begins as that estimate."""
 THROUGH = 6
 """One image in so many is seen through an operator: means of blocks, or a blur."""
 BLURS = (0.5, 2.5)
@@ -136,12 +140,6 @@ def _random_mask(x: Tensor, draw: Callable[..., Tensor]) -> Tensor:
     return seen.float().expand(n, channels, height, width).contiguous()
 
 
-ROUGHNESS = (0.01, 1.0)
-"""What the classical estimate of sigma is cut to."""
-ADDITIVE = (1.0, 0.0, 0.0, 1.0)
-"""By family: whether the estimate is the level's."""
-
-
 class Fusion(nn.Module):
     """E[x | y, z] and Var[x | y, z] of every pixel for itself, given the decoder's mean.
 
@@ -174,8 +172,7 @@ class Fusion(nn.Module):
         # In double: the last bit of onnxruntime's float logarithm hangs on how many numbers there are.
         sigma = noise_variance(level, 0.5).sqrt()[:, :, 0, 0]
         log_sigma = sigma.clamp(*SIGMA_RANGE).double().log().to(level.dtype)
-        powers = torch.cat([torch.ones_like(log_sigma), log_sigma, log_sigma.square()], 1)
-        values = (powers[:, :, None] * self.coefficients.view(3, 3)).sum(1).clamp(self.lowest, self.highest)
+        values = quadratics(self.coefficients, log_sigma).clamp(self.lowest, self.highest)
         c, d, logit = (values[:, i, None, None, None] for i in range(3))
         return c.exp() * x_mean * (1.0 - x_mean) + d.exp(), logit
 
@@ -272,16 +269,20 @@ class Recognition(nn.Module):
         The network corrects a classical estimate where noise is additive, so that few steps suffice.
         """
         mean, log_var = self.level_network(torch.cat([y, mask], 1))
-        rough = log_roughness(y, mask)[:, None]
-        powers = torch.cat([torch.ones_like(rough), rough, rough.square()], 1)
-        started = (powers[:, :, None] * self.roughness.view(3, len(FAMILIES))).sum(1)
-        return DiagonalGaussian(mean.float() + started, log_var.float())
+        classical = quadratics(self.roughness, log_roughness(y, mask)[:, None])
+        return DiagonalGaussian(mean.float() + classical, log_var.float())
 
     def restored(self, vae: VAE, seen: Observation) -> tuple[Tensor, Tensor]:
         """E[x | y] and Var[x | y] (n, c, h, w): the decoder at the posterior's mean, fused and corrected."""
         x_mean = vae.likelihood.mean(vae.decode(self.posterior(seen).mean))
         restored: tuple[Tensor, Tensor] = self.correction(*self.fusion(x_mean, *seen), *seen)
         return restored
+
+
+def quadratics(coefficients: Tensor, at: Tensor) -> Tensor:
+    """k quadratics, (n, k): coefficients (3 k,), those of the constants first; at (n, 1)."""
+    powers = torch.cat([torch.ones_like(at), at, at.square()], 1)
+    return (powers[:, :, None] * coefficients.view(3, -1)).sum(1)
 
 
 def log_roughness(y: Tensor, mask: Tensor) -> Tensor:

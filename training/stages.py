@@ -110,7 +110,7 @@ def as_trained(run: Run, folder: Path, *, longer: bool = False) -> Run:
 
 
 def trained_vae(run: Run, shape: tuple[int, int, int], folder: Path, device: torch.device) -> VAE:
-    """The averaged weights of the checkpoint.
+    """With the weights that the checkpoint keeps.
 
     Raises: CheckpointError where there is none, or of other settings.
     """
@@ -133,23 +133,24 @@ def _placed(module: Module, device: torch.device) -> Module:
 
 
 def _vae_identity(run: Run) -> dict[str, Any]:
-    """Without the number of epochs, since a finished stage may be trained longer."""
     said = _said(run, {"seed", "data", "model", "train"})
-    if not run.binary:  # that they are binary went without saying when the first checkpoints were written
-        said["binarise"] = False
-    return _without_epochs(said, "train")
+    # That pixels are binary went without saying when the first checkpoints were written.
+    return said if run.binary else {**said, "binarise": False}
 
 
 def _restoration_identity(run: Run) -> dict[str, Any]:
-    said = _said(run, {"restoration"})
     # "roughness" is not a setting: checkpoints without it are of another network.
-    return {**_vae_identity(run), **said, "restoration": _without_epochs(said["restoration"], "train"), "roughness": 1}
-
-
-def _without_epochs(tables: dict[str, Any], name: str) -> dict[str, Any]:
-    return {**tables, name: {key: value for key, value in tables[name].items() if key != "epochs"}}
+    return {**_vae_identity(run), **_said(run, {"restoration"}), "roughness": 1}
 
 
 def _said(run: Run, tables: set[str]) -> dict[str, Any]:
-    """What differs from the defaults, so that a checkpoint outlives new settings; a default must never change."""
-    return run.model_dump(mode="json", include=tables, exclude_defaults=True)
+    """What differs from the defaults, so that a checkpoint outlives new settings; a default must never change.
+
+    Without the numbers of epochs, since a finished stage may be trained longer.
+    """
+    return run.model_dump(
+        mode="json",
+        include=tables,
+        exclude={"train": {"epochs": True}, "restoration": {"train": {"epochs": True}}},
+        exclude_defaults=True,
+    )

@@ -12,6 +12,6 @@ Widths = Annotated[tuple[Positive, ...], Field(min_length=1)]
 
 
 class Strict(BaseModel):
-    """Frozen, and an unknown key is an error; what is said below a key is its line in docs/configuration.md."""
+    """Frozen, and an unknown key is an error. The docstring of a key is its description in docs/configuration.md."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)

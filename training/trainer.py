@@ -27,7 +27,7 @@ from training.elbo import Bound
 from training.errors import CheckpointError, ConfigError, DiskError, DivergedError
 from training.optimisers import build
 from training.processes import ALONE, Processes
-from training.randomness import keyed_generator, mixed
+from training.randomness import mixed, row_order
 from training.replay import Replay
 from training.validation import HeldOut
 
@@ -63,12 +63,6 @@ class Stage:
     watched_steps: frozenset[int] = frozenset()
     replayable: bool = True
     """Whether the objective leaves all on the device, never asking it for a value, so that a GPU can replay it."""
-
-
-def epoch_order(images: Tensor, seed: int, epoch: int) -> Tensor:
-    """The rows of `images` in the order in which an epoch takes them, on their device; a function of the key alone."""
-    shuffle = keyed_generator(torch.device("cpu"), seed, 0, epoch)
-    return torch.randperm(len(images), generator=shuffle).to(images.device)
 
 
 def computes_bfloat16(device: torch.device) -> bool:
@@ -227,7 +221,7 @@ class _Loop:
                     self.save()
                     saved = time.monotonic()
         if self.held_out is not None and self.step != self.saved_step:
-            self.kept, _ = self.held_out.choose(self._average_so_far, self.stage.module, self.elbo)
+            self.kept = self.held_out.choose(self._average_so_far, self.stage.module, self.elbo)
         if self.processes.any(interrupted()):
             raise KeyboardInterrupt
 
@@ -235,7 +229,7 @@ class _Loop:
         """Of one minibatch: the order of an epoch hangs on (seed, epoch), other noise on (seed, step, microbatch)."""
         epoch, index = divmod(self.step, self.epoch_steps)
         if self.order_epoch != epoch:
-            self.order, self.order_epoch = epoch_order(self.images, self.stage.seed, epoch), epoch
+            self.order, self.order_epoch = row_order(self.images, self.stage.seed, 0, epoch), epoch
         self.rows.copy_(self.order[index * self.batch_size : (index + 1) * self.batch_size])
         if self.step <= self.kl_warmup_steps:
             self.kl_weight.fill_(min(1.0, (self.step + 1) / max(1, self.kl_warmup_steps)))
@@ -493,7 +487,7 @@ def trained_epochs(path: Path) -> int | None:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return int(state["epochs"])
-    except Exception:  # noqa: BLE001  # whoever needs the checkpoint says what is wrong with it
+    except Exception:  # noqa: BLE001  # `read_checkpoint` reports what is wrong
         return None
 
 

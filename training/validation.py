@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from training.elbo import Bound
 from training.progress import tell, warn
-from training.randomness import keyed_generator
+from training.randomness import keyed_generator, row_order
 
 SHARE = 0.1
 """Held-out images that are scored, as a share of the training images; at least a minibatch."""
@@ -74,7 +74,7 @@ class HeldOut:
             tell(f"{self._stage.name}: the bound on held-out images has not risen since {since}")
         return self.elbo
 
-    def choose(self, averaged: nn.Module, last: nn.Module, trained: float) -> tuple[str, Score]:
+    def choose(self, averaged: nn.Module, last: nn.Module, trained: float) -> str:
         """The better of two modules by their held-out bound; says how good it is, and warns where it is not.
 
         Args:
@@ -83,15 +83,14 @@ class HeldOut:
             trained: The bound in the last steps of the training, nats an image.
 
         Returns:
-            "averaged" or "last", and its score.
+            "averaged" or "last".
         """
         name, modules = self._stage.name, {"averaged": averaged, "last": last}
         scores = {which: self.score(module, self.images) for which, module in modules.items()}
         option = "--epochs" if name == "vae" else f"--{name}-epochs"
         kept = max(scores, key=lambda which: scores[which].elbo)
         score = scores[kept]
-        order = torch.randperm(len(self._train), generator=keyed_generator(torch.device("cpu"), self._stage.seed, 14))
-        rows = order[: len(self.images)].to(self._train.device)
+        rows = row_order(self._train, self._stage.seed, 14)[: len(self.images)]
         seen = self.score(modules[kept], self._train[rows])
         tell(
             f"{name}: bound on {len(self.images)} held-out images {score.elbo:.2f} nats with the {kept} weights, on "
@@ -103,4 +102,4 @@ class HeldOut:
             warn(f"{name}: the model overfits; take more images, fewer epochs or a smaller network")
         if score.kl < LEAST_KL:
             warn(f"{name}: the latents say next to nothing of an image (KL below 1 nat); raise {option}")
-        return kept, score
+        return kept

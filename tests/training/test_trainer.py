@@ -527,7 +527,7 @@ def test_the_better_weights_are_kept(images: Tensor, tmp_path: Path, spoilt: str
         for parameter in module.parameters():
             parameter.mul_(3.0)
     assert loop.held_out is not None
-    loop.kept, _ = loop.held_out.choose(loop.averaged.module, one.module, loop.elbo)
+    loop.kept = loop.held_out.choose(loop.averaged.module, one.module, loop.elbo)
     loop.save()
     assert state(tmp_path)["kept"] == ("last" if spoilt == "averaged" else "averaged")
     vae = trained_vae(run(), SHAPE, tmp_path, CPU)

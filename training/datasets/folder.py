@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from service.manifest import digest
 from service.pixels import DECODER_ERRORS, WHITE, fit, to_array
 from training.datasets.images import ImageSet, Share, split_off, to_uint8
 from training.errors import DataError
+from training.progress import tell
 from training.strict import Positive, Strict
 
 FORMATS = (
@@ -71,9 +71,9 @@ class Folder(Strict):
     on_error: Literal["stop", "skip"] = "stop"
     """`skip` leaves out what looks like an image and cannot be read."""
     validation: Share = 0.05
-    """Share of the images, of those that are not for testing."""
+    """Share of the files with images, of those that are not for testing."""
     test: Share = 0.1
-    """Share of all images."""
+    """Share of all files with images."""
     seed: int = 0
     """Of the splits."""
 
@@ -93,13 +93,13 @@ class Folder(Strict):
         if found.bad and self.on_error == "stop":
             raise DataError(f'{found.named()}; replace or remove them, or set on_error = "skip" in [data]')
         if found.bad:
-            tqdm.write(f"left out {found.named()}", file=sys.stderr)
+            tell(f"left out {found.named()}")
         if found.files < LEAST:
             raise DataError(
                 f"{root} holds {found}, in {_count(found.files, 'file')}; "
                 f"at least {LEAST} files with images are needed ({', '.join(FORMATS)})"
             )
-        tqdm.write(f"read {found}", file=sys.stderr)
+        tell(f"read {found}")
         return self._split(found)
 
     def _images(self, path: Path) -> list[NDArray[np.uint8]] | None:

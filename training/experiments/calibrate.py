@@ -6,7 +6,6 @@ import shutil
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from service.observation import Observation
 from training.errors import ConfigError, DiskError
 from training.experiments.measures import LEAST_STD, coverage
 from training.experiments.restore import chosen
-from training.experiments.served import Answer, Client, Pixels, served
+from training.experiments.served import Answer, Client, Pixels, offering, served
 from training.experiments.tasks import BLURRING, POISSON, Seen, Task, subject_of
 
 PROMISED = 0.9
@@ -113,7 +112,7 @@ def calibrate(plan: Plan) -> list[Path]:
     DiskError.
     """
     with served(plan.url, plan.models) as client:
-        found = [one for one in client.models() if fnmatch(one["model"], plan.names) and "denoise" in one["operations"]]
+        found = offering("denoise", plan.names, client.models())
         if not found:
             raise ConfigError(f"no model {plan.names} is served that restores images")
         return [_calibrate(plan, client, model) for model in found]

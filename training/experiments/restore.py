@@ -19,7 +19,7 @@ from training.datasets import ImageSet, as_float
 from training.errors import ConfigError, DataError, RefusedError
 from training.experiments.measures import coverage, psnr, ssim
 from training.experiments.methods import Method, Restored, by_unet, is_gaussian, is_noise, ours, rivals
-from training.experiments.served import ROWS, Client, Pixels, served
+from training.experiments.served import ROWS, Client, Pixels, offering, served
 from training.experiments.tasks import SUBJECTS, Seen, Subject, Task, subject_of
 from training.extras import needed
 from training.rivals import unet
@@ -102,9 +102,7 @@ def compare(plan: Plan) -> Findings:
 def _chosen_models(told: Iterable[dict[str, Any]], findings: Findings) -> Iterator[tuple[str, Subject, dict[str, Any]]]:
     """The first model of every data set, as the service tells of them, that restores and has such a name."""
     seen: set[str] = set()
-    for model in told:
-        if "denoise" not in model["operations"] or not fnmatch(model["model"], findings.plan.names):
-            continue
+    for model in offering("denoise", findings.plan.names, told):
         try:
             name, subject = subject_of(model)
         except ConfigError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from training.experiments import curves
 from training.experiments.canvas import panels
 from training.experiments.measures import auroc
 from training.experiments.restore import chosen
-from training.experiments.served import Client, Pixels, served
+from training.experiments.served import Client, Pixels, offering, served
 from training.experiments.tasks import subject_of
 
 OWN = "test images"
@@ -69,7 +68,7 @@ def separate(plan: Plan, out: Path) -> Path:
 
 def _scoring_model(client: Client, plan: Plan) -> dict[str, Any]:
     told = client.models()
-    found = [one for one in told if fnmatch(one["model"], plan.names) and "score" in one["operations"]]
+    found = offering("score", plan.names, told)
     if not found:
         offered = ", ".join(f"{one['model']} ({', '.join(one['operations'])})" for one in told)
         raise ConfigError(f"no model {plan.names} that offers score is served, but {offered}; see --models, --url")

@@ -10,8 +10,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,6 +122,11 @@ class Client:
         problem = answer.json() if "json" in answer.headers.get("content-type", "") else {}
         detail = problem.get("detail", answer.text[:200])
         raise RefusedError(f"{answer.request.url.path}: {answer.status_code} {detail}", problem.get("code", ""))
+
+
+def offering(operation: str, names: str, told: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of the models that `Client.models` tells of, those that offer the operation and whose name fits the pattern."""
+    return [one for one in told if operation in one["operations"] and fnmatch(one["model"], names)]
 
 
 def npy(array: Pixels) -> bytes:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from training.datasets import as_float, binarise
 from training.errors import DivergedError
 from training.model import VAE
-from training.randomness import keyed_generator
+from training.randomness import keyed_generator, row_order
 from training.rivals.mcem import MonteCarloEm, Step
 from training.trainer import (
     CHECKPOINT_S,
@@ -27,7 +27,6 @@ from training.trainer import (
     Log,
     deferred_interrupts,
     disk_error,
-    epoch_order,
     read_checkpoint,
     write_checkpoint,
 )
@@ -115,7 +114,7 @@ class _Loop:
         """One minibatch: the order of an epoch hangs on (seed, epoch), all other noise on (seed, step)."""
         epoch, index = divmod(self.step, self.epoch_steps)
         if self.order_epoch != epoch:
-            self.order, self.order_epoch = epoch_order(self.images, self.stage.seed, epoch), epoch
+            self.order, self.order_epoch = row_order(self.images, self.stage.seed, 0, epoch), epoch
         rows = self.order[index * self.batch_size : (index + 1) * self.batch_size]
         self.em.generator = keyed_generator(self.images.device, self.stage.seed, 1, self.step)
         images = self.images[rows]
