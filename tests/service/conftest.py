@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -101,3 +102,12 @@ def images() -> NDArray[np.float32]:
     """Three images of the model's size; their grey levels are whole 255ths, so that a PNG holds them exactly."""
     levels = np.random.default_rng(3).integers(0, 256, (3, 1, 8, 8))
     return (levels / 255.0).astype(np.float32)
+
+
+async def until(true: Callable[[], bool]) -> None:
+    """Wait for five seconds at most."""
+    for _ in range(5000):
+        if true():
+            return
+        await asyncio.sleep(0.001)
+    raise AssertionError

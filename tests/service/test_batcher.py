@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from service.batcher import PROBE_AFTER_S, Arrays, Batcher, Trip
 from service.errors import CallerGone, DeadlinePassed, InferenceFailed, NotReady, Overloaded
+from tests.service.conftest import until
 
 IN_LOOP, IN_THREAD = 0.0, 1.0
 
@@ -57,14 +58,6 @@ def batcher(**changes: Any) -> Batcher:
 
 def values(trip: Trip) -> list[float]:
     return [float(value) for value in trip.arrays[0][:, 0]]
-
-
-async def until(true: Callable[[], bool]) -> None:
-    for _ in range(5000):
-        if true():
-            return
-        await asyncio.sleep(0.001)
-    raise AssertionError
 
 
 async def gather(engine: Batcher, program: Doubler, *requests: Arrays) -> list[Any]:

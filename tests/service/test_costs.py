@@ -24,6 +24,7 @@ from service.model import Model, ModelProgram, open_model
 from service.problems import describe
 from service.repository import Repository
 from service.telemetry import server_timing
+from tests.service.conftest import until
 
 MODELS = Path(__file__).parents[2] / "models"
 
@@ -64,14 +65,6 @@ class Computer:
 
 def rows(count: int) -> Arrays:
     return (np.zeros((count, 2), np.float32),)
-
-
-async def until(true: Callable[[], bool]) -> None:
-    for _ in range(5000):
-        if true():
-            return
-        await asyncio.sleep(0.001)
-    raise AssertionError
 
 
 @pytest.mark.parametrize(("one", "further"), [(1e-4, 1e-5), (3e-3, 1e-3), (0.2, 0.0)])
