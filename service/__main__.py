@@ -9,14 +9,13 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from logging.config import dictConfig
 from pathlib import Path
 
 from service.config import Settings, forget_kubernetes, read_settings
 from service.errors import StartError
 from service.exposure import check
 from service.listeners import Listener, bind
-from service.logs import FLUSH_S, Format, log_config, outputs, prepare_standard_streams
+from service.logs import FLUSH_S, Format, configure, outputs, prepare_standard_streams
 from service.repository import default_model
 from service.selection import Selection
 from service.sources import local_copy
@@ -37,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
         check(settings)
     except StartError as error:
         return refuse(error, "text")
-    dictConfig(log_config(settings.log_format))
+    configure(settings.log_format)
     if ignored:
         log.info("ignored, as Kubernetes sets them for services: %s", ", ".join(ignored))
     try:

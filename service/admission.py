@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.codecs import Payload
-from service.codecs.payload import FIT_ADVICE, as_images, as_rows, viewed
+from service.codecs.payload import FIT_ADVICE, as_images, as_rows, viewed, within
 from service.errors import InvalidOption, InvalidShape, InvalidValue, TooLarge
 from service.model import Model
 from service.operation import Inputs, Operation, Rows
@@ -174,19 +173,13 @@ def check_count(rows: int, limit: int) -> None:
         raise TooLarge(f"{rows} rows in one request, draws counted; VAE_MAX_REQUEST_ROWS is {limit}")
 
 
-@lru_cache
-def _bits(value: float) -> int:
-    """A float32 as its bits."""
-    return int(np.float32(value).view(np.uint32))
-
-
 def in_range(array: Rows, low: float, high: float, name: str) -> Rows:
     """The values, those that rounding put outside [low, high] at the bound that they passed.
 
     Raises: InvalidValue for NaN, infinity and what lies further outside.
     """
-    if low == 0.0 and array.view(np.uint32).max() <= _bits(high):
-        return array  # one pass for what nearly all send: as bits, negative numbers, NaN and infinity are above others
+    if low == 0.0 and within(array, high):
+        return array  # what nearly all send
     least, most = array.min(), array.max()  # both carry a NaN along
     if not (np.isfinite(least) and np.isfinite(most)):
         raise InvalidValue(f"{name} has NaN, infinity or a number that float32 cannot hold; every value must be finite")

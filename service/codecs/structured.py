@@ -122,8 +122,7 @@ def _named(content: simdjson.Object) -> dict[str, Any]:
 
 def write(answer: Answer) -> bytes:
     """Every output by its name, as nested numbers, then what is said about them."""
-    text, *further = slices(answer)
-    return b"".join((text, *further)) if further else text
+    return b"".join(slices(answer))
 
 
 def slices(answer: Answer) -> Iterator[bytes]:

@@ -260,6 +260,20 @@ def test_rounding_is_no_error(client: httpx.Client, value: float) -> None:
         assert near.content == exact.content
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.float64, ">f8"])
+@pytest.mark.parametrize(
+    ("values", "status"),
+    [((-0.0, 1.0), 200), ((-0.0, 1.5), 422), ((-0.0, -0.5), 422), ((-0.5, 2.0), 422), ((0.5, np.nan), 422),
+     ((0.5, np.inf), 422), ((0.5, -np.inf), 422)],
+)  # fmt: skip
+def test_zero_below_zero_is_zero(client: httpx.Client, kind: str, values: tuple[float, float], status: int) -> None:
+    """And hides no value outside the range: as bits, -0.0 is above all positive numbers."""
+    image = np.full((8, 8), 0.25, kind)
+    image[3, 3:5] = values
+    headers = {"content-type": "application/x-npy"}
+    assert client.post("/v1/encode", content=saved(image), headers=headers).status_code == status
+
+
 @pytest.mark.parametrize("value", [1.00001, 1.0000021, -2e-6, 255.0, 3e38])
 def test_a_message_shows_how_far_a_value_lies_outside(client: httpx.Client, value: float) -> None:
     """It never prints a number that would be in the range."""
