@@ -8,13 +8,13 @@ import torch
 from pydantic import TypeAdapter
 from torch import nn
 
-from training.architectures import Architecture
-from training.architectures.unet import UNetSettings
-from training.export import GOLDEN_ROWS, Exportable, export, exportables
-from training.likelihoods.bernoulli import Bernoulli
-from training.model import VAE
-from training.priors.standard_normal import StandardNormal
-from training.restoration import FAMILIES, Recognition, simulate
+from training.distributions.likelihoods.bernoulli import Bernoulli
+from training.distributions.priors.standard_normal import StandardNormal
+from training.export.export import GOLDEN_ROWS, Exportable, export, exportables
+from training.models.restoration import FAMILIES, Recognition, simulate
+from training.models.vae import VAE
+from training.networks import Architecture
+from training.networks.unet import UNetSettings
 
 SHAPE = (1, 28, 28)
 LATENT = 20

@@ -63,7 +63,7 @@ def setting(found: Findings) -> str:
         f"{found.settings['seconds']} s a load; every round starts each server anew, one at a time, in another order. "
         "One worker a server where nothing else is said, one thread for onnxruntime, connections kept alive, all on "
         "loopback. Closed loops come from wrk (one thread). Every server runs the same two ONNX models: mlp is "
-        "784-500-20-500-784, conv the residual network of `training/architectures/conv.py`; the request is one 28 x 28 "
+        "784-500-20-500-784, conv the residual network of `training/networks/conv.py`; the request is one 28 x 28 "
         "image unless rows are named. A PNG is denoised at level 0.25 and answered as a PNG, everything else is "
         "reconstructed and answered in its own form. A server counts only while its answer is onnxruntime's, to 1e-3, "
         "which is looked at before every round. `make bench` makes this page."

@@ -23,8 +23,8 @@ from benchmarks import bodies, mixture, models, pages
 from benchmarks.environments import ignored_home
 from benchmarks.mixture import Mixture
 from benchmarks.servers import Server, end_when_asked
-from service.config import Settings
-from service.manifest import FILE_NAME
+from service.contract.manifest import FILE_NAME
+from service.settings import Settings
 
 REST_S, IDLE_S = 5.0, 20.0
 SAMPLE_S = 5.0

@@ -123,9 +123,9 @@ RATIOS = (
     "and by processor time, which depends less on who else uses the machine."
 )
 FIT = (
-    "fit is the whole of `training.trainer.train`: keyed noise, a moving average of the weights, clipping, the check "
-    "for what is no number, log, progress, and the checkpoint at its end, which these short trainings pay more often "
-    "than once a minute."
+    "fit is the whole of `training.loop.trainer.train`: keyed noise, a moving average of the weights, clipping, the "
+    "check for what is no number, log, progress, and the checkpoint at its end, which these short trainings pay more "
+    "often than once a minute."
 )
 BARE = (
     "The bare loop has the same uint8 tensor, binarisation, layers, layout of memory, precision and (fused) optimiser, "

@@ -22,7 +22,7 @@ from benchmarks.servers import end_when_asked
 from benchmarks.speeds import TRAINERS, WORKLOADS, Speed, Speeds, Trainer, Workload
 from benchmarks.trainers.job import SHAPE, Job
 from training.config import load
-from training.datasets import Mnist
+from training.data import Mnist
 
 
 class Lost(Exception):

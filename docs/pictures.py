@@ -13,8 +13,8 @@ import httpx
 import numpy as np
 from numpy.typing import NDArray
 
-from service.pixels import to_image
-from training.datasets.mnist import read_images
+from service.contract.images import to_image
+from training.data.mnist import read_images
 
 PICTURES = Path(__file__).parent / "pictures"
 LEVELS = (0.1, 0.25, 0.5)

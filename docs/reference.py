@@ -15,9 +15,9 @@ from typing import Any
 
 import yaml
 
-from service import manifest
-from service.config import PREFIX, Settings
-from service.telemetry import Telemetry
+from service.contract import manifest
+from service.observability.metrics import Telemetry
+from service.settings import PREFIX, Settings
 from training.config import Run
 
 ROOT = Path(__file__).parents[1]

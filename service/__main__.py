@@ -11,16 +11,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from service.config import Settings, forget_kubernetes, read_settings
 from service.errors import StartError
-from service.exposure import check
-from service.listeners import Listener, bind
-from service.logs import FLUSH_S, Format, configure, outputs, prepare_standard_streams
-from service.repository import default_model
+from service.observability.logs import FLUSH_S, Format, configure, outputs, prepare_standard_streams
+from service.observability.metrics import SHARED_FOLDER
+from service.repository.remote import local_copy
+from service.repository.repository import default_model
+from service.security.startup_checks import check
 from service.selection import Selection
-from service.sources import local_copy
-from service.supervisor import Supervisor, apart
-from service.telemetry import SHARED_FOLDER
+from service.server.listeners import Listener, bind
+from service.server.supervisor import Supervisor, apart
+from service.settings import Settings, forget_kubernetes, read_settings
 
 log = logging.getLogger("service")
 

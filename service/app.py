@@ -18,35 +18,36 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 from starlette.types import ASGIApp
 
-from service import __version__, problems
-from service.config import Settings
-from service.control import Control
-from service.cores import cpu_count
-from service.doors import add_doors
-from service.endpoint import Context
-from service.engine import Engine
+from service import __version__
+from service.api import problems
+from service.api.admin.control import control_router
+from service.api.admin.docs import docs_router
+from service.api.admin.health import health_router
+from service.api.admin.metrics import metrics_router
+from service.api.admin.models import models_router, readiness_router
+from service.api.memory import Memory
+from service.api.offload import Offload
+from service.api.v1.endpoint import Context
+from service.api.v1.route import Shortcut
+from service.api.v1.routes import OPERATIONS, add_operations
+from service.contract.cores import cpu_count
 from service.errors import ServiceError
-from service.memory import Memory
-from service.methods import Methods, RootPath
-from service.model import LoadLimits
-from service.offload import Offload
-from service.orders import Orders, Standing
-from service.pages import PageHeaders
-from service.proxies import Proxies
-from service.repository import Repository
-from service.route import Shortcut
-from service.routes import OPERATIONS, add_operations
-from service.routes.control import control_router
-from service.routes.docs import docs_router
-from service.routes.health import health_router
-from service.routes.metrics import metrics_router
-from service.routes.models import models_router, readiness_router
+from service.observability.metrics import SHARED_FOLDER
+from service.observability.requests import AccessLog, Tracking
+from service.observability.tracing import Named, TracedEngine, finish, tracer_provider
+from service.repository.model import LoadLimits
+from service.repository.overrides import Orders, Standing
+from service.repository.reload import Control
+from service.repository.remote import local_copy
+from service.repository.repository import Repository
+from service.runtime.scheduler import Engine
+from service.runtime.session import execution_provider
+from service.security.middleware import add_doors
+from service.security.proxies import Proxies
+from service.security.security_headers import PageHeaders
 from service.selection import Selection
-from service.session import execution_provider
-from service.sources import local_copy
-from service.telemetry import SHARED_FOLDER
-from service.tracing import Named, TracedEngine, finish, tracer_provider
-from service.tracking import AccessLog, Tracking
+from service.server.methods import Methods, RootPath
+from service.settings import Settings
 
 NOT_FOUND = 404
 LONGEST_TOLD = 100

@@ -16,8 +16,8 @@ import torch
 from filelock import FileLock
 from hypothesis import settings
 
-from service.manifest import digest
-from service.session import Session
+from service.contract.manifest import digest
+from service.runtime.session import Session
 from training.config import load
 from training.pipeline import Workshop
 

@@ -9,14 +9,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from training.architectures import Architecture
-from training.architectures.unet import UNetSettings
-from training.datasets import Dataset
+from training.data import Dataset
+from training.distributions.likelihoods import Likelihood
+from training.distributions.likelihoods.bernoulli import BernoulliSettings
+from training.distributions.priors import Prior
+from training.distributions.priors.standard_normal import StandardNormalSettings
 from training.errors import ConfigError
-from training.likelihoods import Likelihood
-from training.likelihoods.bernoulli import BernoulliSettings
-from training.priors import Prior
-from training.priors.standard_normal import StandardNormalSettings
+from training.networks import Architecture
+from training.networks.unet import UNetSettings
 from training.strict import Positive, Strict
 
 BINARY = {"digits", "mnist"}

@@ -15,21 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from service.cores import cpu_count
-from service.manifest import digest
+from service.contract.cores import cpu_count
+from service.contract.manifest import digest
 from training.config import Run
-from training.datasets import ImageSet, as_float
+from training.data import ImageSet, as_float
 from training.errors import CheckpointError, ConfigError, DiskError
-from training.evaluate import likelihood, report, restoration
-from training.export import GOLDEN_ROWS, export, exportables, version_folder
-from training.model import VAE
-from training.processes import ALONE, Processes
-from training.progress import tell
-from training.randomness import keyed_generator
-from training.restoration import FAMILIES, Observation, Recognition, simulate
-from training.scoring import held_out
-from training.stages import as_trained, restoration_stage, trained_recognition, trained_vae, vae_stage
-from training.trainer import stage_seconds, train, trained_epochs
+from training.evaluation.evaluate import likelihood, report, restoration
+from training.evaluation.scoring import held_out
+from training.export.export import GOLDEN_ROWS, export, exportables, version_folder
+from training.loop.processes import ALONE, Processes
+from training.loop.progress import tell
+from training.loop.randomness import keyed_generator
+from training.loop.stages import as_trained, restoration_stage, trained_recognition, trained_vae, vae_stage
+from training.loop.trainer import stage_seconds, train, trained_epochs
+from training.models.restoration import FAMILIES, Observation, Recognition, simulate
+from training.models.vae import VAE
 
 LOOK_S = 0.25
 """Seconds over which idle time is measured."""

@@ -13,13 +13,13 @@ from torch.nn import functional
 
 from benchmarks.trainers.job import SHAPE, Job, answer
 from training.config import Run
-from training.datasets import binarise
-from training.gaussian import DiagonalGaussian
-from training.model import VAE
-from training.optimisers import build
-from training.priors.standard_normal import StandardNormal
-from training.stages import vae_stage
-from training.trainer import computes_bfloat16
+from training.data import binarise
+from training.distributions.gaussian import DiagonalGaussian
+from training.distributions.priors.standard_normal import StandardNormal
+from training.loop.optimisers import build
+from training.loop.stages import vae_stage
+from training.loop.trainer import computes_bfloat16
+from training.models.vae import VAE
 
 
 def prepare(job: Job, images: Tensor) -> Callable[[], None]:

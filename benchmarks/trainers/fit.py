@@ -11,8 +11,8 @@ from torch import Tensor
 
 from benchmarks.trainers.job import SHAPE, Job, answer
 from training.config import Run
-from training.stages import vae_stage
-from training.trainer import train
+from training.loop.stages import vae_stage
+from training.loop.trainer import train
 
 
 def prepare(job: Job, images: Tensor) -> Callable[[], None]:

@@ -50,7 +50,7 @@ class Job:
 
     @property
     def network(self) -> dict[str, Any]:
-        """The settings of one of `training.architectures`."""
+        """The settings of one of `training.networks`."""
         return self.run["model"]["network"]
 
     def load(self) -> Tensor:

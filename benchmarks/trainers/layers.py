@@ -1,4 +1,4 @@
-"""The layers that every trainer trains, by `training.architectures`, which needs torch and pydantic alone."""
+"""The layers that every trainer trains, by `training.networks`, which needs torch and pydantic alone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from benchmarks.trainers.job import SHAPE, Job
-from training.architectures import Architecture
+from training.networks import Architecture
 
 
 def layers(job: Job) -> tuple[nn.Module, nn.Module]:

@@ -10,8 +10,8 @@ from PIL import Image
 
 from service.codecs.container import picture
 from service.codecs.payload import Answer, Body, Intake, Meter, Payload, images_only
+from service.contract.images import DECODER_ERRORS, MODES, Pixels, opacity, seen, to_array, to_image, turned
 from service.errors import Unreadable
-from service.pixels import DECODER_ERRORS, MODES, Pixels, opacity, seen, to_array, to_image, turned
 
 Image.MAX_IMAGE_PIXELS = None  # VAE_MAX_PIXELS is checked by the Meter; Pillow would warn, and remember each warning
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from service.contract.images import Pixels
 from service.errors import Deferred, InvalidShape, InvalidValue, TooLarge
-from service.pixels import Pixels
 
 FLOAT = np.dtype("<f4")
 """What travels in binary."""

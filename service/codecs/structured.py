@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from service.codecs import image
 from service.codecs.payload import Answer, Body, Intake, Payload, check_pictures
+from service.contract.images import Pixels
 from service.errors import InvalidOption, InvalidShape, Unreadable, quoted
-from service.pixels import Pixels
 
 MOST_AXES = 8
 LARGE = 2**20

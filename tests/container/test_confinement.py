@@ -12,7 +12,7 @@ pytestmark = pytest.mark.container
 KILLED = 137
 GREEDY = """
 import threading
-from service.cores import cpu_count
+from service.contract.cores import cpu_count
 threads = 0
 try:
     while threads < 500:

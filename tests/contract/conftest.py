@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 
 import pytest
 
-from training.experiments.served import started
+from training.evaluation.served import started
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from tests.faults.conftest import connections, eventually
-from training.experiments.served import started
+from training.evaluation.served import started
 
 MODELS = Path(__file__).parents[2] / "models"
 TIMEOUT_S = 0.5

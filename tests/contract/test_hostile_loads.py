@@ -30,7 +30,7 @@ def trials(folder: Path) -> list[int]:
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):
             words = path.read_bytes()
-            if b"service.trial" in words and str(folder).encode() in words:
+            if b"service.repository.trial" in words and str(folder).encode() in words:
                 found.append(int(path.parent.name))
     return found
 

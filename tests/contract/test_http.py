@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from tests.faults.conftest import workers_of
-from training.experiments.served import started
+from training.evaluation.served import started
 
 Start = Callable[..., AbstractContextManager[tuple[subprocess.Popen[str], str]]]
 

@@ -15,22 +15,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SHARED = {
-    "service.calibration",
-    "service.cores",
-    "service.golden",
-    "service.manifest",
-    "service.observation",
-    "service.pixels",
-}
 BY_NAME = {"import_module", "__import__", "find_spec", "run_module", "needed"}
-OURS = {"service", "training", "benchmarks", "tests", "docs"}
+OURS = {"service", "training", "experiments", "benchmarks", "tests", "docs"}
 ABSENT = "no_such_package"
 """What a test imports because nobody has it."""
 EXTRAS = {
-    "service/sources.py": ["remote"],
-    "service/tracing.py": ["tracing"],
+    "service/repository/remote.py": ["remote"],
+    "service/observability/tracing.py": ["tracing"],
     "training": ["train", "evaluation"],
+    "experiments": ["train", "evaluation"],
     "tests": ["train", "test"],
     "benchmarks": ["train", "test"],
     "docs": ["train", "test"],
@@ -95,24 +88,26 @@ def test_service_knows_neither_torch_nor_the_trainer(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sources("training"), ids=name_of)
 def test_trainer_knows_of_the_service_what_they_share(path: Path) -> None:
-    """The trainer imports those modules that hold what both must see alike, and nothing else of the service."""
-    of_service = {".".join(name.split(".")[:2]) for name in imported(path) if name.split(".")[0] == "service"}
-    assert of_service - {"service"} <= SHARED
-    assert not roots(path) & {"fastapi", "uvicorn", "starlette", "tests", "benchmarks"}
+    """The trainer imports `service.contract`, and nothing else of the service or of the experiments."""
+    of_service = {name for name in imported(path) if name.split(".")[0] == "service"}
+    assert {name for name in of_service if not name.startswith("service.contract")} <= {"service"}
+    assert not roots(path) & {"fastapi", "uvicorn", "starlette", "tests", "benchmarks", "experiments"}
 
 
 def test_one_file_of_the_service_knows_onnxruntime() -> None:
-    """service/session.py imports onnxruntime; no other file does."""
-    assert [name_of(path) for path in sources("service") if "onnxruntime" in roots(path)] == ["service/session.py"]
+    """service/runtime/session.py imports onnxruntime; no other file does."""
+    assert [name_of(path) for path in sources("service") if "onnxruntime" in roots(path)] == [
+        "service/runtime/session.py"
+    ]
 
 
 def test_manifest_needs_the_standard_library_alone() -> None:
     """What writer and reader share imports nothing that must be installed."""
-    assert roots(ROOT / "service" / "manifest.py") <= sys.stdlib_module_names
+    assert roots(ROOT / "service" / "contract" / "manifest.py") <= sys.stdlib_module_names
 
 
 @pytest.mark.parametrize(
-    "path", [ROOT / "service" / name for name in ("batcher.py", "errors.py", "latent.py")], ids=name_of
+    "path", [ROOT / "service" / name for name in ("runtime/batcher.py", "errors.py", "operations/inference/latent.py")], ids=name_of
 )
 def test_inner_layers_know_neither_http_nor_onnx(path: Path) -> None:
     """Batcher, errors and latents work without a web framework and without onnxruntime."""
@@ -125,7 +120,7 @@ def test_a_clock_that_is_set_back_is_noticed_by_nobody() -> None:
     But for those that count rates, as their library does, and that stamp traces.
     """
     clocks = {"time": {"time", "time_ns", "localtime", "gmtime"}, "datetime": {"datetime", "date"}}
-    for path in (one for one in sources("service") if one.name not in ("doors.py", "rates.py", "tracing.py")):
+    for path in (one for one in sources("service") if one.name not in ("middleware.py", "rates.py", "tracing.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 assert node.attr not in clocks.get(node.value.id, ()), name_of(path)
@@ -138,10 +133,17 @@ def test_no_import_is_overlooked() -> None:
     source = (
         "def f():\n import torch as t\n from numpy.linalg import norm\n"
         "importlib.import_module('training.model')\n__import__('onnx')\nfrom service import app\n"
-        "from ..vae import VAE\n"
+        "from ..codecs import Codec\n"
     )
-    found = set(imports(source, ROOT / "service" / "routes" / "imaginary.py"))
-    assert {"torch", "numpy.linalg", "training.model", "onnx", "service.app", "service.vae"} <= found
+    found = set(imports(source, ROOT / "service" / "api" / "imaginary.py"))
+    assert {
+        "torch",
+        "numpy.linalg",
+        "training.models.vae",
+        "onnx",
+        "service.app",
+        "service.operations.inference.vae",
+    } <= found
 
 
 def normal(distribution: str) -> str:
@@ -185,7 +187,7 @@ def undeclared(path: Path) -> set[str]:
     return {name for name in foreign if (known := providers(name)) and not known & declared(extras)}
 
 
-@pytest.mark.parametrize("package", ["service", "training", "tests", "benchmarks", "docs"])
+@pytest.mark.parametrize("package", ["service", "training", "experiments", "tests", "benchmarks", "docs"])
 def test_what_is_imported_is_declared(package: str) -> None:
     """By the dependencies, or by the extras that a file is for; what another package happens to bring may go."""
     found = {name_of(path): undeclared(path) for path in sorted((ROOT / package).rglob("*.py"))}

@@ -13,13 +13,13 @@ import torch
 from pydantic import TypeAdapter
 
 from service.app import create_app
-from service.config import Settings
-from service.latent import standard_normal
-from service.session import Session
+from service.operations.inference.latent import standard_normal
+from service.runtime.session import Session
+from service.settings import Settings
 from training.config import load
-from training.elbo import elbo, importance_log_likelihood
+from training.distributions.priors import Prior
+from training.objectives.elbo import elbo, importance_log_likelihood
 from training.pipeline import Workshop
-from training.priors import Prior
 
 CONFIGS = Path(__file__).parent.parent.parent / "training" / "configs"
 PRIORS: dict[str, dict[str, Any]] = {

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from service.app import create_app
-from service.config import Settings
+from service.settings import Settings
 from training.config import Run
-from training.datasets.mnist import read_images
+from training.data.mnist import read_images
 from training.pipeline import Workshop
 
 RUN = Run.model_validate(

@@ -15,7 +15,7 @@ from urllib.parse import urljoin
 import httpx
 import pytest
 
-from training.experiments.served import started
+from training.evaluation.served import started
 
 ROOT = Path(__file__).parents[2]
 CONFIGURATION = """

@@ -13,14 +13,14 @@ import pytest
 from numpy.typing import NDArray
 
 from service.app import create_app
-from service.calibration import APART, BESIDE
-from service.config import Settings
-from service.observation import operator_of
-from service.repository import Repository
-from service.restoration import fuse_rows, recognise_rows
-from training.datasets.mnist import read_images
-from training.experiments.measures import coverage
-from training.experiments.tasks import ENLARGING, FLIPS, Task
+from service.contract.calibration import APART, BESIDE
+from service.contract.corruption import operator_of
+from service.operations.inference.restoration import fuse_rows, recognise_rows
+from service.repository.repository import Repository
+from service.settings import Settings
+from training.data.mnist import read_images
+from training.evaluation.measures import coverage
+from training.evaluation.tasks import ENLARGING, FLIPS, Task
 
 MODELS = Path(__file__).parent.parent.parent / "models"
 SIZES = (*range(1, 18), 31, 32, 33, 63, 64)

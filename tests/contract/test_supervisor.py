@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from tests.faults.conftest import ROOT, answers, connections, eventually, workers_of
-from training.experiments.served import started
+from training.evaluation.served import started
 
 CLEAN = {key: value for key, value in os.environ.items() if not key.startswith("VAE_")}
 COMMAND = [sys.executable, "-m", "service"]

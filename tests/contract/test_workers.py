@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.rates import LOOK_S
+from service.security.rates import LOOK_S
 from tests.faults.conftest import eventually, workers_of
 
 REQUESTS = 40

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import httpx
 import pytest
 
-from training.experiments.served import started
+from training.evaluation.served import started
 
 ROOT = Path(__file__).parents[2]
 OPEN_FILES = 4096

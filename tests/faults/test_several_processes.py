@@ -20,7 +20,7 @@ from tests.faults.conftest import (
     wire,
     workers_of,
 )
-from training.experiments.served import started
+from training.evaluation.served import started
 
 CALLERS = 8
 REQUEST = wire("/v1/sample?count=4&seed=7")

@@ -25,19 +25,19 @@ import numpy as np
 from PIL import Image
 
 with atheris.instrument_imports(include=["service", "python_multipart"]):
-    from service import manifest
-    from service.admission import in_range
+    from service.api.memory import Memory
+    from service.api.offload import Offload
+    from service.api.v1.endpoint import Context, OperationApp
+    from service.api.v1.routes import OPERATIONS
+    from service.api.validation import in_range
     from service.codecs import OPTION_FORMS, READERS, Intake
+    from service.codecs.negotiation import acceptable
     from service.codecs.payload import as_images, as_rows
-    from service.config import Settings
-    from service.endpoint import Context, OperationApp
-    from service.engine import Engine
+    from service.contract import manifest
     from service.errors import ServiceError
-    from service.memory import Memory
-    from service.negotiation import acceptable
-    from service.offload import Offload
-    from service.repository import Repository
-    from service.routes import OPERATIONS
+    from service.repository.repository import Repository
+    from service.runtime.scheduler import Engine
+    from service.settings import Settings
 
 from tests.fuzz.cost import Ledger, check_memory, check_result, check_time
 from tests.fuzz.growing import GROWING, grown

@@ -18,7 +18,7 @@ from schemathesis.generation import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from service.app import create_app
-from service.config import Settings
+from service.settings import Settings
 from tests.service.conftest import serving
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "3"))

@@ -17,10 +17,10 @@ from fastapi import FastAPI
 from numpy.typing import NDArray
 
 from service.app import create_app
-from service.config import Settings
-from service.model import Model
-from service.repository import Repository
-from service.session import Session
+from service.repository.model import Model
+from service.repository.repository import Repository
+from service.runtime.session import Session
+from service.settings import Settings
 
 Graph = Callable[..., tuple[NDArray[np.float32], ...]]
 

@@ -9,8 +9,8 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.app import create_app
-from service.config import Settings
-from service.repository import Condition, Repository
+from service.repository.repository import Condition, Repository
+from service.settings import Settings
 
 OPERATIONS = [
     "encode",

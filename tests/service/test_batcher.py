@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from service.batcher import PROBE_AFTER_S, Arrays, Batcher, Trip
 from service.errors import CallerGone, DeadlinePassed, InferenceFailed, NotReady, Overloaded
+from service.runtime.batcher import PROBE_AFTER_S, Arrays, Batcher, Trip
 from tests.service.conftest import until
 
 IN_LOOP, IN_THREAD = 0.0, 1.0

@@ -14,12 +14,12 @@ import pytest
 from fastapi import FastAPI
 from numpy.typing import NDArray
 
+from service.api.v1.endpoint import PART_ROWS
 from service.app import create_app
-from service.config import Settings
-from service.endpoint import PART_ROWS
-from service.latent import BLOCK_ROWS, standard_normal
-from service.model import Model
-from service.repository import Repository
+from service.operations.inference.latent import BLOCK_ROWS, standard_normal
+from service.repository.model import Model
+from service.repository.repository import Repository
+from service.settings import Settings
 
 MANY = 2 * PART_ROWS + 100
 NPY, RAW = "application/x-npy", "application/octet-stream"

@@ -12,12 +12,12 @@ import pytest
 from numpy.typing import NDArray
 
 from service.app import create_app
-from service.calibration import APART, BESIDE, MOST_STD, calibrated, ways, widened
-from service.config import Settings
-from service.manifest import Calibration
-from service.model import Model
-from service.observation import Observation
-from service.repository import Repository
+from service.contract.calibration import APART, BESIDE, MOST_STD, calibrated, ways, widened
+from service.contract.corruption import Observation
+from service.contract.manifest import Calibration
+from service.repository.model import Model
+from service.repository.repository import Repository
+from service.settings import Settings
 
 Rows = NDArray[np.float32]
 FAMILIES = ["gaussian", "masking"]

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from service.config import read_settings
-from service.cores import cpu_count
+from service.contract.cores import cpu_count
 from service.errors import StartError
-from service.session import execution_provider
+from service.runtime.session import execution_provider
+from service.settings import read_settings
 
 
 def test_the_environment_and_flags_are_read(monkeypatch: pytest.MonkeyPatch) -> None:

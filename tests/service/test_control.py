@@ -22,10 +22,10 @@ from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.app import create_app, open_repository
-from service.config import Settings
-from service.model import Model, open_model
-from service.repository import Library, Repository
+from service.repository.model import Model, open_model
+from service.repository.repository import Library, Repository
 from service.selection import Selection
+from service.settings import Settings
 
 RAW = {"content-type": "application/octet-stream", "accept": "application/octet-stream"}
 Z = np.zeros((3, 2), "<f4")
@@ -425,7 +425,9 @@ def test_control_needs_a_key(flat_models: Path, open_to_all: bool, caplog: pytes
             assert await version(one) == "1"
 
     asyncio.run(scenario())
-    assert [record.name for record in caplog.records if "VAE_MODEL_CONTROL" in record.message] == ["service.doors"]
+    assert [record.name for record in caplog.records if "VAE_MODEL_CONTROL" in record.message] == [
+        "service.security.middleware"
+    ]
 
 
 @pytest.mark.parametrize("control", [True, "anonymous"])

@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from service.api.problems import describe
 from service.app import create_app
-from service.batcher import Arrays, Batcher, Program, Trip
-from service.config import Settings
 from service.errors import Overloaded
-from service.model import Model, ModelProgram, open_model
-from service.problems import describe
-from service.repository import Repository
-from service.telemetry import server_timing
+from service.observability.metrics import server_timing
+from service.repository.model import Model, ModelProgram, open_model
+from service.repository.repository import Repository
+from service.runtime.batcher import Arrays, Batcher, Program, Trip
+from service.settings import Settings
 from tests.service.conftest import until
 
 MODELS = Path(__file__).parents[2] / "models"

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from service.config import Settings
-from service.connections import SPARE, Connections, Counts
 from service.errors import TooManyConnections
+from service.server.connections import SPARE, Connections, Counts
+from service.settings import Settings
 
 WORKER = """
 import sys
 from pathlib import Path
-from service.connections import Counts
+from service.server.connections import Counts
 counts = Counts(Path(sys.argv[1]))
 for _ in range(3):
     counts.add("192.0.2.1", 1)

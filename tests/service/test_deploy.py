@@ -12,10 +12,10 @@ import pytest
 import yaml
 
 from docs.reference import PAGES, TABLES, with_tables
-from service.config import Settings, split
 from service.errors import ReaderFault, ServiceError
-from service.hosts import Hosts
-from service.telemetry import Telemetry
+from service.observability.metrics import Telemetry
+from service.security.hosts import Hosts
+from service.settings import Settings, split
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 COMPOSE = yaml.safe_load((DEPLOY.parent / "docker-compose.yml").read_text())["services"]

@@ -24,11 +24,12 @@ import yaml
 from fastapi import FastAPI
 from torch.distributed.run import get_args_parser
 
+from experiments.__main__ import _parser as experiments_parser
+from service.api.admin.metrics import KEEP_S, RENDERS, Exposition
 from service.app import create_app
-from service.config import Settings, read_settings
-from service.engine import Engine
-from service.repository import Repository
-from service.routes.metrics import KEEP_S, RENDERS, Exposition
+from service.repository.repository import Repository
+from service.runtime.scheduler import Engine
+from service.settings import Settings, read_settings
 from training.__main__ import _parser
 from training.config import Run, load
 
@@ -230,8 +231,8 @@ def check_python(words: list[str]) -> None:
     elif words[2] == "service":
         read_settings(words[3:])
     else:
-        assert words[2] == "training"
-        options = _parser().parse_args(words[3:])
+        parser = {"training": _parser, "experiments": experiments_parser}[words[2]]()
+        options = parser.parse_args(words[3:])
         if "config" in options and (ROOT / options.config).parent != ROOT:  # others are written by the reader
             load(ROOT / options.config)
 

@@ -22,17 +22,17 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from fastapi import FastAPI
 from starlette.types import Message, Scope
 
+from service.api.v1.route import OperationRoute
 from service.app import create_app
-from service.config import Settings
-from service.doors import Doors, address_of, needed_right
 from service.errors import StartError
-from service.exposure import check
-from service.keys import CONTROL, INFER, Limits, limits_of
-from service.listeners import bind
-from service.repository import Repository
-from service.route import OperationRoute
-from service.tracking import Tracking
-from service.worker import server_config
+from service.observability.requests import Tracking
+from service.repository.repository import Repository
+from service.security.keys import CONTROL, INFER, Limits, limits_of
+from service.security.middleware import Doors, address_of, needed_right
+from service.security.startup_checks import check
+from service.server.listeners import bind
+from service.server.worker import server_config
+from service.settings import Settings
 
 ALICE, OPS = "alice-0123456789abcdef", "ops-0123456789abcdef"
 BOB = "bob-0123456789abcdef"

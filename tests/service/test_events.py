@@ -20,14 +20,14 @@ from fastapi import FastAPI
 from numpy.typing import NDArray
 from prometheus_client.parser import text_string_to_metric_families
 
+from service.api.progress import Event, watched
 from service.app import create_app
-from service.batcher import Trip
-from service.config import Settings
-from service.model import Model
-from service.refinement import STEPS, WINDOW
-from service.repository import Repository
-from service.vae import Observe, Result
-from service.watching import Event, watched
+from service.operations.inference.refinement import STEPS, WINDOW
+from service.operations.inference.vae import Observe, Result
+from service.repository.model import Model
+from service.repository.repository import Repository
+from service.runtime.batcher import Trip
+from service.settings import Settings
 
 SSE, LINES, JSON = "text/event-stream", "application/x-ndjson", "application/json"
 REFINED = "/v1/denoise?level=0.2&quality=refined&seed=4"

@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 
 from service.app import create_app
-from service.config import Settings
+from service.settings import Settings
 
 IMAGES = np.zeros((2, 1, 28, 28), "<f4")
 LATENTS = [[0.1, 0.2], [0.3, 0.4]]

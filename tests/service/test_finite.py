@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from service.app import create_app
-from service.config import Settings
-from service.model import Model
-from service.repository import Repository
+from service.repository.model import Model
+from service.repository.repository import Repository
+from service.settings import Settings
 
 SHIPPED = Path(__file__).parents[2] / "models"
 FORMS = ("application/json", "application/x-npy", "application/octet-stream", "image/png")

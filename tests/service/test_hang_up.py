@@ -13,9 +13,9 @@ from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.app import create_app
-from service.batcher import PROBE_AFTER_S
-from service.config import Settings
-from service.repository import Repository
+from service.repository.repository import Repository
+from service.runtime.batcher import PROBE_AFTER_S
+from service.settings import Settings
 from tests.faults.conftest import eventually
 
 LEAVERS, ROWS = 10, 8

@@ -17,10 +17,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from service.contract.manifest import ManifestError
 from service.errors import StartError
-from service.graph import check_graph
-from service.manifest import ManifestError
-from service.model import LoadLimits, Model, open_model
+from service.repository.graph_check import check_graph
+from service.repository.model import LoadLimits, Model, open_model
 
 CPU = "CPUExecutionProvider"
 Seal = Callable[..., None]

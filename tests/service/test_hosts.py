@@ -18,12 +18,12 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.app import create_app
-from service.config import Settings, read_settings
 from service.errors import StartError
-from service.hosts import Hosts
-from service.listeners import bind
-from service.repository import Repository
-from service.worker import server_config
+from service.repository.repository import Repository
+from service.security.hosts import Hosts
+from service.server.listeners import bind
+from service.server.worker import server_config
+from service.settings import Settings, read_settings
 
 KEY = "ops-0123456789abcdef"
 OWN = "http://localhost:8000"

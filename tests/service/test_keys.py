@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from service.errors import StartError
-from service.keys import CONTROL, INFER, LOOK_S, Keyring, read_keys
+from service.security.keys import CONTROL, INFER, LOOK_S, Keyring, read_keys
 
 ALICE, OPS = "alice-0123456789abcdef", "ops-0123456789abcdef"
 

@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from service.latent import path, standard_normal
+from service.operations.inference.latent import path, standard_normal
 
 Rows = NDArray[np.float32]
 Graphs = dict[str, Callable[..., tuple[Rows, ...]]]

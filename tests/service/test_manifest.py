@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service import manifest as manifests
-from service.manifest import ManifestError
+from service.contract import manifest as manifests
+from service.contract.manifest import ManifestError
 
 
 @pytest.fixture(scope="module")

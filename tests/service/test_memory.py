@@ -17,14 +17,14 @@ import pytest
 from fastapi import FastAPI
 from PIL import Image
 
+from service.api.memory import Memory, Share
 from service.app import create_app
-from service.config import Settings
 from service.errors import Overloaded, TooLarge
-from service.memory import Memory, Share
-from service.model import MOST_PROGRAMS, Model
-from service.repository import Repository
-from service.restoration import fuse_rows
-from service.vae import encode_rows
+from service.operations.inference.restoration import fuse_rows
+from service.operations.inference.vae import encode_rows
+from service.repository.model import MOST_PROGRAMS, Model
+from service.repository.repository import Repository
+from service.settings import Settings
 
 MIB = 2**20
 RAW = {"content-type": "application/octet-stream"}

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from service.codecs import WRITERS
+from service.codecs.negotiation import SHORT, acceptable, fields
 from service.errors import Malformed, NotAcceptable
-from service.negotiation import SHORT, acceptable, fields
 
 JSON, NPY, RAW, PNG = "application/json", "application/x-npy", "application/octet-stream", "image/png"
 EVENTS, LINES = "text/event-stream", "application/x-ndjson"

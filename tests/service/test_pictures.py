@@ -22,8 +22,8 @@ from PIL.PngImagePlugin import PngInfo
 from service.codecs import image
 from service.codecs.container import MAX_CHUNKS, picture
 from service.codecs.payload import Intake, Meter
+from service.contract.images import to_array
 from service.errors import ServiceError, TooLarge, Unreadable
-from service.pixels import to_array
 
 JSON = {"accept": "application/json"}
 LEVELS = np.random.default_rng(5).integers(0, 256, (8, 8), np.uint8)

@@ -12,14 +12,14 @@ import pytest
 from limits import parse
 
 from service.errors import StartError
-from service.rates import SETS, SIZE, WAYS, Counts
+from service.security.rates import SETS, SIZE, WAYS, Counts
 
 ROOT = Path(__file__).parents[2]
 TEN = parse("10/minute")
 HOLDER = """
 import sys, time
 from pathlib import Path
-from service.rates import Counts
+from service.security.rates import Counts
 counts = Counts(Path(sys.argv[1]))
 for _ in range(3):
     counts.begin("alice")

@@ -25,19 +25,19 @@ import pytest
 from PIL import Image
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from service.api.body import MOST_MEMBERS, Limit, inflated
+from service.api.memory import Memory, Share
+from service.api.offload import Offload
+from service.api.v1.endpoint import LOOP_BYTES, Context, OperationApp
 from service.codecs import EVENTS, READERS, Answer, Intake, Meter, structured
 from service.codecs.payload import LOOP_PICTURES
 from service.codecs.structured import Parsers
-from service.config import Settings
-from service.endpoint import LOOP_BYTES, Context, OperationApp
-from service.engine import Engine
 from service.errors import CallerGone, DeadlinePassed, Deferred, InvalidOption, TooLarge, Unreadable
-from service.intake import MOST_MEMBERS, Limit, inflated
-from service.memory import Memory, Share
-from service.offload import Offload
-from service.operation import Operation
-from service.repository import Repository
-from service.routes.encode import encode
+from service.operations.encode import encode
+from service.operations.operation import Operation
+from service.repository.repository import Repository
+from service.runtime.scheduler import Engine
+from service.settings import Settings
 from tests.faults.conftest import eventually
 
 RAW = {"content-type": "application/octet-stream"}

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from service.contract.manifest import digest
 from service.errors import StartError, UnknownModel
-from service.manifest import digest
-from service.model import Model
-from service.repository import Repository, default_model
+from service.operations.inference.vae import reconstruct_rows
+from service.repository.model import Model
+from service.repository.repository import Repository, default_model
 from service.selection import Selection, version_key
-from service.vae import reconstruct_rows
 
 
 def opened(folder: Path, default: str = "") -> Repository:

@@ -19,15 +19,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from service.app import create_app
-from service.batcher import Batcher
-from service.config import Settings
-from service.latent import Noise, standard_normal
-from service.model import Model
-from service.observation import Observation, Operator, operator_of, projected
-from service.refinement import RATE, REFINEMENT_STREAM, STEPS
-from service.repository import Repository
-from service.restoration import Wish, restore
-from service.vae import Result
+from service.contract.corruption import Observation, Operator, operator_of, projected
+from service.operations.inference.latent import Noise, standard_normal
+from service.operations.inference.refinement import RATE, REFINEMENT_STREAM, STEPS
+from service.operations.inference.restoration import Wish, restore
+from service.operations.inference.vae import Result
+from service.repository.model import Model
+from service.repository.repository import Repository
+from service.runtime.batcher import Batcher
+from service.settings import Settings
 
 Rows = NDArray[np.float32]
 Graphs = dict[str, Callable[..., tuple[Rows, ...]]]

@@ -17,14 +17,14 @@ from fastapi import FastAPI
 from numpy.typing import NDArray
 
 from service.app import create_app
-from service.batcher import Batcher, Trip
-from service.config import Settings
-from service.latent import Noise, standard_normal, uniform
-from service.manifest import Scoring
-from service.model import Model
-from service.repository import Repository
-from service.scoring import BINARISATION_STREAM, SLICE, Wish, score
-from service.vae import Result
+from service.contract.manifest import Scoring
+from service.operations.inference.latent import Noise, standard_normal, uniform
+from service.operations.inference.scoring import BINARISATION_STREAM, SLICE, Wish, score
+from service.operations.inference.vae import Result
+from service.repository.model import Model
+from service.repository.repository import Repository
+from service.runtime.batcher import Batcher, Trip
+from service.settings import Settings
 
 Rows = NDArray[np.float32]
 Graphs = dict[str, Callable[..., tuple[Rows, ...]]]

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from service.config import read_settings
 from service.errors import StartError
-from service.orders import WHOLE, Orders, Report, Standing
-from service.repository import Repository
+from service.repository.overrides import WHOLE, Orders, Report, Standing
+from service.repository.repository import Repository
 from service.selection import Selection
+from service.settings import read_settings
 
 FOUND = {"1", "2", "10"}
 

@@ -22,12 +22,12 @@ import httpx
 import pytest
 from moto.server import ThreadedMotoServer
 
-from service.config import Settings
+from service.contract.manifest import digest
 from service.errors import StartError
-from service.manifest import digest
-from service.repository import Repository
-from service.sources import local_copy, sync
-from training.experiments.served import started
+from service.repository.remote import local_copy, sync
+from service.repository.repository import Repository
+from service.settings import Settings
+from training.evaluation.served import started
 
 ROOT = Path(__file__).parents[2]
 VERSION = ROOT / "models" / "mnist-2d" / "1"
@@ -272,7 +272,7 @@ def test_a_url_that_leads_nowhere_is_one_line(store: str, tmp_path: Path, url: s
 
 SYNC = """
 import json, pathlib, sys
-from service.sources import sync
+from service.repository.remote import sync
 sync(sys.argv[1], pathlib.Path(sys.argv[2]), json.loads(sys.argv[3]))
 """
 

@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 
 from service.app import create_app
-from service.batcher import WATCH_S, Arrays, Batcher
-from service.config import Settings
 from service.errors import DeadlinePassed, InferenceFailed, NotReady, Overloaded
-from service.model import Model
-from service.repository import Repository
-from service.thread import ComputingThreads
+from service.repository.model import Model
+from service.repository.repository import Repository
+from service.runtime.batcher import WATCH_S, Arrays, Batcher
+from service.runtime.thread import ComputingThreads
+from service.settings import Settings
 
 ONE = (np.ones((1, 2), np.float32),)
 ROOT = Path(__file__).parents[2]
@@ -147,7 +147,7 @@ def test_closing_does_not_wait_for_a_batch_that_nobody_waits_for() -> None:
 def test_a_process_ends_although_its_thread_hangs() -> None:
     """The interpreter does not wait for it."""
     script = (
-        "import threading, time\nfrom service.thread import ComputingThreads\nentered = threading.Event()\n"
+        "import threading, time\nfrom service.runtime.thread import ComputingThreads\nentered = threading.Event()\n"
         "one = ComputingThreads('hangs')\none.run(lambda: (entered.set(), time.sleep(60)))\nentered.wait()\n"
     )
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=20, check=False).returncode == 0

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from service.app import create_app
-from service.config import Settings
 from service.errors import InvalidShape
-from service.model import Model
-from service.repository import Repository
-from service.tiling import tiling
+from service.operations.inference.tiling import tiling
+from service.repository.model import Model
+from service.repository.repository import Repository
+from service.settings import Settings
 
 Rows = NDArray[np.float32]
 Graphs = dict[str, Callable[..., tuple[Rows, ...]]]

@@ -21,8 +21,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from service.app import create_app
-from service.config import Settings
-from service.repository import Repository
+from service.repository.repository import Repository
+from service.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -136,6 +136,7 @@ def test_a_collector_that_is_gone_or_hangs_holds_nobody_up(monkeypatch: pytest.M
 
 def test_without_the_extra_its_name_is_told() -> None:
     """In a process that has no OpenTelemetry SDK; in one line."""
-    code = "import sys; sys.modules['opentelemetry.sdk.trace'] = None; import service.tracing as t; t.tracer_provider()"
+    absent = "import sys; sys.modules['opentelemetry.sdk.trace'] = None"
+    code = f"{absent}; import service.observability.tracing as t; t.tracer_provider()"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert "StartError: VAE_TRACING needs the extra: pip install '.[tracing]'" in done.stderr

@@ -20,9 +20,9 @@ import pytest
 from fastapi import FastAPI
 
 from service.app import create_app
-from service.config import Settings
-from service.model import Model
-from service.repository import Repository
+from service.repository.model import Model
+from service.repository.repository import Repository
+from service.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 RAW = {"content-type": "application/octet-stream", "accept": "application/octet-stream"}
@@ -118,7 +118,7 @@ def test_a_failed_batch_is_logged_for_each_of_its_requests(small: Repository, ca
             )
 
     asyncio.run(scenario())
-    told = [record.getMessage() for record in caplog.records if record.name == "service.problems"]
+    told = [record.getMessage() for record in caplog.records if record.name == "service.api.problems"]
     assert sorted(line.split(":")[0] for line in told) == ["request a-1", "request b-2"]
 
 

@@ -16,9 +16,9 @@ import httpx
 import numpy as np
 
 from service.app import create_app
-from service.config import Settings
-from service.model import Model
-from service.repository import Repository
+from service.repository.model import Model
+from service.repository.repository import Repository
+from service.settings import Settings
 
 Slow = Callable[[Callable[[], object]], Repository]
 RAW = {"content-type": "application/octet-stream", "accept": "application/octet-stream"}

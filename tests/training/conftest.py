@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, Normal
 
-from training.model import VAE
-from training.priors.standard_normal import StandardNormal
+from training.distributions.priors.standard_normal import StandardNormal
+from training.models.vae import VAE
 
 
 class FixedGaussian:

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal, constraints
 from torch.distributions.constraints import Constraint
 
-from training.advi import Approximation, Coordinates, Density, FullRankGaussian, _Ascent, fit
+from training.distributions.gaussian import LOG_2_PI, DiagonalGaussian
 from training.errors import DivergedError
-from training.gaussian import LOG_2_PI, DiagonalGaussian
+from training.inference.advi import Approximation, Coordinates, Density, FullRankGaussian, _Ascent, fit
 
 Array = NDArray[np.float64]
 ACCURATE: dict[str, Any] = {"draws": 64, "max_steps": 3000, "tolerance": 1e-6, "dtype": torch.float64}

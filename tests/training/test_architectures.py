@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from training.architectures import Architecture
-from training.architectures.conv import Conv, Residual
-from training.architectures.mlp import Mlp
+from training.networks import Architecture
+from training.networks.conv import Conv, Residual
+from training.networks.mlp import Mlp
 
 SHAPES = [(1, 7, 5), (1, 28, 28), (1, 33, 20), (3, 33, 20), (3, 1, 1)]
 ARCHITECTURES = [

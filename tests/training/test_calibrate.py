@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from service import manifest as manifests
-from service.calibration import APART, BESIDE, widened
+from service.contract import manifest as manifests
+from service.contract.calibration import APART, BESIDE, widened
 from training.__main__ import main
-from training.experiments.calibrate import Asking, Told, factor_of
-from training.experiments.served import Answer, started
-from training.experiments.tasks import BLURRING, INPAINTING, Task
+from training.evaluation.calibrate import Asking, Told, factor_of
+from training.evaluation.served import Answer, started
+from training.evaluation.tasks import BLURRING, INPAINTING, Task
 
 pytestmark = pytest.mark.usefixtures("own_signals")
 

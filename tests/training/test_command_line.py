@@ -17,14 +17,14 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from service import manifest
-from service.cores import cpu_count
+from service.contract import manifest
+from service.contract.cores import cpu_count
 from tests.faults.conftest import eventually
 from training.__main__ import main
 from training.config import load
+from training.loop.stages import vae_stage
+from training.loop.trainer import AVERAGED_STEPS, train
 from training.pipeline import Workshop, free_cores
-from training.stages import vae_stage
-from training.trainer import AVERAGED_STEPS, train
 
 ROOT = Path(__file__).parents[2]
 STEPS = 40 * (1294 // 50)

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from training.config import Run, load
 from training.errors import ConfigError
-from training.stages import vae_stage
+from training.loop.stages import vae_stage
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
 EVERY_TABLE = [

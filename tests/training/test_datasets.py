@@ -17,9 +17,9 @@ import pytest
 import torch
 from PIL import Image
 
-from training.datasets import Digits, Folder, ImageSet, Mnist, as_float, binarise
-from training.datasets.images import split_off, to_uint8
-from training.datasets.mnist import read_images
+from training.data import Digits, Folder, ImageSet, Mnist, as_float, binarise
+from training.data.images import split_off, to_uint8
+from training.data.mnist import read_images
 from training.errors import DataError
 
 

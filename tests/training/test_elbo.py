@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
-from training.architectures.mlp import Mlp
-from training.elbo import elbo, importance_log_likelihood, importance_weighted, monte_carlo_elbo
-from training.likelihoods.bernoulli import Bernoulli
-from training.model import VAE
-from training.priors.standard_normal import StandardNormal
+from training.distributions.likelihoods.bernoulli import Bernoulli
+from training.distributions.priors.standard_normal import StandardNormal
+from training.models.vae import VAE
+from training.networks.mlp import Mlp
+from training.objectives.elbo import elbo, importance_log_likelihood, importance_weighted, monte_carlo_elbo
 
 if TYPE_CHECKING:
     from tests.training.conftest import LinearGaussian

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from training.architectures.mlp import Mlp
-from training.architectures.unet import UNetSettings
-from training.evaluate import BLOCK, likelihood, report, restoration
-from training.likelihoods.bernoulli import Bernoulli
-from training.model import VAE
-from training.priors.standard_normal import StandardNormal
-from training.restoration import FAMILIES, Recognition
+from training.distributions.likelihoods.bernoulli import Bernoulli
+from training.distributions.priors.standard_normal import StandardNormal
+from training.evaluation.evaluate import BLOCK, likelihood, report, restoration
+from training.models.restoration import FAMILIES, Recognition
+from training.models.vae import VAE
+from training.networks.mlp import Mlp
+from training.networks.unet import UNetSettings
 
 if TYPE_CHECKING:
     from tests.training.conftest import LinearGaussian

@@ -17,20 +17,20 @@ import torch
 from torch import Tensor, nn
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-from service import manifest
-from service.golden import deviation
-from service.manifest import Scoring
-from training.architectures import Architecture
-from training.architectures.conv import Conv
-from training.architectures.mlp import Mlp
-from training.architectures.unet import UNetSettings
+from service.contract import manifest
+from service.contract.golden import deviation
+from service.contract.manifest import Scoring
+from training.distributions.likelihoods.bernoulli import Bernoulli
+from training.distributions.priors.realnvp import RealNvp
+from training.distributions.priors.standard_normal import StandardNormal
 from training.errors import DiskError, ExportError
-from training.export import PARITY, Exportable, export, exportables, to_onnx
-from training.likelihoods.bernoulli import Bernoulli
-from training.model import VAE
-from training.priors.realnvp import RealNvp
-from training.priors.standard_normal import StandardNormal
-from training.restoration import FAMILIES, Recognition, simulate
+from training.export.export import PARITY, Exportable, export, exportables, to_onnx
+from training.models.restoration import FAMILIES, Recognition, simulate
+from training.models.vae import VAE
+from training.networks import Architecture
+from training.networks.conv import Conv
+from training.networks.mlp import Mlp
+from training.networks.unet import UNetSettings
 
 LATENT_DIM = 4
 ABOUT: dict[str, Any] = {

@@ -15,16 +15,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.__main__ import main
-from training.architectures.mlp import Mlp
-from training.datasets import Digits, ImageSet
+from experiments.__main__ import main
+from experiments.paper import curves, figure3
+from experiments.paper.figure3 import Curve, Scale
+from training.data import Digits, ImageSet
+from training.distributions.likelihoods.bernoulli import Bernoulli
+from training.distributions.priors.standard_normal import StandardNormal
 from training.errors import CheckpointError
-from training.experiments import curves, figure3
-from training.experiments.figure3 import Curve, Scale
-from training.likelihoods.bernoulli import Bernoulli
-from training.model import VAE
-from training.priors.standard_normal import StandardNormal
-from training.rivals.em_loop import EmStage, train_by_em
+from training.loop.em import EmStage, train_by_em
+from training.models.vae import VAE
+from training.networks.mlp import Mlp
 
 SMALL = Scale(hidden=16, chosen_after=500, images=40, candidates=300, burn_in=10, draws=40)
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from training.__main__ import main
-from training.architectures.mlp import Mlp
-from training.experiments import curves, samples
-from training.likelihoods.bernoulli import Bernoulli
-from training.model import VAE
-from training.priors.standard_normal import StandardNormal
+from experiments.__main__ import main
+from experiments.paper import curves, samples
+from training.distributions.likelihoods.bernoulli import Bernoulli
+from training.distributions.priors.standard_normal import StandardNormal
+from training.models.vae import VAE
+from training.networks.mlp import Mlp
 
 
 def test_figure_2_follows_its_curves(real_data: Path, tmp_path: Path) -> None:

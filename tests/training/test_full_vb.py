@@ -13,18 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, Normal
 
-from training.architectures.conv import Conv
-from training.architectures.mlp import Mlp
+from experiments.paper import full_vb as experiment
 from training.config import Optimisation
-from training.datasets import as_float
-from training.elbo import Bound, elbo
-from training.experiments import full_vb as experiment
-from training.full_vb import Evidence, FullVb, evidence_bound, full_vb_bound, full_vb_objective, map_bound
-from training.gaussian import LOG_2_PI, DiagonalGaussian
-from training.likelihoods.bernoulli import Bernoulli
-from training.model import VAE
-from training.priors.standard_normal import StandardNormal
-from training.trainer import Stage, train
+from training.data import as_float
+from training.distributions.gaussian import LOG_2_PI, DiagonalGaussian
+from training.distributions.likelihoods.bernoulli import Bernoulli
+from training.distributions.priors.standard_normal import StandardNormal
+from training.loop.trainer import Stage, train
+from training.models.vae import VAE
+from training.networks.conv import Conv
+from training.networks.mlp import Mlp
+from training.objectives.elbo import Bound, elbo
+from training.objectives.full_vb import Evidence, FullVb, evidence_bound, full_vb_bound, full_vb_objective, map_bound
 
 SIZE, PIXELS = 40, 6
 SHAPE = (1, 2, 3)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from training.gaussian import DiagonalGaussian
-from training.priors.standard_normal import StandardNormal
+from training.distributions.gaussian import DiagonalGaussian
+from training.distributions.priors.standard_normal import StandardNormal
 
 CASES = [(0.0, 0.0), (1.3, -0.7), (-2.0, 1.1), (0.4, -4.0)]
 

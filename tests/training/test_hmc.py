@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from training import hmc
+from training.inference import hmc
 
 COVARIANCE = torch.tensor([[1.0, 0.6], [0.6, 0.5]])
 MEAN = torch.tensor([2.0, -1.0])

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal
 
-from training.likelihoods.bernoulli import Bernoulli
-from training.likelihoods.discretised_logistic import DiscretisedLogistic
-from training.likelihoods.gaussian import Gaussian, GaussianWithOutliers
+from training.distributions.likelihoods.bernoulli import Bernoulli
+from training.distributions.likelihoods.discretised_logistic import DiscretisedLogistic
+from training.distributions.likelihoods.gaussian import Gaussian, GaussianWithOutliers
 
 SHAPE = (2, 1, 4)
 

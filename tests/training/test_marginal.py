@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from tests.training.conftest import LinearGaussian
-from training.architectures.mlp import Mlp
-from training.elbo import importance_log_likelihood
-from training.likelihoods.bernoulli import Bernoulli
-from training.marginal import fit_gaussian, fit_kernel_density, reciprocal_log_likelihood, reciprocal_mean
-from training.model import VAE
-from training.priors.standard_normal import StandardNormal
+from training.distributions.likelihoods.bernoulli import Bernoulli
+from training.distributions.priors.standard_normal import StandardNormal
+from training.inference.marginal import fit_gaussian, fit_kernel_density, reciprocal_log_likelihood, reciprocal_mean
+from training.models.vae import VAE
+from training.networks.mlp import Mlp
+from training.objectives.elbo import importance_log_likelihood
 
 FITS = {"gaussian": fit_gaussian, "kernel density": fit_kernel_density}
 

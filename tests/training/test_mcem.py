@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from tests.training.conftest import LinearGaussian
-from training import hmc
-from training.model import VAE
-from training.rivals.mcem import MonteCarloEm, generative_parameters
+from training.inference import hmc
+from training.inference.mcem import MonteCarloEm, generative_parameters
+from training.models.vae import VAE
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from training.experiments.measures import auroc, coverage, psnr, ssim
+from training.evaluation.measures import auroc, coverage, psnr, ssim
 
 
 def test_psnr_of_known_errors() -> None:

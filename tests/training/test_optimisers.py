@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from training.config import Optimisation
-from training.optimisers import Muon, build, orthogonalised
+from training.loop.optimisers import Muon, build, orthogonalised
 
 
 def muon_settings() -> Optimisation:

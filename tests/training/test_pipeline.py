@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from training.config import Run
-from training.datasets import ImageSet
+from training.data import ImageSet
 from training.errors import CheckpointError
 from training.pipeline import Workshop, locked
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.distributions import Categorical as Choice
 from torch.distributions import Independent, MixtureSameFamily, Normal
 
-from training.gaussian import DiagonalGaussian
-from training.priors.learned import LearnedPrior
-from training.priors.realnvp import RealNvp
-from training.priors.vamp import Vamp
+from training.distributions.gaussian import DiagonalGaussian
+from training.distributions.priors.learned import LearnedPrior
+from training.distributions.priors.realnvp import RealNvp
+from training.distributions.priors.vamp import Vamp
 
 GRID = torch.linspace(-9.0, 9.0, 361)
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from training.datasets.mnist import read_images
-from training.evaluate import likelihood
-from training.experiments.oracle import published
-from training.model import VAE
+from experiments.paper.oracle import published
+from training.data.mnist import read_images
+from training.evaluation.evaluate import likelihood
+from training.models.vae import VAE
 
 # ../shared/data/README.md: dynamically binarised MNIST, all 10,000 test images, 500 importance samples.
 NEGATIVE_ELBO, NLL = 87.4, 84.2

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from training.gaussian import DiagonalGaussian
-from training.likelihoods.bernoulli import Bernoulli
-from training.model import VAE
-from training.priors.standard_normal import StandardNormal
-from training.refinement import JUDGED_AT, Refinement, observation_density
-from training.restoration import Fusion
+from training.distributions.gaussian import DiagonalGaussian
+from training.distributions.likelihoods.bernoulli import Bernoulli
+from training.distributions.priors.standard_normal import StandardNormal
+from training.inference.refinement import JUDGED_AT, Refinement, observation_density
+from training.models.restoration import Fusion
+from training.models.vae import VAE
 
 D, F, SHAPE = 3, 4, (1, 6, 4)
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from service import manifest
+from service.contract import manifest
 from training.config import Run
-from training.model import VAE
+from training.loop.stages import restoration_stage, trained_vae, vae_stage
+from training.loop.trainer import train
+from training.models.vae import VAE
 from training.pipeline import Workshop
-from training.stages import restoration_stage, trained_vae, vae_stage
-from training.trainer import train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 SHAPE = (1, 8, 8)

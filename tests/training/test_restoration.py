@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from service.observation import operator_of
-from training.likelihoods.bernoulli import Bernoulli
-from training.model import VAE
-from training.priors.standard_normal import StandardNormal
-from training.restoration import (
+from service.contract.corruption import operator_of
+from training.distributions.likelihoods.bernoulli import Bernoulli
+from training.distributions.priors.standard_normal import StandardNormal
+from training.models.restoration import (
     FAMILIES,
     FAMILY_ODDS,
     SHARE_RANGES,
@@ -29,6 +28,7 @@ from training.restoration import (
     see_through,
     simulate,
 )
+from training.models.vae import VAE
 
 
 def seeded(seed: int = 0) -> torch.Generator:

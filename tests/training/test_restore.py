@@ -1,4 +1,4 @@
-"""`python -m training restore`: what is seen, what is measured, and the whole command with a service of its own."""
+"""`python -m experiments restore`: what is seen, what is measured, and the whole command with a service of its own."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from training.__main__ import main
-from training.datasets import Folder
+from experiments.__main__ import main
+from experiments.comparisons.methods import Restored
+from experiments.comparisons.restore import figures
+from training.data import Folder
 from training.errors import ConfigError, RefusedError, ServiceError
-from training.experiments.methods import Restored
-from training.experiments.restore import figures
-from training.experiments.served import ROOT, served, started
-from training.experiments.tasks import SUBJECTS, Task, subject_of
+from training.evaluation.served import ROOT, served, started
+from training.evaluation.tasks import SUBJECTS, Task, subject_of
 
 pytestmark = pytest.mark.usefixtures("own_signals")
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from training.datasets import Digits, as_float
+from experiments.comparisons import unet
+from experiments.comparisons.gaussian_conditional import ImageGaussian
+from experiments.comparisons.methods import by_unet, rivals
+from training.data import Digits, as_float
 from training.errors import DependencyError
-from training.experiments.measures import psnr
-from training.experiments.methods import by_unet, rivals
-from training.experiments.tasks import SUBJECTS, noise
+from training.evaluation.measures import psnr
+from training.evaluation.tasks import SUBJECTS, noise
 from training.extras import needed
-from training.rivals import unet
-from training.rivals.gaussian_conditional import ImageGaussian
 
 
 def test_the_conditional_is_bayes_rule() -> None:

@@ -10,17 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from training.architectures.mlp import Mlp
-from training.elbo import elbo, importance_log_likelihood
-from training.export import Exportable, to_onnx
-from training.likelihoods.bernoulli import Bernoulli
-from training.likelihoods.discretised_logistic import DiscretisedLogistic
-from training.likelihoods.gaussian import GaussianWithOutliers
-from training.model import VAE, Likelihood, Prior
-from training.priors.realnvp import RealNvp
-from training.priors.standard_normal import StandardNormal
-from training.priors.vamp import Vamp
-from training.scoring import DRAWS, HELD_OUT, ElboGradient, LogJoint, bound_at_draws, held_out
+from training.distributions.likelihoods.bernoulli import Bernoulli
+from training.distributions.likelihoods.discretised_logistic import DiscretisedLogistic
+from training.distributions.likelihoods.gaussian import GaussianWithOutliers
+from training.distributions.priors.realnvp import RealNvp
+from training.distributions.priors.standard_normal import StandardNormal
+from training.distributions.priors.vamp import Vamp
+from training.evaluation.scoring import DRAWS, HELD_OUT, ElboGradient, LogJoint, bound_at_draws, held_out
+from training.export.export import Exportable, to_onnx
+from training.models.vae import VAE, Likelihood, Prior
+from training.networks.mlp import Mlp
+from training.objectives.elbo import elbo, importance_log_likelihood
 
 if TYPE_CHECKING:
     from tests.training.conftest import LinearGaussian

@@ -1,4 +1,4 @@
-"""`python -m training separate`: the other kinds of pictures, and how scores tell them apart."""
+"""`python -m experiments separate`: the other kinds of pictures, and how scores tell them apart."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from service.routes import OPERATIONS
-from training.__main__ import main
-from training.experiments.separate import OWN, SCORES, Plan, figures, kinds, page, rotated, sheared
+from experiments.__main__ import main
+from experiments.comparisons.separate import OWN, SCORES, Plan, figures, kinds, page, rotated, sheared
+from service.api.v1.routes import OPERATIONS
 
 pytestmark = pytest.mark.usefixtures("own_signals")
 

@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from training import trainer
-from training.architectures.mlp import Mlp
 from training.config import Run, load
-from training.elbo import Bound, elbo
 from training.errors import CheckpointError, DiskError, DivergedError
-from training.processes import ALONE
-from training.randomness import keyed_generator
-from training.stages import trained_vae, vae_stage
-from training.trainer import AVERAGED_STEPS, Stage, computes_bfloat16, train
-from training.validation import HeldOut
+from training.loop import trainer
+from training.loop.processes import ALONE
+from training.loop.randomness import keyed_generator
+from training.loop.stages import trained_vae, vae_stage
+from training.loop.trainer import AVERAGED_STEPS, Stage, computes_bfloat16, train
+from training.loop.validation import HeldOut
+from training.networks.mlp import Mlp
+from training.objectives.elbo import Bound, elbo
 
 CPU = torch.device("cpu")
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"

@@ -10,19 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.architectures.mlp import Mlp
 from training.config import Optimisation
-from training.datasets import Digits, binarise
-from training.elbo import Bound, elbo
-from training.likelihoods.bernoulli import Bernoulli
-from training.likelihoods.discretised_logistic import DiscretisedLogistic
-from training.likelihoods.gaussian import Gaussian, GaussianWithOutliers
-from training.model import VAE
-from training.priors.realnvp import RealNvp
-from training.priors.standard_normal import StandardNormal
-from training.priors.vamp import Vamp
-from training.rivals.wake_sleep import wake_sleep
-from training.trainer import Stage, train
+from training.data import Digits, binarise
+from training.distributions.likelihoods.bernoulli import Bernoulli
+from training.distributions.likelihoods.discretised_logistic import DiscretisedLogistic
+from training.distributions.likelihoods.gaussian import Gaussian, GaussianWithOutliers
+from training.distributions.priors.realnvp import RealNvp
+from training.distributions.priors.standard_normal import StandardNormal
+from training.distributions.priors.vamp import Vamp
+from training.loop.trainer import Stage, train
+from training.models.vae import VAE
+from training.networks.mlp import Mlp
+from training.objectives.elbo import Bound, elbo
+from training.objectives.wake_sleep import wake_sleep
 
 SHAPE = (1, 2, 3)
 

@@ -1,0 +1,1 @@
+"""Experiments with the trainer and the service: the paper's figures, and comparisons with other methods."""

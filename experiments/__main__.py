@@ -1,0 +1,100 @@
+"""The experiments' command line: `python -m experiments`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from experiments.comparisons import restoration_report
+from experiments.comparisons.restore import Plan, compare
+from experiments.comparisons.separate import Plan as Separation
+from experiments.comparisons.separate import separate
+from experiments.paper import FIGURES
+from experiments.paper.oracle import score
+from training import pipeline
+from training.cli import asking_command, run
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; gives the exit status."""
+    return run(_parser(), arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vae-experiments", description="Repeat the paper's figures, compare with other methods."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    figure = commands.add_parser("figure", help="repeat a figure of the paper; an interrupted one is resumed")
+    figure.add_argument("number", choices=FIGURES, help="of the figure; F is of appendix F, which has none")
+    figure.add_argument("--data", type=Path, default=Path("data"), help="where the data sets lie (%(default)s)")
+    figure.add_argument("--runs", type=Path, default=Path("runs"), help="folder for checkpoints (%(default)s)")
+    figure.add_argument("--out", type=Path, default=Path("docs/results"), help="for PNG and CSV (%(default)s)")
+    figure.add_argument("--samples", type=lambda text: int(float(text)), default=10_000_000, help="seen by every curve")
+    figure.add_argument("--only", default="*", help="pattern of the curves to train, such as mnist-20-*")
+    figure.add_argument("--threads", type=int, help="CPU threads (as many as cores are free)")
+    figure.set_defaults(command=_figure)
+    oracle = commands.add_parser("oracle", help="score the weights that the paper's first author published")
+    oracle.add_argument("--data", type=Path, default=Path("data"), help="where the data sets lie (%(default)s)")
+    oracle.add_argument("--runs", type=Path, default=Path("runs"), help="folder for checkpoints (%(default)s)")
+    oracle.add_argument("--out", type=Path, default=Path("docs/results"), help="for oracle.json (%(default)s)")
+    oracle.add_argument("--draws", type=int, default=500, help="importance samples an image (%(default)s)")
+    oracle.add_argument("--threads", type=int, help="CPU threads (as many as cores are free)")
+    oracle.set_defaults(command=_oracle)
+    restore = asking_command(commands, "restore", "put a service's restored images beside those of other methods")
+    restore.add_argument(
+        "--unet-epochs", type=int, help="passes in which the rival U-Net is trained (the data set's own)"
+    )
+    restore.add_argument("--tasks", nargs="+", default=["*"], help="patterns of the tasks, such as 'Gaussian*'")
+    restore.add_argument("--methods", nargs="+", default=["*"], help="patterns of the methods, such as 'ours*'")
+    restore.set_defaults(command=_restore)
+    apart = asking_command(commands, "separate", "measure how well a service's score tells images from other pictures")
+    apart.add_argument("--draws", type=int, default=16, help="of the posterior, for each score (%(default)s)")
+    apart.set_defaults(command=_separate)
+    for command in (restore, apart):
+        command.add_argument("--out", type=Path, default=Path("docs/results"), help="for the page (%(default)s)")
+    return parser
+
+
+def _figure(options: argparse.Namespace) -> None:
+    pipeline.threads(options.threads)
+    folder = options.runs / f"figure{options.number}"
+    FIGURES[options.number](options.data, folder, options.out, options.samples, options.only)
+    print(f"wrote the numbers as CSV and the picture as PNG into {options.out}")
+
+
+def _oracle(options: argparse.Namespace) -> None:
+    pipeline.threads(options.threads)
+    print(json.dumps(score(options.data, options.runs / "oracle", options.out, options.draws), indent=2))
+
+
+def _restore(options: argparse.Namespace) -> None:
+    torch.set_num_threads(options.threads)
+    plan = Plan(
+        options.data,
+        options.runs / "restore",
+        options.url,
+        options.models,
+        options.images,
+        options.seed,
+        options.unet_epochs,
+        options.model,
+        tuple(options.tasks),
+        tuple(options.methods),
+    )
+    print(f"wrote {restoration_report.write(compare(plan), options.out)}")
+
+
+def _separate(options: argparse.Namespace) -> None:
+    plan = Separation(
+        options.data, options.url, options.models, options.model, options.images, options.seed, options.draws
+    )
+    print(f"wrote {separate(plan, options.out)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

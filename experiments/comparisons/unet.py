@@ -1,0 +1,86 @@
+"""The rival that one would train without a generative model: a U-Net from noisy image and noise level to clean image.
+
+It knows one kind of corruption, additive Gaussian noise of a known level, and says nothing of its uncertainty.
+Source: Ronneberger, Fischer and Brox (2015); the noise level as a plane: Zhang, Zuo and Zhang (2018), FFDNet.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from training.config import Optimisation
+from training.data import ImageSet, as_float
+from training.loop.trainer import Stage, read_trained, train
+from training.models.restoration import SIGMA_RANGE
+from training.networks.unet import UNet
+from training.objectives.elbo import Bound
+from training.pipeline import locked
+
+WIDTHS = (32, 64, 96)
+NAME = "unet"
+PIXEL_VARIANCE = 0.1
+"""About that of a digit's pixels: it says from which level on the noisy image is not a good first guess."""
+
+
+class Denoiser(nn.Module):
+    """E[x | y, sigma] for y = x + sigma N(0, I), by a U-Net of y and a plane of sigma.
+
+    What it gives is a correction of y shrunk by how far y can be believed, so that it starts as a linear filter.
+    """
+
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        channels, height, width = shape
+        self.network = UNet(channels + 1, channels, (height, width), WIDTHS)
+
+    def forward(self, y: Tensor, sigma: Tensor) -> Tensor:
+        """y (n, c, h, w), sigma (n,) -> (n, c, h, w)."""
+        level = sigma[:, None, None, None]
+        correction: Tensor = self.network(torch.cat([y, level.expand_as(y[:, :1])], 1)).float()
+        return PIXEL_VARIANCE / (PIXEL_VARIANCE + level.square()) * y + correction
+
+
+def stage(shape: tuple[int, int, int], epochs: int, identity: dict[str, Any]) -> Stage:
+    """Lower the squared error under noise of log-uniform level, over the range that the recognition model sees.
+
+    The error of the best answer grows about as sigma does, so each image's is divided by its sigma: else only the
+    strongest noise would be learned.
+    """
+
+    def objective(model: Denoiser, images: Tensor, generator: torch.Generator) -> Bound:
+        x = as_float(images)
+        low, high = SIGMA_RANGE
+        sigma = low * (high / low) ** torch.rand(len(x), generator=generator, device=x.device)
+        noise = torch.randn(x.shape, generator=generator, device=x.device)
+        restored = model(x + sigma[:, None, None, None] * noise, sigma)
+        error = (restored - x).square().flatten(1).sum(1) / sigma
+        return Bound(-error, torch.zeros_like(error))
+
+    settings = Optimisation(
+        epochs=epochs,
+        batch_size=100,
+        learning_rate=2e-3,
+        warmup_steps=100,
+        ema_decay=0.98,
+        precision="bfloat16",
+    )
+    torch.manual_seed(0)
+    module = Denoiser(shape).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    said = {**identity, "widths": list(WIDTHS), "train": settings.model_dump(mode="json", exclude_defaults=True)}
+    return Stage(NAME, module, objective, settings, 0, said)
+
+
+def trained(images: ImageSet, folder: Path, epochs: int, identity: dict[str, Any]) -> Denoiser:
+    """The U-Net, trained in `folder` unless it is already; an interrupted training is resumed.
+
+    Raises: what `train` raises.
+    """
+    one = stage(images.shape, epochs, identity)
+    with locked(folder):
+        train(one, images.train, folder)
+    module: Denoiser = read_trained(folder / f"{NAME}.pt", one.identity, one.module)  # type: ignore[assignment]
+    return module

@@ -1,0 +1,14 @@
+"""The figures of Kingma and Welling (2013), each a command: `python -m experiments figure N`."""
+
+from __future__ import annotations
+
+from experiments.paper import figure2, figure3, full_vb, samples
+
+FIGURES = {
+    "2": figure2.draw,
+    "3": figure3.draw,
+    "4": samples.draw_maps,
+    "5": samples.draw_dreams,
+    "F": full_vb.draw,
+}
+"""By the paper's number, or appendix: (data, checkpoint and output folder, samples, pattern of panels) -> None."""

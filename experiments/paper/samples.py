@@ -1,0 +1,87 @@
+"""Figures 4 and 5: what two latents span, and what models of 2 to 20 latents dream of.
+
+The models are those of figure 2, trained in the same way.
+Source: Kingma and Welling (2013), figures 4 and 5.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from experiments.paper.figure2 import Curve, bound, follow, load
+from service.contract.images import to_image
+from training.errors import ConfigError
+from training.loop.randomness import keyed_generator
+from training.loop.stages import trained_vae
+from training.models.vae import VAE
+
+MAP = {"mnist": 20, "frey": 10}
+DREAMS = 10
+CPU = torch.device("cpu")
+
+
+def draw_maps(data: Path, runs: Path, out: Path, samples: int, pattern: str) -> None:
+    """figure4.png: E[x|z] over a grid of equal probability of two latents, Frey Face left, MNIST right."""
+    _refuse(pattern)
+    sheets, rows = [], []
+    for curve in (Curve("frey", 2, "aevb"), Curve("mnist", 2, "aevb")):
+        vae, row = trained(curve, data, runs, samples)
+        sheets.append(sheet(vae, grid(MAP[curve.data]), MAP[curve.data]))
+        rows.append(row)
+    write(sheets, out, "figure4", rows)
+
+
+def draw_dreams(data: Path, runs: Path, out: Path, samples: int, pattern: str) -> None:
+    """figure5.png: 10 x 10 draws z ~ p(z), shown by E[x|z], for 2, 5, 10 and 20 latents, left to right."""
+    _refuse(pattern)
+    sheets, rows = [], []
+    for latent_dim in (2, 5, 10, 20):
+        vae, row = trained(Curve("mnist", latent_dim, "aevb"), data, runs, samples)
+        z = torch.randn(DREAMS**2, latent_dim, generator=keyed_generator(CPU, 0, 7))
+        sheets.append(sheet(vae, z, DREAMS))
+        rows.append(row)
+    write(sheets, out, "figure5", rows)
+
+
+def trained(curve: Curve, data: Path, runs: Path, samples: int) -> tuple[VAE, dict[str, object]]:
+    """The model of a curve of figure 2, trained to `samples` unless it is already, and its bound on the test images."""
+    folder, images = runs.parent / "figure2" / curve.name, load(curve, data)
+    run = follow(curve, images, folder, samples)
+    vae = trained_vae(run, images.shape, folder, CPU)
+    row = {"data": curve.data, "latent_dim": curve.latent_dim, "samples": samples}
+    return vae, {**row, "test_elbo": bound(vae, images.test.to(CPU))}
+
+
+def grid(size: int) -> Tensor:
+    """Two latents at the medians of size^2 cells of equal probability, row by row from the top: (size^2, 2)."""
+    axis = torch.special.ndtri((torch.arange(size) + 0.5) / size)
+    return torch.cartesian_prod(axis.flip(0), axis).flip(1)
+
+
+@torch.inference_mode()
+def sheet(vae: VAE, z: Tensor, columns: int) -> Tensor:
+    """E[x|z] of (n, d) as one image (1, 1, rows * h, columns * w)."""
+    x = vae.likelihood.mean(vae.decode(z))[:, 0]
+    tiles = x.unflatten(0, (-1, columns))
+    return tiles.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)[None, None]
+
+
+def write(sheets: list[Tensor], out: Path, name: str, rows: list[dict[str, object]]) -> None:
+    """The sheets side by side as PNG, the rows as CSV."""
+    out.mkdir(parents=True, exist_ok=True)
+    height = max(one.shape[2] for one in sheets)
+    framed = [torch.nn.functional.pad(one, (0, 12, 0, height - one.shape[2]), value=1.0) for one in sheets]
+    to_image(torch.cat(framed, 3)[..., :-12].numpy()).save(out / f"{name}.png")
+    with (out / f"{name}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _refuse(pattern: str) -> None:
+    if pattern != "*":
+        raise ConfigError("this figure needs all of its models; leave --only out")

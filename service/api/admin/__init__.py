@@ -1,0 +1,1 @@
+"""Models, their loading, health, metrics and documentation."""

@@ -1,0 +1,82 @@
+"""POST load and unload: which models and versions are served, without a restart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+
+from service.api.admin.models import states
+from service.api.problems import documented
+from service.errors import ControlOff, LoadRefused, NoRoom, ServiceError, UnknownModel
+from service.observability.audit import record
+from service.operations.examples import example
+from service.repository.overrides import WHOLE
+from service.repository.reload import Control
+from service.repository.repository import Repository
+from service.settings import Settings
+
+DONE = {
+    "model": "mnist",
+    "states": [{"version": "3", "state": "unloaded", "reason": "VAE_VERSIONS is latest"}],
+    "workers": 2,
+    "followed": 2,
+}
+ANSWERS = {
+    **example(DONE),
+    202: {"description": "Done here; some workers have not followed yet"},
+    **documented(ControlOff, UnknownModel, LoadRefused, NoRoom),
+}
+
+
+def control_router(repository: Repository, control: Control, settings: Settings) -> APIRouter:
+    """Routes of one application."""
+    router = APIRouter(prefix="/v1/models/{model}", tags=["control"])
+
+    async def order(request: Request, model: str, version: str, *, loaded: bool) -> JSONResponse:
+        outcome = "internal_error"
+        try:
+            check_allowed(settings)
+            workers, followed = await control.order(model, version, loaded=loaded)
+            outcome = "ok" if followed == workers else "partial"
+        except ServiceError as error:
+            outcome = error.code
+            raise
+        finally:
+            record(request.scope, "load" if loaded else "unload", model, version, outcome)
+        content: dict[str, Any] = {"model": model, "states": states(repository, model)}
+        content |= {"workers": workers, "followed": followed}
+        return JSONResponse(content, 200 if followed == workers else 202)
+
+    @router.post("/load", summary="Load what VAE_VERSIONS wants of a model, as the folder has it", responses=ANSWERS)
+    async def load(request: Request, model: str) -> JSONResponse:
+        return await order(request, model, WHOLE, loaded=True)
+
+    @router.post("/unload", summary="Unload every version of a model", responses=ANSWERS)
+    async def unload(request: Request, model: str) -> JSONResponse:
+        return await order(request, model, WHOLE, loaded=False)
+
+    @router.post("/versions/{version}/load", summary="Load one version, as the folder has it", responses=ANSWERS)
+    async def load_version(request: Request, model: str, version: str) -> JSONResponse:
+        return await order(request, model, version, loaded=True)
+
+    @router.post("/versions/{version}/unload", summary="Unload one version", responses=ANSWERS)
+    async def unload_version(request: Request, model: str, version: str) -> JSONResponse:
+        return await order(request, model, version, loaded=False)
+
+    return router
+
+
+def check_allowed(settings: Settings) -> None:
+    """Where there are API keys, the doors have seen one with the right `control`.
+
+    Raises: ControlOff.
+    """
+    if not settings.model_control:
+        raise ControlOff("models are not loaded or unloaded over HTTP here; set VAE_MODEL_CONTROL=true to allow it")
+    if not (settings.api_keys or settings.model_control == "anonymous"):
+        raise ControlOff(
+            "loading and unloading models needs an API key with the right `control`, and VAE_API_KEYS names none; set "
+            "it, or VAE_MODEL_CONTROL=anonymous to let every caller do it"
+        )

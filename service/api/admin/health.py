@@ -1,0 +1,42 @@
+"""GET health: is the process alive, should it get requests."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from service.api.problems import documented
+from service.errors import NotReady
+from service.operations.examples import example
+from service.repository.repository import Repository
+from service.runtime.scheduler import Engine
+
+READY = {**example({"ready": True, "models": ["mnist"]}), **documented(NotReady)}
+
+
+def health_router(repository: Repository, engine: Engine) -> APIRouter:
+    """Routes of one application."""
+    router = APIRouter(prefix="/health", tags=["health"])
+
+    def refused(name: str) -> list[str]:
+        return [f"{name}:{version}: {reason}" for version, reason in repository.refused(name).items()]
+
+    @router.get("/live", summary="Whether the process answers", responses=example({"live": True}))
+    async def live() -> dict[str, bool]:
+        return {"live": True}
+
+    @router.get("/ready", summary="Whether the default model is served and the engine runs", responses=READY)
+    async def ready(request: Request) -> Response:
+        if request.app.state.stopping:
+            raise NotReady("the service is stopping; ask another replica")
+        if not engine.healthy:
+            raise NotReady("the engine has stopped")
+        if repository.default not in repository.models:
+            why = "".join(f"; {line}" for line in refused(repository.default))
+            raise NotReady(f"no version of the default model is served{why}")
+        failed = [line for name in repository.conditions for line in refused(name)]
+        return JSONResponse(
+            {"ready": True, "models": list(repository.models), **({"failed": failed} if failed else {})}
+        )
+
+    return router

@@ -1,0 +1,142 @@
+"""GET models: what is served and what is not, as a person wants to know it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from service.api.problems import documented
+from service.errors import NotReady, UnknownModel
+from service.operations.examples import example
+from service.operations.operation import Operation
+from service.repository.model import Model
+from service.repository.repository import Condition, Repository
+from service.runtime.scheduler import Engine
+
+EXAMPLE = {
+    "model": "mnist",
+    "version": "1",
+    "state": "ready",
+    "reason": "",
+    "versions": ["1"],
+    "states": [
+        {"version": "1", "state": "ready", "reason": ""},
+        {"version": "2", "state": "failed", "reason": "mnist/2 cannot be opened: not a graph"},
+    ],
+    "default": True,
+    "input_shape": [1, 28, 28],
+    "value_range": [0.0, 1.0],
+    "latent_shape": [40],
+    "latent_dim": 40,
+    "likelihood": "bernoulli",
+    "prior": "standard_normal",
+    "dataset": "mnist",
+    "tileable": False,
+    "operations": ["encode", "decode", "reconstruct", "denoise", "sample"],
+    "quality": {"test_nll_nats": 84.5, "importance_samples": 1000, "images": 10000},
+    "training": {"seconds": {"vae": 1552.5}},
+    "calibration": {"fast": {"gaussian": 0.96}, "refined": {"gaussian": 0.97}},
+    "fingerprint": "0123456789abcdef",
+}
+ONE = {**example(EXAMPLE), **documented(UnknownModel)}
+READY = {
+    **example({"ready": True, "model": "mnist", "version": "1"}),
+    **documented(UnknownModel, NotReady),
+}
+
+
+def states(repository: Repository, name: str) -> list[dict[str, str]]:
+    """How it is with every known version of a model."""
+    return [_state(version, found) for version, found in repository.conditions.get(name, {}).items()]
+
+
+def _state(version: str, found: Condition) -> dict[str, str]:
+    return {"version": version, "state": found.state, "reason": found.reason}
+
+
+def ready(repository: Repository, engine: Engine, name: str, version: str | None) -> dict[str, Any]:
+    """That a version (None: the latest that is served) of a model gets requests.
+
+    Raises: NotReady with the reason, UnknownModel.
+    """
+    known = repository.conditions.get(name, {})
+    if version is not None and known and version not in known:
+        raise UnknownModel(f"model {name} has no version {version:.80}; it has {', '.join(known)}")
+    wanted = known if version is None else {one: known[one] for one in known if one == version}
+    if wanted and not repository.models.get(name, {}).keys() & wanted.keys():
+        raise NotReady("; ".join(f"version {one} is {found.state}: {found.reason}" for one, found in wanted.items()))
+    model = repository.find(name, version)
+    if not engine.healthy:
+        raise NotReady("the engine has stopped")
+    return {"ready": True, "model": name, "version": model.manifest.version}
+
+
+def models_router(repository: Repository, operations: tuple[Operation, ...]) -> APIRouter:
+    """Routes of one application."""
+    router = APIRouter(prefix="/v1/models", tags=["models"])
+
+    def overview(name: str) -> dict[str, Any]:
+        served = list(repository.models.get(name, ()))
+        return {"versions": served, "states": states(repository, name), "default": name == repository.default}
+
+    def condition(name: str, version: str) -> dict[str, str]:
+        return _state(version, repository.conditions[name][version])
+
+    def latest(name: str) -> dict[str, Any]:
+        """Of a model that is known and of which no version is served, what there is to say."""
+        if name in repository.conditions and name not in repository.models:
+            return {"model": name, **overview(name)}
+        return describe(repository.find(name, None))
+
+    def describe(model: Model) -> dict[str, Any]:
+        manifest = model.manifest
+        return {
+            "model": manifest.name,
+            **condition(manifest.name, manifest.version),
+            **overview(manifest.name),
+            "input_shape": manifest.input_shape,
+            "value_range": manifest.value_range,
+            "latent_shape": manifest.latent_shape,
+            "latent_dim": manifest.latent_dim,
+            "likelihood": manifest.likelihood,
+            "prior": manifest.prior,
+            "dataset": manifest.dataset,
+            "tileable": manifest.tileable,
+            "operations": [operation.name for operation in operations if operation.offered_by(model)],
+            "quality": manifest.quality,
+            "training": manifest.training,
+            "calibration": {} if manifest.calibration is None else manifest.calibration.factors,
+            "fingerprint": manifest.fingerprint,
+        }
+
+    @router.get("", summary="Every model, at its latest version", responses=example({"models": [EXAMPLE]}))
+    async def all_models() -> dict[str, Any]:
+        return {"models": [latest(name) for name in repository.conditions]}
+
+    @router.get("/{model}", summary="One model at its latest version", responses=ONE)
+    async def one_model(model: str) -> dict[str, Any]:
+        return latest(model)
+
+    @router.get("/{model}/versions/{version}", summary="One version of a model", responses=ONE)
+    async def one_version(model: str, version: str) -> dict[str, Any]:
+        if version in repository.conditions.get(model, ()) and version not in repository.models.get(model, ()):
+            return {"model": model, **condition(model, version), **overview(model)}
+        return describe(repository.find(model, version))
+
+    return router
+
+
+def readiness_router(repository: Repository, engine: Engine) -> APIRouter:
+    """Routes of one application."""
+    router = APIRouter(prefix="/v1/models", tags=["models"])
+
+    @router.get("/{model}/ready", summary="Whether a version of a model is served", responses=READY)
+    async def model_ready(model: str) -> dict[str, Any]:
+        return ready(repository, engine, model, None)
+
+    @router.get("/{model}/versions/{version}/ready", summary="Whether a version is served", responses=READY)
+    async def version_ready(model: str, version: str) -> dict[str, Any]:
+        return ready(repository, engine, model, version)
+
+    return router

@@ -1,0 +1,84 @@
+"""Threads for codec work that would hold up the event loop, bounded in number and by each request's deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from contextvars import copy_context
+from functools import partial
+from typing import TypeVar
+
+from service.api.memory import Share
+from service.errors import CallerGone, DeadlinePassed, without_frames
+from service.runtime.thread import ComputingThreads
+
+T = TypeVar("T")
+
+
+class Offload:
+    """Runs functions in `threads` threads. A function cannot be stopped, so its thread and its memory count as taken
+    until it ends, even where its caller has long been answered.
+    """  # noqa: D205  # one promise
+
+    def __init__(self, threads: int = 1) -> None:
+        self._threads = ComputingThreads("codec", threads)
+        self._free = asyncio.Semaphore(threads)
+
+    async def run(self, work: Callable[[], T], share: Share, deadline: float, gone: Callable[[], bool]) -> T:
+        """Run `work` in a thread once one is free.
+
+        Args:
+            work: What to run; it sees the context variables of the caller.
+            share: The request's memory, held until `work` ends.
+            deadline: The time, by time.monotonic(), until which the request waits.
+            gone: Whether the caller has hung up; asked once a thread is free.
+
+        Returns:
+            What `work` returns.
+
+        Raises:
+            DeadlinePassed: The deadline passed before `work` ended.
+            CallerGone: The caller hung up before it began.
+        """
+        async with _until(deadline):
+            await self._free.acquire()
+        if gone():
+            self._free.release()
+            raise CallerGone("the caller hung up")
+        loop = asyncio.get_running_loop()
+        found: asyncio.Future[T] = loop.create_future()
+        share.hold()
+
+        def finish(settle: Callable[[], None]) -> None:
+            self._free.release()
+            share.give_back()
+            if not found.done():
+                settle()
+
+        def compute() -> None:
+            try:
+                settle = partial(found.set_result, context.run(work))
+            except Exception as error:  # noqa: BLE001  # raised again where it is awaited
+                settle = partial(found.set_exception, without_frames(error))
+            with suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(finish, settle)
+
+        context = copy_context()
+        self._threads.run(compute)
+        async with _until(deadline):
+            return await found
+
+    def close(self) -> None:
+        """End the threads after what they are at, without waiting."""
+        self._threads.close()
+
+
+@asynccontextmanager
+async def _until(deadline: float) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(deadline - time.monotonic()):
+            yield
+    except TimeoutError as error:
+        raise DeadlinePassed from error

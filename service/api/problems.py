@@ -1,0 +1,125 @@
+"""Errors to RFC 9457 problem+json: the only file that knows status codes."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import orjson
+
+from service import errors
+from service.observability.requests import request_id
+
+log = logging.getLogger(__name__)
+
+MEDIA_TYPE = "application/problem+json"
+INTERNAL = 500
+CLIENT_CLOSED_REQUEST = 499  # as nginx logs it; it reaches nobody
+CONTROL = (errors.ControlOff, errors.LoadRefused, errors.NoRoom)
+"""What only loading and unloading answer with."""
+STATUS: dict[type[errors.ServiceError], int] = {
+    errors.Malformed: 400,
+    errors.Unreadable: 400,
+    errors.ReaderFault: 400,
+    errors.Unauthenticated: 401,
+    errors.Forbidden: 403,
+    errors.ControlOff: 403,
+    errors.CrossSite: 403,
+    errors.UnknownModel: 404,
+    errors.NotAcceptable: 406,
+    errors.SlowRequest: 408,
+    errors.LoadRefused: 409,
+    errors.WrongModel: 409,
+    errors.TooLarge: 413,
+    errors.UrlTooLong: 414,
+    errors.UnsupportedMediaType: 415,
+    errors.UnknownHost: 421,
+    errors.InvalidShape: 422,
+    errors.InvalidValue: 422,
+    errors.InvalidOption: 422,
+    errors.UnsupportedOperation: 422,
+    errors.RateLimited: 429,
+    errors.HeadersTooLarge: 431,
+    errors.CallerGone: CLIENT_CLOSED_REQUEST,
+    errors.InferenceFailed: INTERNAL,
+    errors.Overloaded: 503,
+    errors.NotReady: 503,
+    errors.NoRoom: 503,
+    errors.TooManyConnections: 503,
+    errors.DeadlinePassed: 504,
+}
+TITLES = {
+    400: "Bad Request",
+    401: "Unauthorized",
+    403: "Forbidden",
+    404: "Not Found",
+    405: "Method Not Allowed",
+    406: "Not Acceptable",
+    408: "Request Timeout",
+    409: "Conflict",
+    413: "Content Too Large",
+    414: "URI Too Long",
+    415: "Unsupported Media Type",
+    421: "Misdirected Request",
+    422: "Unprocessable Content",
+    429: "Too Many Requests",
+    431: "Request Header Fields Too Large",
+    500: "Internal Server Error",
+    503: "Service Unavailable",
+    504: "Gateway Timeout",
+}
+
+
+def problem(status: int, code: str, detail: str) -> bytes:
+    """The body of a problem."""
+    title = TITLES.get(status, "Error")
+    return orjson.dumps({"type": "about:blank", "title": title, "status": status, "code": code, "detail": detail})
+
+
+def describe(error: Exception) -> tuple[int, str, bytes, dict[str, str]]:
+    """(status, code, body, headers) of any error; one that is not ours is a bug, logged and not told.
+
+    What is the service's own fault is logged under the id of the request.
+    """
+    if isinstance(error, MemoryError):
+        log.error("request %s: no memory", request_id(), exc_info=error)
+        error = errors.Overloaded("there is not enough memory for this request now; send fewer rows, or later", 1.0)
+    if isinstance(error, errors.ServiceError):
+        status = STATUS.get(type(error), INTERNAL)
+        headers = {}
+        if status == INTERNAL:
+            log.error("request %s: %s", request_id(), error)
+        if isinstance(error, errors.Unauthenticated):
+            headers["www-authenticate"] = "Bearer"
+        if isinstance(error, errors.Overloaded | errors.RateLimited):
+            headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+        elif status == STATUS[errors.NotReady]:
+            headers["retry-after"] = "1"
+        return status, error.code, problem(status, error.code, str(error)), headers
+    identity = request_id()
+    log.error("internal error %s", identity, exc_info=error)
+    detail = f"an error of the service itself; its log has the cause under {identity}"
+    return INTERNAL, "internal_error", problem(INTERNAL, "internal_error", detail), {}
+
+
+def documented(*kinds: type[errors.ServiceError]) -> dict[int | str, dict[str, Any]]:
+    """The statuses of these errors, without any of all that an operation may answer with, for OpenAPI."""
+    codes: dict[int, list[str]] = {}
+    for kind in kinds or [kind for kind in STATUS if kind not in (errors.CallerGone, errors.ReaderFault, *CONTROL)]:
+        codes.setdefault(STATUS[kind], []).append(kind.code)
+    schema = {
+        "type": "object",
+        "required": ["type", "title", "status", "code", "detail"],
+        "properties": {
+            "type": {"type": "string"},
+            "title": {"type": "string"},
+            "status": {"type": "integer"},
+            "code": {"type": "string"},
+            "detail": {"type": "string"},
+        },
+    }
+    return {
+        status: {"description": f"{TITLES[status]}: {', '.join(names)}", "content": {MEDIA_TYPE: {"schema": schema}}}
+        for status, names in sorted(codes.items())
+    }

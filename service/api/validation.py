@@ -1,0 +1,193 @@
+"""What may enter a batch: shape, count and range, checked against the manifest before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.codecs import Payload
+from service.codecs.payload import FIT_ADVICE, as_images, as_rows, viewed, within
+from service.contract.images import fit
+from service.errors import InvalidOption, InvalidShape, InvalidValue, TooLarge
+from service.operations.inference.tiling import Tiling, tiling
+from service.operations.operation import Inputs, Operation, Rows
+from service.repository.model import Model
+
+ROUNDING = 1e-6
+"""How far outside the range a value may lie and count as on its bound: float32 rounds by less."""
+OBSERVED_MARGIN = 10.0
+"""How many widths of the value range an observed, noisy value may lie outside it."""
+
+
+def admit(
+    operation: Operation,
+    model: Model,
+    payload: Payload,
+    options: Any,
+    max_rows: int,
+    room: Callable[[int], None],
+) -> Inputs:
+    """The payload as rows of the model's shape.
+
+    max_rows: rows a request may have, draws counted. room: asked for the memory that so many rows need.
+    Raises: InvalidShape, TooLarge, InvalidValue, InvalidOption, and what `room` raises.
+    """
+    if operation.takes is None:
+        check_count(options.count, max_rows)
+        room(options.count)
+        return Inputs(np.empty((options.count, 0), np.float32))
+    if payload.array is None:
+        raise InvalidShape(f'the body lacks "{operation.takes}"')
+    check_factor(model, options.said("factor", 1))
+    shape, name = operation.row_shape(model, options), operation.takes
+    if payload.latents:
+        shape, name = model.latent_shape, "latents"
+    tiles = None
+    if options.said("fit") == "tile":
+        check_tileable(model)
+        images = as_images(payload.array, shape, name)
+        tiles = tiling(len(images), (images.shape[2], images.shape[3]), (shape[1], shape[2]))
+        check_tiles(tiles, options.multiplicity, max_rows)
+        shape = images.shape[1:]
+    larger = _larger(payload.array, model, shape, options, max_rows) if name == "images" else ""
+    rows = _shaped(payload.array, shape, name, options, max_rows, room, larger)
+    count = tiles.rows if tiles else len(rows)
+    check_count(count * options.multiplicity, max_rows)
+    room(count)
+    rows = in_range(rows, *_bounds(operation, model, name), name)
+    if payload.mask is None and operation.masked:
+        raise InvalidShape(
+            f"{operation.name} needs a mask, 1 where a pixel is seen and 0 where it is missing: `mask` in JSON, a "
+            "second file in the field `mask` of a form, or the transparency of the picture"
+        )
+    if payload.mask is not None and not operation.observed:
+        raise InvalidOption(f"{operation.name} takes no mask")
+    mask = None if payload.mask is None else _mask(payload.mask, shape, options, len(rows), room)
+    if tiles is not None:
+        rows, mask = tiles.cut(rows), None if mask is None else tiles.cut(mask)
+    return Inputs(rows, mask, latents=payload.latents, tiling=tiles)
+
+
+def _larger(array: NDArray[Any], model: Model, shape: tuple[int, ...], options: Any, max_rows: int) -> str:
+    """The advice to restore images as tiles, where this operation, this model and these images allow it."""
+    if array.shape[1:] == shape or not (options.tiles and model.manifest.tileable):
+        return ""
+    images = viewed(array, shape, "images")
+    if images is None or images.shape[2] < shape[1] or images.shape[3] < shape[2]:
+        return ""
+    tiles = tiling(len(images), (images.shape[2], images.shape[3]), (shape[1], shape[2]))
+    fits = tiles.rows * options.multiplicity <= max_rows
+    return "; fit=tile restores larger ones part by part" if fits else ""
+
+
+def _shaped(
+    array: NDArray[Any],
+    shape: tuple[int, ...],
+    name: str,
+    options: Any,
+    max_rows: int,
+    room: Callable[[int], None],
+    larger: str = "",
+) -> Rows:
+    """Rows of that shape, brought there where the caller says how."""
+    how = options.said("fit")
+    if how in (None, "tile") or name == "latents":
+        return as_rows(array, shape, name, larger)
+    images = as_images(array, shape, name)
+    check_count(len(images), max_rows)
+    room(len(images))
+    return images if images.shape[1:] == shape else fit(images, (shape[1], shape[2]), how)
+
+
+def _mask(array: NDArray[Any], shape: tuple[int, ...], options: Any, rows: int, room: Callable[[int], None]) -> Rows:
+    """1 where seen, for every channel; one mask for all rows, or one a row."""
+    mask = _shaped(array, (1, *shape[1:]), "mask", options, rows, room)
+    mask = in_range(mask, 0.0, 1.0, "mask")
+    if len(mask) not in (1, rows):
+        raise InvalidShape(f"{len(mask)} masks for {rows} images; send one, or one an image")
+    return np.broadcast_to((mask >= 0.5).astype(np.float32), (rows, *shape))
+
+
+def _bounds(operation: Operation, model: Model, name: str) -> tuple[float, float]:
+    if name == "latents":
+        return -np.inf, np.inf
+    low, high = model.manifest.value_range
+    margin = OBSERVED_MARGIN * (high - low) if operation.observed else 0.0
+    return low - margin, high + margin
+
+
+def check_factor(model: Model, factor: int) -> None:
+    """Refuse a factor that does not divide the model's height and width.
+
+    Raises: InvalidOption naming those that do.
+    """
+    _, height, width = model.input_shape
+    if height % factor or width % factor:
+        fitting = [str(k) for k in range(2, min(height, width) + 1) if not (height % k or width % k)]
+        known = ", ".join(fitting) or "none does"
+        raise InvalidOption(f"factor is {factor}; it must divide {height} x {width}: {known}")
+
+
+def check_tileable(model: Model) -> None:
+    """Refuse tiles of a model that knows whole images alone.
+
+    Raises: InvalidOption naming what works.
+    """
+    if not model.manifest.tileable:
+        _, height, width = model.input_shape
+        raise InvalidOption(
+            f"fit is tile, but model {model.manifest.name} is not tileable: it knows whole images, not parts of larger "
+            f"ones; {FIT_ADVICE} brings images to its {height} x {width}"
+        )
+
+
+def check_tiles(tiles: Tiling, multiplicity: int, limit: int) -> None:
+    """Refuse more tiles than one request may have rows.
+
+    Raises: TooLarge naming what works.
+    """
+    count = tiles.rows
+    if count * multiplicity > limit:
+        (height, width), (tall, wide) = tiles.size, tiles.tile
+        drawn = f" of {multiplicity} draws each" if multiplicity > 1 else ""
+        ways = [
+            *(["fewer draws"] if count <= limit < count * multiplicity else []),
+            *(["fewer images"] if tiles.tiles * multiplicity <= limit < count * multiplicity else []),
+            FIT_ADVICE,
+        ]
+        raise TooLarge(
+            f"{tiles.images} x {height} x {width} pixels are {count} tiles of {tall} x {wide}{drawn}; "
+            f"VAE_MAX_REQUEST_ROWS is {limit}; use {' or '.join(ways)}"
+        )
+
+
+def check_count(rows: int, limit: int) -> None:
+    """Refuse more rows than one request may have.
+
+    Raises: TooLarge.
+    """
+    if rows > limit:
+        raise TooLarge(f"{rows} rows in one request, draws counted; VAE_MAX_REQUEST_ROWS is {limit}")
+
+
+def in_range(array: Rows, low: float, high: float, name: str) -> Rows:
+    """The values, those that rounding put outside [low, high] at the bound that they passed.
+
+    Raises: InvalidValue for NaN, infinity and what lies further outside.
+    """
+    if low == 0.0 and within(array, high):
+        return array  # what nearly all send
+    least, most = array.min(), array.max()  # both carry a NaN along
+    if not (np.isfinite(least) and np.isfinite(most)):
+        raise InvalidValue(f"{name} has NaN, infinity or a number that float32 cannot hold; every value must be finite")
+    if least >= low and most <= high:
+        return array
+    if float(least) >= low - ROUNDING and float(most) <= high + ROUNDING:
+        return np.clip(array, np.float32(low), np.float32(high))
+    advice = "; divide 8-bit values by 255" if most > 1.0 and name == "images" else ""
+    raise InvalidValue(
+        f"{name} has values from {least!s} to {most!s}; they must lie in [{low:.9g}, {high:.9g}]{advice}"
+    )

@@ -1,0 +1,82 @@
+"""Golden rows: read from their archive, and how far an answer is from one."""
+
+from __future__ import annotations
+
+import io
+import math
+import zipfile
+from collections.abc import Set as AbstractSet
+from typing import Any
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from service.contract.manifest import Manifest, ManifestError, shown
+
+SUMS = ("elbo", "gradient")
+"""How the names of outputs end that are sums of large terms, of which much may cancel."""
+HEADER_BYTES = 2**14
+"""Of an array in the archive, at most."""
+METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""As numpy writes; the others take memory before they give any."""
+
+
+def archive_bytes(manifest: Manifest) -> int:
+    """The most that the archive of a manifest's golden rows can take."""
+    return manifest.golden_bytes() + 2 * HEADER_BYTES * (1 + len(manifest.golden_shapes()))
+
+
+def read_golden(content: bytes, manifest: Manifest) -> dict[str, NDArray[np.float32]]:
+    """The arrays of an .npz archive, `<graph>/<tensor>`, which are unpacked only as far as the manifest says.
+
+    Raises: ManifestError for an archive that cannot be read, an array that lacks or is beside, or one of another type,
+    shape or size than the manifest's.
+    """
+    shapes, file = manifest.golden_shapes(), manifest.golden.file
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            members = _members(archive, shapes.keys())
+            return {name: _read_array(archive, members[name], shape) for name, shape in shapes.items()}
+    except ManifestError as error:
+        raise ManifestError(f"{file}: {error}; export the model again") from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ManifestError(
+            f"{file} is no archive of arrays ({type(error).__name__}); export the model again"
+        ) from error
+
+
+def _members(archive: zipfile.ZipFile, names: AbstractSet[str]) -> dict[str, zipfile.ZipInfo]:
+    """Arrays by name, if they are the ones that there should be, each once."""
+    listed = archive.infolist()
+    members = {info.filename.removesuffix(".npy"): info for info in listed}
+    for name in sorted(members.keys() ^ names)[:1]:
+        raise ManifestError(f"{shown(name)} {'is missing' if name in names else 'is no tensor of the graphs'}")
+    if len(listed) > len(members):
+        raise ManifestError("an array stands in it twice")
+    return members
+
+
+def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    size = 4 * math.prod(shape)
+    wrong = ManifestError(f"{shown(member.filename)} must be float32 of shape {list(shape)}")
+    if member.compress_type not in METHODS or not size < member.file_size <= size + HEADER_BYTES:
+        raise wrong
+    with archive.open(member) as file:
+        content = io.BytesIO(file.read(size + HEADER_BYTES + 1))
+    read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[npy.read_magic(content)]
+    found, by_columns, dtype = read_header(content)
+    rows = content.read()
+    if (found, dtype, len(rows)) != (shape, np.dtype("<f4"), size):
+        raise wrong
+    return np.ascontiguousarray(np.frombuffer(rows, "<f4").reshape(shape, order="F" if by_columns else "C"))
+
+
+def deviation(output: str, found: NDArray[Any], known: NDArray[Any]) -> float:
+    """The largest difference, relative where a value is above 1; of sums, whose small values are no more exact than
+    their large ones, relative to the largest.
+    """  # noqa: D205  # one promise
+    scale = np.abs(known).max() if output.endswith(SUMS) else np.abs(known)
+    return float((np.abs(found - known) / np.maximum(1.0, scale)).max())

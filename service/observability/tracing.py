@@ -1,0 +1,113 @@
+"""Traces by OpenTelemetry: FastAPI makes a span of every request; here it is named, and told where its time went.
+
+The SDK and its exporter are the extra `tracing`; they are set up by the standard variables OTEL_*.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from opentelemetry import trace
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service import __version__
+from service.errors import StartError
+from service.runtime.batcher import Arrays, Program, Trip
+from service.runtime.scheduler import Engine
+from service.settings import Settings
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
+
+EXTRA = "pip install '.[tracing]' in the project's folder"
+SERVICE_NAME = "vae-service"
+"""Where OTEL_SERVICE_NAME says nothing."""
+FLUSH_MS = 3000
+"""How long the end of the service may wait for the collector."""
+
+
+def tracer_provider() -> TracerProvider:
+    """Makes spans and sends them by OTLP over HTTP, from a thread; where the collector is gone they are dropped.
+
+    Raises: StartError without the extra.
+    """
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter  # noqa: PLC0415
+        from opentelemetry.sdk.resources import Resource  # noqa: PLC0415
+        from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
+    except ImportError as error:
+        raise StartError(f"VAE_TRACING needs the extra: {EXTRA}") from error
+    resource = Resource.create()
+    if str(resource.attributes["service.name"]).startswith("unknown_service"):
+        resource = resource.merge(Resource({"service.name": SERVICE_NAME, "service.version": __version__}))
+    provider = TracerProvider(resource=resource)
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    return provider
+
+
+def finish(provider: TracerProvider) -> None:
+    """Send what is left; a collector that does not answer is not waited for."""
+    provider.force_flush(FLUSH_MS)
+    provider.shutdown()
+
+
+class TracedEngine(Engine):
+    """An engine that adds to each request's span how long it waited, and how its batch went."""
+
+    def __init__(
+        self, settings: Settings, provider: TracerProvider, on_failure: Callable[[], None] | None = None
+    ) -> None:
+        super().__init__(settings, on_failure)
+        self._tracer = provider.get_tracer(__name__, __version__)
+
+    async def submit(self, program: Program, arrays: Arrays, **known: Any) -> Trip:
+        """As `Engine.submit`."""
+        arrived = time.time_ns()
+        trip = await super().submit(program, arrays, **known)
+        if trace.get_current_span().is_recording():
+            self._trace(program, len(arrays[0]), arrived, trip)
+        return trip
+
+    def _trace(self, program: Any, rows: int, arrived: int, trip: Trip) -> None:
+        """The spans `queue` and `batch`, and in the batch `inference`: the time of the model alone."""
+        landed = time.time_ns()
+        begun = arrived + int(trip.queue_s * 1e9)
+        self._tracer.start_span("queue", start_time=arrived).end(begun)
+        attributes = {"vae.program": program.operation, "vae.rows": rows}
+        batch = self._tracer.start_span("batch", start_time=begun, attributes=attributes)
+        within = trace.set_span_in_context(batch)
+        self._tracer.start_span("inference", within, start_time=landed - int(trip.inference_s * 1e9)).end(landed)
+        batch.end(landed)
+
+
+class Named:
+    """Names the span of an operation after its route, and tells what it was asked for."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request, or the application's start and stop."""
+
+        def naming(message: Message) -> Any:
+            if message["type"] == "http.response.start":
+                _describe(trace.get_current_span(), scope)
+            return send(message)
+
+        await self.app(scope, receive, naming)
+
+
+def _describe(span: trace.Span, scope: Scope) -> None:
+    span.set_attribute("vae.request_id", scope["request_id"].decode())
+    if "key" in scope:
+        span.set_attribute("vae.key", scope["key"])
+    served = scope.get("served")
+    if served is not None:
+        span.set_attributes({f"vae.{name}": value for name, value in served.items()})
+        named = "".join(f"/{name}s/{{{name}}}" for name in scope["path_params"])
+        route = f"/v1{named}/{served['operation']}"
+        span.set_attribute("http.route", route)
+        span.update_name(f"POST {route}")

@@ -1,0 +1,1 @@
+"""Operations, one a file: inputs, outputs, options, the graphs each needs, how it runs."""

@@ -1,0 +1,24 @@
+"""POST decode: latents to images."""
+
+from __future__ import annotations
+
+from service.operations.inference import vae
+from service.operations.inference.vae import Result, Submit
+from service.operations.operation import Inputs, LatentOptions, Operation
+from service.repository.model import Model
+
+
+async def _run(model: Model, submit: Submit, inputs: Inputs, _options: LatentOptions) -> Result:
+    return await vae.decode(model.plan, submit, inputs.rows)
+
+
+decode = Operation(
+    name="decode",
+    summary="Latents to images",
+    description="E[x|z] for each latent (n, d).",
+    options=LatentOptions,
+    run=_run,
+    takes="latents",
+    example={"latents": [[0.3, -0.8]]},
+    answer={"images": [[[[0.0, 0.9], [0.1, 0.0]]]]},
+)

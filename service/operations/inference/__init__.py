@@ -1,0 +1,1 @@
+"""Inference that several operations share, as composition over a model's graphs."""

@@ -1,0 +1,158 @@
+"""Refinement: variational inference for each image, by Adam along the gradient that a graph of the model gives.
+
+Everything of a row hangs on that row alone: its noise, its step, when it has come to rest. So who shares a batch, or
+a slice, can never change an answer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.operations.inference.vae import Compute, Graphs, Result, Rows, Submit
+from service.runtime.batcher import Arrays, Program, Trip
+
+REFINEMENT_STREAM = 1
+"""Of a request's noise: that of the steps, apart from that of its draws."""
+STEPS = 100
+WINDOW = 10
+"""After so many steps it is looked whether a row has come to rest; bound and level are means over the last ones."""
+RATE = 0.06
+"""Adam's step size to begin with; it falls to 0 along half a cosine."""
+NEARBY_RATE = 0.01
+"""Likewise, where q starts near its best, as the encoder's of a whole image does: larger steps only shake it."""
+DECAYS = (0.9, 0.999)
+AT_REST = 0.05
+"""Of its own standard deviation: where no mean has moved further in a window, a row is done."""
+FIRST_LOG_VAR = math.log(0.1**2)
+"""Of an unknown level around its estimate, on its unbounded scale."""
+
+_steps = np.arange(STEPS)
+DEBIASED = [(1.0 - decay ** (_steps + 1)).astype(np.float32) for decay in DECAYS]
+
+
+class Ascent(NamedTuple):
+    """q's mean and log_var (n, 2, k), Adam's running moments of their gradients, and the steps done (n,)."""
+
+    q: Rows
+    first: Rows
+    second: Rows
+    done: NDArray[np.int64]
+
+    def rows(self, which: NDArray[Any]) -> Ascent:
+        """Some of the rows."""
+        return Ascent(self.q[which], self.first[which], self.second[which], self.done[which])
+
+    def posterior(self, latent_dim: int) -> tuple[Rows, Rows]:
+        """mean and log_var of q(z) (n, d), without those of the level."""
+        mean, log_var = (np.ascontiguousarray(part) for part in self.q[..., :latent_dim].swapaxes(0, 1))
+        return mean, log_var
+
+    def put(self, which: NDArray[np.int64], ascent: Ascent) -> None:
+        """Overwrite some of the rows."""
+        self.q[which], self.first[which], self.second[which], self.done[which] = ascent
+
+
+def begin(mean: Rows, log_var: Rows, families: int) -> Ascent:
+    """From q(z | y) (n, d), and levels that are where they were estimated, k = d + families."""
+    rows = len(mean)
+    of_level = np.stack([np.zeros((rows, families)), np.full((rows, families), FIRST_LOG_VAR)], 1)
+    q = np.concatenate([np.stack([mean, log_var], 1), of_level], 2, dtype=np.float32)
+    return Ascent(q, np.zeros_like(q), np.zeros_like(q), np.zeros(rows, np.int64))
+
+
+@lru_cache
+def rates(rate: float) -> Rows:
+    """Adam's step size at every step, from `rate` on."""
+    found: Rows = (0.5 * rate * (1.0 + np.cos(np.pi * _steps / STEPS))).astype(np.float32)
+    return found
+
+
+def step(ascent: Ascent, gradient: Rows, rate: float) -> Ascent:
+    """One step of Adam up the gradient (n, 2, k).
+
+    Source: Kingma and Ba (2015), algorithm 1.
+    """
+    first: Rows = ascent.first + np.float32(1.0 - DECAYS[0]) * (gradient - ascent.first)
+    second: Rows = ascent.second + np.float32(1.0 - DECAYS[1]) * (gradient * gradient - ascent.second)
+    size, *debiased = (table[ascent.done][:, None, None] for table in (rates(rate), *DEBIASED))
+    moved: Rows = size * (first / debiased[0]) / (np.sqrt(second / debiased[1]) + np.float32(1e-8))
+    return Ascent(ascent.q + moved, first, second, ascent.done + 1)
+
+
+def at_rest(before: Rows, after: Rows) -> NDArray[np.bool_]:
+    """Which rows of q (n, 2, k) have hardly moved."""
+    moved = np.abs(after[:, 0] - before[:, 0]) * np.exp(-0.5 * after[:, 1])
+    found: NDArray[np.bool_] = moved.max(1) < AT_REST
+    return found
+
+
+def climb_rows(graphs: Graphs, graph: str, _shape: tuple[int, ...], rate: float) -> Compute:
+    """An ascent, noise (n, k) and what else the graph takes -> the ascent a step on; what it tells at that draw.
+
+    _shape: of what else it takes, since only rows of one shape can share a batch.
+    """
+
+    def compute(q: Rows, first: Rows, second: Rows, done: Any, eps: Rows, *given: Rows) -> Arrays:
+        *told, in_mean, in_log_var = graphs[graph](q[:, 0], q[:, 1], eps, *given)
+        return (*step(Ascent(q, first, second, done), np.stack([in_mean, in_log_var], 1), rate), *told)
+
+    return compute
+
+
+class Waypoint(NamedTuple):
+    """Where an ascent is after a window: what it was told, of every row, and the time it took so far."""
+
+    step: int
+    active: int
+    ascent: Ascent
+    told: list[Rows]
+    spent: Trip
+
+    def result(self, shown: dict[str, Rows]) -> Result:
+        """As progress: the bound of every row, which is what a climb is told first, and what there is to show."""
+        about = {"step": self.step, "steps": STEPS, "active": self.active, "elbo": self.told[0].copy()}
+        return Result(shown, about, self.spent)
+
+
+async def ascend(
+    submit: Submit,
+    program: Program,
+    ascent: Ascent,
+    eps: Rows,
+    given: tuple[Rows, ...],
+    watch: Callable[[Waypoint], Awaitable[None]] | None = None,
+) -> tuple[Ascent, list[Rows], Trip]:
+    """Where every row has come to rest or done all its steps, a step a trip; what it was told last, and the time.
+
+    program: of `climb_rows`. watch: shown the way after every window.
+    Shapes: eps (n, STEPS, k); what is given, (n, ...); what is told is a mean over a window.
+    """
+    active, climbing, spent = np.arange(len(eps)), ascent, Trip((), 0.0, 0.0)
+    told: list[Rows] = []
+    for start in range(0, STEPS, WINDOW):
+        before, window = climbing, []
+        for k in range(start, start + WINDOW):
+            further = {"begun": True} if k else {}  # the first step is as new as its request
+            trip = await submit(program, (*climbing, eps[active, k], *given), **further)
+            climbing, spent = Ascent(*trip.arrays[:4]), trip.after(spent)
+            window.append(trip.arrays[4:])
+        means = [np.mean(column, 0) for column in zip(*window, strict=True)]
+        told = told or [mean.copy() for mean in means]  # at first every row is active
+        for whole, mean in zip(told, means, strict=True):
+            whole[active] = mean
+        moving = ~at_rest(before.q, climbing.q)
+        ascent.put(active, climbing)  # not before: at first it is `before`
+        if not moving.all():
+            active, climbing = active[moving], climbing.rows(moving)
+            given = tuple(part[moving] for part in given)
+        if watch is not None:
+            await watch(Waypoint(start + WINDOW, len(active), ascent, told, spent))
+        if not len(active):
+            break
+    return ascent, told, spent

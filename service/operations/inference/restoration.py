@@ -1,0 +1,223 @@
+"""Restoration: E[x | y] for what is seen of an image, as composition over a model's graphs.
+
+`fast` is one trip: a recognition model of corrupted images, the decoder, fusion with what was seen, correction.
+`refined` goes on from recognition by variational inference for each image, one step a trip, so that it never holds up
+short work.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from service.contract.corruption import LEAST_VARIANCE, Observation, OperatorName, operator_of, projected
+from service.operations.inference import latent
+from service.operations.inference.latent import Noise
+from service.operations.inference.refinement import (
+    RATE,
+    REFINEMENT_STREAM,
+    STEPS,
+    Ascent,
+    Waypoint,
+    ascend,
+    begin,
+    climb_rows,
+)
+from service.operations.inference.vae import (
+    Compute,
+    Graphs,
+    Observe,
+    Plan,
+    Result,
+    Rows,
+    Submit,
+    decode_draws,
+    drawn_noise,
+    sample_rows,
+)
+from service.runtime.batcher import Arrays, Trip
+
+LEAST_LEVEL, MOST_LEVEL = np.float32(1e-6), np.float32(1.0)
+"""Bounds of a level that is estimated: those of the option `level`, which must be above 0."""
+PRIOR_DRAWS = 64
+"""Over which the prior's mean is taken, always the same ones."""
+
+
+# Programs
+
+
+def level_rows(graphs: Graphs, estimated: int | None) -> Compute:
+    """y, mask, level -> level, of which the column `estimated`, unless None, is estimated from y and all else is 0.
+
+    An estimate is clipped to what the option `level` allows.
+    """
+
+    def compute(y: Rows, mask: Rows, level: Rows) -> Arrays:
+        if estimated is None:
+            return (level,)
+        (guess,) = graphs["noise_level"](y, mask)
+        level = np.zeros_like(level)
+        level[:, estimated] = np.clip(guess[:, estimated], LEAST_LEVEL, MOST_LEVEL)
+        return (level,)
+
+    return compute
+
+
+def recognise_rows(graphs: Graphs, estimated: int | None) -> Compute:
+    """y, mask, level -> mean and log_var of q(z | y, mask, level), level, as `level_rows` gives it."""
+    estimate = level_rows(graphs, estimated)
+
+    def compute(y: Rows, mask: Rows, level: Rows) -> Arrays:
+        (level,) = estimate(y, mask, level)
+        return (*graphs["recognition"](y, mask, level), level)
+
+    return compute
+
+
+def fuse_rows(graphs: Graphs, name: OperatorName | None, *, completions: bool = False) -> Compute:
+    """mean, log_var, y, mask, level[, eps] -> restored, variance[, completions]: decode, fuse, correct.
+
+    Over draws, what is corrected is the mean of the fused images and, by the law of total variance, the variance around
+    it; completions are the fused images themselves, (n, L, c, h, w). What was seen through an operator comes last:
+    Bayes' rule through it makes sure that the answer is seen as it was.
+    """
+    operator = None if name is None else operator_of(name)
+
+    def compute(mean: Rows, log_var: Rows, y: Rows, mask: Rows, level: Rows, *eps: Rows) -> Arrays:
+        z = latent.posterior_draws(mean, log_var, eps[0]) if eps else mean[:, None]
+        decoded = decode_draws(graphs, z)
+        lifted = (y, mask, level) if operator is None else (*operator.lifted(y, mask), level)
+        repeated = [np.repeat(array, decoded.shape[1], axis=0) for array in lifted]
+        each = graphs["fusion"](decoded.reshape(-1, *decoded.shape[2:]), *repeated)
+        fused, variance = (array.reshape(decoded.shape) for array in each)
+        restored = graphs["correction"](fused.mean(1), variance.mean(1) + fused.var(1), *lifted)
+        if operator is not None:
+            noise = np.square(level[:, 0])[:, None, None, None] + np.float32(LEAST_VARIANCE)
+            restored = projected(operator, restored[0], restored[1], y, mask, noise)
+            if completions:
+                seen = [np.repeat(array, decoded.shape[1], axis=0) for array in (y, mask, noise)]
+                fused = projected(operator, each[0], each[1], seen[0], seen[1], seen[2])[0].reshape(decoded.shape)
+        return (*restored, *((fused,) if completions else ()))
+
+    return compute
+
+
+def denoise_rows(graphs: Graphs, estimated: int | None, *, completions: bool = False) -> Compute:
+    """y, mask, level[, eps] -> level, and what `fuse_rows` gives: recognise, decode, fuse, correct, in one trip."""
+    recognise, fuse = recognise_rows(graphs, estimated), fuse_rows(graphs, None, completions=completions)
+
+    def compute(y: Rows, mask: Rows, level: Rows, *eps: Rows) -> Arrays:
+        mean, log_var, level = recognise(y, mask, level)
+        return (level, *fuse(mean, log_var, y, mask, level, *eps))
+
+    return compute
+
+
+# Operations: what a request does around its trips.
+
+
+class Wish(NamedTuple):
+    """How well to restore, and what to give: see `RestoreOptions`."""
+
+    refined: bool
+    draws: int
+    uncertainty: bool
+    completions: bool
+    preview: bool = False
+
+
+async def restore(
+    plan: Plan,
+    submit: Submit,
+    shape: tuple[int, ...],
+    seen: Observation,
+    wish: Wish,
+    noise: Noise,
+    observe: Observe | None = None,
+) -> Result:
+    """E[x | y] for latents of `shape`, and the level of the noise; with uncertainty, the posterior's deviation too.
+
+    observe: told after every window of a refinement how it goes; with a preview, what E[x | y] is thought to be so far.
+    """
+    seed, noise = noise.settled()  # one seed repeats both draws and steps
+    eps, about = drawn_noise(noise, len(seen.y), wish.draws, shape)
+    if seen.operator is None and not wish.refined:
+        program = plan("denoise", denoise_rows, wish.draws, seen.estimated, completions=wish.completions)
+        trip = await submit(program, (seen.y, seen.mask, seen.level, *eps))
+        level, *arrays = trip.arrays
+    else:
+        trip = await submit(plan("recognise", recognise_rows, 0, seen.estimated), seen.lifted())
+        mean, log_var, level = trip.arrays
+        if not seen.known:
+            seen = seen._replace(level=level)
+        if wish.refined:
+            _, steps = noise.normal(len(seen.y), (STEPS, mean.shape[1] + level.shape[1]), REFINEMENT_STREAM)
+            start = begin(mean, log_var, level.shape[1])
+            mean, log_var, bound, level, spent = await _refine(
+                plan, submit, start, seen, steps, observe, preview=wish.preview
+            )
+            about, seen = {"seed": seed, "elbo": bound}, seen.with_level(level, LEAST_LEVEL, MOST_LEVEL)
+            trip = spent.after(trip)
+        fused = await _fused(plan, submit, seen, mean, log_var, eps, completions=wish.completions)
+        trip = fused.after(trip)
+        level, arrays = seen.level, list(trip.arrays)
+    outputs = {"images": arrays[0]}
+    if wish.uncertainty:
+        outputs["std"] = np.sqrt(arrays[1])
+    if wish.completions:
+        outputs["completions"] = arrays[2]
+    found = {} if seen.family is None else {"level": np.ascontiguousarray(level[:, seen.family])}
+    return Result(outputs, {**about, **found}, trip)
+
+
+async def prior_mean(plan: Plan, submit: Submit, noise_shape: tuple[int, ...]) -> tuple[Rows, Rows]:
+    """E[x] and the deviation of E[x|z] under the prior, (c, h, w): all that is known where nothing is seen."""
+    trip = await submit(plan("sample", sample_rows), (latent.standard_normal(0, PRIOR_DRAWS, noise_shape),))
+    return trip.arrays[0].mean(0), trip.arrays[0].std(0)
+
+
+async def _fused(
+    plan: Plan,
+    submit: Submit,
+    seen: Observation,
+    mean: Rows,
+    log_var: Rows,
+    eps: Arrays = (),
+    *,
+    completions: bool = False,
+) -> Trip:
+    """What `fuse_rows` gives for that posterior; a further part of an answer, which has begun with recognition."""
+    program = plan("fuse", fuse_rows, eps[0].shape[1] if eps else 0, seen.operator, completions=completions)
+    return await submit(program, (mean, log_var, *seen[:3], *eps), begun=True)
+
+
+async def _refine(
+    plan: Plan,
+    submit: Submit,
+    ascent: Ascent,
+    seen: Observation,
+    eps: Rows,
+    observe: Observe | None,
+    *,
+    preview: bool,
+) -> tuple[Any, ...]:
+    """mean, log_var, bound, level and the time, once every row has come to rest or done all its steps."""
+    n, latent_dim = len(seen.y), ascent.q.shape[2] - seen.level.shape[1]
+    unknown = np.zeros_like(seen.level)
+    if seen.estimated is not None:
+        unknown[:, seen.estimated] = 1.0
+    operators = (np.broadcast_to(part, (n, *part.shape)) for part in seen.through())
+    program = plan("refine", climb_rows, 0, "refinement", seen.y.shape[1:], RATE, rounds=STEPS)
+    given = (seen.y, seen.mask, seen.level, unknown, *operators)
+
+    async def watch(way: Waypoint) -> None:
+        assert observe is not None
+        shown = {}
+        if preview:
+            so_far = seen.with_level(way.told[1], LEAST_LEVEL, MOST_LEVEL)
+            shown["images"] = (await _fused(plan, submit, so_far, *way.ascent.posterior(latent_dim))).arrays[0]
+        observe(way.result(shown))
+
+    ascent, (bound, level), spent = await ascend(submit, program, ascent, eps, given, watch if observe else None)
+    return *ascent.posterior(latent_dim), bound, level, spent

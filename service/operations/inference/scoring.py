@@ -1,0 +1,169 @@
+"""How likely images are under the model: ELBO and importance-weighted log p(x), over draws of q(z|x).
+
+Draws are cut into slices, and the sums over them are taken here, in double.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.operations.inference import latent
+from service.operations.inference.latent import Noise, uniform
+from service.operations.inference.refinement import (
+    NEARBY_RATE,
+    REFINEMENT_STREAM,
+    STEPS,
+    Waypoint,
+    ascend,
+    begin,
+    climb_rows,
+)
+from service.operations.inference.vae import (
+    Compute,
+    Graphs,
+    Observe,
+    Plan,
+    Result,
+    Rows,
+    Submit,
+    decode_rows,
+    encode_rows,
+)
+from service.runtime.batcher import Arrays, Trip
+
+DRAWS = 16
+"""An image, unless the request says otherwise; those of the manifest's percentiles."""
+SLICE = 64
+"""Draws in one slice, and images times draws that still are short work: more goes where it holds up nobody."""
+BINARISATION_STREAM = 2
+"""Of a request's noise: that of its pixels."""
+LOG_2_PI = math.log(2.0 * math.pi)
+
+Doubles = NDArray[np.float64]
+Posterior = tuple[Rows, Rows]
+"""mean and log_var of q, each (n, *latent)."""
+
+
+def weigh_rows(graphs: Graphs) -> Compute:
+    """x, mean, log_var, eps (n, L, *latent) -> log p(x|z) and log p(z), (n, L), at the draws z of q."""
+
+    def compute(x: Rows, mean: Rows, log_var: Rows, eps: Rows) -> Arrays:
+        z = latent.posterior_draws(mean, log_var, eps)
+        joint = graphs["log_joint"](np.repeat(x, eps.shape[1], axis=0), z.reshape(-1, *mean.shape[1:]))
+        return tuple(part.reshape(eps.shape[:2]) for part in joint)
+
+    return compute
+
+
+class Terms(NamedTuple):
+    """log p(x|z), log p(z) and log q(z) at draws z of q, (n, L), and the entropy of q, (n,), all in nats."""
+
+    log_likelihood: Doubles
+    log_prior: Doubles
+    log_q: Doubles
+    entropy: Doubles
+
+    def bound(self) -> tuple[Doubles, Doubles]:
+        """E_q log p(x|z) and KL(q || p(z)), (n,): the entropy exact, the rest means over the draws.
+
+        Source: Kingma and Welling (2013), equation 6, with the part of it that has a closed form in that form.
+        """
+        return self.log_likelihood.mean(1), -self.entropy - self.log_prior.mean(1)
+
+    def weighted(self) -> tuple[Doubles, Doubles]:
+        """log of the mean weight p(x, z) / q(z), and, by the delta method, its standard error, (n,).
+
+        Source: Burda, Grosse and Salakhutdinov (2015), equation 8.
+        """
+        log_weights = self.log_likelihood + self.log_prior - self.log_q
+        largest = log_weights.max(1)
+        weights = np.exp(log_weights - largest[:, None])
+        mean, draws = weights.mean(1), weights.shape[1]
+        spread = np.square(weights - mean[:, None]).sum(1) / max(1, draws - 1)
+        return largest + np.log(mean), np.sqrt(spread / draws) / mean
+
+
+class Wish(NamedTuple):
+    """How to score, and what to give: see `ScoreOptions`. weighted: whether the images have a probability at all."""
+
+    binarisation: str
+    weighted: bool
+    refined: bool
+    draws: int
+    error: bool
+
+
+async def score(
+    plan: Plan, submit: Submit, x: Rows, wish: Wish, noise: Noise, observe: Observe | None = None
+) -> Result:
+    """Figures of every image x (n, c, h, w), each (n,); with `error`, its squared error too."""
+    seed, noise = noise.settled()
+    x = binarised(x, wish.binarisation, noise)
+    trip = await submit(plan("encode", encode_rows), (x,))
+    q: Posterior = (trip.arrays[0], trip.arrays[1])
+    _, eps = noise.normal(len(x), (wish.draws, *q[0].shape[1:]))
+    terms, trip = await _terms(plan, submit, x, q, eps, trip)
+    log_likelihood, kl = terms.bound()
+    figures = {"elbo": log_likelihood - kl, "log_likelihood": log_likelihood, "kl": kl}
+    if wish.refined:
+        q, trip = await _refined(plan, submit, x, q, noise, trip, observe)
+        terms, trip = await _terms(plan, submit, x, q, eps, trip)
+        log_likelihood, kl = terms.bound()
+        figures["refined_elbo"] = log_likelihood - kl
+    if wish.weighted:
+        figures["importance_weighted"], error = terms.weighted()
+        if wish.draws > 1:
+            figures["standard_error"] = error
+    outputs = {name: figure.astype(np.float32) for name, figure in figures.items()}
+    if wish.error:
+        trip = (await submit(plan("decode", decode_rows), (q[0],))).after(trip)
+        outputs["error"] = np.square(trip.arrays[0] - x)
+    return Result(outputs, {"seed": seed, "binarisation": wish.binarisation}, trip)
+
+
+def binarised(x: Rows, how: str, noise: Noise) -> Rows:
+    """Black and white: each pixel drawn with its grey level as its probability, or cut at a half; or x as it is."""
+    if how == "none":
+        return x
+    seed, _ = noise.settled()
+    cut = uniform(seed, len(x), x.shape[1:], noise.first, BINARISATION_STREAM) if how == "sample" else np.float32(0.5)
+    return (x > cut if how == "sample" else x >= cut).astype(np.float32)
+
+
+async def _terms(plan: Plan, submit: Submit, x: Rows, q: Posterior, eps: Rows, before: Trip) -> tuple[Terms, Trip]:
+    """The terms at mean + std * eps (n, L, *latent), and the time with that of what was before."""
+    n, draws = eps.shape[:2]
+    slices = range(0, draws, SLICE)
+    rounds = 1 if n * draws <= SLICE else max(2, len(slices))
+    joint = []
+    for start in slices:
+        part = np.ascontiguousarray(eps[:, start : start + SLICE])
+        further: dict[str, Any] = {"begun": True} if start else {}
+        program = plan("weigh", weigh_rows, part.shape[1], rounds=rounds)
+        trip = await submit(program, (x, *q, part), **further)
+        joint.append(trip.arrays)
+        before = trip.after(before)
+    log_likelihood, log_prior = (np.concatenate(parts, 1, dtype=np.float64) for parts in zip(*joint, strict=True))
+    log_var = q[1].reshape(n, -1).astype(np.float64)
+    square = np.square(eps.reshape(n, draws, -1), dtype=np.float64)
+    log_q = -0.5 * (square + log_var[:, None] + LOG_2_PI).sum(2)
+    return Terms(log_likelihood, log_prior, log_q, 0.5 * (log_var + 1.0 + LOG_2_PI).sum(1)), before
+
+
+async def _refined(
+    plan: Plan, submit: Submit, x: Rows, q: Posterior, noise: Noise, before: Trip, observe: Observe | None
+) -> tuple[Posterior, Trip]:
+    """The q of each image that raises its ELBO, from q(z|x) on, and the time likewise."""
+    _, eps = noise.normal(len(x), (STEPS, *q[0].shape[1:]), REFINEMENT_STREAM)
+    program = plan("climb", climb_rows, 0, "elbo_gradient", x.shape[1:], NEARBY_RATE, rounds=STEPS)
+
+    async def watch(way: Waypoint) -> None:
+        assert observe is not None
+        observe(way.result({}))
+
+    ascent, _, spent = await ascend(submit, program, begin(*q, 0), eps, (x,), watch if observe else None)
+    return ascent.posterior(eps.shape[2]), spent.after(before)

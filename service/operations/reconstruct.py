@@ -1,0 +1,26 @@
+"""POST reconstruct: images through the posterior and back."""
+
+from __future__ import annotations
+
+from service.operations.inference import vae
+from service.operations.inference.latent import Noise
+from service.operations.inference.vae import Result, Submit
+from service.operations.operation import DrawOptions, Inputs, Operation
+from service.repository.model import Model
+
+
+async def _run(model: Model, submit: Submit, inputs: Inputs, options: DrawOptions) -> Result:
+    noise = Noise(options.seed, inputs.first)
+    return await vae.reconstruct(model.plan, submit, model.latent_shape, inputs.rows, options.draws, noise)
+
+
+reconstruct = Operation(
+    name="reconstruct",
+    summary="Images as the model sees them",
+    description="The decoder's mean at the posterior's mean or, with `draws`, averaged over draws of the posterior.",
+    options=DrawOptions,
+    run=_run,
+    takes="images",
+    example={"images": ["<base64 of a PNG>"]},
+    answer={"images": [[[[0.0, 0.9], [0.1, 0.0]]]]},
+)

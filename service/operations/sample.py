@@ -1,0 +1,45 @@
+"""POST sample: images from the prior."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from service.operations.inference import vae
+from service.operations.inference.latent import MAX_SEED, Noise
+from service.operations.inference.vae import Result, Submit
+from service.operations.operation import Inputs, Operation, Options
+from service.repository.model import Model
+
+
+class SampleOptions(Options):
+    """What to draw."""
+
+    count: Annotated[int, Field(ge=1)] = 1
+    """How many images."""
+    seed: Annotated[int | None, Field(ge=0, le=MAX_SEED)] = None
+    """Seed of the draws; the answer names the one it used. More images never change the first ones."""
+    temperature: Annotated[float, Field(ge=0, le=10)] = 1.0
+    """Scale of the noise that the prior makes latents of; 1 is the prior, less is more typical."""
+    latents: bool = False
+    """Whether the answer holds the latents too."""
+
+
+async def _run(model: Model, submit: Submit, inputs: Inputs, options: SampleOptions) -> Result:
+    noise = Noise(options.seed, inputs.first)
+    return await vae.sample(
+        model.plan, submit, model.noise_shape, len(inputs.rows), options.temperature, options.latents, noise
+    )
+
+
+sample = Operation(
+    name="sample",
+    summary="New images",
+    description="E[x|z] for z drawn from the prior p(z). Options in the query string or as JSON; no body is needed.",
+    options=SampleOptions,
+    run=_run,
+    takes=None,
+    example={"count": 1, "seed": 7},
+    answer={"images": [[[[0.0, 0.9], [0.1, 0.0]]]], "seed": 7},
+)

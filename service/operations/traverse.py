@@ -1,0 +1,75 @@
+"""POST traverse: images along one or two latents, over the whole of the prior."""
+
+from __future__ import annotations
+
+from statistics import NormalDist
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field
+
+from service.errors import InvalidOption
+from service.operations.inference import vae
+from service.operations.inference.latent import MAX_SEED, standard_normal
+from service.operations.inference.vae import Result, Rows, Submit
+from service.operations.operation import Inputs, Operation, Options
+from service.repository.model import Model
+
+
+class TraverseOptions(Options):
+    """Which latents, and how finely."""
+
+    axes: Annotated[str, Field(pattern=r"^\d{1,6}(,\d{1,6})?$")] = "0,1"
+    """One latent, or two with a comma between: the first runs to the right, the second up."""
+    size: Annotated[int, Field(ge=2, le=128)] = 10
+    """Images a side."""
+    seed: Annotated[int | None, Field(ge=0, le=MAX_SEED)] = None
+    """Through which draw of the prior; without one, through its middle."""
+    latents: bool = False
+    """Whether the answer holds the latents too."""
+
+    @property
+    def numbers(self) -> list[int]:
+        """The axes."""
+        return [int(number) for number in self.axes.split(",")]
+
+    @property
+    def count(self) -> int:
+        """Images in all."""
+        return int(self.size ** len(self.numbers))
+
+
+async def _run(model: Model, submit: Submit, inputs: Inputs, options: TraverseOptions) -> Result:
+    eps = grid(options, model.noise_shape)[inputs.first : inputs.first + len(inputs.rows)]
+    return await vae.transform(model.plan, submit, eps, latents=options.latents)
+
+
+def grid(options: TraverseOptions, shape: tuple[int, ...]) -> Rows:
+    """The prior's noise at the medians of cells of equal probability, row by row from the top: (count, *shape).
+
+    Source: Kingma and Welling (2013), figure 4.
+    Raises: InvalidOption for an axis that is not there, or the same one twice.
+    """
+    axes, width = options.numbers, int(np.prod(shape))
+    if max(axes) >= width or len(set(axes)) < len(axes):
+        raise InvalidOption(f"axes is {options.axes}; name one or two different latents of 0 to {width - 1}")
+    medians = [NormalDist().inv_cdf((k + 0.5) / options.size) for k in range(options.size)]
+    middle = np.zeros(width, np.float32) if options.seed is None else standard_normal(options.seed, 1, (width,))[0]
+    eps = np.tile(middle, (options.count, 1))
+    eps[:, axes[0]] = np.tile(medians, options.count // options.size)
+    if len(axes) == 2:
+        eps[:, axes[1]] = np.repeat(medians[::-1], options.size)
+    return eps.reshape(-1, *shape)
+
+
+traverse = Operation(
+    name="traverse",
+    summary="A map of the latents",
+    description="E[x|z] over a grid of equal probability of one or two of the prior's latents, the others held: what "
+    "each of them means. For a model of two latents, the whole of its prior.",
+    options=TraverseOptions,
+    run=_run,
+    takes=None,
+    example={"axes": "0,1", "size": 10},
+    answer={"images": [[[[0.0, 0.9], [0.1, 0.0]]]], "latents": [[-1.6, 1.6]]},
+)

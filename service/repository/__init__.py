@@ -1,0 +1,1 @@
+"""The model repository: finding, checking, opening and replacing versions."""

@@ -1,0 +1,68 @@
+"""`python -m service.repository.trial`: one version read, checked, opened, replayed and timed in a confined process.
+
+A graph may loop for ever, take all memory or crash onnxruntime, even while it is opened. So the serving process opens
+only what has passed here.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from service.contract.manifest import ManifestError
+from service.errors import StartError, one_line
+from service.repository.graph_check import check_graph
+from service.repository.model import Trial, assembled, read_version
+from service.repository import confined
+from service.runtime.session import PROVIDERS
+
+
+def main(arguments: list[str]) -> int:
+    """Try a version and write the outcome to standard output, in JSON.
+
+    Args:
+        arguments: Process id of the parent, and a `Trial` in JSON.
+    """
+    parent, asked = int(arguments[0]), Trial(*json.loads(arguments[1]))
+    confined.end_with_parent(parent)
+    confined.leave_no_core()
+    try:
+        outcome = tried(asked)
+    except MemoryError:
+        outcome = {
+            "refused": f"{asked.folder} needs more memory than the {asked.memory_bytes} bytes of "
+            "VAE_LOAD_MEMORY_BYTES, or than is free"
+        }
+    except Exception as error:  # noqa: BLE001  # whatever a hostile file brings about
+        known = isinstance(error, StartError)
+        outcome = {
+            "refused": one_line(error if known else f"{asked.folder} cannot be opened: {type(error).__name__}: {error}")
+        }
+    json.dump(outcome, sys.stdout)
+    return 0
+
+
+def tried(asked: Trial) -> dict[str, Any]:
+    """The manifest's digest, and the timings of the programs as pairs of rows and seconds.
+
+    Raises: StartError; MemoryError.
+    """
+    confined.limit_memory(asked.memory_bytes)
+    version = read_version(Path(asked.folder))
+    for name, content in version.graphs.items():
+        try:
+            check_graph(version.manifest.graphs[name].file, content)
+        except ManifestError as error:
+            raise StartError(f"{asked.folder} cannot be opened: {error}") from error
+    confined.limit_memory(asked.memory_bytes, asked.threads * len(version.graphs))
+    confined.forbid_files()
+    # On the CPU wherever it is served: other providers need files, and more address space than they use.
+    model = assembled(version, PROVIDERS["cpu"], asked.threads)
+    timings = model.warm(version.golden, asked.max_rows) if asked.timed else []
+    return {"digest": version.digest, "timings": [list(timing.items()) for timing in timings]}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Batches of rows through onnxruntime: queue, scheduler, threads, sessions."""

@@ -1,0 +1,1 @@
+"""Who may call: API keys, rates, hosts, origins, proxies, headers."""

@@ -1,0 +1,1 @@
+"""Processes and connections: everything that knows uvicorn's insides."""

@@ -1,0 +1,464 @@
+"""uvicorn's HTTP protocol, with limits: on what a connection sends, and on how long it takes to send and to read."""
+
+from __future__ import annotations
+
+import re
+from asyncio import TimerHandle, Transport
+from collections.abc import Iterable
+from enum import Enum, auto
+from ipaddress import IPv6Address
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import urlsplit
+
+from httptools import HttpParserCallbackError, HttpParserError, HttpParserUpgrade, HttpRequestParser
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+
+from service.api import problems
+from service.api.body import WHOLE
+from service.errors import (
+    HeadersTooLarge,
+    Malformed,
+    ServiceError,
+    SlowRequest,
+    UrlTooLong,
+)
+from service.security.proxies import PEER
+from service.server.connections import Connections
+from service.settings import Settings
+
+EXTENSIONS: dict[str, dict[object, object]] = {WHOLE: {}}
+LINGER_S = 1.0
+"""How long a refused connection stays, so that its caller can read why."""
+BODIES = (b"content-length", b"transfer-encoding")
+"""Headers of a request that has a body."""
+LEAST_READ = 65536
+"""Bytes of an answer that a caller must have read, of those that wait, each time it is looked at."""
+SPARE_S = 1.0
+"""How long a connection above the limits may take to ask for health."""
+FRAMING = frozenset((b"host", b"transfer-encoding"))
+"""Headers that say for whom a request is and where it ends, beside Content-Length, which the parser checks."""
+SLASH, HASH = b"/"[0], b"#"
+VERSIONS = ("1.0", "1.1")
+LARGEST_PORT = 65535
+
+_host = re.compile(
+    rb"(?:(?:[\w.~!$&'()*+;=-]|%[0-9A-Fa-f]{2}){1,255}|\[([0-9A-Fa-f:.]{2,45})\])(?::(\d{0,5}))?"
+).fullmatch
+
+
+class Part(Enum):
+    """What may be still to come on a connection."""
+
+    NEXT = auto()
+    """Another request, of which nothing is there."""
+    HEAD = auto()
+    """The rest of a request's line and headers."""
+    BODY = auto()
+    """The rest of its body."""
+
+
+def head_of(status: int, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """The status line and the headers of an answer, without the empty line that ends them."""
+    lines = [STATUS_LINE[status]]
+    for name, value in headers:
+        lines += (name, b": ", value, b"\r\n")
+    return b"".join(lines)
+
+
+class Cycle(RequestResponseCycle):
+    """One request and its answer. An answer that comes whole, as `intake.WHOLE` says it may, is written at once."""
+
+    async def send(self, message: Any) -> None:
+        """As uvicorn's; `content` in `http.response.start` is the whole body."""
+        content = message.get("content")
+        if content is None:
+            await super().send(message)
+            return
+        headers = self.default_headers + message["headers"]
+        plain = len(self.default_headers) == 1 and self.keep_alive  # else a header closes the connection
+        if not plain or self.flow.write_paused or self.disconnected or self.response_started:
+            await super().send(message)
+            await super().send({"type": "http.response.body", "body": content})
+            return
+        head = head_of(message["status"], headers)
+        if head.count(b"\n") != len(headers) + 1 or head.count(b"\r") != len(headers) + 1:
+            raise RuntimeError("a header of the answer has a line break")
+        self.response_started = self.response_complete = True
+        self.waiting_for_100_continue = False
+        self.transport.write(b"%b\r\n%b" % (head, content))
+        self.message_event.set()
+        self.on_response()
+
+
+class Protocol(HttpToolsProtocol):
+    """One connection. A request that comes whole, as nearly all do, costs a few comparisons and sets no timer."""
+
+    def __init__(self, *, settings: Settings, connections: Connections, **parts: Any) -> None:
+        """parts: what uvicorn hands to a protocol."""
+        super().__init__(**parts)
+        self.settings = settings
+        self.timeout_keep_alive = settings.keep_alive_s  # type: ignore[assignment]  # a loop takes parts of seconds
+        self._limits = connections
+        self._excess: ServiceError | None = None  # why this connection is one too many
+        self._counted = False
+        self._framing: list[tuple[bytes, bytes]] | None = None  # of the last request, which was in order
+        self._begun: Any = None  # the scope of the last request whose head is there
+        self._chunk = 0  # bytes that are being parsed
+        self._small = min(settings.max_url_bytes, settings.max_header_bytes)  # chunks that need no closer look
+        self._max_headers = settings.max_headers
+        self._awaited: Part | None = None
+        self._fruitless = 0  # bytes that came and completed nothing
+        self._sender: TimerHandle | None = None
+        self._reader: TimerHandle | None = None
+        self._unread = 0
+        self._refused = False
+        self._linger: TimerHandle | None = None
+        self._linger_end = 0.0
+
+    def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
+        """Count it; above the limits it is kept for a moment, for it may ask for health."""
+        super().connection_made(transport)
+        settings, client = self.settings, self.client
+        self.app_state = {**self.app_state, PEER: client}
+        if self.server is None or self.server[1] != settings.ops_port:
+            self._excess = self._limits.over(len(self.connections), client)
+            self._counted = self._excess is None
+        if self._excess is not None:
+            self.connections.discard(self)
+            if settings.ops_port is not None:  # which is where health is
+                self._refuse(self._excess)
+                return
+            self._limits.keep(self, self._turn_away)
+        self._await(Part.NEXT)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget it."""
+        super().connection_lost(exc)
+        if self._counted:
+            self._limits.closed(self.client)
+        self._limits.release(self)
+        self._await(None)
+        self._untime_reader()
+        if self._linger is not None:
+            self._linger.cancel()
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what came, and see what is still to come."""
+        if self._linger is not None:
+            self._drain(len(data))
+        if self._refused:
+            return
+        self._chunk = len(data)
+        self._unset_keepalive_if_required()
+        try:
+            try:
+                self.parser.feed_data(data)
+            except HttpParserUpgrade as upgrade:
+                self._decline(data[upgrade.args[0] :])
+        except HttpParserError as error:
+            self._refuse(_reason(error))
+        cycle = self.cycle
+        if self._awaited is None and self.scope is self._begun and not (cycle.more_body or cycle.response_complete):
+            return  # a whole request is being answered
+        missing = None if self._refused else self._missing()
+        if missing is not self._awaited:
+            self._await(missing)
+        elif missing is not None:
+            self._count()
+
+    def on_headers_complete(self) -> None:
+        """Refuse a head that is above a limit or may be read in two ways, before anything is done about it."""
+        if self._chunk > self._small or len(self.headers) > self._max_headers or self._awaited is Part.HEAD:
+            self._check_head()
+        framing = [header for header in self.headers if header[0] in FRAMING]
+        if framing != self._framing:  # nearly all requests of a connection have the same
+            self._check_framing(framing)
+        if self.url[0] != SLASH or HASH in self.url:
+            self._check_target()
+        if self._excess is not None:
+            self._check_excess()
+        super().on_headers_complete()
+        self.scope["extensions"] = EXTENSIONS
+        self.cycle.__class__ = Cycle
+        self._begun = self.scope
+        self.headers = []  # trailers come here, where nobody takes them for headers
+        if self._awaited is not None:
+            self._await(None)
+        if self._excess is not None:
+            self.cycle.keep_alive = False
+        if self.expect_100_continue:
+            self._await_continue()
+        elif not self.cycle.keep_alive:
+            self._end_with(self.cycle)
+
+    def _check_head(self) -> None:
+        """Raises: UrlTooLong, HeadersTooLarge."""
+        settings = self.settings
+        if len(self.url) > settings.max_url_bytes:
+            raise UrlTooLong(f"the URL has {len(self.url)} bytes, VAE_MAX_URL_BYTES is {settings.max_url_bytes}")
+        if len(self.headers) > settings.max_headers:
+            raise HeadersTooLarge(f"{len(self.headers)} headers, VAE_MAX_HEADERS is {settings.max_headers}")
+        if sum(len(name) + len(value) for name, value in self.headers) > settings.max_header_bytes:
+            raise self._too_large()
+
+    def _check_framing(self, framing: list[tuple[bytes, bytes]]) -> None:
+        """Raises: Malformed, where it is not sure for whom the request is or where it ends."""
+        version = self.parser.get_http_version()
+        if version not in VERSIONS:
+            raise Malformed(f"HTTP/{version} is not spoken here; send HTTP/1.1")
+        hosts = [value for name, value in framing if name == b"host"]
+        if len(hosts) > 1:
+            raise Malformed("the header Host is there more than once; send it once")
+        if not hosts and version == "1.1":
+            raise Malformed("the header Host is missing; HTTP/1.1 requires it")
+        if hosts and not is_host(hosts[0]):
+            raise Malformed("the header Host is not a host name or an IP address, with or without a port")
+        codings = len(framing) - len(hosts)
+        if codings > 1 or (codings and version == "1.0"):
+            raise Malformed("Transfer-Encoding must be there once, and with HTTP/1.1; send `chunked` alone")
+        self._framing = framing
+
+    def _check_target(self) -> None:
+        """Take a whole URL for its path; refuse any other target that is not a path.
+
+        Raises: Malformed.
+        """
+        if self.url == b"*" and self.parser.get_method() == b"OPTIONS":
+            return
+        parts = urlsplit(self.url)
+        if HASH in self.url or parts.scheme not in (b"http", b"https") or not parts.netloc:
+            raise Malformed("the request's target is not a path; send it as `GET /path HTTP/1.1`")
+        port = b":80" if parts.scheme == b"http" else b":443"
+        names = {value.lower().removesuffix(port) for name, value in self._framing or () if name == b"host"}
+        if not is_host(parts.netloc) or names - {parts.netloc.lower().removesuffix(port)}:
+            raise Malformed("the request's target names another host than its header Host")
+        self.url = (parts.path or b"/") + (b"?" + parts.query if parts.query else b"")
+
+    def _check_excess(self) -> None:
+        """Raises: TooManyConnections, but for questions about health."""
+        assert self._excess is not None
+        path = self.url.removeprefix(self.settings.root_path.encode())
+        if self.parser.get_method() not in (b"GET", b"HEAD") or not path.startswith(b"/health/"):
+            raise self._excess
+        self._limits.release(self)
+
+    def _await_continue(self) -> None:
+        """Close after an answer that came before the body was asked for: its sender may leave the body out."""
+        cycle = self.cycle
+        receive, keep_alive = cycle.receive, cycle.keep_alive
+        cycle.keep_alive = False
+        self._end_with(cycle)
+
+        async def continued() -> Any:
+            if keep_alive and not cycle.response_started:
+                cycle.keep_alive, cycle.on_response = True, self.on_response_complete
+            return await receive()
+
+        cycle.receive = continued  # type: ignore[method-assign]
+
+    def _end_with(self, cycle: Any, *, more: bool = False) -> None:
+        """Close after this answer. A caller that still sends, its body or `more`, is first given time to read it."""
+
+        def close() -> None:
+            if more or cycle.more_body:
+                self._refused = True
+                self._close()
+            else:
+                self.transport.close()
+
+        transport = self.transport
+        cycle.transport = SimpleNamespace(write=transport.write, is_closing=transport.is_closing, close=close)
+        cycle.on_response = self._on_last_response
+
+    def _decline(self, rest: bytes) -> None:
+        """Answer a request that asks for an upgrade as if it did not: nothing but HTTP/1.1 is spoken here.
+
+        The parser has stopped after its head. Another one reads its body, and nothing behind that is ever parsed:
+        whoever sent it may have meant another protocol.
+        """
+        cycle = self.cycle
+        cycle.more_body = True
+        if self.scope["method"] == "CONNECT":
+            self._refuse(Malformed("CONNECT is for proxies, and this is none"))
+            return
+        cycle.keep_alive = False
+        vars(cycle).pop("receive", None)  # that of `_await_continue` may keep the connection
+        self._end_with(cycle, more=True)
+        lines = [b"%b: %b\r\n" % (name, value) for name, value in self.scope["headers"] if name in BODIES]
+        if not lines:
+            cycle.more_body = False
+            self._refused = True
+            return
+        cycle.message_event.clear()
+        self.parser = HttpRequestParser(SimpleNamespace(on_body=self.on_body, on_message_complete=self._on_last_body))
+        self.parser.feed_data(b"".join([b"POST / HTTP/1.1\r\nconnection: close\r\n", *lines, b"\r\n"]))
+        self.parser.feed_data(rest)  # with `close` it stops at the end of the body
+
+    def _on_last_body(self) -> None:
+        self.on_message_complete()
+        self._refused = True
+
+    def _missing(self) -> Part | None:
+        """What is still to come; nothing until a whole request is answered."""
+        if self.scope is not self._begun:
+            return Part.HEAD
+        if self.cycle is None or self.cycle.response_complete:
+            return Part.NEXT if self.cycle is None or not self.cycle.more_body else Part.BODY
+        return Part.BODY if self.cycle.more_body else None
+
+    def _count(self) -> None:
+        """Bound what comes and is kept by the parser, or by nobody: half a head, trailers, bodies not wanted."""
+        cycle, settings = self.cycle, self.settings
+        self._fruitless += self._chunk
+        if self._awaited is Part.BODY and cycle.response_complete:
+            if self._fruitless > settings.max_body_bytes:
+                self.transport.abort()
+        elif self._awaited is Part.BODY and cycle.body:
+            self._fruitless = 0
+        elif self._fruitless > settings.max_header_bytes:
+            self._refuse(self._too_large())
+
+    def _on_last_response(self) -> None:
+        """The answer is written and the connection closes, when its caller has read."""
+        if self._linger is None:
+            self.on_response_complete()
+            self._time_reader()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Close an idle connection, which may still owe its caller the end of an answer."""
+        super().timeout_keep_alive_handler()
+        self._time_reader()
+
+    def pause_writing(self) -> None:
+        """The caller does not read as fast as is written."""
+        super().pause_writing()
+        self._time_reader()
+
+    def resume_writing(self) -> None:
+        """It has read."""
+        super().resume_writing()
+        self._untime_reader()
+
+    def _refuse(self, error: ServiceError) -> None:
+        """Say so and close; an answer to an earlier request goes first, one that has begun is broken off."""
+        self._refused = True
+        cycle = self.cycle
+        if self.scope is self._begun and cycle is not None and cycle.more_body:
+            if cycle.response_started or self.pipeline:
+                self.transport.abort()
+                return
+            cycle.disconnected = True
+            cycle.message_event.set()
+        elif self._answering():
+            cycle.keep_alive = False
+            return
+        self.transport.write(self._answer(error))
+        self._close()
+
+    def _answer(self, error: ServiceError) -> bytes:
+        status, _, content, headers = problems.describe(error)
+        lines = [
+            *((name.encode(), value.encode()) for name, value in headers.items()),
+            (b"content-type", problems.MEDIA_TYPE.encode()),
+            (b"content-length", b"%d" % len(content)),
+            (b"connection", b"close"),
+        ]
+        return b"%b\r\n%b" % (head_of(status, [*self.server_state.default_headers, *lines]), content)
+
+    def _turn_away(self) -> None:
+        """Close a connection above the limits that has not asked for health."""
+        assert self._excess is not None
+        if not self._refused:
+            self._refuse(self._excess)
+
+    def _close(self) -> None:
+        """Close, but not before the caller has had time to read: what it still sends would undo what it was sent."""
+        self._await(None)
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+            self.flow.resume_reading()
+            self._linger_end = self.loop.time() + self.settings.body_timeout_s
+            self._linger = self.loop.call_later(LINGER_S, self.transport.abort)
+        else:
+            self.transport.close()
+
+    def _drain(self, size: int) -> None:
+        """Drop what is still being sent, within the limits of a body."""
+        assert self._linger is not None
+        self._linger.cancel()
+        self._fruitless += size
+        if self._fruitless > self.settings.max_body_bytes or self.loop.time() > self._linger_end:
+            self.transport.abort()
+        else:
+            self._linger = self.loop.call_later(LINGER_S, self.transport.abort)
+
+    def _answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _await(self, part: Part | None) -> None:
+        """Give it its time."""
+        self._awaited, self._fruitless = part, 0
+        if self._sender is not None:
+            self._sender.cancel()
+            self._sender = None
+        if part is not None:
+            settings = self.settings
+            seconds = settings.body_timeout_s if part is Part.BODY else settings.head_timeout_s
+            if self._excess is not None:
+                seconds = min(seconds, SPARE_S)
+            self._sender = self.loop.call_later(seconds, self._too_slow)
+
+    def _too_slow(self) -> None:
+        """What is awaited has not come in time."""
+        part, waits = self._awaited, self.flow.read_paused or self.pipeline
+        assert part is not None
+        if waits or (part is Part.HEAD and self._answering()):
+            self._await(part)  # it is the service that keeps the caller waiting
+        elif self._excess is not None and self.cycle is None:
+            self._turn_away()
+        elif part is Part.NEXT:
+            self.transport.close()
+        else:
+            name = part.name
+            self._refuse(SlowRequest(f"the request's {name.lower()} took longer than VAE_{name}_TIMEOUT_S allows"))
+
+    def _time_reader(self) -> None:
+        self._untime_reader()
+        self._unread = self.transport.get_write_buffer_size()
+        self._reader = self.loop.call_later(self.settings.answer_timeout_s, self._see_reader)
+
+    def _untime_reader(self) -> None:
+        if self._reader is not None:
+            self._reader.cancel()
+            self._reader = None
+
+    def _see_reader(self) -> None:
+        """Cut off a caller that has read next to nothing since the last look."""
+        if self.transport.get_write_buffer_size() > self._unread - LEAST_READ:
+            self.transport.abort()
+        else:
+            self._time_reader()
+
+    def _too_large(self) -> HeadersTooLarge:
+        return HeadersTooLarge(f"the headers are above VAE_MAX_HEADER_BYTES ({self.settings.max_header_bytes})")
+
+
+def _reason(error: HttpParserError) -> ServiceError:
+    """What is wrong with a request that the parser stopped at."""
+    if not isinstance(error, HttpParserCallbackError):
+        return Malformed(f"the request is not HTTP/1.1: {error}")
+    cause = error.__context__
+    return cause if isinstance(cause, ServiceError) else Malformed("the request's target is not a path; see /docs")
+
+
+def is_host(value: bytes) -> bool:
+    """Whether that is a host as RFC 3986 has it, with or without a port."""
+    found = _host(value)
+    if not found:
+        return False
+    address, port = found.groups()
+    try:
+        return (not address or bool(IPv6Address(address.decode()))) and int(port or 0) <= LARGEST_PORT
+    except ValueError:
+        return False

@@ -1,0 +1,330 @@
+"""The supervisor: forks the worker processes, watches their event loops, replaces those that end, stops them all.
+
+It opens no model and starts no thread, so it stays small and can be forked at any time. A worker shows that its event
+loop runs by writing the time into memory that both share, so that a loop that stands still is found out whatever holds
+it up: no thread of the worker has to run for that.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import mmap
+import os
+import select
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
+
+from prometheus_client import CollectorRegistry
+
+from service.errors import StartError
+from service.observability import metrics as telemetry
+from service.observability.logs import outputs
+from service.observability.shared_values import SharedValues
+from service.repository.confined import end_with_parent
+from service.server import worker
+from service.server.listeners import Listener
+from service.settings import Settings
+
+FIRST_BACKOFF_S, MOST_BACKOFF_S = 0.1, 10.0
+"""Before a worker is started again: doubled with every one that ends soon."""
+HEALTHY_S = 60.0
+"""A worker that has lived so long begins anew with the first of these."""
+GRACE_S = 3.0
+"""Added to VAE_TIMEOUT_S: what workers that were told to stop may take to end."""
+SHORT_GRACE_S = 2.0
+"""The same after a second signal."""
+DUMP_S = 0.5
+"""How long a worker that stands still may take to write its stacks before it is killed."""
+ANSWER_BYTES = 2**16
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+log = logging.getLogger("service")
+
+
+class Worker:
+    """The place of one worker: the process that is there now, and when the next one starts."""
+
+    def __init__(self, slot: int) -> None:
+        self.slot = slot
+        self.pid = 0
+        self.channel: socket.socket | None = None
+        self.serves = False
+        self.reason = ""
+        self.started = self.start_at = self.kill_at = 0.0
+        self.failures = 0
+
+    @property
+    def runs(self) -> bool:
+        """Whether there is a process."""
+        return self.pid != 0
+
+
+class Supervisor:
+    """Runs `settings.workers` workers on bound listeners until a signal stops it."""
+
+    def __init__(self, settings: Settings, listeners: list[Listener], welcome: Callable[[list[str]], None]) -> None:
+        """Before the first fork.
+
+        Args:
+            settings: What the workers serve, with the folder of the models and the default model resolved.
+            listeners: Bound, and not listened on yet.
+            welcome: Called with the names of the models when the first worker is ready.
+        """
+        count = settings.workers
+        self._settings, self._listeners, self._welcome = settings, listeners, welcome
+        self._values = SharedValues(count + 1)
+        self._several = count > 1
+        telemetry.share(self._values, count, several=self._several)
+        self._restarts = telemetry.restarts_counter(CollectorRegistry())
+        self._beats = memoryview(mmap.mmap(-1, 8 * count)).cast("d")
+        self._beat_s = worker.beat_s(settings)
+        self._workers = [Worker(slot) for slot in range(count)]
+        self._listening = False
+        self._signals: list[int] = []
+        self._watched = 0.0  # since when this process has looked at the beats without a break
+        self._looked = 0.0
+
+    def run(self) -> None:
+        """Start the workers; serve until SIGTERM, SIGINT or SIGHUP; stop them.
+
+        Raises:
+            StartError: No worker could open the models.
+        """
+        gc.collect()
+        gc.freeze()  # so that no collection of a worker writes to pages that all of them share
+        with self._signalled() as awake:
+            try:
+                while not self._signals:
+                    self._step(awake)
+                self._stop(awake)
+            finally:
+                for one in self._workers:
+                    self._kill(one)
+
+    def _step(self, awake: socket.socket) -> None:
+        """Whatever is due: starts, news of workers, ends, loops that stand still."""
+        now = time.monotonic()
+        for one in self._workers:
+            if not one.runs and now >= one.start_at:
+                self._start(one)
+        self._wait(awake, self._beat_s)
+        for one in self._workers:
+            if one.runs and not one.serves:
+                self._hear(one)
+        for one in self._workers:
+            if one.runs:
+                self._reap(one)
+        self._watch(time.monotonic())
+
+    def _start(self, one: Worker) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)  # the standard library's
+        parent = os.getpid()
+        for output in outputs():
+            output.flush()
+        one.started, one.serves, one.reason, one.kill_at = time.monotonic(), False, "", 0.0
+        self._beats[one.slot] = 0.0
+        pid = os.fork()
+        if pid == 0:
+            self._become(one, theirs, parent)
+        theirs.close()
+        one.pid, one.channel = pid, ours
+
+    def _become(self, one: Worker, channel: socket.socket, parent: int) -> NoReturn:
+        """In the forked process: be a worker, never return."""
+        try:
+            end_with_parent(parent)
+            signal.set_wakeup_fd(-1)
+            for number in STOPPING:
+                signal.signal(number, signal.SIG_DFL)
+            for other in self._workers:
+                if other.channel is not None:
+                    other.channel.close()
+            telemetry.share(self._values, one.slot, several=self._several)
+            beats, slot = self._beats, one.slot
+
+            def beat() -> None:
+                beats[slot] = time.monotonic()
+
+            worker.run(self._settings, [listener.socket for listener in self._listeners], channel, beat)
+        finally:
+            os._exit(1)
+
+    def _hear(self, one: Worker) -> None:
+        """Whether a worker that starts is ready, or why it cannot be.
+
+        Raises: StartError where nothing is served yet.
+        """
+        assert one.channel is not None
+        try:
+            told = one.channel.recv(ANSWER_BYTES)
+        except BlockingIOError:
+            return
+        if not told:
+            return  # it ends
+        said: dict[str, Any] = json.loads(told)
+        if "error" in said:
+            one.reason = "not_started"
+            if not self._listening:
+                raise StartError(said["error"])
+            log.error("worker %d cannot start: %s", one.pid, said["error"])
+            return
+        if not self._listening:
+            for listener in self._listeners:
+                listener.listen()  # not before: a balancer would let requests wait here instead of asking another
+            self._listening = True
+            self._welcome(said["models"])
+        one.serves = True
+        self._beats[one.slot] = time.monotonic()
+        with suppress(OSError):  # it has ended
+            one.channel.send(worker.GO)
+
+    def _reap(self, one: Worker) -> None:
+        """See whether a worker has ended; then it is started again after a while.
+
+        Raises: StartError where it was to be the first.
+        """
+        pid, status = os.waitpid(one.pid, os.WNOHANG)
+        if not pid:
+            return
+        if one.channel is not None:
+            one.channel.close()
+        self._values.died(one.slot)
+        code = os.waitstatus_to_exitcode(status)
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+        one.pid, one.channel = 0, None
+        if not self._listening:
+            raise StartError(f"the worker process {how} while it opened the models; its log is above")
+        now = time.monotonic()
+        one.failures = 0 if now - one.started >= HEALTHY_S else one.failures + 1
+        delay_s = min(MOST_BACKOFF_S, FIRST_BACKOFF_S * 2.0 ** max(0, one.failures - 1))
+        one.start_at = now + delay_s
+        self._restarts.labels(one.reason or ("killed" if code < 0 else "exited")).inc()
+        log.error("worker %d %s; it is started again in %.1f s", pid, how, delay_s)
+
+    def _watch(self, now: float) -> None:
+        """Kill workers whose event loop stands still, but not after this process itself stood still."""
+        limit_s = self._settings.loop_limit_s
+        if now - self._looked > max(1.0, 4.0 * self._beat_s):
+            self._watched = now
+        self._looked = now
+        for one in self._workers:
+            if not (one.runs and one.serves):
+                continue
+            if one.kill_at and now >= one.kill_at:
+                os.kill(one.pid, signal.SIGKILL)
+            elif not one.kill_at and now - max(self._beats[one.slot], self._watched) > limit_s:
+                log.critical(
+                    "the event loop of worker %d has stood still for more than VAE_LOOP_LIMIT_S (%g); it is killed",
+                    one.pid, limit_s,
+                )  # fmt: skip
+                one.reason, one.kill_at = "stuck", now + DUMP_S
+                os.kill(one.pid, worker.DUMP_SIGNAL)
+
+    def _stop(self, awake: socket.socket) -> None:
+        """Pass the signal on, wait for the workers to end, and kill those that do not in time."""
+        settings, sent = self._settings, 0
+        end = time.monotonic()
+        for listener in self._listeners:
+            listener.socket.close()  # the workers have copies; through this one callers could connect, and wait in vain
+        while True:
+            if len(self._signals) > sent:
+                gently = sent == 0 and self._signals[0] == signal.SIGTERM
+                drain_s = settings.drain_s if gently else 0.0
+                grace_s = settings.timeout_s + GRACE_S if sent == 0 else SHORT_GRACE_S
+                end, sent = time.monotonic() + drain_s + grace_s, len(self._signals)
+                for one in self._workers:
+                    if one.runs and one.serves:
+                        os.kill(one.pid, signal.SIGTERM if gently else signal.SIGINT)
+                    else:
+                        self._kill(one)
+            for one in self._workers:
+                if one.runs and os.waitpid(one.pid, os.WNOHANG)[0]:
+                    one.pid = 0
+            left_s = end - time.monotonic()
+            running = [str(one.pid) for one in self._workers if one.runs]
+            if not running:
+                return
+            if left_s <= 0:
+                log.error("worker %s did not stop in time and is killed", ", ".join(running))
+                return
+            self._wait(awake, min(left_s, self._beat_s))
+
+    def _kill(self, one: Worker) -> None:
+        if one.runs:
+            os.kill(one.pid, signal.SIGKILL)
+            os.waitpid(one.pid, 0)
+            one.pid = 0
+
+    def _wait(self, awake: socket.socket, seconds: float) -> None:
+        """Until a signal comes, a worker that starts has news, or the time is up."""
+        due = [one.start_at - time.monotonic() for one in self._workers if not one.runs and not self._signals]
+        channels = [one.channel for one in self._workers if one.channel is not None and not one.serves]
+        readable, _, _ = select.select([awake, *channels], [], [], max(0.0, min([seconds, *due])))
+        if awake in readable:
+            with suppress(BlockingIOError):
+                while awake.recv(ANSWER_BYTES):
+                    pass
+        for output in outputs():
+            output.flush()
+
+    @contextmanager
+    def _signalled(self) -> Iterator[socket.socket]:
+        """Note signals, and wake up for each; gives the socket that becomes readable."""
+        awake, waker = socket.socketpair()
+        for end in (awake, waker):
+            end.setblocking(False)  # the standard library's
+        before = {number: signal.getsignal(number) for number in (*STOPPING, signal.SIGCHLD)}
+        signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
+        for number in STOPPING:
+            signal.signal(number, lambda number, _: self._signals.append(number))
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # a handler, so that the socket is written to
+        try:
+            yield awake
+        finally:
+            signal.set_wakeup_fd(-1)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            awake.close()
+            waker.close()
+
+
+def apart(work: Callable[[], str]) -> str:
+    """What `work` gives, run in a process of its own, since libraries may leave threads behind that cannot be forked.
+
+    Raises: StartError as `work` does.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    parent = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            end_with_parent(parent)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            try:
+                answer = {"found": work()}
+            except StartError as error:
+                answer = {"error": str(error)}
+            theirs.send(json.dumps(answer).encode())
+        finally:
+            os._exit(0)
+    theirs.close()
+    try:
+        told = ours.recv(ANSWER_BYTES)
+    finally:  # a signal may end the wait
+        ours.close()
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    if not told:
+        raise StartError("the process that fetches the models has failed; its log is above")
+    said = json.loads(told)
+    if "error" in said:
+        raise StartError(said["error"])
+    return str(said["found"])

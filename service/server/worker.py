@@ -1,0 +1,182 @@
+"""A worker process: opens the models, says so to the supervisor, then serves on the sockets that it inherited."""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import json
+import logging
+import math
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NoReturn
+
+import uvicorn
+from fastapi import FastAPI
+
+from service.app import create_app
+from service.errors import StartError
+from service.observability import requests as tracking
+from service.observability.logs import FLUSH_S, outputs
+from service.runtime.session import return_large_blocks
+from service.server.connections import Connections
+from service.server.protocol import Protocol
+from service.settings import Settings
+
+DUMP_SIGNAL = signal.SIGQUIT
+"""Makes a worker write the stacks of its threads to standard error, whatever its interpreter is doing."""
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+GO = b"serve"
+"""What the supervisor answers to a worker that is ready."""
+FRESH_S = 0.5
+"""How long a connection without a request is kept when the worker stops accepting: its request may be on its way."""
+
+log = logging.getLogger("service")
+
+
+def run(
+    settings: Settings, listeners: list[socket.socket], channel: socket.socket, beat: Callable[[], None]
+) -> NoReturn:
+    """Be a worker until stopped, then end the process.
+
+    channel: to the supervisor. beat: called by the event loop for as long as it runs.
+    """
+    status = 1
+    try:
+        faulthandler.enable(2)
+        faulthandler.register(DUMP_SIGNAL, 2)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # for the supervisor
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # until there are handlers
+        tracking.renew()
+        return_large_blocks()
+        app = _opened(settings, channel)
+        if app is not None and channel.recv(len(GO)) == GO:
+            _serve(settings, app, listeners, beat)
+            status = 0
+    except Exception:
+        log.exception("worker %d has failed", os.getpid())
+    finally:
+        for output in outputs():
+            output.flush_within(FLUSH_S)
+        os._exit(status)  # not by way of the interpreter, which would wait for threads that hang
+
+
+def _opened(settings: Settings, channel: socket.socket) -> FastAPI | None:
+    """The application around its models; tells the supervisor what is served, or why nothing can be."""
+    try:
+        app = create_app(settings, on_failure=end_process)
+    except (StartError, OSError) as error:
+        channel.send(json.dumps({"error": _line(error)}).encode())
+        return None
+    channel.send(json.dumps({"models": list(app.state.repository.models)}).encode())
+    return app
+
+
+def _line(error: Exception) -> str:
+    named = isinstance(error, OSError) and error.filename is not None
+    return " ".join((f"{error.filename}: {error.strerror}" if named else str(error)).split())  # type: ignore[attr-defined]
+
+
+def end_process() -> None:
+    """Stop as the supervisor would make it: who can still be answered is."""
+    signal.raise_signal(signal.SIGINT)
+
+
+def server_config(settings: Settings, app: Any, **more: Any) -> uvicorn.Config:
+    """How uvicorn serves."""
+    return uvicorn.Config(
+        app,
+        log_config=None,  # inherited
+        access_log=False,  # ours knows the request's id
+        http=partial(Protocol, settings=settings, connections=Connections(settings)),  # type: ignore[arg-type]  # makes one
+        ws="none",
+        proxy_headers=bool(settings.trusted_proxies),
+        forwarded_allow_ips=settings.trusted_proxies,
+        ssl_certfile=settings.tls_certificate or None,
+        ssl_keyfile=settings.tls_key or None,
+        server_header=False,
+        timeout_graceful_shutdown=math.ceil(settings.timeout_s),
+        **more,
+    )
+
+
+def _serve(settings: Settings, app: FastAPI, listeners: list[socket.socket], beat: Callable[[], None]) -> None:
+    config = server_config(settings, app)
+    make_loop = config.get_loop_factory()
+    loop = make_loop() if make_loop else asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    loop.run_until_complete(Server(config, app, settings, beat).serve(listeners))
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, which goes on accepting for a while after SIGTERM, and shows that its event loop runs."""
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI, settings: Settings, beat: Callable[[], None]) -> None:
+        super().__init__(config)
+        config.load()  # not later: a signal may come before it serves
+        self._app, self._drain_s, self._beat = app, settings.drain_s, beat
+        self._beat_s = beat_s(settings)
+        self._close_at: float | None = None
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Until stopped."""
+        beating = asyncio.create_task(self._keep_beating())
+        await super().serve(sockets)
+        beating.cancel()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """SIGTERM drains, SIGINT stops; each as often as it comes."""
+        signal.signal(signal.SIGTERM, self._drain)
+        signal.signal(signal.SIGINT, self._stop)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+        yield
+
+    def _drain(self, *_: Any) -> None:
+        """Answer 503 to whoever asks for readiness, close connections with their answers, and stop a while later."""
+        if self._close_at is None:
+            self._close_at = time.monotonic() + self._drain_s
+            self._app.state.stopping = True
+            closing = (b"connection", b"close")
+            self.config.encoded_headers = [*self.config.encoded_headers, closing]
+            self.server_state.default_headers = [*self.server_state.default_headers, closing]
+
+    def _stop(self, *_: Any) -> None:
+        self._app.state.stopping = True
+        self.should_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: whether to stop."""
+        if self._close_at is not None and time.monotonic() >= self._close_at:
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept nothing more, answer what is under way."""
+        await asyncio.sleep(0)  # after which the loop has just accepted whoever was waiting
+        for server in self.servers:
+            server.close()
+        for listener in sockets or ():
+            listener.close()
+        end = time.monotonic() + FRESH_S
+        connections: set[Any] = self.server_state.connections
+        while time.monotonic() < end and any(one.cycle is None for one in connections):  # noqa: ASYNC110  # nobody tells
+            await asyncio.sleep(0.01)
+        await super().shutdown([])
+
+    async def _keep_beating(self) -> None:
+        while True:
+            self._beat()
+            for output in outputs():
+                output.flush()
+            await asyncio.sleep(self._beat_s)
+
+
+def beat_s(settings: Settings) -> float:
+    """How often the event loop shows that it runs, and how often that is looked at."""
+    return min(0.5, settings.loop_limit_s / 8)

@@ -1,0 +1,54 @@
+"""What the command lines of `training` and `experiments` share."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from training.errors import TrainingError
+
+INTERRUPTED = 130
+
+
+def run(parser: argparse.ArgumentParser, arguments: list[str] | None) -> int:
+    """Run the command that the arguments name.
+
+    Returns:
+        The exit status: 0, 1 after one line that says what is wrong, 130 when interrupted.
+    """
+    options = parser.parse_args(arguments)
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell's background jobs start with it ignored
+        signal.signal(number, _interrupt)
+    try:
+        options.command(options)
+    except TrainingError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def asking_command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
+    """Add a command that asks a service over HTTP; `commands` is argparse's action for subcommands."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    parser.add_argument("--url", help="of the service to ask; without it one is started, and ended afterwards")
+    parser.add_argument("--models", type=Path, default=Path("models"), help="what that one serves (%(default)s)")
+    parser.add_argument("--model", default="*", help="pattern of the models' names (%(default)s)")
+    parser.add_argument(
+        "--data", type=Path, default=Path("data"), help="where the data set lies, as for fit (%(default)s)"
+    )
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder for what is kept (%(default)s)")
+    parser.add_argument("--images", type=int, default=200, help="images of each data set (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the images and of what is done to them (%(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (%(default)s)")
+    return parser

@@ -1,0 +1,18 @@
+"""Data sets by name; a new one is one file and one name here. The table `[data]` of a run's TOML is one of these."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from training.data.digits import Digits
+from training.data.folder import Folder
+from training.data.frey import Frey
+from training.data.images import ImageSet, as_float, binarise
+from training.data.mnist import Mnist
+from training.data.mnist_static import MnistStatic
+
+Dataset = Annotated[Digits | Folder | Frey | Mnist | MnistStatic, Field(discriminator="dataset")]
+
+__all__ = ["Dataset", "Digits", "Folder", "Frey", "ImageSet", "Mnist", "MnistStatic", "as_float", "binarise"]

@@ -1,0 +1,236 @@
+"""A directory of images of any size and mode."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from pydantic import Field
+from tqdm import tqdm
+
+from service.contract.images import DECODER_ERRORS, WHITE, fit, to_array
+from service.contract.manifest import digest
+from training.data.images import ImageSet, Share, split_off, to_uint8
+from training.errors import DataError
+from training.loop.progress import tell
+from training.strict import Positive, Strict
+
+FORMATS = (
+    "AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "PSD", "QOI", "TIFF", "WEBP",
+)  # fmt: skip
+"""What is read. Pillow's other decoders take files that are no pictures, or files by their suffix alone."""
+SEQUENCES = {"AVIF", "GIF", "PNG", "TIFF", "WEBP"}
+"""Formats whose frames are images; the further ones of a JPEG are previews, those of a PSD layers."""
+SUFFIXES = {
+    ".apng", ".avif", ".bmp", ".gif", ".heic", ".heif", ".ico", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg",
+    ".jxl", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".psd", ".qoi", ".tga", ".tif", ".tiff", ".webp",
+}  # fmt: skip
+SIGNATURE = re.compile(
+    rb"\x89PNG|\xff\xd8\xff|GIF8[79]a|II\*\0|MM\0\*|RIFF....WEBP|\xff\x4f\xff\x51|8BPS|qoif"
+    rb"|\0\0\0\x0c(jP  |JXL )|....ftyp(avi[fs]|he[iv][a-z]|mif1|msf1)",
+    re.DOTALL,
+)
+"""How a file begins that must be an image, whatever its suffix."""
+HIDDEN = {"__macosx", "desktop.ini", "thumbs.db"}
+CHANNELS = {"L": 1, "RGB": 3}
+LEAST = 3  # one file a split
+NAMED = 20  # bad files, in one message
+
+
+class Folder(Strict):
+    """Every image below the directory, brought to one size and mode.
+
+    Files are read by content, whatever their suffix; links are followed, hidden files and folders left out. Of images
+    that are equal at that size the first is kept, so that none is in two splits.
+
+    Transparent pixels are laid on black. A float image must lie in [0, 1]; 32-bit integer grey is refused.
+    """
+
+    dataset: Literal["folder"]
+    """Every image below `--data`."""
+    height: Positive
+    """Pixels to which every image is brought."""
+    width: Positive
+    """Likewise."""
+    mode: Literal["L", "RGB"] = "RGB"
+    """Grey or colour."""
+    fit: Literal["crop", "pad", "resize"] = "crop"
+    """`crop` fills the size and cuts what stands out, `pad` keeps all and fills with black, `resize` stretches."""
+    frames: Literal["first", "all"] = "first"
+    """Of each file the first page or frame, or all, which stay in one split."""
+    bits: Annotated[int, Field(ge=1, le=16)] = 16
+    """16-bit grey is divided by 2^bits - 1, except in PGM and JPEG 2000, which name their own white."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """`skip` leaves out what looks like an image and cannot be read."""
+    validation: Share = 0.05
+    """Share of the files with images, of those that are not for testing."""
+    test: Share = 0.1
+    """Share of all files with images."""
+    seed: int = 0
+    """Of the splits."""
+
+    def load(self, root: Path) -> ImageSet:
+        """The three splits, at random by `seed`; writes a line on what was read to standard error.
+
+        Raises: DataError for a missing directory, too few images, and files that cannot be read, all in one message.
+        """
+        if not root.is_dir():
+            raise DataError(f"{root} is not a directory; --data must name a directory of images")
+        found = _Found()
+        for path in tqdm(_files(root, found.refuse), desc="reading images", unit="file", leave=False):
+            try:
+                found.add(self._images(path))
+            except DataError as error:
+                found.refuse(path, str(error))
+        if found.bad and self.on_error == "stop":
+            raise DataError(f'{found.named()}; replace or remove them, or set on_error = "skip" in [data]')
+        if found.bad:
+            tell(f"left out {found.named()}")
+        if found.files < LEAST:
+            raise DataError(
+                f"{root} holds {found}, in {_count(found.files, 'file')}; "
+                f"at least {LEAST} files with images are needed ({', '.join(FORMATS)})"
+            )
+        tell(f"read {found}")
+        return self._split(found)
+
+    def _images(self, path: Path) -> list[NDArray[np.uint8]] | None:
+        """The images of one file; None where it does not look like an image.
+
+        Raises: DataError with the reason alone.
+        """
+        file = _opened(path)
+        if file is None:
+            return None
+        try:
+            with file:
+                every = self.frames == "all" and file.format in SEQUENCES
+                return [self._image(file, frame) for frame in range(getattr(file, "n_frames", 1) if every else 1)]
+        except DECODER_ERRORS as error:
+            raise DataError(_reason(error)) from error
+
+    def _image(self, file: Image.Image, frame: int) -> NDArray[np.uint8]:
+        file.seek(frame)
+        scaled = file.mode.startswith("I;16") and file.format != "JPEG2000"
+        values = to_array(file, CHANNELS[self.mode], 2**self.bits - 1 if scaled else WHITE)
+        if scaled and values.max() > 1.0:
+            raise DataError(f"its 16-bit grey has values above 2^{self.bits} - 1; set a larger `bits` in [data]")
+        checked = to_uint8(values, "it").astype(np.float32) / np.float32(255.0)
+        return to_uint8(fit(checked[None], (self.height, self.width), self.fit)[0], "it")
+
+    def _split(self, found: _Found) -> ImageSet:
+        """At random by file."""
+        images = np.frombuffer(found.pixels, np.uint8).reshape(-1, CHANNELS[self.mode], self.height, self.width)
+        rest, test = split_off(torch.arange(found.files), self.test, self.seed)
+        parts = (*split_off(rest, self.validation, self.seed), test)
+        train, *held_out = (np.flatnonzero(np.isin(found.owners, part.numpy())) for part in parts)
+        others = [images[rows] for rows in held_out]
+        for new, old in enumerate(train):  # in place, because a copy would take the memory twice
+            images[new] = images[old]
+        return ImageSet(*(torch.from_numpy(part) for part in (images[: len(train)], *others)))
+
+
+@dataclass
+class _Found:
+    """What a directory holds, as far as it is read."""
+
+    pixels: bytearray = field(default_factory=bytearray)
+    owners: list[int] = field(default_factory=list)
+    """The number of the file that each image comes from."""
+    files: int = 0
+    digests: set[str] = field(default_factory=set)
+    bad: list[str] = field(default_factory=list)
+    duplicates: int = 0
+    others: int = 0
+
+    def add(self, images: list[NDArray[np.uint8]] | None) -> None:
+        """The images of one more file, those left out that are there already."""
+        if images is None:
+            self.others += 1
+            return
+        before = len(self.owners)
+        for content in (image.tobytes() for image in images):
+            known = digest(content)
+            if known in self.digests:
+                self.duplicates += 1
+                continue
+            self.digests.add(known)
+            self.pixels += content
+            self.owners.append(self.files)
+        self.files += len(self.owners) > before
+
+    def refuse(self, path: Path, reason: str) -> None:
+        """One more that cannot be read."""
+        self.bad.append(" ".join(f"{path} ({reason})".split()))
+
+    def named(self) -> str:
+        """The bad files with their reasons."""
+        more = [f"and {len(self.bad) - NAMED} more"] if len(self.bad) > NAMED else []
+        return f"{_count(len(self.bad), 'bad file')}: {'; '.join(self.bad[:NAMED] + more)}"
+
+    def __str__(self) -> str:
+        """The counts, for people."""
+        counts = {"duplicate": self.duplicates, "bad file": len(self.bad), "other file": self.others}
+        *most, last = ["", *(_count(n, noun) for noun, n in counts.items() if n)]
+        left_out = " and ".join(part for part in (", ".join(most[1:]), last) if part)
+        return _count(len(self.owners), "image") + (f" ({left_out} left out)" if left_out else "")
+
+
+def _files(root: Path, refuse: Callable[[Path, str], None]) -> list[Path]:
+    """Every file below that is not hidden, sorted; a folder to which several links lead is read once."""
+    found, tops, seen = [], [root], set()
+    for top in tops:  # which links to folders prolong
+        for name, folders, names in os.walk(top, onerror=lambda error: refuse(Path(error.filename), _reason(error))):
+            folder = Path(name)
+            if folder.resolve() in seen:
+                folders.clear()
+                continue
+            seen.add(folder.resolve())
+            folders[:] = sorted(name for name in folders if not _is_hidden(name))
+            tops += [folder / name for name in folders if (folder / name).is_symlink()]
+            found += [folder / name for name in names if not _is_hidden(name)]
+    return sorted(found)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() in HIDDEN
+
+
+def _opened(path: Path) -> Image.Image | None:
+    try:
+        if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
+            return None
+        return Image.open(path, formats=FORMATS)
+    except DECODER_ERRORS as error:
+        if not (isinstance(error, Image.DecompressionBombError) or _is_image(path)):
+            return None
+        raise DataError(_reason(error)) from error
+
+
+def _is_image(path: Path) -> bool:
+    """Whether a file that cannot be opened as an image should be one, by suffix or content."""
+    if path.suffix.lower() in SUFFIXES:
+        return True
+    try:
+        with path.open("rb") as file:
+            return SIGNATURE.match(file.read(16)) is not None
+    except OSError:
+        return True
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "no image that Pillow can decode; convert it to PNG"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"

@@ -1,0 +1,1 @@
+"""Distributions: the diagonal Gaussian, likelihoods p(x|z), priors p(z)."""

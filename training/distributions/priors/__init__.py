@@ -1,0 +1,13 @@
+"""Priors p(z) by name; a new one is one file and one name here."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from training.distributions.priors.realnvp import RealNvpSettings
+from training.distributions.priors.standard_normal import StandardNormalSettings
+from training.distributions.priors.vamp import VampSettings
+
+Prior = Annotated[StandardNormalSettings | RealNvpSettings | VampSettings, Field(discriminator="prior")]

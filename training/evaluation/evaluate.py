@@ -1,0 +1,199 @@
+"""What a trained model is worth, in nats per image with standard errors, and in decibels after corruption."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from service.contract.manifest import digest
+from training.data import as_float, binarise
+from training.errors import CheckpointError
+from training.loop.progress import tell, warn
+from training.loop.randomness import keyed_generator
+from training.loop.trainer import read_checkpoint, write_checkpoint
+from training.models.restoration import FAMILIES, Observation, Recognition, corrupt
+from training.models.vae import VAE
+from training.objectives.elbo import elbo, importance_log_likelihood
+
+BLOCK = 100  # images scored between two looks at the clock
+DECODES = {"cpu": 200, "cuda": 20_000}
+"""Rows decoded at once: as many as leave what a layer makes of them in a CPU's cache, or as keep a GPU busy."""
+RESTORED = 200  # test images that are corrupted and restored
+CHECKED_LEVELS = {
+    "gaussian": (0.02, 0.05, 0.1, 0.25, 0.5, 0.6),
+    "salt-and-pepper": (0.1, 0.3),
+    "masking": (0.25, 0.5),
+    "poisson": (0.1, 0.3),
+}
+
+
+@torch.inference_mode()
+def likelihood(
+    model: VAE, images: Tensor, draws: int, seed: int, partial: Path, dynamic: bool
+) -> dict[str, float | int | str]:
+    """Test ELBO and importance-sampled log p(x) in nats per image, with standard errors over images.
+
+    `images` uint8 (n, c, h, w), binarised by `seed` (dynamic) or left grey. Under Bernoulli pixels a grey level has no
+    probability, so of grey images there is only the ELBO: an importance-weighted "likelihood" of them would be none.
+    Progress is kept in `partial`, so that an interrupted evaluation goes on where it was.
+    """
+    identity = {
+        "draws": draws,
+        "seed": seed,
+        "dynamic": dynamic,
+        "images": digest(images.cpu().numpy().tobytes()),
+        "weights": _fingerprint(model),
+    }
+    columns = _resume(partial, identity)
+    progress = tqdm(total=len(images), initial=len(columns) * BLOCK, desc="evaluating", unit="image")
+    try:
+        for index in range(len(columns), math.ceil(len(images) / BLOCK)):
+            block = images[index * BLOCK : (index + 1) * BLOCK]
+            generator = keyed_generator(images.device, seed, 2, index)
+            columns.append(_score(model, block, draws, generator, dynamic).cpu())
+            progress.update(len(block))
+    finally:
+        progress.close()
+        write_checkpoint(partial, {"identity": identity, "columns": columns})
+    kind = "dynamic" if dynamic else "none (grey levels)" if is_grey(images) else "static"
+    summary = _summary(torch.cat(columns, 1), draws, seed, kind)
+    if model.likelihood.eight_bit:
+        pixels = images[0].numel()
+        summary["test_elbo_bits_per_dim"] = bits_per_dim(-float(summary["test_elbo_nats"]), pixels)
+        summary["test_nll_bits_per_dim"] = bits_per_dim(float(summary["test_nll_nats"]), pixels)
+    return summary
+
+
+def _score(model: VAE, images: Tensor, draws: int, generator: torch.Generator, dynamic: bool) -> Tensor:
+    """(2, n): ELBO with one draw, importance-weighted bound with `draws`; grey images have only the first."""
+    x = binarise(images, generator) if dynamic else as_float(images)
+    latent_dim = model.posterior(x[:1]).mean.shape[1]
+
+    def noise(k: int, rows: int) -> Tensor:
+        return torch.randn(k, rows, latent_dim, generator=generator, device=x.device)
+
+    bound = elbo(model, x, noise(1, len(x))).elbo
+    if model.likelihood.binary and is_grey(images) and not dynamic:
+        return torch.stack([bound, torch.full_like(bound, math.nan)])
+    most = DECODES[x.device.type]
+    rows = max(1, most // draws)
+    scores = [
+        torch.stack(
+            [importance_log_likelihood(model, part, noise(k, len(part))) + math.log(k) for k in _chunks(draws, most)]
+        )
+        for part in x.split(rows)
+    ]
+    return torch.stack([bound, torch.cat([torch.logsumexp(s, 0) for s in scores]) - math.log(draws)])
+
+
+def is_grey(images: Tensor) -> bool:
+    """Whether uint8 images hold anything between black and white."""
+    return bool(((images > 0) & (images < 255)).any())  # white
+
+
+def _chunks(draws: int, most: int) -> Iterator[int]:
+    for start in range(0, draws, most):
+        yield min(most, draws - start)
+
+
+def _summary(columns: Tensor, draws: int, seed: int, binarisation: str) -> dict[str, float | int | str]:
+    n = columns.shape[1]
+    means = columns.double().mean(1).tolist()
+    summary: dict[str, float | int | str] = {
+        "images": n,
+        "seed": seed,
+        "binarisation": binarisation,
+        "test_elbo_nats": round(means[0], 3),
+    }
+    weighted = math.isfinite(means[1])
+    if weighted:
+        summary |= {"test_nll_nats": round(-means[1], 3), "importance_samples": draws}
+    if n > 1:
+        errors = (columns.double().std(1) / math.sqrt(n)).tolist()
+        summary["test_elbo_standard_error_nats"] = round(errors[0], 3)
+        if weighted:
+            summary["test_nll_standard_error_nats"] = round(errors[1], 3)
+    return summary
+
+
+def bits_per_dim(nats: float, dimensions: int) -> float:
+    """A negative log probability of an 8-bit image in bits a pixel and channel."""
+    return round(nats / (dimensions * math.log(2.0)), 4)
+
+
+def _resume(partial: Path, identity: dict[str, Any]) -> list[Tensor]:
+    try:
+        columns: list[Tensor] = read_checkpoint(partial, identity, torch.device("cpu"))["columns"]
+    except CheckpointError:
+        return []
+    return columns
+
+
+def _fingerprint(model: VAE) -> float:
+    return float(sum(p.double().abs().sum() for p in model.parameters()))
+
+
+@torch.inference_mode()
+def restoration(
+    vae: VAE, recognition: Recognition, images: Tensor, seed: int
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Mean PSNR in dB (data range 1) of seeded test images before and after, by family and level.
+
+    The noisy image is cut to [0, 1] first, which only helps it. Also `worse`: the share of images whose error grew;
+    `auto_db`: the PSNR when the level has to be estimated; `level_error`: the mean of |log(estimate / level)|.
+    """
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:RESTORED]
+    x = as_float(images[order.to(images.device)])
+    table: dict[str, dict[str, dict[str, float]]] = {}
+    for column, family in enumerate(FAMILIES):
+        for value in CHECKED_LEVELS[family]:
+            level = torch.zeros(len(x), len(FAMILIES), device=x.device)
+            level[:, column] = value
+            y = corrupt(x, level, keyed_generator(x.device, seed, 3, column))
+            mask = torch.ones_like(x)
+            estimate = torch.zeros_like(level)
+            estimate[:, column] = recognition.log_level(y, mask).mean[:, column].exp()
+            known, _ = recognition.restored(vae, Observation(y, mask, level))
+            unknown, _ = recognition.restored(vae, Observation(y, mask, estimate))
+            error = float((estimate[:, column] / value).log().abs().mean())
+            table.setdefault(family, {})[str(value)] = {
+                **_decibels(x, y, known, unknown),
+                "level_error": round(error, 3),
+            }
+    return table
+
+
+def report(table: dict[str, dict[str, dict[str, float]]]) -> None:
+    """Say on standard error what `restoration` found, by family; warn where it is no better than doing nothing."""
+    for family, rows in table.items():
+        gain = mean(row["auto_db"] - row["noisy_db"] for row in rows.values())
+        error = mean(row["level_error"] for row in rows.values())
+        logs = [math.log(float(level)) for level in rows]
+        guess = mean(abs(value - median(logs)) for value in logs)
+        told = f"restoring {family}: {gain:+.1f} dB; level off by a factor of {math.exp(error):.2f} on average"
+        tell(f"{told} ({math.exp(guess):.2f} for the best constant)")
+        if gain <= 0.0:
+            warn(f"{family} noise is better left as it is; raise --restoration-epochs or take more images")
+        if error >= guess:
+            warn(f"the level of {family} noise is estimated no better than by a constant; raise --restoration-epochs")
+
+
+def _decibels(x: Tensor, y: Tensor, known: Tensor, unknown: Tensor) -> dict[str, float]:
+    def psnr(image: Tensor) -> Tensor:
+        return -10.0 * (image - x).square().flatten(1).mean(1).clamp(min=1e-12).log10()
+
+    before, after = psnr(y.clamp(0.0, 1.0)), psnr(known)
+    figures = {
+        "noisy_db": before.mean(),
+        "restored_db": after.mean(),
+        "auto_db": psnr(unknown).mean(),
+        "worse": (after < before).float().mean(),
+    }
+    return {name: round(float(value), 3) for name, value in figures.items()}

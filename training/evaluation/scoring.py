@@ -1,0 +1,102 @@
+"""What the service scores images by: p(x, z) and the gradient of the ELBO as graphs; the ELBO of held-out images."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+
+from service.contract.manifest import Scoring
+from training.data import as_float, binarise
+from training.distributions.gaussian import DiagonalGaussian
+from training.distributions.priors.learned import LearnedPrior
+from training.evaluation.evaluate import is_grey
+from training.loop.randomness import keyed_generator
+from training.models.vae import VAE
+from training.objectives.elbo import Bound
+
+DRAWS = 16
+"""As many as the service takes unless it is told otherwise."""
+HELD_OUT = 2000
+"""Validation images that are scored: enough for each percentile to lie within one or two of where it should."""
+ROWS = 200
+
+
+class LogJoint(nn.Module):
+    """x, z -> log p(x|z) and log p(z) in nats.
+
+    Densities are computed in double: in float, the last bit of onnxruntime's logarithms and sums hangs on how many
+    rows there are.
+    """
+
+    def __init__(self, vae: VAE) -> None:
+        super().__init__()
+        prior = vae.prior.frozen() if isinstance(vae.prior, LearnedPrior) else vae.prior
+        self.decoder, self.likelihood = vae.decoder, vae.likelihood
+        self.prior = deepcopy(prior).double()  # type: ignore[attr-defined]  # a module
+
+    def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, c, h, w), (n, d) -> (n,), (n,)."""
+        return self.log_likelihood(x, z).float(), self.prior.log_prob(z.double()).float()
+
+    def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
+        """log p(x|z) in double."""
+        return self.likelihood.log_prob(self.decoder(z).double(), x.double())
+
+
+class ElboGradient(nn.Module):
+    """One draw's ELBO under any diagonal Gaussian q(z), and its gradient in q's parameters."""
+
+    def __init__(self, vae: VAE) -> None:
+        super().__init__()
+        self.joint = LogJoint(vae)
+
+    def forward(self, mean: Tensor, log_var: Tensor, eps: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """elbo (n,) and the gradients (n, d), (n, d) for mean, log_var and eps (n, d) and x (n, c, h, w)."""
+        with torch.enable_grad():
+            mean, log_var = (part.detach().requires_grad_() for part in (mean, log_var))
+            q = DiagonalGaussian(mean.double(), log_var.double())
+            z = q.draw(eps)
+            elbo = self.joint.log_likelihood(x, z.float()) - self.joint.prior.kl(q, z[None])
+            in_mean, in_log_var = torch.autograd.grad(elbo.sum(), (mean, log_var))
+        return elbo.detach().float(), in_mean, in_log_var
+
+
+def bound_at_draws(vae: VAE, x: Tensor, eps: Tensor) -> Bound:
+    """The ELBO as the service computes it: the entropy of q exact, log p(x|z) and log p(z) the means over the draws.
+
+    Shapes: x (n, c, h, w); eps (L, n, d).
+    Source: Kingma and Welling (2013), equation 6, with the part of it that has a closed form in that form.
+    """
+    posterior = vae.posterior(x)
+    z = posterior.draw(eps)
+    log_likelihood = vae.likelihood.log_prob(vae.decode(z), x).mean(0)
+    return Bound(log_likelihood, -posterior.entropy() - vae.prior.log_prob(z).mean(0))
+
+
+@torch.inference_mode()
+def held_out(vae: VAE, images: Tensor, seed: int, *, dynamic: bool) -> Scoring:
+    """What is known of the ELBO of at most 2,000 seeded images (n, c, h, w) uint8 that the model was not trained on.
+
+    dynamic: whether training binarised them. Images that are black and white already count as binarised.
+    """
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:HELD_OUT]
+    images = images[order.to(images.device)]
+    generator = keyed_generator(images.device, seed, 6)
+    x = binarise(images, generator) if dynamic else as_float(images)
+    latent_dim = vae.posterior(x[:1]).mean.shape[1]
+    elbo = [
+        bound_at_draws(vae, rows, torch.randn(DRAWS, len(rows), latent_dim, generator=generator, device=x.device)).elbo
+        for rows in x.split(max(1, ROWS // DRAWS))
+    ]
+    percentiles = torch.quantile(torch.cat(elbo).double(), torch.linspace(0.0, 1.0, 101, device=x.device).double())
+    bits = vae.likelihood.binary and (dynamic or not is_grey(images))
+    return Scoring(
+        binary=vae.likelihood.binary,
+        binarisation="sample" if bits else "none",
+        elbo_percentiles_nats=[round(value, 3) for value in percentiles.tolist()],
+        images=len(images),
+        draws=DRAWS,
+        seed=seed,
+    )

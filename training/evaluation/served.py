@@ -1,0 +1,182 @@
+"""A service asked over HTTP: one that runs already, or `python -m service` started for as long as it is needed."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import numpy as np
+from numpy.typing import NDArray
+
+from service.contract.manifest import FILE_NAME
+from training.errors import RefusedError, ServiceError
+
+Pixels = NDArray[np.float32]
+
+ROOT = Path(__file__).parents[2]
+READY_S = 60.0
+ANSWER_S = 600.0
+ROWS = 16
+"""Rows in one request."""
+NPY = "application/x-npy"
+
+
+class Answer(NamedTuple):
+    """What came back: arrays by name, a row a row, and the level of the noise (n,) where one is told."""
+
+    outputs: dict[str, Pixels]
+    level: NDArray[np.float64] | None
+
+
+class Client:
+    """What the experiments ask of a service."""
+
+    def __init__(self, http: httpx.Client) -> None:
+        self._http = http
+
+    def await_ready(self) -> None:
+        """Until every model is warmed.
+
+        Raises: ServiceError where that takes longer than a minute.
+        """
+        end, said = time.monotonic() + READY_S, ""
+        while time.monotonic() < end:
+            try:
+                answer = self._http.get("/health/ready")
+            except httpx.TransportError as error:
+                said = str(error)
+            else:
+                if answer.status_code == httpx.codes.OK:
+                    return
+                said = answer.text
+            time.sleep(0.1)
+        raise ServiceError(f"no service is ready at {self._http.base_url} ({said}); start one, or leave --url out")
+
+    def models(self) -> list[dict[str, Any]]:
+        """What is said of every model, at its latest version."""
+        names = [one["model"] for one in self._checked(self._http.get("/v1/models")).json()["models"]]
+        return [self._checked(self._http.get(f"/v1/models/{name}")).json() for name in names]
+
+    def images(self, model: str, operation: str, rows: Pixels, mask: Pixels | None = None, **options: object) -> Answer:
+        """The answer to rows (n, c, h, w), sent and received as .npy, `ROWS` a request; a mask goes along in a form.
+
+        Raises: RefusedError with the service's own words; ServiceError where it does not answer.
+        """
+        answers = [
+            self._ask(model, operation, rows[k : k + ROWS], None if mask is None else mask[k : k + ROWS], options)
+            for k in range(0, len(rows), ROWS)
+        ]
+        outputs = {name: np.concatenate([one.outputs[name] for one in answers]) for name in answers[0].outputs}
+        levels = [one.level for one in answers if one.level is not None]
+        return Answer(outputs, np.concatenate(levels) if levels else None)
+
+    def figures(self, model: str, operation: str, rows: Pixels, **options: object) -> dict[str, NDArray[np.float64]]:
+        """The lists of numbers of a JSON answer, a number a row.
+
+        Raises: as `images`.
+        """
+        parts: list[dict[str, Any]] = []
+        for k in range(0, len(rows), ROWS):
+            said = {"content-type": NPY, "accept": "application/json"}
+            answer = self._post(model, operation, options, content=npy(rows[k : k + ROWS]), headers=said).json()
+            answer.pop("notes", None)
+            parts.append({name: value for name, value in answer.items() if isinstance(value, list)})
+        return {name: np.concatenate([np.asarray(part[name], np.float64) for part in parts]) for name in parts[0]}
+
+    def _ask(self, model: str, operation: str, rows: Pixels, mask: Pixels | None, options: dict[str, object]) -> Answer:
+        if mask is None:
+            answer = self._post(model, operation, options, content=npy(rows), headers={"content-type": NPY})
+        else:
+            files = {"file": ("seen.npy", npy(rows)), "mask": ("mask.npy", npy(mask[:, :1]))}  # of all channels
+            answer = self._post(model, operation, options, files=files, headers={"accept": NPY})
+        names, array = answer.headers["x-outputs"].split(","), np.load(io.BytesIO(answer.content), allow_pickle=False)
+        planes = [array] if len(names) == 1 else list(array.swapaxes(0, 1))
+        told = answer.headers.get("x-level")
+        level = None if told is None else np.array([float(value) for value in told.split(",")])
+        return Answer(dict(zip(names, planes, strict=True)), level)
+
+    def _post(self, model: str, operation: str, options: dict[str, object], **body: Any) -> httpx.Response:
+        query = {name: str(value).lower() for name, value in options.items()}
+        try:
+            answer = self._http.post(f"/v1/models/{model}/{operation}", params=query, **body)
+        except httpx.TransportError as error:
+            raise ServiceError(f"{self._http.base_url} does not answer {operation} ({error})") from error
+        return self._checked(answer)
+
+    @staticmethod
+    def _checked(answer: httpx.Response) -> httpx.Response:
+        if answer.is_success:
+            return answer
+        problem = answer.json() if "json" in answer.headers.get("content-type", "") else {}
+        detail = problem.get("detail", answer.text[:200])
+        raise RefusedError(f"{answer.request.url.path}: {answer.status_code} {detail}", problem.get("code", ""))
+
+
+def offering(operation: str, names: str, told: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of the models that `Client.models` tells of, those that offer the operation and whose name fits the pattern."""
+    return [one for one in told if operation in one["operations"] and fnmatch(one["model"], names)]
+
+
+def npy(array: Pixels) -> bytes:
+    """As the service reads it."""
+    file = io.BytesIO()
+    np.save(file, np.ascontiguousarray(array, np.float32), allow_pickle=False)
+    return file.getvalue()
+
+
+@contextmanager
+def served(url: str | None, models: Path) -> Iterator[Client]:
+    """A client of the service at `url` or, without one, of a service of `models` that is ended with the block.
+
+    Raises: ServiceError where none comes to be ready.
+    """
+    if url is None:
+        settings = {"VAE_MODELS": str(models.absolute()), "VAE_THREADS": "1", "VAE_TIMEOUT_S": str(ANSWER_S)}
+        names = sorted(path.parts[-3] for path in models.glob(f"*/*/{FILE_NAME}"))
+        if names:
+            settings["VAE_DEFAULT_MODEL"] = names[0]  # any: models are asked by their names
+        with started(**settings) as (_, own), served(own, models) as client:
+            yield client
+        return
+    with httpx.Client(base_url=url, timeout=ANSWER_S) as http:
+        client = Client(http)
+        client.await_ready()
+        yield client
+
+
+@contextmanager
+def started(**settings: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`python -m service` on a free port of loopback; gives the process and its URL, and ends it whatever happens.
+
+    Raises: ServiceError with its own words where it does not start.
+    """
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("VAE_")}
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(  # this project's own command
+            [sys.executable, "-m", "service"], cwd=ROOT, env={**clean, "VAE_PORT": "0", **settings},
+            stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True,
+        )  # fmt: skip
+        try:
+            assert process.stdout is not None
+            found = re.search(r"http://[\d.]+:\d+", process.stdout.readline())
+            if not found:
+                process.wait()
+                errors.seek(0)
+                raise ServiceError(f"the service does not start: {errors.read().strip()[-500:]}")
+            yield process, found.group()
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # its workers too; it keeps nothing that could be lost
+            process.communicate()

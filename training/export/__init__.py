@@ -1,0 +1,1 @@
+"""Export of trained models as ONNX graphs with golden rows and manifest."""

@@ -1,0 +1,1 @@
+"""Inference beside the recognition model: HMC, Monte Carlo EM, ADVI, marginal likelihood, refinement."""

@@ -1,0 +1,156 @@
+"""A run's stages: the VAE first, then, if asked, the recognition model of corrupted images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from training.config import Optimisation, Run
+from training.data import as_float, binarise
+from training.errors import CheckpointError
+from training.loop.trainer import Module, Stage, read_trained, trained_epochs
+from training.models.restoration import FAMILIES, Recognition, corrupt, restoration_bound, simulate
+from training.models.vae import VAE
+from training.objectives.elbo import Bound, denoising_elbo, elbo, importance_weighted, monte_carlo_elbo
+from training.objectives.wake_sleep import wake_sleep
+
+VaeBound = Callable[[VAE, Tensor, Tensor, torch.Generator], Bound]
+
+BOUNDS: dict[str, VaeBound] = {
+    "elbo": lambda model, x, eps, _: elbo(model, x, eps),
+    "monte_carlo_elbo": lambda model, x, eps, _: monte_carlo_elbo(model, x, eps),
+    "importance_weighted": lambda model, x, eps, _: importance_weighted(model, x, eps),
+    "wake_sleep": wake_sleep,
+}
+
+
+def denoising(settings: Optimisation) -> VaeBound:
+    """The bound with posteriors of images corrupted as the settings say."""
+    column = FAMILIES.index(settings.corruption)
+
+    def bound(model: VAE, x: Tensor, eps: Tensor, generator: torch.Generator) -> Bound:
+        level = torch.zeros(len(x), len(FAMILIES), device=x.device)
+        level[:, column] = settings.corruption_level
+        return denoising_elbo(model, x, corrupt(x, level, generator), eps)
+
+    return bound
+
+
+def build_vae(run: Run, shape: tuple[int, int, int]) -> VAE:
+    """A VAE with fresh weights, a function of the run's seed."""
+    torch.manual_seed(run.seed)
+    network, latent_dim = run.model.network, run.model.latent_dim
+    encoder, decoder = network.encoder(shape, latent_dim), network.decoder(latent_dim, shape)
+    if run.model.initial_std is not None:
+        for parameter in (*encoder.parameters(), *decoder.parameters()):
+            nn.init.normal_(parameter, std=run.model.initial_std)
+    return VAE(encoder, decoder, run.model.likelihood.build(shape), run.model.prior.build(latent_dim, shape, encoder))
+
+
+def build_recognition(run: Run, shape: tuple[int, int, int]) -> Recognition:
+    """The recognition model of corrupted images with fresh weights.
+
+    Raises: CheckpointError where the run's TOML has no `[restoration]`.
+    """
+    if run.restoration is None:
+        raise CheckpointError(f"run {run.name} has no [restoration] table")
+    torch.manual_seed(run.seed + 1)
+    channels, height, width = shape
+    settings, planes = run.restoration, 2 * channels + len(FAMILIES)
+    return Recognition(
+        settings.network.encoder((planes, height, width), run.model.latent_dim),
+        settings.level_network.encoder((2 * channels, height, width), len(FAMILIES)),
+        settings.correction.network(planes + 2 * channels, 2 * channels, (height, width)),
+    )
+
+
+def vae_stage(run: Run, shape: tuple[int, int, int], device: torch.device) -> Stage:
+    """Raise the ELBO of the training images."""
+    bound = denoising(run.train) if run.train.objective == "denoising" else BOUNDS[run.train.objective]
+
+    def objective(model: VAE, images: Tensor, generator: torch.Generator) -> Bound:
+        x = binarise(images, generator) if run.binary else as_float(images)
+        return bound(model, x, _noise(run.train.draws, len(x), run.model.latent_dim, generator), generator)
+
+    return Stage("vae", _placed(build_vae(run, shape), device), objective, run.train, run.seed, _vae_identity(run))
+
+
+def restoration_stage(run: Run, vae: VAE, shape: tuple[int, int, int], device: torch.device) -> Stage:
+    """Raise the bound on clean images from corrupted views of them, the VAE held fixed."""
+    recognition = _placed(build_recognition(run, shape), device)
+    settings = run.restoration.train  # type: ignore[union-attr]  # build_recognition has refused None
+    vae.requires_grad_(False)
+
+    def objective(model: Recognition, images: Tensor, generator: torch.Generator) -> Bound:
+        x = as_float(images)
+        eps = _noise(settings.draws, len(x), run.model.latent_dim, generator)
+        return restoration_bound(model, vae, x, simulate(x, generator), eps)
+
+    identity = _restoration_identity(run)
+    # What images are seen through is computed by numpy, which no GPU can replay.
+    return Stage("restoration", recognition, objective, settings, run.seed + 1, identity, replayable=False)
+
+
+def as_trained(run: Run, folder: Path, *, longer: bool = False) -> Run:
+    """The run with the numbers of epochs of its checkpoints in `folder`; `longer`: or its own where those are more."""
+
+    def counted(settings: Optimisation, stage: str) -> Optimisation:
+        found = trained_epochs(folder / f"{stage}.pt") or settings.epochs
+        return settings.model_copy(update={"epochs": max(found, settings.epochs) if longer else found})
+
+    changed: dict[str, Any] = {"train": counted(run.train, "vae")}
+    if run.restoration is not None:
+        train = counted(run.restoration.train, "restoration")
+        changed["restoration"] = run.restoration.model_copy(update={"train": train})
+    return run.model_copy(update=changed)
+
+
+def trained_vae(run: Run, shape: tuple[int, int, int], folder: Path, device: torch.device) -> VAE:
+    """With the weights that the checkpoint keeps.
+
+    Raises: CheckpointError where there is none, or of other settings.
+    """
+    return read_trained(folder / "vae.pt", _vae_identity(run), _placed(build_vae(run, shape), device))
+
+
+def trained_recognition(run: Run, shape: tuple[int, int, int], folder: Path, device: torch.device) -> Recognition:
+    """Likewise, of the recognition model of corrupted images."""
+    module = _placed(build_recognition(run, shape), device)
+    return read_trained(folder / "restoration.pt", _restoration_identity(run), module)
+
+
+def _noise(draws: int, rows: int, latent_dim: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(draws, rows, latent_dim, generator=generator, device=generator.device)
+
+
+def _placed(module: Module, device: torch.device) -> Module:
+    """On the device, convolutions in the layout that runs fastest (half as fast again on a CPU)."""
+    return module.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _vae_identity(run: Run) -> dict[str, Any]:
+    said = _said(run, {"seed", "data", "model", "train"})
+    # That pixels are binary went without saying when the first checkpoints were written.
+    return said if run.binary else {**said, "binarise": False}
+
+
+def _restoration_identity(run: Run) -> dict[str, Any]:
+    # "roughness" is not a setting: checkpoints without it are of another network.
+    return {**_vae_identity(run), **_said(run, {"restoration"}), "roughness": 1}
+
+
+def _said(run: Run, tables: set[str]) -> dict[str, Any]:
+    """What differs from the defaults, so that a checkpoint outlives new settings; a default must never change.
+
+    Without the numbers of epochs, since a finished stage may be trained longer.
+    """
+    return run.model_dump(
+        mode="json",
+        include=tables,
+        exclude={"train": {"epochs": True}, "restoration": {"train": {"epochs": True}}},
+        exclude_defaults=True,
+    )

@@ -1,0 +1,105 @@
+"""The bound on held-out images: measured after every epoch, and by it the weights that a stage keeps."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from training.loop.progress import tell, warn
+from training.loop.randomness import keyed_generator, row_order
+from training.objectives.elbo import Bound
+
+SHARE = 0.1
+"""Held-out images that are scored, as a share of the training images; at least a minibatch."""
+PATIENCE, LEAST_PATIENCE = 0.1, 3
+"""Share of the epochs, and their least number, after which a bound that has not risen is reported."""
+GAP, ERRORS = 0.05, 3.0
+"""Share of a bound, and standard errors, by which another must be lower to be reported."""
+LEAST_KL = 1.0
+"""Nats below which the latents are reported to say nothing of the image."""
+
+
+class Score(NamedTuple):
+    """The bound and its KL term on several images: means in nats an image, and the bound's standard error."""
+
+    elbo: float
+    error: float
+    kl: float
+
+    def beats(self, other: Score) -> bool:
+        """Whether the other is lower by more than chance, and enough to matter."""
+        return self.elbo - other.elbo > max(GAP * abs(self.elbo), ERRORS * math.hypot(self.error, other.error))
+
+
+class HeldOut:
+    """Held-out images of one stage, and the best bound that has been measured on them."""
+
+    def __init__(self, stage: Any, images: Tensor, train: Tensor, batch_size: int) -> None:
+        """Of the held-out `images`, as many as are worth their time are taken.
+
+        Args:
+            stage: The `trainer.Stage`.
+            images: uint8 (n, c, h, w).
+            train: The training images, of which as many are scored at the end.
+            batch_size: Of the training.
+        """
+        self.images = images[: max(batch_size, int(SHARE * len(train)))]
+        self.elbo, self.best, self.best_epoch = math.nan, -math.inf, 0
+        self._stage, self._train, self._batch_size = stage, train, batch_size
+        self._told_epoch = 0
+
+    @torch.no_grad()
+    def score(self, module: nn.Module, images: Tensor) -> Score:
+        """The bound of a module with noise that is the same at every call, and finite or minus infinity."""
+        generator = keyed_generator(images.device, self._stage.seed, 13)
+        bounds = [self._stage.objective(module, part, generator) for part in images.split(self._batch_size)]
+        whole = Bound(*(torch.cat(terms).double() for terms in zip(*bounds, strict=True)))
+        if not bool(whole.elbo.isfinite().all()):
+            return Score(-math.inf, 0.0, math.nan)
+        error = float(whole.elbo.std() / math.sqrt(len(images))) if len(images) > 1 else 0.0
+        return Score(float(whole.elbo.mean()), error, float(whole.kl.mean()))
+
+    def after_epoch(self, module: nn.Module, epoch: int, epochs: int) -> float:
+        """The bound after an epoch; says so once where it has stopped rising."""
+        self.elbo = self.score(module, self.images).elbo
+        if self.elbo > self.best:
+            self.best, self.best_epoch = self.elbo, epoch
+        waited = epoch - self.best_epoch
+        if waited >= max(LEAST_PATIENCE, PATIENCE * epochs) and self._told_epoch < self.best_epoch:
+            self._told_epoch = self.best_epoch
+            since = f"epoch {self.best_epoch} ({self.best:.2f} nats)"
+            tell(f"{self._stage.name}: the bound on held-out images has not risen since {since}")
+        return self.elbo
+
+    def choose(self, averaged: nn.Module, last: nn.Module, trained: float) -> str:
+        """The better of two modules by their held-out bound; says how good it is, and warns where it is not.
+
+        Args:
+            averaged: With the moving average of the weights.
+            last: With the weights of the last step.
+            trained: The bound in the last steps of the training, nats an image.
+
+        Returns:
+            "averaged" or "last".
+        """
+        name, modules = self._stage.name, {"averaged": averaged, "last": last}
+        scores = {which: self.score(module, self.images) for which, module in modules.items()}
+        option = "--epochs" if name == "vae" else f"--{name}-epochs"
+        kept = max(scores, key=lambda which: scores[which].elbo)
+        score = scores[kept]
+        rows = row_order(self._train, self._stage.seed, 14)[: len(self.images)]
+        seen = self.score(modules[kept], self._train[rows])
+        tell(
+            f"{name}: bound on {len(self.images)} held-out images {score.elbo:.2f} nats with the {kept} weights, on "
+            f"training images {seen.elbo:.2f}, in the last steps {trained:.2f}; KL {score.kl:.2f} nats"
+        )
+        if Score(trained, seen.error, 0.0).beats(seen):
+            warn(f"{name}: the weights that are kept are worse than those of the last steps; raise {option}")
+        elif seen.beats(score):
+            warn(f"{name}: the model overfits; take more images, fewer epochs or a smaller network")
+        if score.kl < LEAST_KL:
+            warn(f"{name}: the latents say next to nothing of an image (KL below 1 nat); raise {option}")
+        return kept

@@ -1,0 +1,1 @@
+"""Models: the VAE, and recognition models of corrupted images."""

@@ -1,0 +1,70 @@
+"""An image to planes of the same size: a residual U-Net."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from training.networks.conv import Residual, Upsample
+from training.strict import Positive, Strict, Widths
+
+
+class UNetSettings(Strict):
+    """A U-Net of residual blocks."""
+
+    channels: Widths = (16, 32)
+    """A number a level, full size first."""
+    blocks: Positive = 1
+    """Residual blocks a level."""
+
+    def network(self, inputs: int, outputs: int, size: tuple[int, int]) -> nn.Module:
+        """(n, inputs, *size) -> (n, outputs, *size)."""
+        return UNet(inputs, outputs, size, self.channels, self.blocks)
+
+
+class UNet(nn.Module):
+    """One entry of `channels` a level, finest first, the first at full size; every further one halves height and width.
+
+    `blocks` residual blocks a level on the way down, as many on the way up. What it gives starts at 0.
+    Source: Ronneberger et al. (2015), figure 1, with sums in place of concatenation.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, size: tuple[int, int], channels: Sequence[int], blocks: int = 1
+    ) -> None:
+        super().__init__()
+        sizes = [size]
+        for _ in channels[1:]:
+            height, width = sizes[-1]
+            sizes.append(((height + 1) // 2, (width + 1) // 2))
+        self.first = nn.Conv2d(inputs, channels[0], 3, padding=1)
+        self.levels = nn.ModuleList(_blocks(width, blocks) for width in channels)
+        self.down = nn.ModuleList(
+            nn.Conv2d(fine, coarse, 3, stride=2, padding=1) for fine, coarse in pairwise(channels)
+        )
+        self.up = nn.ModuleList(
+            Upsample(coarse, fine, size) for (fine, coarse), size in zip(pairwise(channels), sizes[:-1], strict=True)
+        )
+        self.merged = nn.ModuleList(_blocks(width, blocks) for width in channels[:-1])
+        self.last = nn.Conv2d(channels[0], outputs, 3, padding=1)
+        nn.init.zeros_(self.last.weight)
+        nn.init.constant_(self.last.bias, 0.0)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, inputs, h, w) -> (n, outputs, h, w)."""
+        x = self.levels[0](self.first(x))
+        passed: list[Tensor] = []
+        for down, level in zip(self.down, list(self.levels)[1:], strict=True):
+            passed.append(x)
+            x = level(down(functional.silu(x)))
+        for up, merged in zip(reversed(self.up), reversed(self.merged), strict=True):
+            x = merged(passed.pop() + up(functional.silu(x)))
+        found: Tensor = self.last(functional.silu(x))
+        return found
+
+
+def _blocks(channels: int, number: int) -> nn.Sequential:
+    return nn.Sequential(*(Residual(channels) for _ in range(number)))

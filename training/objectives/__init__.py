@@ -1,0 +1,1 @@
+"""Objectives: the ELBO, wake-sleep, full variational Bayes."""

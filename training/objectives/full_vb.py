@@ -1,0 +1,123 @@
+"""Full variational Bayes: a posterior over the decoder's parameters as well as over the latents.
+
+Source: Kingma and Welling (2013), appendix F.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from training.data import as_float, binarise
+from training.distributions.gaussian import DiagonalGaussian
+from training.loop.trainer import Objective
+from training.models.vae import VAE
+from training.objectives.elbo import Bound, elbo
+
+INITIAL_STD = 0.05
+"""Of every parameter: some of the spread with which torch begins a layer's weights, so that the means can learn."""
+
+
+class FullVb(nn.Module):
+    """A VAE under q(theta) = N(mean, diag(exp(log_var))) and p(theta) = N(0, I), theta the decoder's parameters.
+
+    Their means are the parameters of `vae.decoder` themselves, so `vae` is the model at the posterior's mean, and any
+    architecture will do. What the likelihood and the prior of z learn stays a point estimate, as the encoder does.
+    """
+
+    def __init__(self, vae: VAE, initial_std: float = INITIAL_STD) -> None:
+        super().__init__()
+        self.vae = vae
+        self.shapes = {name: p.shape for name, p in vae.decoder.named_parameters()}
+        self.sizes = [shape.numel() for shape in self.shapes.values()]
+        first = next(vae.decoder.parameters())
+        self.log_var = nn.Parameter(first.new_full((sum(self.sizes),), 2.0 * math.log(initial_std)))
+
+    @property
+    def posterior(self) -> DiagonalGaussian:
+        """q(theta), every parameter of the decoder in one row: (P,)."""
+        return DiagonalGaussian(torch.cat([p.flatten() for p in self.vae.decoder.parameters()]), self.log_var)
+
+    def at(self, zeta: Tensor) -> VAE:
+        """The VAE at theta = mean + std * zeta, differentiable in both: zeta (P,), a draw of N(0, I)."""
+        parts = self.posterior.draw(zeta).split(self.sizes)
+        theta = {name: part.view(shape) for part, (name, shape) in zip(parts, self.shapes.items(), strict=True)}
+        vae = self.vae
+        return VAE(vae.encoder, _DecoderAt(vae.decoder, theta), vae.likelihood, vae.prior)
+
+    def draw(self, generator: torch.Generator) -> VAE:
+        """The VAE at a draw of q(theta)."""
+        noise = torch.randn(self.log_var.shape, generator=generator, device=generator.device)
+        return self.at(noise.to(self.log_var.dtype))
+
+
+class _DecoderAt(nn.Module):
+    """A decoder with other parameters than its own."""
+
+    def __init__(self, decoder: nn.Module, theta: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.decoder, self.theta = decoder, theta
+
+    def forward(self, z: Tensor) -> Tensor:
+        """What the decoder gives with them."""
+        found: Tensor = functional_call(self.decoder, self.theta, (z,))
+        return found
+
+
+def full_vb_bound(module: FullVb, x: Tensor, eps: Tensor, zeta: Tensor, size: int) -> Bound:
+    """Estimate a minibatch's share of the bound on the log evidence of `size` images, differentiable in everything.
+
+    An image's share of KL(q(theta) || p(theta)), in closed form, is in `kl`; so `size` times the mean of the bound is
+    the estimate of equation 24, and the trainer's loss is that divided by -size.
+    Shapes: x (n, c, h, w); eps (L, n, d) and zeta (P,), draws of N(0, I); the answer's terms (n,).
+    Source: Kingma and Welling (2013), equation 24 and algorithm 2, there with L = 1.
+    """
+    bound = elbo(module.at(zeta), x, eps)
+    return Bound(bound.log_likelihood, bound.kl + module.posterior.kl_from_standard_normal() / size)
+
+
+def map_bound(vae: VAE, x: Tensor, eps: Tensor, size: int) -> Bound:
+    """The same with a point in place of q(theta): MAP. `kl` has an image's share of -log p(theta), but its constant."""
+    bound = elbo(vae, x, eps)
+    square = sum((p.square().sum() for p in vae.decoder.parameters()), start=x.new_zeros(()))
+    return Bound(bound.log_likelihood, bound.kl + 0.5 * square / size)
+
+
+def full_vb_objective(size: int, latent_dim: int, *, draws: int = 1, dynamic: bool = True) -> Objective:
+    """What the trainer raises: a draw of theta a minibatch, or with `microbatches` one for each of its parts.
+
+    The trainer's own `weight_prior` and `free_nats` must be off: the first would count p(theta) twice, the second
+    would count the share of KL(q(theta) || p(theta)) as the latents'.
+    """
+
+    def objective(module: FullVb, images: Tensor, generator: torch.Generator) -> Bound:
+        x = binarise(images, generator) if dynamic else as_float(images)
+        eps = torch.randn(draws, len(x), latent_dim, generator=generator, device=x.device)
+        zeta = torch.randn(module.log_var.shape, generator=generator, device=x.device)
+        return full_vb_bound(module, x, eps, zeta, size)
+
+    return objective
+
+
+class Evidence(NamedTuple):
+    """A bound on the log evidence in nats, and the standard error of its estimate over draws of theta."""
+
+    bound: float
+    standard_error: float
+
+
+@torch.no_grad()
+def evidence_bound(module: FullVb, x: Tensor, draws: int, generator: torch.Generator) -> Evidence:
+    """Estimate the bound on log p(x_1, ..., x_N), theta and z integrated out, from `draws` of theta, two or more.
+
+    Source: Kingma and Welling (2013), equation 18.
+    """
+    latent_dim = module.vae.posterior(x[:1]).mean.shape[1]
+    eps = (torch.randn(1, len(x), latent_dim, generator=generator, device=x.device) for _ in range(draws))
+    sums = torch.stack([elbo(module.draw(generator), x, noise).elbo.double().sum() for noise in eps])
+    kl = float(module.posterior.kl_from_standard_normal())
+    return Evidence(float(sums.mean()) - kl, float(sums.std()) / math.sqrt(draws))

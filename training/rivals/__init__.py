@@ -1,1 +1,0 @@
-"""What the source of AEVB measured it against: other ways to train the same generative model."""
