@@ -98,7 +98,7 @@ def _named(content_type: str) -> str:
     return ALIASES.get(form, form)
 
 
-def write(answer: Answer, accept: str, form: str | None) -> tuple[str, bytes]:
+def write(answer: Answer, accept: str, form: str | None) -> tuple[str, Body]:
     """(media type, body) in the first acceptable form that can hold the answer; `form` is that of the request.
 
     Raises: NotAcceptable.

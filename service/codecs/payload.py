@@ -117,7 +117,7 @@ class Answer(NamedTuple):
 Body = bytes | bytearray
 Reader = Callable[[Body, str, Intake], Payload]
 """(body, whole content type, what is wanted) -> Payload; raises Unreadable, InvalidShape, TooLarge."""
-Writer = Callable[[Answer], bytes | None]
+Writer = Callable[[Answer], Body | None]
 """None where the format cannot hold this answer."""
 Header = Callable[[tuple[int, ...]], bytes]
 """Of a binary form: what comes before the numbers of an array of that shape."""

@@ -117,7 +117,7 @@ class Reply(NamedTuple):
 
     status: int
     headers: Headers
-    content: bytes
+    content: Body
     outcome: str
     rows: int
     length: int | None = None
