@@ -13,9 +13,9 @@ from typing import Any
 
 from service.contract.manifest import ManifestError
 from service.errors import StartError, one_line
+from service.repository import confined
 from service.repository.graph_check import check_graph
 from service.repository.model import Trial, assembled, read_version
-from service.repository import confined
 from service.runtime.session import PROVIDERS
 
 
