@@ -48,13 +48,13 @@ def test_a_thousand_idle_connections_keep_nobody_waiting(service: Service) -> No
     """Others are answered meanwhile, and every connection is given back."""
     idle = [socket.create_connection(("127.0.0.1", service.port)) for _ in range(IDLE)]
     try:
-        eventually(lambda: service.server.connections() >= IDLE)
+        eventually(lambda: service.connections() >= IDLE)
         found = [asyncio.run(ask(service.port, EASY)) for _ in range(5)]
     finally:
         for one in idle:
             one.close()
     assert {outcome.status for outcome in found} == {200}
-    eventually(lambda: service.server.connections() == 0)
+    eventually(lambda: service.connections() == 0)
 
 
 def test_half_closed_connections_are_answered_or_closed(service: Service) -> None:
@@ -65,7 +65,7 @@ def test_half_closed_connections_are_answered_or_closed(service: Service) -> Non
             one.shutdown(socket.SHUT_WR)
             while one.recv(2**16):
                 pass
-    eventually(lambda: service.server.connections() == 0)
+    eventually(lambda: service.connections() == 0)
     assert right_answer(service, EASY)
 
 
@@ -120,13 +120,13 @@ def test_what_finds_no_memory_is_refused_and_nothing_is_killed(service: Service)
     """With hardly more address space than it has, a large answer is 503; small ones are given, then and later."""
     request = wire("/v1/sample?count=5000&seed=7", accept="application/json")
     limit = 1024 * (service.kib("VmSize") + 16 * 1024)
-    unlimited = resource.prlimit(service.server.worker, resource.RLIMIT_AS)
-    resource.prlimit(service.server.worker, resource.RLIMIT_AS, (limit, unlimited[1]))
+    unlimited = resource.prlimit(service.worker, resource.RLIMIT_AS)
+    resource.prlimit(service.worker, resource.RLIMIT_AS, (limit, unlimited[1]))
     try:
         refused = asyncio.run(ask(service.port, request))
         meanwhile = asyncio.run(ask(service.port, EASY))
     finally:
-        resource.prlimit(service.server.worker, resource.RLIMIT_AS, unlimited)
+        resource.prlimit(service.worker, resource.RLIMIT_AS, unlimited)
     assert refused.status == 503
     assert b"memory" in refused.content
     assert meanwhile.status == 200
