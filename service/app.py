@@ -35,11 +35,11 @@ from service.errors import ServiceError
 from service.observability.metrics import SHARED_FOLDER
 from service.observability.requests import AccessLog, Tracking
 from service.observability.tracing import Named, TracedEngine, finish, tracer_provider
-from service.repository.model import LoadLimits
 from service.repository.overrides import Orders, Standing
 from service.repository.reload import Control
 from service.repository.remote import local_copy
 from service.repository.repository import Repository
+from service.repository.version import LoadLimits
 from service.runtime.scheduler import Engine
 from service.runtime.session import execution_provider
 from service.security.middleware import add_doors

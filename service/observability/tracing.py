@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import __version__
 from service.errors import StartError
-from service.runtime.batcher import Arrays, Program, Trip
+from service.runtime.program import Arrays, Program, Trip
 from service.runtime.scheduler import Engine
 from service.settings import Settings
 

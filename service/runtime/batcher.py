@@ -19,15 +19,13 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from service.errors import CallerGone, DeadlinePassed, InferenceFailed, NotReady, Overloaded, ServiceError
+from service.runtime.program import Arrays, Program, Trip
 from service.runtime.thread import ComputingThreads
-
-Arrays = tuple[NDArray[Any], ...]
 
 PROBE_AFTER_S = 0.005
 """A request that has waited this long is asked whether its caller is still there before it is computed."""
@@ -41,35 +39,6 @@ IN_TIME = 0.75
 """A request is queued where what waits before it should take less than this share of its time."""
 
 log = logging.getLogger(__name__)
-
-
-class Program(Protocol):
-    """A whole operation over rows: every array in and out has one row a request row. Compared by identity."""
-
-    @property
-    def rounds(self) -> int:
-        """How often a request's rows come: 1, or as many slices as the work is cut into."""
-
-    def run(self, *arrays: NDArray[Any]) -> Arrays:
-        """Compute; a row's answer never depends on the other rows."""
-
-    def batch_rows(self, max_rows: int) -> int:
-        """Rows that a batch of it should have at most: `max_rows`, or fewer where more of them gain nothing."""
-
-    def cost_s(self, rows: int) -> float:
-        """About how long a batch of `rows` takes, in seconds."""
-
-
-class Trip(NamedTuple):
-    """What came back, and where the time went (summed over the batches that a large request needed)."""
-
-    arrays: Arrays
-    queue_s: float
-    inference_s: float
-
-    def after(self, first: Trip) -> Trip:
-        """Its arrays, the time of both."""
-        return Trip(self.arrays, first.queue_s + self.queue_s, first.inference_s + self.inference_s)
 
 
 class _Job:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from service.observability.metrics import Telemetry
-from service.runtime.batcher import Arrays, Batcher, Program, Trip
+from service.runtime.batcher import Batcher
+from service.runtime.program import Arrays, Program, Trip
 from service.settings import Settings
 
 

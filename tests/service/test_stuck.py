@@ -18,9 +18,10 @@ import pytest
 
 from service.app import create_app
 from service.errors import DeadlinePassed, InferenceFailed, NotReady, Overloaded
-from service.repository.model import Model
 from service.repository.repository import Repository
-from service.runtime.batcher import WATCH_S, Arrays, Batcher
+from service.runtime.batcher import WATCH_S, Batcher
+from service.runtime.model import Model
+from service.runtime.program import Arrays
 from service.runtime.thread import ComputingThreads
 from service.settings import Settings
 

@@ -37,10 +37,11 @@ from service.errors import (
 from service.observability.metrics import server_timing
 from service.observability.requests import request_id
 from service.operations.inference.latent import BLOCK_ROWS
-from service.operations.inference.vae import Observe, Result, Submit
+from service.operations.inference.vae import Observe, Result
 from service.operations.operation import Inputs, LatentOptions, Operation, Rows
-from service.repository.model import Model
 from service.repository.repository import Repository
+from service.runtime.model import Model
+from service.runtime.program import Submit
 from service.runtime.scheduler import Engine
 from service.settings import Settings
 
