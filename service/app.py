@@ -105,7 +105,7 @@ def create_app(
         on_failure=on_failure,
     )
     submit = traced(engine.submit, provider) if provider else engine.submit
-    control = Control(repository, orders, settings, telemetry)
+    control = Control(repository, orders, settings, telemetry.ready)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
