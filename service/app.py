@@ -32,14 +32,14 @@ from service.api.v1.route import Shortcut
 from service.api.v1.routes import OPERATIONS, add_operations
 from service.contract.cores import cpu_count
 from service.errors import ServiceError
-from service.observability.metrics import SHARED_FOLDER
+from service.observability.metrics import SHARED_FOLDER, Telemetry
 from service.observability.requests import AccessLog, Tracking
-from service.observability.tracing import Named, TracedEngine, finish, tracer_provider
-from service.repository.model import LoadLimits
+from service.observability.tracing import Named, finish, traced, tracer_provider
 from service.repository.overrides import Orders, Standing
 from service.repository.reload import Control
 from service.repository.remote import local_copy
 from service.repository.repository import Repository
+from service.repository.version import LoadLimits
 from service.runtime.scheduler import Engine
 from service.runtime.session import execution_provider
 from service.security.middleware import add_doors
@@ -94,8 +94,18 @@ def create_app(
     orders = Orders(Path(os.environ[SHARED_FOLDER]) if settings.workers > 1 and SHARED_FOLDER in os.environ else None)
     repository = repository or open_repository(settings, orders.read())
     provider = tracer_provider() if settings.tracing else None
-    engine = TracedEngine(settings, provider, on_failure) if provider else Engine(settings, on_failure)
-    control = Control(repository, orders, settings, engine.telemetry)
+    telemetry = Telemetry(lambda: (engine.queued_rows, engine.running))
+    engine = Engine(
+        max_rows=settings.max_rows,
+        queue_rows=settings.queue_rows,
+        linger_ms=settings.linger_ms,
+        inline_s=settings.inline_us / 1e6,
+        batch_limit_s=settings.batch_limit_s,
+        observe=telemetry.batch,
+        on_failure=on_failure,
+    )
+    submit = traced(engine.submit, provider) if provider else engine.submit
+    control = Control(repository, orders, settings, telemetry.ready)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -128,18 +138,18 @@ def create_app(
     )
     app.state.repository, app.state.stopping = repository, False
     offload = Offload(cpu_count())
-    add_operations(app, Context(settings, repository, engine, Memory(settings.memory_bytes), offload))
+    add_operations(app, Context(settings, repository, submit, telemetry, Memory(settings.memory_bytes), offload))
     for router in (
         models_router(repository, OPERATIONS),
         readiness_router(repository, engine),
         control_router(repository, control, settings),
         health_router(repository, engine),
-        metrics_router(engine.telemetry),
+        metrics_router(telemetry),
     ):
         app.include_router(router)
     if settings.docs:
         app.include_router(docs_router(app.openapi))
-    add_doors(app, settings, engine.telemetry.refused)
+    add_doors(app, settings, telemetry.refused)
     app.add_exception_handler(ServiceError, _service_problem)
     app.add_exception_handler(HTTPException, _http_problem)
     app.add_exception_handler(Exception, _service_problem)

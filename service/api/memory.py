@@ -8,7 +8,7 @@ from typing import Any
 
 from service.errors import Overloaded, TooLarge
 from service.operations.inference.refinement import STEPS
-from service.repository.model import Model
+from service.runtime.model import Model
 
 NUMBER_BYTES = 16
 """Of an answer, as array and as text."""

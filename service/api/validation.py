@@ -14,7 +14,7 @@ from service.contract.images import fit
 from service.errors import InvalidOption, InvalidShape, InvalidValue, TooLarge
 from service.operations.inference.tiling import Tiling, tiling
 from service.operations.operation import Inputs, Operation, Rows
-from service.repository.model import Model
+from service.runtime.model import Model
 
 ROUNDING = 1e-6
 """How far outside the range a value may lie and count as on its bound: float32 rounds by less."""

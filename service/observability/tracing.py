@@ -6,7 +6,7 @@ The SDK and its exporter are the extra `tracing`; they are set up by the standar
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from opentelemetry import trace
@@ -14,9 +14,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import __version__
 from service.errors import StartError
-from service.runtime.batcher import Arrays, Program, Trip
-from service.runtime.scheduler import Engine
-from service.settings import Settings
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -54,33 +51,31 @@ def finish(provider: TracerProvider) -> None:
     provider.shutdown()
 
 
-class TracedEngine(Engine):
-    """An engine that adds to each request's span how long it waited, and how its batch went."""
+def traced(submit: Callable[..., Awaitable[Any]], provider: TracerProvider) -> Callable[..., Awaitable[Any]]:
+    """Wrap the engine's `submit` so that it adds spans to each request's trace.
 
-    def __init__(
-        self, settings: Settings, provider: TracerProvider, on_failure: Callable[[], None] | None = None
-    ) -> None:
-        super().__init__(settings, on_failure)
-        self._tracer = provider.get_tracer(__name__, __version__)
+    The spans are `queue`, `batch` and, in the batch, `inference`: the time of the model alone.
 
-    async def submit(self, program: Program, arrays: Arrays, **known: Any) -> Trip:
-        """As `Engine.submit`."""
+    Args:
+        submit: (program, arrays, ...) -> Trip.
+        provider: Makes the spans.
+    """
+    tracer = provider.get_tracer(__name__, __version__)
+
+    async def submit_traced(program: Any, arrays: Any, **known: Any) -> Any:
         arrived = time.time_ns()
-        trip = await super().submit(program, arrays, **known)
+        trip = await submit(program, arrays, **known)
         if trace.get_current_span().is_recording():
-            self._trace(program, len(arrays[0]), arrived, trip)
+            landed, begun = time.time_ns(), arrived + int(trip.queue_s * 1e9)
+            tracer.start_span("queue", start_time=arrived).end(begun)
+            attributes = {"vae.program": program.operation, "vae.rows": len(arrays[0])}
+            batch = tracer.start_span("batch", start_time=begun, attributes=attributes)
+            within = trace.set_span_in_context(batch)
+            tracer.start_span("inference", within, start_time=landed - int(trip.inference_s * 1e9)).end(landed)
+            batch.end(landed)
         return trip
 
-    def _trace(self, program: Any, rows: int, arrived: int, trip: Trip) -> None:
-        """The spans `queue` and `batch`, and in the batch `inference`: the time of the model alone."""
-        landed = time.time_ns()
-        begun = arrived + int(trip.queue_s * 1e9)
-        self._tracer.start_span("queue", start_time=arrived).end(begun)
-        attributes = {"vae.program": program.operation, "vae.rows": rows}
-        batch = self._tracer.start_span("batch", start_time=begun, attributes=attributes)
-        within = trace.set_span_in_context(batch)
-        self._tracer.start_span("inference", within, start_time=landed - int(trip.inference_s * 1e9)).end(landed)
-        batch.end(landed)
+    return submit_traced
 
 
 class Named:

@@ -8,10 +8,11 @@ from pydantic import Field
 
 from service.errors import InvalidOption
 from service.operations.examples import PROGRESS
-from service.operations.inference.vae import Result, Submit
+from service.operations.inference.vae import Result
 from service.operations.operation import Inputs, Operation
 from service.operations.restoring import NEEDS, TiledOptions, observed, restored
-from service.repository.model import Model
+from service.runtime.model import Model
+from service.runtime.program import Submit
 
 NoiseKind = Literal["gaussian", "poisson", "salt-and-pepper", "masking", "none"]
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from service.operations.inference import vae
 from service.operations.inference.latent import Noise
-from service.operations.inference.vae import Result, Submit
+from service.operations.inference.vae import Result
 from service.operations.operation import DrawOptions, Inputs, Operation
-from service.repository.model import Model
+from service.runtime.model import Model
+from service.runtime.program import Submit
 
 
 async def _run(model: Model, submit: Submit, inputs: Inputs, options: DrawOptions) -> Result:

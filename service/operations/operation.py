@@ -15,8 +15,9 @@ from service.contract.images import Fit
 from service.errors import InferenceFailed, InvalidValue, ServiceError, UnsupportedOperation
 from service.operations.inference.latent import MAX_SEED
 from service.operations.inference.tiling import Tiling
-from service.operations.inference.vae import Observe, Result, Submit
-from service.repository.model import Model
+from service.operations.inference.vae import Observe, Result
+from service.runtime.model import Model
+from service.runtime.program import Submit
 
 Rows = NDArray[np.float32]
 

@@ -14,9 +14,10 @@ from service.errors import InvalidOption
 from service.operations.inference.latent import Noise
 from service.operations.inference.restoration import LEAST_LEVEL, MOST_LEVEL, Wish, level_rows, prior_mean, restore
 from service.operations.inference.tiling import Tiling
-from service.operations.inference.vae import Observe, Result, Submit, noted
+from service.operations.inference.vae import Observe, Result, noted
 from service.operations.operation import DrawOptions, Inputs, check_refinable
-from service.repository.model import Model
+from service.runtime.model import Model
+from service.runtime.program import Submit
 
 NEEDS = ("recognition", "noise_level", "fusion", "correction")
 

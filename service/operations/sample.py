@@ -8,9 +8,10 @@ from pydantic import Field
 
 from service.operations.inference import vae
 from service.operations.inference.latent import MAX_SEED, Noise
-from service.operations.inference.vae import Result, Submit
+from service.operations.inference.vae import Result
 from service.operations.operation import Inputs, Operation, Options
-from service.repository.model import Model
+from service.runtime.model import Model
+from service.runtime.program import Submit
 
 
 class SampleOptions(Options):

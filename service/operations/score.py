@@ -13,9 +13,10 @@ from service.operations.examples import PROGRESS
 from service.operations.inference.latent import MAX_SEED, Noise
 from service.operations.inference.scoring import DRAWS, Wish
 from service.operations.inference.scoring import score as scored
-from service.operations.inference.vae import Result, Submit, noted
+from service.operations.inference.vae import Result, noted
 from service.operations.operation import ImageOptions, Inputs, Operation, check_refinable
-from service.repository.model import Model
+from service.runtime.model import Model
+from service.runtime.program import Submit
 
 GREY_NOTE = (
     "the model has black and white pixels but was trained on grey levels, which have no probability under them: the "

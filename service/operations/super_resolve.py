@@ -7,10 +7,11 @@ from typing import Annotated
 from pydantic import Field
 
 from service.operations.examples import PROGRESS
-from service.operations.inference.vae import Result, Submit
+from service.operations.inference.vae import Result
 from service.operations.operation import Inputs, Operation
 from service.operations.restoring import NEEDS, RestoreOptions, observed, restored
-from service.repository.model import Model
+from service.runtime.model import Model
+from service.runtime.program import Submit
 
 
 class SuperResolveOptions(RestoreOptions):

@@ -11,9 +11,10 @@ from pydantic import Field
 from service.errors import InvalidOption
 from service.operations.inference import vae
 from service.operations.inference.latent import MAX_SEED, standard_normal
-from service.operations.inference.vae import Result, Rows, Submit
+from service.operations.inference.vae import Result, Rows
 from service.operations.operation import Inputs, Operation, Options
-from service.repository.model import Model
+from service.runtime.model import Model
+from service.runtime.program import Submit
 
 
 class TraverseOptions(Options):

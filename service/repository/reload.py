@@ -11,7 +11,6 @@ from functools import partial
 from typing import NamedTuple, TypeVar
 
 from service.errors import LoadRefused, NoRoom
-from service.observability.metrics import Telemetry
 from service.repository.overrides import WHOLE, Orders, Report, Standing
 from service.repository.repository import Repository
 from service.runtime.session import give_back_memory
@@ -36,10 +35,15 @@ class Outcome(NamedTuple):
 
 
 class Control:
-    """Keeps a repository as the setting, the folder and the orders want it."""
+    """Keeps a repository as the setting, the folder and the orders want it.
 
-    def __init__(self, repository: Repository, orders: Orders, settings: Settings, telemetry: Telemetry) -> None:
-        self._repository, self._orders, self._settings, self._telemetry = repository, orders, settings, telemetry
+    observe: called with (model, number of versions that are served) after each change.
+    """
+
+    def __init__(
+        self, repository: Repository, orders: Orders, settings: Settings, observe: Callable[[str, int], object]
+    ) -> None:
+        self._repository, self._orders, self._settings, self._observe = repository, orders, settings, observe
         self._lock = asyncio.Lock()
         self._thread = ComputingThreads("control")  # not the loop's executor, which an ending process waits for
         self._followed = 0
@@ -152,4 +156,4 @@ class Control:
 
     def _count_ready(self) -> None:
         for model in self._repository.conditions:
-            self._telemetry.ready(model, len(self._repository.models.get(model, ())))
+            self._observe(model, len(self._repository.models.get(model, ())))

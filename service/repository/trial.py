@@ -15,7 +15,8 @@ from service.contract.manifest import ManifestError
 from service.errors import StartError, one_line
 from service.repository import confined
 from service.repository.graph_check import check_graph
-from service.repository.model import Trial, assembled, read_version
+from service.repository.version import Trial, assembled, read_version
+from service.repository.warm_up import warm
 from service.runtime.session import PROVIDERS
 
 
@@ -60,7 +61,7 @@ def tried(asked: Trial) -> dict[str, Any]:
     confined.forbid_files()
     # On the CPU wherever it is served: other providers need files, and more address space than they use.
     model = assembled(version, PROVIDERS["cpu"], asked.threads)
-    timings = model.warm(version.golden, asked.max_rows) if asked.timed else []
+    timings = warm(model, version.golden, asked.max_rows) if asked.timed else []
     return {"digest": version.digest, "timings": [list(timing.items()) for timing in timings]}
 
 

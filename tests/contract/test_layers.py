@@ -31,6 +31,32 @@ EXTRAS = {
 """Which extras a file or package may import, besides the dependencies that are always there."""
 ELSEWHERE = {"benchmarks/peers", "benchmarks/trainers"}
 """What runs in environments of its own."""
+KNOWS = {
+    "contract": set(),
+    "runtime": {"contract"},
+    "operations": {"contract", "runtime"},
+    "repository": {"contract", "runtime", "operations"},
+    "codecs": {"contract"},
+    "security": {"contract"},
+    "observability": {"contract"},
+    "api": {"contract", "runtime", "operations", "repository", "codecs", "observability"},
+    "server": {"security", "observability"},
+}
+"""Which rooms of the service a room may import. The application and the command line may import every room."""
+BASE = {path.stem for path in (ROOT / "service").glob("*.py")} - {"__init__", "__main__", "app"}
+"""Modules beside the rooms. Every room may import them, but for `FEW`; they import no room."""
+FEW = {"contract": set(), "runtime": {"errors"}, "operations": {"errors"}, "codecs": {"errors"}}
+"""The modules beside the rooms that these rooms may import: they take numbers and callbacks, not settings."""
+OPEN: dict[str, set[str]] = {
+    "service/codecs/negotiation.py": {"operations"},
+    "service/security/middleware.py": {"api", "observability"},
+    "service/security/security_headers.py": {"api"},
+    "service/server/protocol.py": {"api"},
+    "service/server/supervisor.py": {"repository"},
+    "service/server/worker.py": {"app", "runtime"},
+    "service/settings.py": {"security"},
+}
+"""Imports that still run upward, by file; remove an entry with its import."""
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PROVIDERS = packages_distributions()
 
@@ -84,6 +110,22 @@ def name_of(path: Path) -> str:
 def test_service_knows_neither_torch_nor_the_trainer(path: Path) -> None:
     """No file of the service imports torch, onnx or training, not even inside a function."""
     assert not roots(path) & {"torch", "torchvision", "onnx", "onnxscript", "training", "tests", "benchmarks"}
+
+
+def upward(path: Path) -> set[str]:
+    """The rooms, and modules beside them, that a file of the service imports and may not."""
+    room = path.relative_to(ROOT / "service").parts[0].removesuffix(".py")
+    names = [name.split(".") for name in imported(path) if name.startswith("service.")]
+    known = {name[1] for name in names} & (KNOWS.keys() | BASE | {"app"}) - {room}
+    return set() if room in ("app", "__main__") else known - KNOWS.get(room, set()) - FEW.get(room, BASE)
+
+
+def test_no_arrow_runs_upward() -> None:
+    """A room of the service imports rooms below it alone; a new room needs its place in `KNOWS`."""
+    rooms = {path.parent.name for path in (ROOT / "service").glob("*/__init__.py")}
+    assert rooms == KNOWS.keys()
+    found = {name_of(path): rooms for path in sources("service") if (rooms := upward(path))}
+    assert found == OPEN
 
 
 @pytest.mark.parametrize("path", sources("training"), ids=name_of)

@@ -35,6 +35,7 @@ with atheris.instrument_imports(include=["service", "python_multipart"]):
     from service.codecs.payload import as_images, as_rows
     from service.contract import manifest
     from service.errors import ServiceError
+    from service.observability.metrics import Telemetry
     from service.repository.repository import Repository
     from service.runtime.scheduler import Engine
     from service.settings import Settings
@@ -53,7 +54,10 @@ INTAKES: tuple[dict[str, Any], ...] = (
 CONTENT_TYPES = {"multipart/form-data": "multipart/form-data; boundary=x"}
 MANIFEST = Path(__file__).parents[2] / "models" / "mnist-2d" / "1" / manifest.FILE_NAME
 SETTINGS = Settings()
-CONTEXT = Context(SETTINGS, Repository({}, ""), Engine(SETTINGS), Memory(SETTINGS.memory_bytes), Offload())
+ENGINE = Engine(max_rows=SETTINGS.max_rows, queue_rows=SETTINGS.queue_rows)
+CONTEXT = Context(
+    SETTINGS, Repository({}, ""), ENGINE.submit, Telemetry(lambda: (0, 0)), Memory(SETTINGS.memory_bytes), Offload()
+)
 APPS = [OperationApp(operation, CONTEXT) for operation in OPERATIONS]
 
 

@@ -17,8 +17,8 @@ from fastapi import FastAPI
 from numpy.typing import NDArray
 
 from service.app import create_app
-from service.repository.model import Model
 from service.repository.repository import Repository
+from service.runtime.model import Model
 from service.runtime.session import Session
 from service.settings import Settings
 

@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from service.errors import CallerGone, DeadlinePassed, InferenceFailed, NotReady, Overloaded
-from service.runtime.batcher import PROBE_AFTER_S, Arrays, Batcher, Trip
+from service.runtime.batcher import Batcher
+from service.runtime.jobs import PROBE_AFTER_S
+from service.runtime.program import Arrays, Trip
 from tests.service.conftest import until
 
 IN_LOOP, IN_THREAD = 0.0, 1.0

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from service.api.v1.endpoint import PART_ROWS
 from service.app import create_app
 from service.operations.inference.latent import BLOCK_ROWS, standard_normal
-from service.repository.model import Model
 from service.repository.repository import Repository
+from service.runtime.model import Model
 from service.settings import Settings
 
 MANY = 2 * PART_ROWS + 100

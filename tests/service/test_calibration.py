@@ -15,8 +15,8 @@ from service.app import create_app
 from service.contract.calibration import APART, BESIDE, MOST_STD, calibrated, ways, widened
 from service.contract.corruption import Observation
 from service.contract.manifest import Calibration
-from service.repository.model import Model
 from service.repository.repository import Repository
+from service.runtime.model import Model
 from service.settings import Settings
 
 Rows = NDArray[np.float32]

@@ -20,9 +20,11 @@ from service.api.problems import describe
 from service.app import create_app
 from service.errors import Overloaded
 from service.observability.metrics import server_timing
-from service.repository.model import Model, ModelProgram, open_model
 from service.repository.repository import Repository
-from service.runtime.batcher import Arrays, Batcher, Program, Trip
+from service.repository.version import open_model
+from service.runtime.batcher import Batcher
+from service.runtime.model import Model
+from service.runtime.program import Arrays, ModelProgram, Program, Trip
 from service.settings import Settings
 from tests.service.conftest import until
 

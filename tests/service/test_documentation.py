@@ -27,8 +27,8 @@ from torch.distributed.run import get_args_parser
 from experiments.__main__ import _parser as experiments_parser
 from service.api.admin.metrics import KEEP_S, RENDERS, Exposition
 from service.app import create_app
+from service.observability.metrics import Telemetry
 from service.repository.repository import Repository
-from service.runtime.scheduler import Engine
 from service.settings import Settings, read_settings
 from training.__main__ import _parser
 from training.config import Run, load
@@ -176,7 +176,7 @@ def test_a_flood_of_scrapes_renders_little() -> None:
 
     async def scenario() -> None:
         now = 0.0
-        telemetry = Engine(Settings()).telemetry
+        telemetry = Telemetry(lambda: (0, 0))
         exposition = Exposition(telemetry, lambda: now)
         first = exposition.current()
         assert exposition.current() is first, "nothing was counted"

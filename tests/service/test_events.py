@@ -24,9 +24,9 @@ from service.api.progress import Event, watched
 from service.app import create_app
 from service.operations.inference.refinement import STEPS, WINDOW
 from service.operations.inference.vae import Observe, Result
-from service.repository.model import Model
 from service.repository.repository import Repository
-from service.runtime.batcher import Trip
+from service.runtime.model import Model
+from service.runtime.program import Trip
 from service.settings import Settings
 
 SSE, LINES, JSON = "text/event-stream", "application/x-ndjson", "application/json"

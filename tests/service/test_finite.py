@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from service.app import create_app
-from service.repository.model import Model
 from service.repository.repository import Repository
+from service.runtime.model import Model
 from service.settings import Settings
 
 SHIPPED = Path(__file__).parents[2] / "models"

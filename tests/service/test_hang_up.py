@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from service.app import create_app
 from service.repository.repository import Repository
-from service.runtime.batcher import PROBE_AFTER_S
+from service.runtime.jobs import PROBE_AFTER_S
 from service.settings import Settings
 from tests.faults.conftest import eventually
 

@@ -20,7 +20,8 @@ from onnx import TensorProto, helper, numpy_helper
 from service.contract.manifest import ManifestError
 from service.errors import StartError
 from service.repository.graph_check import check_graph
-from service.repository.model import LoadLimits, Model, open_model
+from service.repository.version import LoadLimits, open_model
+from service.runtime.model import Model
 
 CPU = "CPUExecutionProvider"
 Seal = Callable[..., None]

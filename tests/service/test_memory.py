@@ -22,8 +22,8 @@ from service.app import create_app
 from service.errors import Overloaded, TooLarge
 from service.operations.inference.restoration import fuse_rows
 from service.operations.inference.vae import encode_rows
-from service.repository.model import MOST_PROGRAMS, Model
 from service.repository.repository import Repository
+from service.runtime.model import MOST_PROGRAMS, Model
 from service.settings import Settings
 
 MIB = 2**20

@@ -33,6 +33,7 @@ from service.codecs import EVENTS, READERS, Answer, Intake, Meter, structured
 from service.codecs.payload import LOOP_PICTURES
 from service.codecs.structured import Parsers
 from service.errors import CallerGone, DeadlinePassed, Deferred, InvalidOption, TooLarge, Unreadable
+from service.observability.metrics import Telemetry
 from service.operations.encode import encode
 from service.operations.operation import Operation
 from service.repository.repository import Repository
@@ -146,7 +147,10 @@ def app_of(digits_models: Path) -> Iterator[Callable[..., tuple[ASGIApp, Context
     def app(operation: Operation, offload: Offload, **settings: Any) -> tuple[ASGIApp, Context]:
         repository = Repository.open(digits_models, "", "CPUExecutionProvider", 1, 8)
         known = Settings(models=digits_models, max_rows=8, **settings)
-        context = Context(known, repository, Engine(known), Memory(known.memory_bytes), offload)
+        engine = Engine(max_rows=8, queue_rows=known.queue_rows)
+        context = Context(
+            known, repository, engine.submit, Telemetry(lambda: (0, 0)), Memory(known.memory_bytes), offload
+        )
         served = OperationApp(operation, context)
 
         async def one(scope: Scope, receive: Receive, send: Send) -> None:
@@ -225,7 +229,7 @@ def test_a_bug_in_a_reader_is_answered_as_a_bad_body_and_counted_apart(
         app, context = app_of(replace(encode, check=check), offload)
         answer = await post(app, content=body, headers=NPY)
         offload.close()
-        return answer, context.engine.telemetry.exposition().decode()
+        return answer, context.telemetry.exposition().decode()
 
     small, large = saved(np.zeros((1, 8, 8), np.float32)), saved(np.zeros((6000, 8, 8), np.float32))
     for body in (small, large):

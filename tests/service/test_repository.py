@@ -14,8 +14,8 @@ import pytest
 from service.contract.manifest import digest
 from service.errors import StartError, UnknownModel
 from service.operations.inference.vae import reconstruct_rows
-from service.repository.model import Model
 from service.repository.repository import Repository, default_model
+from service.runtime.model import Model
 from service.selection import Selection, version_key
 
 

@@ -24,9 +24,9 @@ from service.operations.inference.latent import Noise, standard_normal
 from service.operations.inference.refinement import RATE, REFINEMENT_STREAM, STEPS
 from service.operations.inference.restoration import Wish, restore
 from service.operations.inference.vae import Result
-from service.repository.model import Model
 from service.repository.repository import Repository
 from service.runtime.batcher import Batcher
+from service.runtime.model import Model
 from service.settings import Settings
 
 Rows = NDArray[np.float32]

@@ -21,9 +21,10 @@ from service.contract.manifest import Scoring
 from service.operations.inference.latent import Noise, standard_normal, uniform
 from service.operations.inference.scoring import BINARISATION_STREAM, SLICE, Wish, score
 from service.operations.inference.vae import Result
-from service.repository.model import Model
 from service.repository.repository import Repository
-from service.runtime.batcher import Batcher, Trip
+from service.runtime.batcher import Batcher
+from service.runtime.model import Model
+from service.runtime.program import Trip
 from service.settings import Settings
 
 Rows = NDArray[np.float32]

@@ -18,10 +18,12 @@ import pytest
 
 from service.app import create_app
 from service.errors import DeadlinePassed, InferenceFailed, NotReady, Overloaded
-from service.repository.model import Model
 from service.repository.repository import Repository
-from service.runtime.batcher import WATCH_S, Arrays, Batcher
+from service.runtime.batcher import Batcher
+from service.runtime.model import Model
+from service.runtime.program import Arrays
 from service.runtime.thread import ComputingThreads
+from service.runtime.watchdog import WATCH_S
 from service.settings import Settings
 
 ONE = (np.ones((1, 2), np.float32),)

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from service.app import create_app
 from service.errors import InvalidShape
 from service.operations.inference.tiling import tiling
-from service.repository.model import Model
 from service.repository.repository import Repository
+from service.runtime.model import Model
 from service.settings import Settings
 
 Rows = NDArray[np.float32]

@@ -20,8 +20,8 @@ import pytest
 from fastapi import FastAPI
 
 from service.app import create_app
-from service.repository.model import Model
 from service.repository.repository import Repository
+from service.runtime.model import Model
 from service.settings import Settings
 
 ROOT = Path(__file__).parents[2]

@@ -16,8 +16,8 @@ import httpx
 import numpy as np
 
 from service.app import create_app
-from service.repository.model import Model
 from service.repository.repository import Repository
+from service.runtime.model import Model
 from service.settings import Settings
 
 Slow = Callable[[Callable[[], object]], Repository]

@@ -10,8 +10,8 @@ from service.api.problems import documented
 from service.errors import NotReady, UnknownModel
 from service.operations.examples import example
 from service.operations.operation import Operation
-from service.repository.model import Model
 from service.repository.repository import Condition, Repository
+from service.runtime.model import Model
 from service.runtime.scheduler import Engine
 
 EXAMPLE = {

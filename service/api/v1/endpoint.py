@@ -34,14 +34,14 @@ from service.errors import (
     WrongModel,
     quoted,
 )
-from service.observability.metrics import server_timing
+from service.observability.metrics import Telemetry, server_timing
 from service.observability.requests import request_id
 from service.operations.inference.latent import BLOCK_ROWS
-from service.operations.inference.vae import Observe, Result, Submit
+from service.operations.inference.vae import Observe, Result
 from service.operations.operation import Inputs, LatentOptions, Operation, Rows
-from service.repository.model import Model
 from service.repository.repository import Repository
-from service.runtime.scheduler import Engine
+from service.runtime.model import Model
+from service.runtime.program import Submit
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,8 @@ class Context:
 
     settings: Settings
     repository: Repository
-    engine: Engine
+    submit: Submit
+    telemetry: Telemetry
     memory: Memory
     offload: Offload
 
@@ -157,7 +158,7 @@ class OperationApp:
             if body is None:
                 return
             gone, deadline = partial(disconnected, receive), self._deadline(headers)
-            submit = partial(self.context.engine.submit, deadline=deadline, gone=gone)
+            submit = partial(self.context.submit, deadline=deadline, gone=gone)
             accept = headers.get(b"accept", b"*/*").decode("latin-1")
             query = scope["query_string"]
             call = Call(model, query, headers, body, submit, deadline, gone, share, content_type, accept)
@@ -174,7 +175,7 @@ class OperationApp:
         scope["served"] = served  # for the access log and the trace
         whole = self._whole and WHOLE in scope.get("extensions", ())
         served["outcome"] = await self._send(reply, send, whole=whole)
-        self.context.engine.telemetry.request(**served)
+        self.context.telemetry.request(**served)
 
     def _check_early(self, headers: dict[bytes, bytes], query: bytes) -> None:
         """Refuse what its head tells before the body is sent, for a caller that waits for 100 Continue.
@@ -297,7 +298,7 @@ class OperationApp:
 
     async def _parts(self, call: Call, inputs: Inputs, options: Any, first: Rows) -> AsyncGenerator[memoryview, None]:
         """The first part and those after it; each is sent while the next one is computed."""
-        submit = partial(self.context.engine.submit, gone=call.gone, begun=True)
+        submit = partial(self.context.submit, gone=call.gone, begun=True)
         array: Rows | None = first
         for start in range(PART_ROWS, len(inputs.rows), PART_ROWS):
             run = self.operation.perform(call.model, submit, inputs.part(start, PART_ROWS), options)

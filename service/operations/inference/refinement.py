@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from service.operations.inference.vae import Compute, Graphs, Result, Rows, Submit
-from service.runtime.batcher import Arrays, Program, Trip
+from service.operations.inference.vae import Result, Rows
+from service.runtime.program import Arrays, Compute, Graphs, Program, Submit, Trip
 
 REFINEMENT_STREAM = 1
 """Of a request's noise: that of the steps, apart from that of its draws."""

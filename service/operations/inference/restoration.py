@@ -24,19 +24,8 @@ from service.operations.inference.refinement import (
     begin,
     climb_rows,
 )
-from service.operations.inference.vae import (
-    Compute,
-    Graphs,
-    Observe,
-    Plan,
-    Result,
-    Rows,
-    Submit,
-    decode_draws,
-    drawn_noise,
-    sample_rows,
-)
-from service.runtime.batcher import Arrays, Trip
+from service.operations.inference.vae import Observe, Result, Rows, decode_draws, drawn_noise, sample_rows
+from service.runtime.program import Arrays, Compute, Graphs, Plan, Submit, Trip
 
 LEAST_LEVEL, MOST_LEVEL = np.float32(1e-6), np.float32(1.0)
 """Bounds of a level that is estimated: those of the option `level`, which must be above 0."""

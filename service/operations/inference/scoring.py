@@ -22,18 +22,8 @@ from service.operations.inference.refinement import (
     begin,
     climb_rows,
 )
-from service.operations.inference.vae import (
-    Compute,
-    Graphs,
-    Observe,
-    Plan,
-    Result,
-    Rows,
-    Submit,
-    decode_rows,
-    encode_rows,
-)
-from service.runtime.batcher import Arrays, Trip
+from service.operations.inference.vae import Observe, Result, Rows, decode_rows, encode_rows
+from service.runtime.program import Arrays, Compute, Graphs, Plan, Submit, Trip
 
 DRAWS = 16
 """An image, unless the request says otherwise; those of the manifest's percentiles."""

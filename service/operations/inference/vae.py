@@ -6,7 +6,7 @@ rows out, no randomness. Around it, a function draws the request's noise, submit
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,16 +14,9 @@ from numpy.typing import NDArray
 
 from service.operations.inference import latent
 from service.operations.inference.latent import Noise
-from service.runtime.batcher import Arrays, Program, Trip
+from service.runtime.program import Arrays, Compute, Graphs, Plan, Submit, Trip
 
 Rows = NDArray[np.float32]
-Graph = Callable[..., tuple[Rows, ...]]
-Graphs = Mapping[str, Graph]
-Compute = Callable[..., Arrays]
-Submit = Callable[..., Awaitable[Trip]]
-"""(program, arrays, begun=whether it is a further part of what has begun) -> Trip."""
-Plan = Callable[..., Program]
-"""(operation, how its rows are computed, draws, further static choices) -> the program, made once a model."""
 
 
 class Result(NamedTuple):

@@ -1,0 +1,158 @@
+"""A program: what the batcher runs over stacked rows, and how long that takes."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Arrays = tuple[NDArray[Any], ...]
+Graph = Callable[..., tuple[NDArray[np.float32], ...]]
+Graphs = Mapping[str, Graph]
+"""The graphs of a model, by name."""
+Compute = Callable[..., Arrays]
+"""Computes a batch: arrays of rows in, arrays of as many rows out."""
+Timing = dict[int, float]
+"""Seconds by number of rows."""
+
+TIMINGS, TIMING_S = 3, 0.02
+"""A batch of one size is timed at most so often, and for about so long."""
+HAND_OVER_S = 2e-4
+"""Estimated overhead of a batch: the way to the thread and back."""
+WORTH = 1.1
+"""A larger batch is worth it where its cost a row is lower by this factor."""
+
+
+class Program(Protocol):
+    """A whole operation over rows: every array in and out has one row for each row of the request.
+
+    Programs are compared by identity.
+    """
+
+    @property
+    def rounds(self) -> int:
+        """How many trips a request's rows make: 1, or the number of slices that the work is cut into."""
+
+    def run(self, *arrays: NDArray[Any]) -> Arrays:
+        """Compute a batch. The answer for a row must not depend on the other rows."""
+
+    def batch_rows(self, max_rows: int) -> int:
+        """Rows of its batches: `max_rows`, or fewer where larger batches gain nothing."""
+
+    def cost_s(self, rows: int) -> float:
+        """Estimated time of a batch of `rows`, in seconds."""
+
+
+class Trip(NamedTuple):
+    """Output arrays, and the time in the queue and in the model, summed over the batches that a request needed."""
+
+    arrays: Arrays
+    queue_s: float
+    inference_s: float
+
+    def after(self, first: Trip) -> Trip:
+        """These arrays, with the time of both trips."""
+        return Trip(self.arrays, first.queue_s + self.queue_s, first.inference_s + self.inference_s)
+
+
+Submit = Callable[..., Awaitable[Trip]]
+"""(program, arrays, begun=whether it continues an answer that has begun) -> Trip."""
+Plan = Callable[..., Program]
+"""(operation, how its rows are computed, draws, further static choices) -> Program; see `Model.plan`."""
+
+
+@dataclass(eq=False)
+class ModelProgram:
+    """A program of one model.
+
+    Args:
+        model: Name of the model, for metrics.
+        operation: Name of the operation, for metrics and traces.
+        weight: What a row counts for in a batch: the number of draws that it is decoded at, at least 1.
+        compute: Computes a batch.
+        rounds: Number of slices that the work is cut into.
+        timing: Measured seconds by number of rows; None while unmeasured.
+        clock: Clock for the measurements, in seconds.
+    """
+
+    model: str
+    operation: str
+    weight: int
+    compute: Compute
+    rounds: int = 1
+    timing: Timing | None = None
+    clock: Callable[[], float] = time.perf_counter
+
+    def run(self, *arrays: Any) -> Arrays:
+        """Compute a batch."""
+        return self.compute(*arrays)
+
+    def batch_rows(self, max_rows: int) -> int:
+        """Rows of its batches: the fewest whose cost a row is close to the lowest.
+
+        Small batches let the HTTP work of the next batch run while this one is computed.
+        """
+        if self.timing is None:
+            return max(1, max_rows // self.weight)
+        return min(max_rows, self._enough)
+
+    def cost_s(self, rows: int) -> float:
+        """Estimated time of a batch, in seconds, from the measurements; infinite while unmeasured."""
+        if self.timing is None:
+            return math.inf
+        one, further = self._line
+        return one + (rows - 1) * further
+
+    def measure(self, rows: int, *row: Any) -> None:
+        """Time batches of 1, 4, 16 rows and so on, until `rows` or until larger batches gain nothing.
+
+        Args:
+            rows: Rows of the largest batch.
+            *row: Each input, with at least one row. The first row is repeated.
+        """
+        self.timing = {}
+        size = 1
+        while size <= rows and self._still_pays:
+            batch = tuple(np.repeat(array[:1], size, axis=0) for array in row)
+            self.timing[size] = self._time(batch)
+            size = min(4 * size, rows) if size < rows else rows + 1
+
+    @property
+    def _still_pays(self) -> bool:
+        """Whether the last measured size was cheaper a row than the one before."""
+        earlier, last = [math.inf, math.inf, *self._a_row.values()][-2:]
+        return earlier == math.inf or last * WORTH < earlier
+
+    @cached_property
+    def _line(self) -> tuple[float, float]:
+        """Seconds of the first row, and of each further row."""
+        assert self.timing is not None
+        rows, one = max(self.timing), self.timing[1]
+        return one, max(0.0, self.timing[rows] - one) / max(1, rows - 1)
+
+    @cached_property
+    def _enough(self) -> int:
+        return next(size for size, seconds in self._a_row.items() if seconds <= WORTH * min(self._a_row.values()))
+
+    @property
+    def _a_row(self) -> dict[int, float]:
+        """Seconds a row, by number of rows."""
+        assert self.timing is not None
+        return {size: (seconds + HAND_OVER_S) / size for size, seconds in self.timing.items()}
+
+    def _time(self, arrays: Arrays) -> float:
+        """The shortest of `TIMINGS` runs, or of fewer where they take more than `TIMING_S`."""
+        began, best = self.clock(), math.inf
+        for _ in range(TIMINGS):
+            started = self.clock()
+            self.compute(*arrays)
+            best = min(best, self.clock() - started)
+            if self.clock() - began > TIMING_S:
+                break
+        return best
