@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
-import sys
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -18,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 from starlette.types import ASGIApp
 
-from service import __version__
+from service import __version__, process
 from service.api import problems
 from service.api.admin.control import control_router
 from service.api.admin.docs import docs_router
@@ -52,8 +50,6 @@ from service.settings import Settings
 NOT_FOUND = 404
 LONGEST_TOLD = 100
 """Characters of a path that an error repeats."""
-SWITCH_S = 3e-4
-"""How soon the event loop makes room for the thread that computes; Python's 5 ms let it stand idle for a fifth."""
 
 
 class Service(FastAPI):
@@ -159,12 +155,11 @@ def add_middleware(app: FastAPI, settings: Settings) -> None:
 
 
 def settle() -> None:
-    """The interpreter and its running loop made ready to serve."""
-    gc.collect()
-    gc.freeze()  # what was made at the start is never garbage, and looking through it stops everybody for long
-    # Work beside the loop follows one thread's order; a pool would by chance grow to several that stay.
+    """Prepare the process and its running event loop to serve."""
+    process.freeze_garbage()
+    process.shorten_switch_interval()
+    # One thread runs small work in order; the default pool grows by chance to several threads that stay.
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1, "beside"))
-    sys.setswitchinterval(SWITCH_S)
 
 
 async def _service_problem(_request: Request, error: Exception) -> Response:

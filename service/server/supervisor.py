@@ -7,7 +7,6 @@ it up: no thread of the worker has to run for that.
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import mmap
@@ -22,11 +21,11 @@ from typing import Any, NoReturn
 
 from prometheus_client import CollectorRegistry
 
+from service import process
 from service.errors import StartError
 from service.observability import metrics as telemetry
 from service.observability.logs import outputs
 from service.observability.shared_values import SharedValues
-from service.repository.confined import end_with_parent
 from service.server import worker
 from service.server.listeners import Listener
 from service.settings import Settings
@@ -96,8 +95,7 @@ class Supervisor:
         Raises:
             StartError: No worker could open the models.
         """
-        gc.collect()
-        gc.freeze()  # so that no collection of a worker writes to pages that all of them share
+        process.freeze_garbage()
         with self._signalled() as awake:
             try:
                 while not self._signals:
@@ -139,7 +137,7 @@ class Supervisor:
     def _become(self, one: Worker, channel: socket.socket, parent: int) -> NoReturn:
         """In the forked process: be a worker, never return."""
         try:
-            end_with_parent(parent)
+            process.end_with_parent(parent)
             signal.set_wakeup_fd(-1)
             for number in STOPPING:
                 signal.signal(number, signal.SIG_DFL)
@@ -305,7 +303,7 @@ def apart(work: Callable[[], str]) -> str:
     pid = os.fork()
     if pid == 0:
         try:
-            end_with_parent(parent)
+            process.end_with_parent(parent)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             try:
                 answer = {"found": work()}

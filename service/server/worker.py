@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import faulthandler
 import json
 import logging
 import math
@@ -19,11 +18,11 @@ from typing import Any, NoReturn
 import uvicorn
 from fastapi import FastAPI
 
+from service import process
 from service.app import create_app
 from service.errors import StartError
 from service.observability import requests as tracking
 from service.observability.logs import FLUSH_S, outputs
-from service.runtime.session import return_large_blocks
 from service.server.connections import Connections
 from service.server.protocol import Protocol
 from service.settings import Settings
@@ -48,12 +47,11 @@ def run(
     """
     status = 1
     try:
-        faulthandler.enable(2)
-        faulthandler.register(DUMP_SIGNAL, 2)
+        process.dump_stacks_on(DUMP_SIGNAL)
+        process.block_signals(STOPPING)  # until there are handlers
+        process.fix_mmap_threshold()
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # for the supervisor
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # until there are handlers
         tracking.renew()
-        return_large_blocks()
         app = _opened(settings, channel)
         if app is not None and channel.recv(len(GO)) == GO:
             _serve(settings, app, listeners, beat)
@@ -134,7 +132,7 @@ class Server(uvicorn.Server):
         """SIGTERM drains, SIGINT stops; each as often as it comes."""
         signal.signal(signal.SIGTERM, self._drain)
         signal.signal(signal.SIGINT, self._stop)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+        process.unblock_signals(STOPPING)
         yield
 
     def _drain(self, *_: Any) -> None:
