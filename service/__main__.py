@@ -16,8 +16,8 @@ from service.observability.logs import FLUSH_S, Format, configure, outputs, prep
 from service.observability.metrics import SHARED_FOLDER
 from service.repository.remote import local_copy
 from service.repository.repository import default_model
+from service.repository.selection import Selection
 from service.security.startup_checks import check
-from service.selection import Selection
 from service.server.listeners import Listener, bind
 from service.server.supervisor import Supervisor, apart
 from service.settings import Settings, forget_kubernetes, read_settings

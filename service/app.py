@@ -38,12 +38,12 @@ from service.repository.overrides import Orders, Standing
 from service.repository.reload import Control
 from service.repository.remote import local_copy
 from service.repository.repository import Repository
+from service.repository.selection import Selection
 from service.runtime.scheduler import Engine
 from service.runtime.session import execution_provider
 from service.security.middleware import add_doors
 from service.security.proxies import Proxies
 from service.security.security_headers import PageHeaders
-from service.selection import Selection
 from service.server.methods import Methods, RootPath
 from service.settings import Settings
 

@@ -13,7 +13,7 @@ from service.contract.manifest import ManifestError
 from service.errors import NotReady, StartError, UnknownModel, quoted
 from service.repository.model import LoadLimits, Model, check_files, open_model
 from service.repository.overrides import WHOLE, Standing
-from service.selection import Selection, version_key
+from service.repository.selection import Selection, version_key
 
 State = Literal["ready", "loading", "unloaded", "failed"]
 Stamp = tuple[tuple[str, int, int], ...]

@@ -24,7 +24,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from service.app import create_app, open_repository
 from service.repository.model import Model, open_model
 from service.repository.repository import Library, Repository
-from service.selection import Selection
+from service.repository.selection import Selection
 from service.settings import Settings
 
 RAW = {"content-type": "application/octet-stream", "accept": "application/octet-stream"}

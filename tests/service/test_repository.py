@@ -16,7 +16,7 @@ from service.errors import StartError, UnknownModel
 from service.operations.inference.vae import reconstruct_rows
 from service.repository.model import Model
 from service.repository.repository import Repository, default_model
-from service.selection import Selection, version_key
+from service.repository.selection import Selection, version_key
 
 
 def opened(folder: Path, default: str = "") -> Repository:
