@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from service.app import create_app
 from service.errors import StartError
 from service.observability.logs import FLUSH_S, Format, configure, outputs, prepare_standard_streams
-from service.observability.metrics import SHARED_FOLDER
 from service.repository.remote import local_copy
 from service.repository.repository import default_model
 from service.repository.selection import Selection
@@ -70,8 +70,14 @@ def serve(settings: Settings) -> None:
         if settings.ops_port is not None:
             settings = settings.model_copy(update={"ops_port": listeners[-1].socket.getsockname()[1]})
         settings = resolved(settings)
-        with shared_folder(settings):
-            Supervisor(settings, listeners, lambda models: announce(settings, listeners, models)).run()
+        with shared_folder(settings) as folder:
+            Supervisor(
+                settings,
+                lambda on_failure: create_app(settings, on_failure=on_failure, shared_folder=folder),
+                listeners,
+                lambda models: announce(settings, listeners, models),
+                folder,
+            ).run()
     finally:
         for listener in listeners:
             listener.remove()
@@ -90,13 +96,14 @@ def resolved(settings: Settings) -> Settings:
 
 
 @contextmanager
-def shared_folder(settings: Settings) -> Iterator[None]:
-    """A folder of the workers, where there are several, named in the environment and removed at the end.
+def shared_folder(settings: Settings) -> Iterator[Path | None]:
+    """Make a temporary folder of all workers; None where there is one worker.
 
-    Raises: StartError.
+    Raises:
+        StartError: There is no room for it.
     """
     if settings.workers == 1:
-        yield
+        yield None
         return
     try:
         folder = tempfile.TemporaryDirectory(prefix="vae-service-", ignore_cleanup_errors=True)
@@ -106,11 +113,7 @@ def shared_folder(settings: Settings) -> Iterator[None]:
             "VAE_WORKERS to 1"
         ) from error
     with folder as name:
-        os.environ[SHARED_FOLDER] = name
-        try:
-            yield
-        finally:
-            del os.environ[SHARED_FOLDER]
+        yield Path(name)
 
 
 def announce(settings: Settings, listeners: list[Listener], models: list[str]) -> None:

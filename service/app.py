@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -14,24 +13,22 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
-from starlette.types import ASGIApp
 
 from service import __version__, process
 from service.api import problems
 from service.api.admin.control import control_router
-from service.api.admin.docs import docs_router
+from service.api.admin.docs import SCRIPT_HASHES, docs_router
 from service.api.admin.health import health_router
 from service.api.admin.metrics import metrics_router
 from service.api.admin.models import models_router, readiness_router
 from service.api.memory import Memory
 from service.api.offload import Offload
 from service.api.v1.endpoint import Context
-from service.api.v1.route import Shortcut
 from service.api.v1.routes import OPERATIONS, add_operations
 from service.contract.cores import cpu_count
 from service.errors import ServiceError
-from service.observability.metrics import SHARED_FOLDER
-from service.observability.requests import AccessLog, Tracking
+from service.observability.access_log import AccessLog
+from service.observability.request_ids import RequestIds
 from service.observability.tracing import Named, TracedEngine, finish, tracer_provider
 from service.repository.model import LoadLimits
 from service.repository.overrides import Orders, Standing
@@ -41,28 +38,16 @@ from service.repository.repository import Repository
 from service.repository.selection import Selection
 from service.runtime.scheduler import Engine
 from service.runtime.session import execution_provider
-from service.security.middleware import add_doors
+from service.security.middleware import add_access_control
 from service.security.proxies import Proxies
-from service.security.security_headers import PageHeaders
+from service.security.security_headers import SecurityHeaders
+from service.server.application import Application
 from service.server.methods import Methods, RootPath
 from service.settings import Settings
 
 NOT_FOUND = 404
 LONGEST_TOLD = 100
 """Characters of a path that an error repeats."""
-
-
-class Service(FastAPI):
-    """FastAPI, with a shortcut to the operations inside whatever middleware is added."""
-
-    def build_middleware_stack(self) -> ASGIApp:
-        """Added middleware, then the shortcut, then FastAPI's own."""
-        added, self.user_middleware = self.user_middleware, []
-        app: ASGIApp = Shortcut(PageHeaders(Methods(super().build_middleware_stack())), self.router.routes)
-        self.user_middleware = added
-        for middleware in reversed(added):
-            app = middleware.cls(app, *middleware.args, **middleware.kwargs)
-        return app
 
 
 def open_repository(settings: Settings, standing: Standing = Standing()) -> Repository:  # noqa: B008  # a tuple
@@ -80,14 +65,23 @@ def open_repository(settings: Settings, standing: Standing = Standing()) -> Repo
 
 
 def create_app(
-    settings: Settings, repository: Repository | None = None, on_failure: Callable[[], None] | None = None
-) -> FastAPI:
-    """The whole service around a repository (None opens the one that the settings name).
+    settings: Settings,
+    repository: Repository | None = None,
+    on_failure: Callable[[], None] | None = None,
+    shared_folder: Path | None = None,
+) -> Application:
+    """Build the application.
 
-    on_failure: called where the engine takes no more work.
-    Raises: StartError.
+    Args:
+        settings: The settings of the service.
+        repository: The models; None opens those that the settings name.
+        on_failure: Called when the engine accepts no more work.
+        shared_folder: Folder of all workers; None where there is one worker.
+
+    Raises:
+        StartError: The models cannot be opened, or the keys cannot be read.
     """
-    orders = Orders(Path(os.environ[SHARED_FOLDER]) if settings.workers > 1 and SHARED_FOLDER in os.environ else None)
+    orders = Orders(shared_folder)
     repository = repository or open_repository(settings, orders.read())
     provider = tracer_provider() if settings.tracing else None
     engine = TracedEngine(settings, provider, on_failure) if provider else Engine(settings, on_failure)
@@ -105,7 +99,9 @@ def create_app(
         if provider:
             await asyncio.to_thread(finish, provider)
 
-    app = Service(
+    app = Application(
+        problems.respond,
+        lambda app: SecurityHeaders(Methods(app), SCRIPT_HASHES),
         title="VAE service",
         version=__version__,
         summary="Variational auto-encoders over HTTP: encode, decode, reconstruct, restore, sample.",
@@ -124,7 +120,7 @@ def create_app(
     )
     app.state.repository, app.state.stopping = repository, False
     offload = Offload(cpu_count())
-    add_operations(app, Context(settings, repository, engine, Memory(settings.memory_bytes), offload))
+    add_operations(app.add_direct_route, Context(settings, repository, engine, Memory(settings.memory_bytes), offload))
     for router in (
         models_router(repository, OPERATIONS),
         readiness_router(repository, engine),
@@ -135,7 +131,7 @@ def create_app(
         app.include_router(router)
     if settings.docs:
         app.include_router(docs_router(app.openapi))
-    add_doors(app, settings, engine.telemetry.refused)
+    add_access_control(app, settings, problems.respond, engine.telemetry.refused, shared_folder)
     app.add_exception_handler(ServiceError, _service_problem)
     app.add_exception_handler(HTTPException, _http_problem)
     app.add_exception_handler(Exception, _service_problem)
@@ -149,7 +145,7 @@ def add_middleware(app: FastAPI, settings: Settings) -> None:
         app.add_middleware(Named)
     if settings.access_log:
         app.add_middleware(AccessLog)
-    app.add_middleware(Tracking)
+    app.add_middleware(RequestIds)
     if settings.root_path or settings.trusted_proxies:
         app.add_middleware(RootPath, root_path=settings.root_path, proxies=Proxies(settings.trusted_proxies))
 
@@ -163,8 +159,7 @@ def settle() -> None:
 
 
 async def _service_problem(_request: Request, error: Exception) -> Response:
-    status, _, content, headers = problems.describe(error)
-    return Response(content, status, headers, problems.MEDIA_TYPE)
+    return problems.respond(error)
 
 
 async def _http_problem(request: Request, error: Exception) -> Response:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pythonjsonlogger.core import RESERVED_ATTRS
 
 from service import process
-from service.observability.requests import known
+from service.observability.request_ids import log_fields
 
 Format = Literal["text", "json"]
 OF_MANY = "service.runtime.batcher"
@@ -197,5 +197,5 @@ class OfRequest(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Always true."""
         if record.name != OF_MANY:
-            record.__dict__.update(known())
+            record.__dict__.update(log_fields())
         return True

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from service.errors import TooManyConnections
-from service.observability.metrics import SHARED_FOLDER
 from service.security.middleware import address_of
 from service.security.proxies import Proxies
 from service.settings import Settings
@@ -33,8 +32,9 @@ PATTERN = "connections-*.counts"
 class Connections:
     """The limits on connections of one process. What it counts by address the other workers see."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, shared_folder: Path | None = None) -> None:
         self._settings = settings
+        self._shared_folder = shared_folder
         self._spare: dict[Any, Callable[[], None]] = {}
 
     def over(self, open_now: int, client: tuple[str, int] | None) -> TooManyConnections | None:
@@ -83,7 +83,7 @@ class Connections:
     @cached_property
     def _counts(self) -> Counts:
         """Made at the first connection, in the worker that counts."""
-        return Counts(Path(os.environ[SHARED_FOLDER]) if SHARED_FOLDER in os.environ else None)
+        return Counts(self._shared_folder)
 
 
 class Counts:

@@ -17,6 +17,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 from prometheus_client import CollectorRegistry
@@ -65,18 +66,27 @@ class Worker:
 
 
 class Supervisor:
-    """Runs `settings.workers` workers on bound listeners until a signal stops it."""
+    """Runs `settings.workers` workers on bound listeners until a signal stops it. Made before the first fork.
 
-    def __init__(self, settings: Settings, listeners: list[Listener], welcome: Callable[[list[str]], None]) -> None:
-        """Before the first fork.
+    Args:
+        settings: The settings, with the folder of the models and the default model resolved.
+        create_app: Makes the application, in a worker.
+        listeners: Bound sockets that do not accept connections yet.
+        welcome: Called with the names of the models when the first worker is ready.
+        shared_folder: Folder of all workers; None where there is one worker.
+    """
 
-        Args:
-            settings: What the workers serve, with the folder of the models and the default model resolved.
-            listeners: Bound, and not listened on yet.
-            welcome: Called with the names of the models when the first worker is ready.
-        """
+    def __init__(
+        self,
+        settings: Settings,
+        create_app: worker.CreateApp,
+        listeners: list[Listener],
+        welcome: Callable[[list[str]], None],
+        shared_folder: Path | None,
+    ) -> None:
         count = settings.workers
-        self._settings, self._listeners, self._welcome = settings, listeners, welcome
+        self._settings, self._create_app, self._shared_folder = settings, create_app, shared_folder
+        self._listeners, self._welcome = listeners, welcome
         self._values = SharedValues(count + 1)
         self._several = count > 1
         telemetry.share(self._values, count, several=self._several)
@@ -150,7 +160,8 @@ class Supervisor:
             def beat() -> None:
                 beats[slot] = time.monotonic()
 
-            worker.run(self._settings, [listener.socket for listener in self._listeners], channel, beat)
+            sockets = [listener.socket for listener in self._listeners]
+            worker.run(self._settings, self._create_app, sockets, channel, beat, self._shared_folder)
         finally:
             os._exit(1)
 

@@ -13,18 +13,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from service import process
-from service.app import create_app
 from service.errors import StartError
-from service.observability import requests as tracking
+from service.observability import request_ids
 from service.observability.logs import FLUSH_S, outputs
+from service.server.application import Application
 from service.server.connections import Connections
-from service.server.protocol import Protocol
+from service.server.protocol import Protocol, Respond
 from service.settings import Settings
 
 DUMP_SIGNAL = signal.SIGQUIT
@@ -38,12 +39,27 @@ FRESH_S = 0.5
 log = logging.getLogger("service")
 
 
-def run(
-    settings: Settings, listeners: list[socket.socket], channel: socket.socket, beat: Callable[[], None]
-) -> NoReturn:
-    """Be a worker until stopped, then end the process.
+CreateApp = Callable[[Callable[[], None]], Application]
+"""Opens the models and makes the application around them; takes a function to call when inference fails for good."""
 
-    channel: to the supervisor. beat: called by the event loop for as long as it runs.
+
+def run(
+    settings: Settings,
+    create_app: CreateApp,
+    listeners: list[socket.socket],
+    channel: socket.socket,
+    beat: Callable[[], None],
+    shared_folder: Path | None,
+) -> NoReturn:
+    """Serve until stopped, then end the process.
+
+    Args:
+        settings: The settings of the service.
+        create_app: Makes the application.
+        listeners: Bound sockets.
+        channel: Connection to the supervisor.
+        beat: Called by the event loop for as long as it runs.
+        shared_folder: Folder of all workers; None where there is one worker.
     """
     status = 1
     try:
@@ -51,10 +67,11 @@ def run(
         process.block_signals(STOPPING)  # until there are handlers
         process.fix_mmap_threshold()
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # for the supervisor
-        tracking.renew()
-        app = _opened(settings, channel)
+        request_ids.renew()
+        app = _open(create_app, channel)
         if app is not None and channel.recv(len(GO)) == GO:
-            _serve(settings, app, listeners, beat)
+            connections = Connections(settings, shared_folder)
+            _serve(settings, app, listeners, beat, server_config(settings, app, app.respond, connections))
             status = 0
     except Exception:
         log.exception("worker %d has failed", os.getpid())
@@ -64,10 +81,10 @@ def run(
         os._exit(status)  # not by way of the interpreter, which would wait for threads that hang
 
 
-def _opened(settings: Settings, channel: socket.socket) -> FastAPI | None:
-    """The application around its models; tells the supervisor what is served, or why nothing can be."""
+def _open(create_app: CreateApp, channel: socket.socket) -> Application | None:
+    """Make the application and tell the supervisor which models it serves, or why it cannot."""
     try:
-        app = create_app(settings, on_failure=end_process)
+        app = create_app(end_process)
     except (StartError, OSError) as error:
         channel.send(json.dumps({"error": _line(error)}).encode())
         return None
@@ -85,13 +102,24 @@ def end_process() -> None:
     signal.raise_signal(signal.SIGINT)
 
 
-def server_config(settings: Settings, app: Any, **more: Any) -> uvicorn.Config:
-    """How uvicorn serves."""
+def server_config(
+    settings: Settings, app: ASGIApp, respond: Respond, connections: Connections | None = None, **options: Any
+) -> uvicorn.Config:
+    """Make uvicorn's configuration.
+
+    Args:
+        settings: The settings of the service.
+        app: Any ASGI application.
+        respond: Gives the response for an error in what a connection sends.
+        connections: Limits on connections; None makes those of the settings, for one worker.
+        **options: Further options of uvicorn.
+    """
+    connections = connections or Connections(settings)
     return uvicorn.Config(
         app,
         log_config=None,  # inherited
         access_log=False,  # ours knows the request's id
-        http=partial(Protocol, settings=settings, connections=Connections(settings)),  # type: ignore[arg-type]  # makes one
+        http=partial(Protocol, settings=settings, respond=respond, connections=connections),  # type: ignore[arg-type]
         ws="none",
         proxy_headers=bool(settings.trusted_proxies),
         forwarded_allow_ips=settings.trusted_proxies,
@@ -99,12 +127,17 @@ def server_config(settings: Settings, app: Any, **more: Any) -> uvicorn.Config:
         ssl_keyfile=settings.tls_key or None,
         server_header=False,
         timeout_graceful_shutdown=math.ceil(settings.timeout_s),
-        **more,
+        **options,
     )
 
 
-def _serve(settings: Settings, app: FastAPI, listeners: list[socket.socket], beat: Callable[[], None]) -> None:
-    config = server_config(settings, app)
+def _serve(
+    settings: Settings,
+    app: Application,
+    listeners: list[socket.socket],
+    beat: Callable[[], None],
+    config: uvicorn.Config,
+) -> None:
     make_loop = config.get_loop_factory()
     loop = make_loop() if make_loop else asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
@@ -114,7 +147,7 @@ def _serve(settings: Settings, app: FastAPI, listeners: list[socket.socket], bea
 class Server(uvicorn.Server):
     """uvicorn's, which goes on accepting for a while after SIGTERM, and shows that its event loop runs."""
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI, settings: Settings, beat: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, app: Application, settings: Settings, beat: Callable[[], None]) -> None:
         super().__init__(config)
         config.load()  # not later: a signal may come before it serves
         self._app, self._drain_s, self._beat = app, settings.drain_s, beat
