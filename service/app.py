@@ -1,4 +1,4 @@
-"""The application: one repository, one engine, the routes."""
+"""The application: repository, engine, routes and middleware, put together."""
 
 from __future__ import annotations
 
@@ -46,14 +46,15 @@ from service.server.methods import Methods, RootPath
 from service.settings import Settings
 
 NOT_FOUND = 404
-LONGEST_TOLD = 100
+MAX_QUOTED = 100
 """Characters of a path that an error repeats."""
 
 
 def open_repository(settings: Settings, standing: Standing = Standing()) -> Repository:  # noqa: B008  # a tuple
-    """What the setting and the orders that stand want, fetched if need be, checked, opened and warmed.
+    """Fetch, check, open and warm up the models that the settings and earlier load requests select.
 
-    Raises: StartError.
+    Raises:
+        StartError: A model cannot be served.
     """
     provider = execution_provider(settings.execution_provider)
     threads = settings.threads or max(1, cpu_count() // settings.workers)
@@ -90,7 +91,7 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         if settings.docs:
-            app.openapi()  # takes a quarter of a second, which no request should wait for
+            app.openapi()  # takes a quarter of a second, which should delay no request
         settle()
         async with control.running():
             yield
@@ -106,10 +107,10 @@ def create_app(
         version=__version__,
         summary="Variational auto-encoders over HTTP: encode, decode, reconstruct, restore, sample.",
         lifespan=lifespan,
-        openapi_url=None,  # the documentation is ours, in routes/docs.py
-        redirect_slashes=False,  # they go where the header Host says
-        dependencies=[Depends(HTTPBearer(auto_error=False))] if settings.api_keys else [],  # told in OpenAPI
-        # What is on is asked for at every request; metrics are ours, at /metrics.
+        openapi_url=None,  # ours is in api/admin/docs.py
+        redirect_slashes=False,  # FastAPI's redirects go to the host that the Host header names
+        dependencies=[Depends(HTTPBearer(auto_error=False))] if settings.api_keys else [],  # for OpenAPI
+        # FastAPI checks these at every request; metrics are ours, at /metrics.
         telemetry={
             "tracing": settings.tracing,
             "tracer_provider": provider,
@@ -140,7 +141,7 @@ def create_app(
 
 
 def add_middleware(app: FastAPI, settings: Settings) -> None:
-    """What is around every request; the last one is outermost, and what is off is not there."""
+    """Add the middleware that the settings ask for; the last one added is outermost."""
     if settings.tracing:
         app.add_middleware(Named)
     if settings.access_log:
@@ -163,7 +164,7 @@ async def _service_problem(_request: Request, error: Exception) -> Response:
 
 
 async def _http_problem(request: Request, error: Exception) -> Response:
-    """Paths and methods that nobody serves."""
+    """Answer an unknown path or method."""
     assert isinstance(error, HTTPException)
     path, headers = request.scope["path"], dict(error.headers or {})
     if error.status_code == NOT_FOUND and (place := _without_slash(request)):
@@ -171,8 +172,8 @@ async def _http_problem(request: Request, error: Exception) -> Response:
     if headers.get("Allow") == "GET":
         headers["Allow"] = "GET, HEAD"
     codes = {
-        404: ("not_found", f"nothing is at {path[:LONGEST_TOLD]}; see /docs"),
-        405: ("method_not_allowed", f"{path[:LONGEST_TOLD]} takes {headers.get('Allow')}; see /docs"),
+        404: ("not_found", f"nothing is at {path[:MAX_QUOTED]}; see /docs"),
+        405: ("method_not_allowed", f"{path[:MAX_QUOTED]} takes {headers.get('Allow')}; see /docs"),
     }
     code, detail = codes.get(error.status_code, ("http_error", str(error.detail)))
     content = problems.problem(error.status_code, code, detail)
@@ -180,9 +181,9 @@ async def _http_problem(request: Request, error: Exception) -> Response:
 
 
 def _without_slash(request: Request) -> str:
-    """Where to find what was asked for with a slash at the end, from there; empty where there is nothing.
+    """Return the relative path of the resource that was requested with a slash at the end; empty if there is none.
 
-    A relative place holds whatever the caller calls this host, and under which path a proxy serves it.
+    A relative path stays valid for any host name of the service and any path prefix of a proxy.
     """
     scope = request.scope
     path, raw_path = scope["path"], scope.get("raw_path") or quote(scope["path"]).encode()
