@@ -1,4 +1,4 @@
-"""`python -m service`, also installed as `vae-serve`."""
+"""Command line of the service: `python -m service`, also installed as `vae-serve`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from service.app import create_app
 from service.errors import StartError
 from service.observability.logs import FLUSH_S, Format, configure, outputs, prepare_standard_streams
-from service.observability.metrics import SHARED_FOLDER
 from service.repository.remote import local_copy
 from service.repository.repository import default_model
+from service.repository.selection import Selection
 from service.security.startup_checks import check
-from service.selection import Selection
 from service.server.listeners import Listener, bind
 from service.server.supervisor import Supervisor, apart
 from service.settings import Settings, forget_kubernetes, read_settings
@@ -26,8 +26,12 @@ log = logging.getLogger("service")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Serve until stopped; 1 with one line where that cannot begin."""
-    # Until the supervisor listens to it: a container's first process ignores signals it has no handler for.
+    """Serve until stopped.
+
+    Returns:
+        Exit status: 1, after one line of explanation, if the service cannot start.
+    """
+    # Until the supervisor has its own handler: the first process of a container ignores signals without one.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     prepare_standard_streams()
     ignored = forget_kubernetes()
@@ -50,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def refuse(error: StartError, form: Format) -> int:
-    """Say in one line why it does not start; gives the exit status."""
+    """Write in one line why the service does not start; returns the exit status."""
     line = " ".join(str(error).split())
     if form == "json":
         log.critical("%s", line)
@@ -61,26 +65,34 @@ def refuse(error: StartError, form: Format) -> int:
 
 
 def serve(settings: Settings) -> None:
-    """Listen, find the models, serve until stopped.
+    """Bind the sockets, find the models, and serve until stopped.
 
-    Raises: StartError.
+    Raises:
+        StartError: The service cannot start.
     """
     listeners = bind(settings)
     try:
         if settings.ops_port is not None:
             settings = settings.model_copy(update={"ops_port": listeners[-1].socket.getsockname()[1]})
         settings = resolved(settings)
-        with shared_folder(settings):
-            Supervisor(settings, listeners, lambda models: announce(settings, listeners, models)).run()
+        with shared_folder(settings) as folder:
+            Supervisor(
+                settings,
+                lambda on_failure: create_app(settings, on_failure=on_failure, shared_folder=folder),
+                listeners,
+                lambda models: announce(settings, listeners, models),
+                folder,
+            ).run()
     finally:
         for listener in listeners:
             listener.remove()
 
 
 def resolved(settings: Settings) -> Settings:
-    """The settings with the folder of the models and the default model, so that no worker finds others.
+    """Fill in the folder of the models and the default model, so that all workers have the same.
 
-    Raises: StartError.
+    Raises:
+        StartError: The models cannot be fetched, or there is no default model.
     """
     models = settings.models
     if not isinstance(models, Path):
@@ -90,47 +102,45 @@ def resolved(settings: Settings) -> Settings:
 
 
 @contextmanager
-def shared_folder(settings: Settings) -> Iterator[None]:
-    """A folder of the workers, where there are several, named in the environment and removed at the end.
+def shared_folder(settings: Settings) -> Iterator[Path | None]:
+    """Make a temporary folder of all workers; None where there is one worker.
 
-    Raises: StartError.
+    Raises:
+        StartError: There is no room for it.
     """
     if settings.workers == 1:
-        yield
+        yield None
         return
     try:
         folder = tempfile.TemporaryDirectory(prefix="vae-service-", ignore_cleanup_errors=True)
     except OSError as error:
         raise StartError(
-            f"no folder for what the workers share ({error.strerror}); set TMPDIR to one that can be written, or "
+            f"cannot create a folder for the workers ({error.strerror}); set TMPDIR to a writable one, or "
             "VAE_WORKERS to 1"
         ) from error
     with folder as name:
-        os.environ[SHARED_FOLDER] = name
-        try:
-            yield
-        finally:
-            del os.environ[SHARED_FOLDER]
+        yield Path(name)
 
 
 def announce(settings: Settings, listeners: list[Listener], models: list[str]) -> None:
-    """Say that requests are taken, and where.
+    """Write that the service accepts requests, and where.
 
-    Raises: StartError where standard output cannot be written.
+    Raises:
+        StartError: Standard output cannot be written.
     """
     if settings.log_format == "json":
         at = " and ".join(listener.url or listener.name for listener in listeners)
         log.info("serving %s on %s", ", ".join(models), at)
         return
     try:
-        with suppress(BlockingIOError):  # a pipe that nobody reads
+        with suppress(BlockingIOError):  # a full pipe
             print(welcome(models, settings, listeners), flush=True)
     except OSError as error:
         raise StartError(f"cannot write to standard output: {error.strerror}; send it elsewhere") from error
 
 
 def welcome(models: list[str], settings: Settings, listeners: list[Listener]) -> str:
-    """What to try first."""
+    """Return the text for standard output: what is served, where, and a first command to try."""
     first, *others = listeners
     curl, url, documentation = "curl -sSf", first.url, f"   (documentation: {first.url}/docs)"
     if first.file is not None:

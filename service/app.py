@@ -1,11 +1,8 @@
-"""The application: one repository, one engine, the routes."""
+"""The application: repository, engine, routes and middleware, put together."""
 
 from __future__ import annotations
 
 import asyncio
-import gc
-import os
-import sys
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -16,63 +13,49 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
-from starlette.types import ASGIApp
 
-from service import __version__
+from service import __version__, process
 from service.api import problems
 from service.api.admin.control import control_router
-from service.api.admin.docs import docs_router
+from service.api.admin.docs import SCRIPT_HASHES, docs_router
 from service.api.admin.health import health_router
 from service.api.admin.metrics import metrics_router
 from service.api.admin.models import models_router, readiness_router
 from service.api.memory import Memory
 from service.api.offload import Offload
 from service.api.v1.endpoint import Context
-from service.api.v1.route import Shortcut
 from service.api.v1.routes import OPERATIONS, add_operations
 from service.contract.cores import cpu_count
 from service.errors import ServiceError
-from service.observability.metrics import SHARED_FOLDER, Telemetry
-from service.observability.requests import AccessLog, Tracking
+from service.observability.access_log import AccessLog
+from service.observability.metrics import Telemetry
+from service.observability.request_ids import RequestIds
 from service.observability.tracing import Named, finish, traced, tracer_provider
 from service.repository.overrides import Orders, Standing
 from service.repository.reload import Control
 from service.repository.remote import local_copy
 from service.repository.repository import Repository
+from service.repository.selection import Selection
 from service.repository.version import LoadLimits
 from service.runtime.scheduler import Engine
 from service.runtime.session import execution_provider
-from service.security.middleware import add_doors
+from service.security.middleware import add_access_control
 from service.security.proxies import Proxies
-from service.security.security_headers import PageHeaders
-from service.selection import Selection
+from service.security.security_headers import SecurityHeaders
+from service.server.application import Application
 from service.server.methods import Methods, RootPath
 from service.settings import Settings
 
 NOT_FOUND = 404
-LONGEST_TOLD = 100
+MAX_QUOTED = 100
 """Characters of a path that an error repeats."""
-SWITCH_S = 3e-4
-"""How soon the event loop makes room for the thread that computes; Python's 5 ms let it stand idle for a fifth."""
-
-
-class Service(FastAPI):
-    """FastAPI, with a shortcut to the operations inside whatever middleware is added."""
-
-    def build_middleware_stack(self) -> ASGIApp:
-        """Added middleware, then the shortcut, then FastAPI's own."""
-        added, self.user_middleware = self.user_middleware, []
-        app: ASGIApp = Shortcut(PageHeaders(Methods(super().build_middleware_stack())), self.router.routes)
-        self.user_middleware = added
-        for middleware in reversed(added):
-            app = middleware.cls(app, *middleware.args, **middleware.kwargs)
-        return app
 
 
 def open_repository(settings: Settings, standing: Standing = Standing()) -> Repository:  # noqa: B008  # a tuple
-    """What the setting and the orders that stand want, fetched if need be, checked, opened and warmed.
+    """Fetch, check, open and warm up the models that the settings and earlier load requests select.
 
-    Raises: StartError.
+    Raises:
+        StartError: A model cannot be served.
     """
     provider = execution_provider(settings.execution_provider)
     threads = settings.threads or max(1, cpu_count() // settings.workers)
@@ -84,14 +67,23 @@ def open_repository(settings: Settings, standing: Standing = Standing()) -> Repo
 
 
 def create_app(
-    settings: Settings, repository: Repository | None = None, on_failure: Callable[[], None] | None = None
-) -> FastAPI:
-    """The whole service around a repository (None opens the one that the settings name).
+    settings: Settings,
+    repository: Repository | None = None,
+    on_failure: Callable[[], None] | None = None,
+    shared_folder: Path | None = None,
+) -> Application:
+    """Build the application.
 
-    on_failure: called where the engine takes no more work.
-    Raises: StartError.
+    Args:
+        settings: The settings of the service.
+        repository: The models; None opens those that the settings name.
+        on_failure: Called when the engine accepts no more work.
+        shared_folder: Folder of all workers; None where there is one worker.
+
+    Raises:
+        StartError: The models cannot be opened, or the keys cannot be read.
     """
-    orders = Orders(Path(os.environ[SHARED_FOLDER]) if settings.workers > 1 and SHARED_FOLDER in os.environ else None)
+    orders = Orders(shared_folder)
     repository = repository or open_repository(settings, orders.read())
     provider = tracer_provider() if settings.tracing else None
     telemetry = Telemetry(lambda: (engine.queued_rows, engine.running))
@@ -110,7 +102,7 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         if settings.docs:
-            app.openapi()  # takes a quarter of a second, which no request should wait for
+            app.openapi()  # takes a quarter of a second, which should delay no request
         settle()
         async with control.running():
             yield
@@ -119,15 +111,17 @@ def create_app(
         if provider:
             await asyncio.to_thread(finish, provider)
 
-    app = Service(
+    app = Application(
+        problems.respond,
+        lambda app: SecurityHeaders(Methods(app), SCRIPT_HASHES),
         title="VAE service",
         version=__version__,
         summary="Variational auto-encoders over HTTP: encode, decode, reconstruct, restore, sample.",
         lifespan=lifespan,
-        openapi_url=None,  # the documentation is ours, in routes/docs.py
-        redirect_slashes=False,  # they go where the header Host says
-        dependencies=[Depends(HTTPBearer(auto_error=False))] if settings.api_keys else [],  # told in OpenAPI
-        # What is on is asked for at every request; metrics are ours, at /metrics.
+        openapi_url=None,  # ours is in api/admin/docs.py
+        redirect_slashes=False,  # FastAPI's redirects go to the host that the Host header names
+        dependencies=[Depends(HTTPBearer(auto_error=False))] if settings.api_keys else [],  # for OpenAPI
+        # FastAPI checks these at every request; metrics are ours, at /metrics.
         telemetry={
             "tracing": settings.tracing,
             "tracer_provider": provider,
@@ -138,7 +132,10 @@ def create_app(
     )
     app.state.repository, app.state.stopping = repository, False
     offload = Offload(cpu_count())
-    add_operations(app, Context(settings, repository, submit, telemetry, Memory(settings.memory_bytes), offload))
+    add_operations(
+        app.add_direct_route,
+        Context(settings, repository, submit, telemetry, Memory(settings.memory_bytes), offload),
+    )
     for router in (
         models_router(repository, OPERATIONS),
         readiness_router(repository, engine),
@@ -149,7 +146,7 @@ def create_app(
         app.include_router(router)
     if settings.docs:
         app.include_router(docs_router(app.openapi))
-    add_doors(app, settings, telemetry.refused)
+    add_access_control(app, settings, problems.respond, telemetry.refused, shared_folder)
     app.add_exception_handler(ServiceError, _service_problem)
     app.add_exception_handler(HTTPException, _http_problem)
     app.add_exception_handler(Exception, _service_problem)
@@ -158,32 +155,30 @@ def create_app(
 
 
 def add_middleware(app: FastAPI, settings: Settings) -> None:
-    """What is around every request; the last one is outermost, and what is off is not there."""
+    """Add the middleware that the settings ask for; the last one added is outermost."""
     if settings.tracing:
         app.add_middleware(Named)
     if settings.access_log:
         app.add_middleware(AccessLog)
-    app.add_middleware(Tracking)
+    app.add_middleware(RequestIds)
     if settings.root_path or settings.trusted_proxies:
         app.add_middleware(RootPath, root_path=settings.root_path, proxies=Proxies(settings.trusted_proxies))
 
 
 def settle() -> None:
-    """The interpreter and its running loop made ready to serve."""
-    gc.collect()
-    gc.freeze()  # what was made at the start is never garbage, and looking through it stops everybody for long
-    # Work beside the loop follows one thread's order; a pool would by chance grow to several that stay.
+    """Prepare the process and its running event loop to serve."""
+    process.freeze_garbage()
+    process.shorten_switch_interval()
+    # One thread runs small work in order; the default pool grows by chance to several threads that stay.
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1, "beside"))
-    sys.setswitchinterval(SWITCH_S)
 
 
 async def _service_problem(_request: Request, error: Exception) -> Response:
-    status, _, content, headers = problems.describe(error)
-    return Response(content, status, headers, problems.MEDIA_TYPE)
+    return problems.respond(error)
 
 
 async def _http_problem(request: Request, error: Exception) -> Response:
-    """Paths and methods that nobody serves."""
+    """Answer an unknown path or method."""
     assert isinstance(error, HTTPException)
     path, headers = request.scope["path"], dict(error.headers or {})
     if error.status_code == NOT_FOUND and (place := _without_slash(request)):
@@ -191,8 +186,8 @@ async def _http_problem(request: Request, error: Exception) -> Response:
     if headers.get("Allow") == "GET":
         headers["Allow"] = "GET, HEAD"
     codes = {
-        404: ("not_found", f"nothing is at {path[:LONGEST_TOLD]}; see /docs"),
-        405: ("method_not_allowed", f"{path[:LONGEST_TOLD]} takes {headers.get('Allow')}; see /docs"),
+        404: ("not_found", f"nothing is at {path[:MAX_QUOTED]}; see /docs"),
+        405: ("method_not_allowed", f"{path[:MAX_QUOTED]} takes {headers.get('Allow')}; see /docs"),
     }
     code, detail = codes.get(error.status_code, ("http_error", str(error.detail)))
     content = problems.problem(error.status_code, code, detail)
@@ -200,9 +195,9 @@ async def _http_problem(request: Request, error: Exception) -> Response:
 
 
 def _without_slash(request: Request) -> str:
-    """Where to find what was asked for with a slash at the end, from there; empty where there is nothing.
+    """Return the relative path of the resource that was requested with a slash at the end; empty if there is none.
 
-    A relative place holds whatever the caller calls this host, and under which path a proxy serves it.
+    A relative path stays valid for any host name of the service and any path prefix of a proxy.
     """
     scope = request.scope
     path, raw_path = scope["path"], scope.get("raw_path") or quote(scope["path"]).encode()

@@ -115,6 +115,12 @@ class Deferred(ServiceError):
     """Reading this body takes too long for the event loop: it is read again in a thread. Never answered."""
 
 
+class NotFound(ServiceError):
+    """Nothing is served at this path."""
+
+    code = "not_found"
+
+
 class UnknownModel(ServiceError):
     """No such model or version is served."""
 

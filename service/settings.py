@@ -15,8 +15,6 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from service.errors import StartError
-from service.security.hosts import check_pattern
-from service.selection import ALL, Selection
 
 PREFIX = "VAE_"
 NOT_OURS = {"VAE_DATA"}  # where the tests find real data; often set in the same shell
@@ -38,6 +36,7 @@ KUBERNETES = tuple(
 """Names and values of the variables that Kubernetes sets in every pod for a service named `vae` or `vae-*`."""
 
 PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9_~-][A-Za-z0-9_.~-]*){1,8}", re.ASCII).fullmatch
+HOST_PATTERN = re.compile(r"\*|(\*\.)?[\w-]+(\.[\w-]+)*", re.ASCII).fullmatch
 OWN = {"docs", "health", "metrics", "openapi.json", "v1"}
 """Where paths of the service begin."""
 
@@ -71,7 +70,15 @@ def is_prefix(path: str) -> bool:
 
 def _hosts(value: str) -> str:
     for pattern in split(value):
-        check_pattern(pattern)
+        if not HOST_PATTERN(pattern):
+            raise ValueError(f"{pattern} is not a host name; write vae.example without a port, *.example or *")
+    return value
+
+
+def _versions(value: str) -> str:
+    for entry in () if value in ("all", "latest") else value.split(","):
+        if not all(entry.partition(":")):
+            raise ValueError(f"{entry!r} is not `model:version`; say all, latest, or model:version,model:version")
     return value
 
 
@@ -85,6 +92,7 @@ Rate = Annotated[str, AfterValidator(_rate)]
 Proxies = Annotated[str, AfterValidator(_proxies)]
 RootPath = Annotated[str, AfterValidator(_root_path)]
 Hosts = Annotated[str, AfterValidator(_hosts)]
+Versions = Annotated[str, AfterValidator(_versions)]
 Location = Annotated[Path | str, BeforeValidator(_located)]
 
 
@@ -105,7 +113,7 @@ class Settings(BaseSettings):
     default_model: str = ""
     """The model that /v1/<operation> means; empty is the only one, or the one that the file `default` beside the models
     names."""
-    versions: Annotated[str, AfterValidator(lambda text: Selection(text).text)] = ALL
+    versions: Versions = "all"
     """Versions that are served: `all`, `latest`, or a list such as `mnist:2,mnist:3,mnist-2d:latest`; models that a
     list does not name are not served. Requests that name no version get the latest that is served."""
     model_control: bool | Literal["anonymous"] = False

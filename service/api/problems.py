@@ -7,9 +7,10 @@ import math
 from typing import Any
 
 import orjson
+from fastapi import Response
 
 from service import errors
-from service.observability.requests import request_id
+from service.observability.request_ids import request_id
 
 log = logging.getLogger(__name__)
 
@@ -17,7 +18,7 @@ MEDIA_TYPE = "application/problem+json"
 INTERNAL = 500
 CLIENT_CLOSED_REQUEST = 499  # as nginx logs it; it reaches nobody
 CONTROL = (errors.ControlOff, errors.LoadRefused, errors.NoRoom)
-"""What only loading and unloading answer with."""
+"""Errors of loading and unloading alone."""
 STATUS: dict[type[errors.ServiceError], int] = {
     errors.Malformed: 400,
     errors.Unreadable: 400,
@@ -26,6 +27,7 @@ STATUS: dict[type[errors.ServiceError], int] = {
     errors.Forbidden: 403,
     errors.ControlOff: 403,
     errors.CrossSite: 403,
+    errors.NotFound: 404,
     errors.UnknownModel: 404,
     errors.NotAcceptable: 406,
     errors.SlowRequest: 408,
@@ -103,10 +105,18 @@ def describe(error: Exception) -> tuple[int, str, bytes, dict[str, str]]:
     return INTERNAL, "internal_error", problem(INTERNAL, "internal_error", detail), {}
 
 
+def respond(error: Exception) -> Response:
+    """Give the response for any error."""
+    status, _, content, headers = describe(error)
+    return Response(content, status, headers, MEDIA_TYPE)
+
+
 def documented(*kinds: type[errors.ServiceError]) -> dict[int | str, dict[str, Any]]:
     """The statuses of these errors, without any of all that an operation may answer with, for OpenAPI."""
     codes: dict[int, list[str]] = {}
-    for kind in kinds or [kind for kind in STATUS if kind not in (errors.CallerGone, errors.ReaderFault, *CONTROL)]:
+    for kind in kinds or [
+        kind for kind in STATUS if kind not in (errors.CallerGone, errors.NotFound, errors.ReaderFault, *CONTROL)
+    ]:
         codes.setdefault(STATUS[kind], []).append(kind.code)
     schema = {
         "type": "object",

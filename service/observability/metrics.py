@@ -21,8 +21,6 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from service.observability.shared_values import SharedValues
 
 MEDIA_TYPE = CONTENT_TYPE_LATEST
-SHARED_FOLDER = "SERVICE_SHARED_FOLDER"
-"""The environment variable that names a folder of all workers, where there are several; the supervisor sets it."""
 RESTART_REASONS = ("killed", "exited", "stuck", "not_started")
 """Why a worker was replaced: by a signal, by itself, because its loop stood still, because it could not start."""
 FLUSH_S = 0.1

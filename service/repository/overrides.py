@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from service.errors import NoRoom
-from service.selection import Selection
+from service.repository.selection import Selection
 
 WHOLE = ""
 """In place of a version: the model, at whatever versions the setting chooses."""

@@ -11,9 +11,9 @@ from functools import partial
 from typing import NamedTuple, TypeVar
 
 from service.errors import LoadRefused, NoRoom
+from service.process import trim_heap
 from service.repository.overrides import WHOLE, Orders, Report, Standing
 from service.repository.repository import Repository
-from service.runtime.session import give_back_memory
 from service.runtime.thread import ComputingThreads
 from service.settings import Settings
 
@@ -144,7 +144,7 @@ class Control:
 
     def _settle(self, model: str, standing: Standing, again: Collection[str]) -> None:
         self._repository.settle(model, standing, again)
-        give_back_memory()
+        trim_heap()
 
     def _tell(self) -> None:
         conditions: dict[str, dict[str, tuple[str, str]]] = {

@@ -12,9 +12,9 @@ from service.contract import manifest as manifests
 from service.contract.manifest import ManifestError
 from service.errors import NotReady, StartError, UnknownModel, quoted
 from service.repository.overrides import WHOLE, Standing
+from service.repository.selection import Selection, version_key
 from service.repository.version import LoadLimits, check_files, open_model
 from service.runtime.model import Model
-from service.selection import Selection, version_key
 
 State = Literal["ready", "loading", "unloaded", "failed"]
 Stamp = tuple[tuple[str, int, int], ...]

@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from service import process
 from service.contract.manifest import ManifestError
 from service.errors import StartError, one_line
-from service.repository import confined
 from service.repository.graph_check import check_graph
 from service.repository.version import Trial, assembled, read_version
 from service.repository.warm_up import warm
@@ -27,8 +27,8 @@ def main(arguments: list[str]) -> int:
         arguments: Process id of the parent, and a `Trial` in JSON.
     """
     parent, asked = int(arguments[0]), Trial(*json.loads(arguments[1]))
-    confined.end_with_parent(parent)
-    confined.leave_no_core()
+    process.end_with_parent(parent)
+    process.disable_core_dumps()
     try:
         outcome = tried(asked)
     except MemoryError:
@@ -50,15 +50,15 @@ def tried(asked: Trial) -> dict[str, Any]:
 
     Raises: StartError; MemoryError.
     """
-    confined.limit_memory(asked.memory_bytes)
+    process.limit_memory(asked.memory_bytes)
     version = read_version(Path(asked.folder))
     for name, content in version.graphs.items():
         try:
             check_graph(version.manifest.graphs[name].file, content)
         except ManifestError as error:
             raise StartError(f"{asked.folder} cannot be opened: {error}") from error
-    confined.limit_memory(asked.memory_bytes, asked.threads * len(version.graphs))
-    confined.forbid_files()
+    process.limit_memory(asked.memory_bytes, asked.threads * len(version.graphs))
+    process.forbid_files()
     # On the CPU wherever it is served: other providers need files, and more address space than they use.
     model = assembled(version, PROVIDERS["cpu"], asked.threads)
     timings = warm(model, version.golden, asked.max_rows) if asked.timed else []

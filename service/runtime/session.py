@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from service import process
 from service.contract.manifest import Graph
 from service.errors import StartError
 
-# onnxruntime reports names of models and graphs to its maker unless this is set before it is imported.
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-import onnxruntime as ort  # after the line above
+process.disable_onnxruntime_telemetry()
+import onnxruntime as ort  # noqa: E402  # after the line above
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 ERROR_SEVERITY = 3
 FLOAT32 = "tensor(float)"
-M_MMAP_THRESHOLD, LARGE_BLOCK = -3, 2**21
 NO_MEMORY = ("bad_alloc", "Failed to allocate memory")
 """How onnxruntime says that there is none, in its own and in the operating system's words."""
 
@@ -39,24 +36,6 @@ def execution_provider(wanted: str) -> str:
             "extra on a machine with CUDA, or set it to auto or cpu"
         )
     return PROVIDERS[wanted]
-
-
-def give_back_memory() -> None:
-    """What closed sessions took, to the system: it lies scattered, so glibc would keep it, and more at every load."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
-    if trim is not None:
-        trim(0)
-
-
-def return_large_blocks() -> None:
-    """Let memory of large arrays go back to the system when it is freed.
-
-    glibc raises the size from which it does so with every large block that is freed, up to 32 MiB, and then keeps what
-    one large body took.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
 
 
 class Session:

@@ -15,7 +15,6 @@ from functools import cache, lru_cache
 
 HOST = re.compile(rb"(?:\[([0-9A-Fa-f:.]+)\]|([\w.-]+?)\.?)(?::\d*)?")
 """An IPv6 address in brackets or a name, without the dot that may end it; then perhaps a port."""
-PATTERN = re.compile(r"\*|(\*\.)?[\w-]+(\.[\w-]+)*", re.ASCII)
 REMEMBERED = 1024
 
 
@@ -51,12 +50,6 @@ class Hosts:
         if full.startswith(f"{own}."):
             self._names |= {full}
             self.allow.cache_clear()
-
-
-def check_pattern(pattern: str) -> None:
-    """Raises: ValueError for what is no name of a host."""
-    if not PATTERN.fullmatch(pattern):
-        raise ValueError(f"{pattern} is no name of a host; write vae.example without a port, *.example or *")
 
 
 @cache

@@ -1,22 +1,19 @@
-"""The doors: who may come in, for what, and how often; and which port leads where. ASGI around the application."""
+"""Access control: which callers may send which requests, how often, and to which port. ASGI middleware."""
 
 from __future__ import annotations
 
 import asyncio
 import ipaddress
 import logging
-import os
 import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from fastapi import FastAPI, Response
+from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.api import problems
-from service.errors import Forbidden, RateLimited, ServiceError, Unauthenticated, UnknownHost
-from service.observability.metrics import SHARED_FOLDER
+from service.errors import Forbidden, NotFound, RateLimited, ServiceError, Unauthenticated, UnknownHost
 from service.security.hosts import Hosts
 from service.security.keys import CONTROL, INFER, Key, Keyring, Limits, limits_of
 from service.security.origins import ORIGIN, SAFE_METHODS, SITE, Origins
@@ -26,39 +23,55 @@ from service.settings import Settings, split
 
 log = logging.getLogger(__name__)
 
+Respond = Callable[[ServiceError], ASGIApp]
+"""Gives the response for an error."""
+
 OPS = re.compile(r"/health(/.*)?|/metrics")
 OPEN = re.compile(r"/health(/.*)?|(?P<counted>/docs(/.*)?|/openapi\.json|/metrics)")
-"""What needs no key; of that, what is open at a rate only."""
+"""Paths that need no key; `counted` are those with a rate limit."""
 CONTROLS = re.compile(r".*/(un)?load[\s/]*", re.DOTALL)
-"""More than the routes match, so that no spelling of a path gets past it."""
+"""Paths that need the right `control`. Wider than the routes, so that no spelling of a path evades the check."""
 NETWORK_BITS = 64
-"""Of an IPv6 address, those that are somebody's; the others are the somebody's to choose."""
-SHOWN = 100
+"""Length of the prefix of an IPv6 address that one client owns; it can choose the other bits freely."""
+MAX_QUOTED = 100
 EXPOSED = [
     "Retry-After", "Server-Timing", "WWW-Authenticate", "X-Binarisation", "X-Fingerprint", "X-Level", "X-Model",
     "X-Model-Version", "X-Note", "X-Outputs", "X-Request-Id", "X-Seed",
 ]  # fmt: skip
-"""Headers of answers that scripts of other origins may read."""
+"""Response headers that scripts of other origins may read."""
 
 
-def add_doors(app: FastAPI, settings: Settings, refused: Callable[[str], None]) -> None:
-    """Put the doors around the application, as the settings want them.
+def add_access_control(
+    app: FastAPI,
+    settings: Settings,
+    respond: Respond,
+    refused: Callable[[str], None],
+    shared_folder: Path | None = None,
+) -> None:
+    """Add the middleware for access control that the settings ask for.
 
-    refused: told the code of every refusal.
-    Raises: StartError for keys that cannot be read, or a shared folder without room.
+    Args:
+        app: Gets the middleware.
+        settings: The settings of the service.
+        respond: Gives the response for an error.
+        refused: Called with the code of every refusal.
+        shared_folder: Folder of all workers; None where there is one worker.
+
+    Raises:
+        StartError: The keys cannot be read, or the shared folder has no room.
     """
     origins = split(settings.cors_origins)
-    folder = os.environ.get(SHARED_FOLDER) if settings.workers > 1 else None
     app.add_middleware(
-        Doors,
+        AccessControl,
+        respond=respond,
+        refused=refused,
         keys=Keyring(Path(settings.api_keys)) if settings.api_keys else None,
         anonymous=limits_of(settings.anonymous_rate, settings.anonymous_concurrency),
-        refused=refused,
         unknown=limits_of(settings.open_rate, 0),
         hosts=Hosts(split(settings.allowed_hosts)),
         origins=Origins(origins),
         proxies=Proxies(settings.trusted_proxies),
-        counts=Counts(Path(folder) if folder else None),
+        counts=Counts(shared_folder),
     )
     if origins:
         app.add_middleware(
@@ -66,38 +79,45 @@ def add_doors(app: FastAPI, settings: Settings, refused: Callable[[str], None]) 
             expose_headers=EXPOSED,
         )  # fmt: skip
     if settings.ops_port is not None:
-        app.add_middleware(OpsPort, port=settings.ops_port)
+        app.add_middleware(OpsPort, respond=respond, port=settings.ops_port)
     if settings.model_control is True and not settings.api_keys:
         log.warning("VAE_MODEL_CONTROL=true lets nobody in without VAE_API_KEYS; set those, or `anonymous`")
 
 
-class Doors:
-    """Asks for a key where there are keys, refuses web pages of others, and counts calls.
+class AccessControl:
+    """ASGI middleware that checks API keys, Host and Origin headers, and rate limits before a request is read.
 
-    Whoever is refused has computed and read nothing.
+    Args:
+        app: Handles the requests that pass.
+        respond: Gives the response for an error.
+        refused: Called with the code of every refusal.
+        keys: None where no API keys are needed.
+        anonymous: Limits of each client address, where there are no keys.
+        unknown: Limits of each client address without a known key, for open paths and for refused keys.
+        hosts: Host names that are answered.
+        origins: Origins whose pages may send requests.
+        proxies: Trusted proxies.
+        counts: Counts of calls, shared with the other workers.
     """
 
     def __init__(
         self,
         app: ASGIApp,
-        keys: Keyring | None,
-        anonymous: Limits,
+        respond: Respond,
         refused: Callable[[str], None],
+        keys: Keyring | None = None,
+        anonymous: Limits = Limits(),  # noqa: B008  # a tuple
         unknown: Limits = Limits(),  # noqa: B008  # a tuple
         hosts: Hosts | None = None,
         origins: Origins | None = None,
         proxies: Proxies | None = None,
         counts: Counts | None = None,
     ) -> None:
-        """anonymous: limits of each client address, where there are no keys.
-
-        unknown: limits of each client address without a key, for what is open, and for keys that are not known.
-        hosts, origins, proxies, counts: None is what the service has by default.
-        """
         self._app = app
+        self._respond = respond
+        self._refused = refused
         self._keys = keys
         self._anonymous = anonymous if anonymous != Limits() else None
-        self._refused = refused
         self._unknown = unknown
         self._hosts = hosts or Hosts()
         self._origins = origins or Origins()
@@ -105,21 +125,20 @@ class Doors:
         self._counts = counts or Counts()
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        """One request, or the application's start and stop. No coroutine of its own, for the sake of speed."""
+        """Handle one request, or the lifespan of the application. Not a coroutine itself, which saves time."""
         if scope["type"] != "http":
             return self._live(scope, receive, send)
         try:
             caller = self._admit(scope)
         except ServiceError as error:
             self._refused(error.code)
-            status, _, content, headers = problems.describe(error)
-            return Response(content, status, headers, problems.MEDIA_TYPE)(scope, receive, send)
+            return self._respond(error)(scope, receive, send)
         if caller is None:
             return self._app(scope, receive, send)
         return self._run(caller, scope, receive, send)
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """From start to stop, keep the keys current, also while nobody calls."""
+        """Reread the file of keys for as long as the application runs, even without requests."""
         watch = asyncio.create_task(self._keys.watch()) if self._keys else None
         try:
             await self._app(scope, receive, send)
@@ -129,7 +148,7 @@ class Doors:
             self._counts.close()
 
     async def _run(self, caller: str, scope: Scope, receive: Receive, send: Send) -> None:
-        """Count the call for as long as it runs."""
+        """Handle a request and count it as running meanwhile."""
         self._counts.begin(caller)
         try:
             await self._app(scope, receive, send)
@@ -137,9 +156,17 @@ class Doors:
             self._counts.end(caller)
 
     def _admit(self, scope: Scope) -> str | None:
-        """Who calls, in words, where its running calls are limited.
+        """Check a request.
 
-        Raises: CrossSite, Unauthenticated, Forbidden, UnknownHost, RateLimited.
+        Returns:
+            The caller, where the number of its running calls is limited; else None.
+
+        Raises:
+            CrossSite: A page of another origin sent it.
+            Unauthenticated: It has no known API key.
+            Forbidden: Its API key lacks a right.
+            UnknownHost: Its Host header names another service.
+            RateLimited: The caller is above a limit.
         """
         headers = dict(scope["headers"])
         if (ORIGIN in headers or SITE in headers) and scope["method"] not in SAFE_METHODS:
@@ -166,27 +193,27 @@ class Doors:
         return None
 
     def _admit_key(self, key: Key, needed: str | None) -> str | None:
-        """Raises: Forbidden, RateLimited."""
+        """Check the rights and limits of a key; as `_admit`."""
         if needed and needed not in key.rights:
             raise Forbidden(f"this needs the right `{needed}`, which the API key {key.name} does not have")
         return self._count(f"the API key {key.name}", key.limits)
 
     def _check_host(self, host: bytes, scope: Scope) -> None:
-        """Let a trusted proxy's be, and the name that the server was told it has.
+        """Allow any host from a trusted proxy, and the address that the server listens on.
 
         Raises: UnknownHost.
         """
-        shown = host.decode("latin-1")[:SHOWN]
-        if self._proxies.sent(scope) or shown == (scope.get("server") or ("",))[0]:
+        quoted = host.decode("latin-1")[:MAX_QUOTED]
+        if self._proxies.sent(scope) or quoted == (scope.get("server") or ("",))[0]:
             return
         key = "send an API key, or " if self._keys else ""
         raise UnknownHost(
-            f"this service does not answer to the name {shown}; {key}add the name to VAE_ALLOWED_HOSTS, or the address "
-            "of the proxy in front to VAE_TRUSTED_PROXIES"
+            f"this service does not answer to the name {quoted}; {key}add the name to VAE_ALLOWED_HOSTS, or the "
+            "address of the proxy in front to VAE_TRUSTED_PROXIES"
         )
 
     def _count(self, caller: str, limits: Limits) -> str | None:
-        """Count the call. The caller, where its running calls are limited.
+        """Count a call. Returns the caller where the number of its running calls is limited.
 
         Raises: RateLimited.
         """
@@ -200,37 +227,37 @@ class Doors:
 
 
 class OpsPort:
-    """Health and metrics on a port of their own, and nothing else there."""
+    """ASGI middleware that answers health and metrics on a port of their own, and everything else on the others."""
 
-    def __init__(self, app: ASGIApp, port: int) -> None:
+    def __init__(self, app: ASGIApp, respond: Respond, port: int) -> None:
         self._app = app
+        self._respond = respond
         self._port = port
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request, by the port that it came to."""
+        """Handle one request by the port that it came to."""
         if scope["type"] == "http" and (scope["server"][1] == self._port) != bool(OPS.fullmatch(route_path(scope))):
-            content = problems.problem(404, "not_found", f"nothing is at {scope['path']} on this port")
-            await Response(content, 404, media_type=problems.MEDIA_TYPE)(scope, receive, send)
+            await self._respond(NotFound(f"nothing is at {scope['path']} on this port"))(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
 
 def route_path(scope: Scope) -> str:
-    """The path that routes match, which is without the prefix under which a proxy shows the service."""
+    """Return the path that routes match: without the prefix under which a proxy serves the service."""
     path: str = scope["path"]
     prefix = scope.get("root_path")
     return path[len(prefix) :] if prefix and path.startswith(f"{prefix}/") else path
 
 
 def needed_right(method: str, path: str) -> str | None:
-    """The right that a call needs; None is any key's."""
+    """Return the right that a call needs; None where any key will do."""
     if method in ("GET", "HEAD"):
         return None
     return INFER if method == "POST" and not CONTROLS.fullmatch(path) else CONTROL
 
 
 def address_of(scope: Scope) -> str:
-    """The client's address, or its network where that is what a client has of IPv6."""
+    """Return the client's address by which calls are counted: of IPv6 the network, which is what one client owns."""
     host = (scope.get("client") or ("unknown",))[0]
     try:
         address = ipaddress.ip_address(host)
@@ -242,7 +269,7 @@ def address_of(scope: Scope) -> str:
 
 
 def _token(scope: Scope) -> bytes:
-    """The bearer's token; empty where there is none, or more than one."""
+    """Return the bearer token; empty where there is none, or more than one."""
     found = [value for name, value in scope["headers"] if name == b"authorization"]
     scheme, _, token = found[0].partition(b" ") if len(found) == 1 else (b"", b"", b"")
     return token.strip() if scheme.lower() == b"bearer" else b""

@@ -2,43 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.admin.docs import SCRIPT_HASHES
-
-POLICY = "; ".join(
-    (
-        "default-src 'none'",
-        f"script-src 'self' {' '.join(SCRIPT_HASHES)}",
-        "style-src 'self' 'unsafe-inline'",  # Swagger UI sets styles of elements
-        "img-src 'self' data:",
-        "connect-src 'self'",
-        "base-uri 'none'",
-        "form-action 'none'",
-        "frame-ancestors 'none'",
-    )
+POLICY = (
+    "default-src 'none'",
+    "script-src 'self' {scripts}",
+    "style-src 'self' 'unsafe-inline'",  # Swagger UI sets styles of elements
+    "img-src 'self' data:",
+    "connect-src 'self'",
+    "base-uri 'none'",
+    "form-action 'none'",
+    "frame-ancestors 'none'",
 )
 EVERYWHERE = [(b"x-content-type-options", b"nosniff")]
-PAGE = [
-    (b"content-security-policy", POLICY.encode()),
-    (b"x-frame-options", b"DENY"),
-    (b"referrer-policy", b"no-referrer"),
-]
 
 
-class PageHeaders:
-    """Adds them. Operations, whose answers are no pages, do not pass here."""
+class SecurityHeaders:
+    """ASGI middleware that adds security headers to every answer, and further ones to HTML pages."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, script_hashes: Iterable[str]) -> None:
+        """script_hashes: sources of the policy for the scripts within the pages, as in `'sha256-...'`."""
         self._app = app
+        policy = "; ".join(POLICY).format(scripts=" ".join(script_hashes))
+        self._page = [
+            (b"content-security-policy", policy.encode()),
+            (b"x-frame-options", b"DENY"),
+            (b"referrer-policy", b"no-referrer"),
+        ]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
+        """Handle one request."""
 
-        async def told(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 page = dict(message["headers"]).get(b"content-type", b"").startswith(b"text/html")
-                message["headers"] = [*message["headers"], *EVERYWHERE, *(PAGE if page else [])]
+                message["headers"] = [*message["headers"], *EVERYWHERE, *(self._page if page else [])]
             await send(message)
 
-        await self._app(scope, receive, told)
+        await self._app(scope, receive, send_with_headers)

@@ -1,1 +1,1 @@
-"""Processes and connections: everything that knows uvicorn's insides."""
+"""Processes, sockets and connections: everything that touches the insides of uvicorn and Starlette."""

@@ -1,4 +1,4 @@
-"""How many connections are open, in all and by client address, and which of them are only there for health."""
+"""Limits on open connections: of a worker, and of a client address over all workers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from service.errors import TooManyConnections
-from service.observability.metrics import SHARED_FOLDER
 from service.security.middleware import address_of
 from service.security.proxies import Proxies
 from service.settings import Settings
@@ -23,24 +22,35 @@ from service.settings import Settings
 log = logging.getLogger(__name__)
 
 SPARE = 16
-"""Connections above the limits that are kept at the same time, so that health is answered when the service is full."""
+"""Connections above the limits that stay open for a moment, so that a full service still answers health checks."""
 ROWS, SLOTS = 4, 1 << 14
-"""Of the table of counts: an address has a slot in each row, and the smallest count of them is nearly always its."""
+"""Size of the table of counts. An address has one slot a row; the smallest of its counts is nearly always exact."""
 SIZE = 2 * ROWS * SLOTS
 PATTERN = "connections-*.counts"
 
 
 class Connections:
-    """The limits on connections of one process. What it counts by address the other workers see."""
+    """Limits on the connections of one worker.
 
-    def __init__(self, settings: Settings) -> None:
+    Args:
+        settings: The settings of the service.
+        shared_folder: Folder of all workers, for counts by address; None where there is one worker.
+    """
+
+    def __init__(self, settings: Settings, shared_folder: Path | None = None) -> None:
         self._settings = settings
+        self._shared_folder = shared_folder
         self._spare: dict[Any, Callable[[], None]] = {}
 
     def over(self, open_now: int, client: tuple[str, int] | None) -> TooManyConnections | None:
-        """What is wrong with one connection more from a client; None, and then it is counted, where nothing is.
+        """Check and count a new connection.
 
-        open_now: connections of this worker, the new one included.
+        Args:
+            open_now: Open connections of this worker, the new one included.
+            client: Address and port; None for a unix socket.
+
+        Returns:
+            The error if the connection is above a limit. It is then not counted.
         """
         settings = self._settings
         if open_now > settings.max_connections:
@@ -58,22 +68,27 @@ class Connections:
         return None
 
     def closed(self, client: tuple[str, int] | None) -> None:
-        """Count one less that was let in."""
+        """Count a connection as closed. Call it only for one that `over` has counted."""
         if self._settings.max_connections_per_address and self._is_counted(client):
             self._counts.add(address_of({"client": client}), -1)
 
     def keep(self, connection: object, give_up: Callable[[], None]) -> None:
-        """Keep a connection above the limits until it asks; the oldest that has not asked gives way to a new one."""
+        """Keep a connection above the limits until its request comes.
+
+        Args:
+            connection: Any hashable object.
+            give_up: Closes the connection; called if SPARE newer ones come first.
+        """
         self._spare[connection] = give_up
         if len(self._spare) > SPARE:
             self._spare.pop(next(iter(self._spare)))()
 
     def release(self, connection: object) -> None:
-        """It has asked, or is gone."""
+        """Stop counting a connection among the spare ones: its request came, or it is closed."""
         self._spare.pop(connection, None)
 
     def _is_counted(self, client: tuple[str, int] | None) -> bool:
-        """Not a trusted proxy, nor whoever comes by a unix socket."""
+        """Whether the limit by address applies: to neither trusted proxies nor unix sockets."""
         return client is not None and not self._proxies.sent({"client": client})
 
     @cached_property
@@ -82,15 +97,18 @@ class Connections:
 
     @cached_property
     def _counts(self) -> Counts:
-        """Made at the first connection, in the worker that counts."""
-        return Counts(Path(os.environ[SHARED_FOLDER]) if SHARED_FOLDER in os.environ else None)
+        """Open the table at the first connection, after the worker was forked."""
+        return Counts(self._shared_folder)
 
 
 class Counts:
-    """Counts by address, of all workers that share a folder (None: of this one alone).
+    """Counts of connections by address, over all workers that share a folder.
 
-    Every worker writes to a table of its own and reads those of all that live, so there is no lock to be left locked,
-    and what a killed worker had counted ends with it. Addresses are hashed: the tables do not grow.
+    Every worker writes a table of its own and reads the tables of all running workers. So no lock can stay locked, and
+    the counts of a killed worker vanish with it. Addresses are hashed, so the tables do not grow.
+
+    Args:
+        folder: Folder of all workers; None counts this worker alone.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -106,24 +124,24 @@ class Counts:
                 log.warning("each worker counts connections by address for itself: %s", error)
 
     def of(self, address: str) -> int:
-        """How many there are; never fewer, and hardly ever more."""
+        """Return the count of an address: never too low, and rarely too high."""
         slots = self._slots(address)
         tables = [self._own, *self._living()]
         return min(sum(table[slot] for table in tables) for slot in slots)
 
     def add(self, address: str, change: int) -> None:
-        """Count one more, or one less, of this worker."""
+        """Add to the count of an address in this worker."""
         for slot in self._slots(address):
             self._own[slot] = min(65535, max(0, self._own[slot] + change))
 
     def _slots(self, address: str) -> list[int]:
-        """Nobody can choose addresses that share them with somebody's: the key is the folder's name, made by chance."""
+        """Hash an address to slots. The key is random, so that nobody can choose addresses that collide."""
         digest = blake2b(address.encode(), digest_size=2 * ROWS, key=self._key).digest()
         numbers = memoryview(digest).cast("H")
         return [row * SLOTS + number % SLOTS for row, number in enumerate(numbers)]
 
     def _living(self) -> list[memoryview]:
-        """Tables of the other workers; a table that nobody has locked is a dead worker's, and is removed."""
+        """Return the tables of the other workers. A table without a lock belonged to a dead worker and is removed."""
         if self._folder is None:
             return []
         for path in self._folder.glob(PATTERN):
@@ -145,14 +163,15 @@ def _opened(path: Path) -> tuple[int, memoryview]:
 
 
 def _new(folder: Path) -> tuple[Path, memoryview]:
-    """A table of this worker, which holds a lock on it for as long as it lives.
+    """Create this worker's table, and lock it for as long as the worker runs.
 
-    Raises: OSError where there is no room for it.
+    Raises:
+        OSError: The folder has no room.
     """
     path = folder / PATTERN.replace("*", secrets.token_hex(8))
     draft = path.with_suffix(".draft")
     file = os.open(draft, os.O_RDWR | os.O_CREAT, 0o600)
-    os.posix_fallocate(file, 0, SIZE)  # a full disk is told here, not by SIGBUS later
+    os.posix_fallocate(file, 0, SIZE)  # a full disk fails here, not with SIGBUS later
     fcntl.flock(file, fcntl.LOCK_EX)
     table = memoryview(mmap.mmap(file, SIZE)).cast("H")
     draft.replace(path)

@@ -1,4 +1,4 @@
-"""What the service listens on: ports and a unix socket, bound once by the supervisor and inherited by its workers."""
+"""Listening sockets: ports and a unix socket, bound once by the supervisor and inherited by its workers."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from service.settings import Settings
 
 BACKLOG = 2048
 UNIX_MODE = 0o660
-"""Of the unix socket: its user and its group may connect."""
+"""Mode of the unix socket: its user and its group may connect."""
 
 
 class UnixFile(NamedTuple):
-    """The file of a unix socket: bound as `draft`, called `path` once it can be connected to."""
+    """The file of a unix socket: bound as `draft`, linked to `path` once it accepts connections."""
 
     draft: Path
     path: Path
 
     def publish(self) -> None:
-        """Give it its name, in place of a socket that nobody listens on.
+        """Link `path` to the socket, in place of an unused one.
 
-        Raises: OSError.
+        Raises:
+            OSError: Another process listens there, or the folder cannot be written.
         """
         try:
             self.path.hardlink_to(self.draft)
@@ -37,7 +38,7 @@ class UnixFile(NamedTuple):
             self.path.hardlink_to(self.draft)
 
     def remove(self) -> None:
-        """Remove both names, but not the socket of another process that has taken the place."""
+        """Remove both names, unless `path` is by now the socket of another process."""
         with suppress(OSError):
             if self.path.samefile(self.draft):
                 self.path.unlink()
@@ -47,9 +48,13 @@ class UnixFile(NamedTuple):
 
 @dataclass(frozen=True)
 class Listener:
-    """A bound socket. Nobody can connect before `listen`.
+    """A bound socket. It accepts connections after `listen`.
 
-    name: as messages call it. url: what a person can type; empty for a unix socket. file: of the unix socket.
+    Attributes:
+        socket: The socket.
+        name: Its name in messages.
+        url: Its URL; empty for a unix socket.
+        file: The file of a unix socket.
     """
 
     socket: socket.socket
@@ -58,9 +63,10 @@ class Listener:
     file: UnixFile | None = None
 
     def listen(self) -> None:
-        """Let callers connect.
+        """Accept connections.
 
-        Raises: StartError where another process does so already.
+        Raises:
+            StartError: Another process listens there.
         """
         try:
             self.socket.listen(BACKLOG)
@@ -70,16 +76,20 @@ class Listener:
             raise cannot_listen(self.name, error) from error
 
     def remove(self) -> None:
-        """Close it; the file of a unix socket goes too."""
+        """Close the socket and remove its file."""
         if self.file is not None:
             self.file.remove()
         self.socket.close()
 
 
 def bind(settings: Settings) -> list[Listener]:
-    """The main listener first: the unix socket where one is set, else the port; then others.
+    """Bind the sockets of the settings.
 
-    Raises: StartError.
+    Returns:
+        The main listener first: the unix socket where one is set, else the port. Then the others.
+
+    Raises:
+        StartError: An address cannot be bound.
     """
     listeners: list[Listener] = []
     try:
@@ -97,23 +107,23 @@ def bind(settings: Settings) -> list[Listener]:
 
 
 def address(host: str, port: int) -> str:
-    """`host:port`, an IPv6 address in brackets."""
+    """Return `host:port`, with an IPv6 address in brackets."""
     return f"[{host.replace('%', '%25')}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def cannot_listen(name: str, error: Exception) -> StartError:
-    """In one line."""
-    said = getattr(error, "strerror", None) or str(error)
-    return StartError(f"cannot listen on {name} ({said}); set VAE_PORT, VAE_OPS_PORT, VAE_HOST or VAE_UNIX_SOCKET")
+    """Return the error for an address that cannot be bound, in one line."""
+    reason = getattr(error, "strerror", None) or str(error)
+    return StartError(f"cannot listen on {name} ({reason}); set VAE_PORT, VAE_OPS_PORT, VAE_HOST or VAE_UNIX_SOCKET")
 
 
 def _bind_port(settings: Settings, port: int) -> Listener:
-    """A port, taken before the models are opened, so that a taken one is told at once."""
+    """Bind a port. This comes before the models are opened, so that a port in use is reported at once."""
     listener = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((settings.host, port))
-    except (OSError, UnicodeError) as error:  # a name may be none that DNS could have
+    except (OSError, UnicodeError) as error:  # UnicodeError: the host is not a valid DNS name
         listener.close()
         raise cannot_listen(address(settings.host, port), error) from error
     host, port = listener.getsockname()[:2]
@@ -122,12 +132,12 @@ def _bind_port(settings: Settings, port: int) -> Listener:
 
 
 def _bind_unix(path: Path) -> Listener:
-    """A unix socket under a name of this process, until it can be connected to."""
+    """Bind a unix socket under a temporary name."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     listener = socket.socket(socket.AF_UNIX)
     try:
         _check_free(path)
-        draft.unlink(missing_ok=True)  # of a process that had this number before
+        draft.unlink(missing_ok=True)  # left by a process that had the same id
         before = os.umask(0o777 & ~UNIX_MODE)
         try:
             listener.bind(str(draft))
@@ -140,13 +150,13 @@ def _bind_unix(path: Path) -> Listener:
 
 
 def _check_free(path: Path) -> None:
-    """Raises: OSError where somebody listens there, or something else than a socket has that name."""
+    """Raise OSError if a process listens on the path, or if it is not a socket."""
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(mode):
-        raise FileExistsError(0, "there is a file of that name that is no socket")
+        raise FileExistsError(0, "the path exists and is not a socket")
     with socket.socket(socket.AF_UNIX) as caller:
         try:
             caller.connect(str(path))

@@ -1,4 +1,4 @@
-"""HTTP methods and paths that no route names: HEAD, OPTIONS *, and the path under which a proxy serves the service."""
+"""ASGI middleware for HEAD, `OPTIONS *` and the path prefix of a proxy."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ METHODS = "GET, HEAD, POST, OPTIONS"
 
 
 class Methods:
-    """Answers HEAD as GET is answered, without the body, and OPTIONS about the whole service."""
+    """ASGI middleware that answers HEAD like GET without the body, and `OPTIONS *`."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request, or the application's start and stop."""
+        """Handle one request, or the lifespan of the application."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
         elif scope["method"] == "HEAD":
@@ -34,28 +34,32 @@ class Methods:
 
 
 class RootPath:
-    """Removes the path under which a proxy serves the service, where the proxy has not; keeps it as `prefix`.
+    """ASGI middleware that removes a proxy's path prefix from `path` and keeps it in the scope as `prefix`.
 
-    Everything behind it sees one path for one thing: nothing has to think of `root_path`, or forgets to.
+    Routes and middleware behind it need no care for `root_path`: each resource has one path.
+
+    Args:
+        app: Handles the requests.
+        root_path: Prefix of requests whose proxy names none.
+        proxies: Trusted proxies, whose X-Forwarded-Prefix is believed.
     """
 
     def __init__(self, app: ASGIApp, root_path: str, proxies: Proxies) -> None:
-        """root_path: that of requests whose proxy names none."""
         self._app = app
         self._root_path = root_path
         self._proxies = proxies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request, or the application's start and stop."""
+        """Handle one request, or the lifespan of the application."""
         if scope["type"] == "http":
-            prefix = scope["prefix"] = self._told(scope) or self._root_path
+            prefix = scope["prefix"] = self._forwarded(scope) or self._root_path
             if prefix and f"{scope['path']}/".startswith(f"{prefix}/"):
                 scope["path"] = scope["path"].removeprefix(prefix) or "/"
                 scope["raw_path"] = scope.get("raw_path", b"").removeprefix(prefix.encode()) or b"/"
         await self._app(scope, receive, send)
 
-    def _told(self, scope: Scope) -> str:
-        """What a trusted proxy says, or several, each for itself; empty where it is not a plain path."""
+    def _forwarded(self, scope: Scope) -> str:
+        """Return the prefix from trusted proxies, several joined; empty if it is not a plain path."""
         lines = [value for name, value in scope["headers"] if name == b"x-forwarded-prefix"]
         if not lines or not self._proxies.sent(scope):
             return ""

@@ -1,10 +1,10 @@
-"""uvicorn's HTTP protocol, with limits: on what a connection sends, and on how long it takes to send and to read."""
+"""uvicorn's HTTP protocol with limits on the size of requests, and on the time to send them and to read answers."""
 
 from __future__ import annotations
 
 import re
 from asyncio import TimerHandle, Transport
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from enum import Enum, auto
 from ipaddress import IPv6Address
 from types import SimpleNamespace
@@ -12,10 +12,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from httptools import HttpParserCallbackError, HttpParserError, HttpParserUpgrade, HttpRequestParser
+from starlette.responses import Response
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from service.api import problems
-from service.api.body import WHOLE
 from service.errors import (
     HeadersTooLarge,
     Malformed,
@@ -27,17 +26,22 @@ from service.security.proxies import PEER
 from service.server.connections import Connections
 from service.settings import Settings
 
-EXTENSIONS: dict[str, dict[object, object]] = {WHOLE: {}}
+Respond = Callable[[ServiceError], Response]
+"""Gives the response for an error."""
+WHOLE_ANSWER = "vae.whole_answer"
+"""ASGI extension: `http.response.start` may hold the whole body as `content`, which ends the answer. Head and body are
+then one write; two writes cost a small request a fifth of its time."""
+EXTENSIONS: dict[str, dict[object, object]] = {WHOLE_ANSWER: {}}
 LINGER_S = 1.0
-"""How long a refused connection stays, so that its caller can read why."""
+"""How long a refused connection stays open, so that its caller can read the reason."""
 BODIES = (b"content-length", b"transfer-encoding")
-"""Headers of a request that has a body."""
+"""Headers that only requests with a body have."""
 LEAST_READ = 65536
-"""Bytes of an answer that a caller must have read, of those that wait, each time it is looked at."""
+"""Bytes of a buffered answer that a caller must read in every `answer_timeout_s`."""
 SPARE_S = 1.0
-"""How long a connection above the limits may take to ask for health."""
+"""How long a connection above the limits may take to send a health check."""
 FRAMING = frozenset((b"host", b"transfer-encoding"))
-"""Headers that say for whom a request is and where it ends, beside Content-Length, which the parser checks."""
+"""Headers that decide which host a request is for and where it ends. The parser checks Content-Length itself."""
 SLASH, HASH = b"/"[0], b"#"
 VERSIONS = ("1.0", "1.1")
 LARGEST_PORT = 65535
@@ -48,10 +52,10 @@ _host = re.compile(
 
 
 class Part(Enum):
-    """What may be still to come on a connection."""
+    """The part of a request that a connection waits for."""
 
     NEXT = auto()
-    """Another request, of which nothing is there."""
+    """The next request, of which no byte has come."""
     HEAD = auto()
     """The rest of a request's line and headers."""
     BODY = auto()
@@ -59,7 +63,7 @@ class Part(Enum):
 
 
 def head_of(status: int, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """The status line and the headers of an answer, without the empty line that ends them."""
+    """Return the status line and headers of an answer, without the empty line that ends them."""
     lines = [STATUS_LINE[status]]
     for name, value in headers:
         lines += (name, b": ", value, b"\r\n")
@@ -67,10 +71,10 @@ def head_of(status: int, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
 
 
 class Cycle(RequestResponseCycle):
-    """One request and its answer. An answer that comes whole, as `intake.WHOLE` says it may, is written at once."""
+    """One request and its answer. An answer with its whole body, as the extension allows, is one write."""
 
     async def send(self, message: Any) -> None:
-        """As uvicorn's; `content` in `http.response.start` is the whole body."""
+        """Send a message as uvicorn does; `content` in `http.response.start` is the whole body."""
         content = message.get("content")
         if content is None:
             await super().send(message)
@@ -92,23 +96,32 @@ class Cycle(RequestResponseCycle):
 
 
 class Protocol(HttpToolsProtocol):
-    """One connection. A request that comes whole, as nearly all do, costs a few comparisons and sets no timer."""
+    """One connection. A request that arrives in one piece, as nearly all do, costs a few comparisons and no timer.
 
-    def __init__(self, *, settings: Settings, connections: Connections, **parts: Any) -> None:
-        """parts: what uvicorn hands to a protocol."""
+    Args:
+        settings: The settings of the service.
+        respond: Gives the response for an error.
+        connections: Limits on connections, of the whole worker.
+        **parts: What uvicorn passes to a protocol.
+    """
+
+    def __init__(self, *, settings: Settings, respond: Respond, connections: Connections, **parts: Any) -> None:
         super().__init__(**parts)
         self.settings = settings
         self.timeout_keep_alive = settings.keep_alive_s  # type: ignore[assignment]  # a loop takes parts of seconds
+        self._respond = respond
         self._limits = connections
-        self._excess: ServiceError | None = None  # why this connection is one too many
+        self._excess: ServiceError | None = None  # the reason, for a connection above the limits
         self._counted = False
-        self._framing: list[tuple[bytes, bytes]] | None = None  # of the last request, which was in order
-        self._begun: Any = None  # the scope of the last request whose head is there
-        self._chunk = 0  # bytes that are being parsed
-        self._small = min(settings.max_url_bytes, settings.max_header_bytes)  # chunks that need no closer look
+        self._framing: list[tuple[bytes, bytes]] | None = None  # that of the last request, which passed
+        self._begun: Any = None  # the scope of the last request with a complete head
+        self._chunk = 0  # bytes being parsed
+        self._small = min(
+            settings.max_url_bytes, settings.max_header_bytes
+        )  # a head in a smaller chunk is within the limits
         self._max_headers = settings.max_headers
         self._awaited: Part | None = None
-        self._fruitless = 0  # bytes that came and completed nothing
+        self._fruitless = 0  # bytes received without completing the awaited part
         self._sender: TimerHandle | None = None
         self._reader: TimerHandle | None = None
         self._unread = 0
@@ -117,7 +130,7 @@ class Protocol(HttpToolsProtocol):
         self._linger_end = 0.0
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
-        """Count it; above the limits it is kept for a moment, for it may ask for health."""
+        """Count the connection. Above the limits it stays open for a moment, since it may be a health check."""
         super().connection_made(transport)
         settings, client = self.settings, self.client
         self.app_state = {**self.app_state, PEER: client}
@@ -133,7 +146,7 @@ class Protocol(HttpToolsProtocol):
         self._await(Part.NEXT)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget it."""
+        """Release the connection's counts and timers."""
         super().connection_lost(exc)
         if self._counted:
             self._limits.closed(self.client)
@@ -144,7 +157,7 @@ class Protocol(HttpToolsProtocol):
             self._linger.cancel()
 
     def data_received(self, data: bytes) -> None:
-        """Parse what came, and see what is still to come."""
+        """Parse received bytes, then set the timer for the part that is still to come."""
         if self._linger is not None:
             self._drain(len(data))
         if self._refused:
@@ -160,7 +173,7 @@ class Protocol(HttpToolsProtocol):
             self._refuse(_reason(error))
         cycle = self.cycle
         if self._awaited is None and self.scope is self._begun and not (cycle.more_body or cycle.response_complete):
-            return  # a whole request is being answered
+            return  # a complete request is being answered
         missing = None if self._refused else self._missing()
         if missing is not self._awaited:
             self._await(missing)
@@ -168,11 +181,11 @@ class Protocol(HttpToolsProtocol):
             self._count()
 
     def on_headers_complete(self) -> None:
-        """Refuse a head that is above a limit or may be read in two ways, before anything is done about it."""
+        """Refuse a head that is above a limit or ambiguous, before the request is handled."""
         if self._chunk > self._small or len(self.headers) > self._max_headers or self._awaited is Part.HEAD:
             self._check_head()
         framing = [header for header in self.headers if header[0] in FRAMING]
-        if framing != self._framing:  # nearly all requests of a connection have the same
+        if framing != self._framing:  # nearly all requests of a connection repeat it
             self._check_framing(framing)
         if self.url[0] != SLASH or HASH in self.url:
             self._check_target()
@@ -182,7 +195,7 @@ class Protocol(HttpToolsProtocol):
         self.scope["extensions"] = EXTENSIONS
         self.cycle.__class__ = Cycle
         self._begun = self.scope
-        self.headers = []  # trailers come here, where nobody takes them for headers
+        self.headers = []  # the parser appends trailers here, which must not count as headers
         if self._awaited is not None:
             self._await(None)
         if self._excess is not None:
@@ -193,7 +206,7 @@ class Protocol(HttpToolsProtocol):
             self._end_with(self.cycle)
 
     def _check_head(self) -> None:
-        """Raises: UrlTooLong, HeadersTooLarge."""
+        """Raise UrlTooLong or HeadersTooLarge."""
         settings = self.settings
         if len(self.url) > settings.max_url_bytes:
             raise UrlTooLong(f"the URL has {len(self.url)} bytes, VAE_MAX_URL_BYTES is {settings.max_url_bytes}")
@@ -203,7 +216,7 @@ class Protocol(HttpToolsProtocol):
             raise self._too_large()
 
     def _check_framing(self, framing: list[tuple[bytes, bytes]]) -> None:
-        """Raises: Malformed, where it is not sure for whom the request is or where it ends."""
+        """Raise Malformed if it is ambiguous which host a request is for, or where it ends."""
         version = self.parser.get_http_version()
         if version not in VERSIONS:
             raise Malformed(f"HTTP/{version} is not spoken here; send HTTP/1.1")
@@ -220,9 +233,10 @@ class Protocol(HttpToolsProtocol):
         self._framing = framing
 
     def _check_target(self) -> None:
-        """Take a whole URL for its path; refuse any other target that is not a path.
+        """Reduce an absolute URL to its path.
 
-        Raises: Malformed.
+        Raises:
+            Malformed: The target is neither a path nor an absolute URL of this host.
         """
         if self.url == b"*" and self.parser.get_method() == b"OPTIONS":
             return
@@ -236,7 +250,7 @@ class Protocol(HttpToolsProtocol):
         self.url = (parts.path or b"/") + (b"?" + parts.query if parts.query else b"")
 
     def _check_excess(self) -> None:
-        """Raises: TooManyConnections, but for questions about health."""
+        """Raise TooManyConnections, except for a health check."""
         assert self._excess is not None
         path = self.url.removeprefix(self.settings.root_path.encode())
         if self.parser.get_method() not in (b"GET", b"HEAD") or not path.startswith(b"/health/"):
@@ -244,7 +258,7 @@ class Protocol(HttpToolsProtocol):
         self._limits.release(self)
 
     def _await_continue(self) -> None:
-        """Close after an answer that came before the body was asked for: its sender may leave the body out."""
+        """Close after an answer that was sent before `100 Continue`: the caller may then omit the body."""
         cycle = self.cycle
         receive, keep_alive = cycle.receive, cycle.keep_alive
         cycle.keep_alive = False
@@ -258,7 +272,12 @@ class Protocol(HttpToolsProtocol):
         cycle.receive = continued  # type: ignore[method-assign]
 
     def _end_with(self, cycle: Any, *, more: bool = False) -> None:
-        """Close after this answer. A caller that still sends, its body or `more`, is first given time to read it."""
+        """Close the connection after this answer.
+
+        Args:
+            cycle: The request that is answered.
+            more: The caller may still be sending after its body; it gets time to read the answer first.
+        """
 
         def close() -> None:
             if more or cycle.more_body:
@@ -272,10 +291,10 @@ class Protocol(HttpToolsProtocol):
         cycle.on_response = self._on_last_response
 
     def _decline(self, rest: bytes) -> None:
-        """Answer a request that asks for an upgrade as if it did not: nothing but HTTP/1.1 is spoken here.
+        """Answer a request for an upgrade as if it asked for none: only HTTP/1.1 is supported.
 
-        The parser has stopped after its head. Another one reads its body, and nothing behind that is ever parsed:
-        whoever sent it may have meant another protocol.
+        The parser has stopped after the head. A second parser reads the body. Nothing after the body is parsed, since
+        it may be in another protocol.
         """
         cycle = self.cycle
         cycle.more_body = True
@@ -283,7 +302,7 @@ class Protocol(HttpToolsProtocol):
             self._refuse(Malformed("CONNECT is for proxies, and this is none"))
             return
         cycle.keep_alive = False
-        vars(cycle).pop("receive", None)  # that of `_await_continue` may keep the connection
+        vars(cycle).pop("receive", None)  # the one of `_await_continue` may keep the connection open
         self._end_with(cycle, more=True)
         lines = [b"%b: %b\r\n" % (name, value) for name, value in self.scope["headers"] if name in BODIES]
         if not lines:
@@ -293,14 +312,14 @@ class Protocol(HttpToolsProtocol):
         cycle.message_event.clear()
         self.parser = HttpRequestParser(SimpleNamespace(on_body=self.on_body, on_message_complete=self._on_last_body))
         self.parser.feed_data(b"".join([b"POST / HTTP/1.1\r\nconnection: close\r\n", *lines, b"\r\n"]))
-        self.parser.feed_data(rest)  # with `close` it stops at the end of the body
+        self.parser.feed_data(rest)  # `close` makes it stop at the end of the body
 
     def _on_last_body(self) -> None:
         self.on_message_complete()
         self._refused = True
 
     def _missing(self) -> Part | None:
-        """What is still to come; nothing until a whole request is answered."""
+        """Return the part that is still to come; None while a complete request is answered."""
         if self.scope is not self._begun:
             return Part.HEAD
         if self.cycle is None or self.cycle.response_complete:
@@ -308,7 +327,7 @@ class Protocol(HttpToolsProtocol):
         return Part.BODY if self.cycle.more_body else None
 
     def _count(self) -> None:
-        """Bound what comes and is kept by the parser, or by nobody: half a head, trailers, bodies not wanted."""
+        """Limit bytes that complete nothing: half a head, trailers, and bodies that nobody reads."""
         cycle, settings = self.cycle, self.settings
         self._fruitless += self._chunk
         if self._awaited is Part.BODY and cycle.response_complete:
@@ -320,28 +339,28 @@ class Protocol(HttpToolsProtocol):
             self._refuse(self._too_large())
 
     def _on_last_response(self) -> None:
-        """The answer is written and the connection closes, when its caller has read."""
+        """Time the caller's reading of the last answer, after which the connection closes."""
         if self._linger is None:
             self.on_response_complete()
             self._time_reader()
 
     def timeout_keep_alive_handler(self) -> None:
-        """Close an idle connection, which may still owe its caller the end of an answer."""
+        """Close an idle connection; the end of its last answer may still be unread."""
         super().timeout_keep_alive_handler()
         self._time_reader()
 
     def pause_writing(self) -> None:
-        """The caller does not read as fast as is written."""
+        """Time a caller that reads more slowly than the answer is written."""
         super().pause_writing()
         self._time_reader()
 
     def resume_writing(self) -> None:
-        """It has read."""
+        """Stop timing a caller that has caught up."""
         super().resume_writing()
         self._untime_reader()
 
     def _refuse(self, error: ServiceError) -> None:
-        """Say so and close; an answer to an earlier request goes first, one that has begun is broken off."""
+        """Answer with an error and close. An earlier request is answered first; an answer that has begun is cut off."""
         self._refused = True
         cycle = self.cycle
         if self.scope is self._begun and cycle is not None and cycle.more_body:
@@ -357,23 +376,18 @@ class Protocol(HttpToolsProtocol):
         self._close()
 
     def _answer(self, error: ServiceError) -> bytes:
-        status, _, content, headers = problems.describe(error)
-        lines = [
-            *((name.encode(), value.encode()) for name, value in headers.items()),
-            (b"content-type", problems.MEDIA_TYPE.encode()),
-            (b"content-length", b"%d" % len(content)),
-            (b"connection", b"close"),
-        ]
-        return b"%b\r\n%b" % (head_of(status, [*self.server_state.default_headers, *lines]), content)
+        response = self._respond(error)
+        headers = [*self.server_state.default_headers, *response.raw_headers, (b"connection", b"close")]
+        return b"%b\r\n%b" % (head_of(response.status_code, headers), bytes(response.body))
 
     def _turn_away(self) -> None:
-        """Close a connection above the limits that has not asked for health."""
+        """Close a connection above the limits that sent no health check."""
         assert self._excess is not None
         if not self._refused:
             self._refuse(self._excess)
 
     def _close(self) -> None:
-        """Close, but not before the caller has had time to read: what it still sends would undo what it was sent."""
+        """Close for writing and drop what still arrives: a reset would discard the answer before it is read."""
         self._await(None)
         if self.transport.can_write_eof():
             self.transport.write_eof()
@@ -384,7 +398,7 @@ class Protocol(HttpToolsProtocol):
             self.transport.close()
 
     def _drain(self, size: int) -> None:
-        """Drop what is still being sent, within the limits of a body."""
+        """Drop received bytes, up to the limits of a body."""
         assert self._linger is not None
         self._linger.cancel()
         self._fruitless += size
@@ -397,7 +411,7 @@ class Protocol(HttpToolsProtocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def _await(self, part: Part | None) -> None:
-        """Give it its time."""
+        """Wait for a part of a request and start its timer; None waits for nothing."""
         self._awaited, self._fruitless = part, 0
         if self._sender is not None:
             self._sender.cancel()
@@ -410,11 +424,11 @@ class Protocol(HttpToolsProtocol):
             self._sender = self.loop.call_later(seconds, self._too_slow)
 
     def _too_slow(self) -> None:
-        """What is awaited has not come in time."""
+        """Handle a part that has not come in time."""
         part, waits = self._awaited, self.flow.read_paused or self.pipeline
         assert part is not None
         if waits or (part is Part.HEAD and self._answering()):
-            self._await(part)  # it is the service that keeps the caller waiting
+            self._await(part)  # the service keeps the caller waiting, not the other way round
         elif self._excess is not None and self.cycle is None:
             self._turn_away()
         elif part is Part.NEXT:
@@ -434,7 +448,7 @@ class Protocol(HttpToolsProtocol):
             self._reader = None
 
     def _see_reader(self) -> None:
-        """Cut off a caller that has read next to nothing since the last look."""
+        """Cut off a caller that has read fewer than LEAST_READ bytes since the last check."""
         if self.transport.get_write_buffer_size() > self._unread - LEAST_READ:
             self.transport.abort()
         else:
@@ -445,7 +459,7 @@ class Protocol(HttpToolsProtocol):
 
 
 def _reason(error: HttpParserError) -> ServiceError:
-    """What is wrong with a request that the parser stopped at."""
+    """Return the error for a request at which the parser stopped."""
     if not isinstance(error, HttpParserCallbackError):
         return Malformed(f"the request is not HTTP/1.1: {error}")
     cause = error.__context__
@@ -453,7 +467,7 @@ def _reason(error: HttpParserError) -> ServiceError:
 
 
 def is_host(value: bytes) -> bool:
-    """Whether that is a host as RFC 3986 has it, with or without a port."""
+    """Return whether a value is a host as in RFC 3986, with or without a port."""
     found = _host(value)
     if not found:
         return False

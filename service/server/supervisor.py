@@ -1,13 +1,11 @@
-"""The supervisor: forks the worker processes, watches their event loops, replaces those that end, stops them all.
+"""The supervisor: forks worker processes, checks their event loops, restarts workers that end, and stops them all.
 
-It opens no model and starts no thread, so it stays small and can be forked at any time. A worker shows that its event
-loop runs by writing the time into memory that both share, so that a loop that stands still is found out whatever holds
-it up: no thread of the worker has to run for that.
+It opens no model and starts no thread, so it stays small and can fork at any time. Each worker's event loop writes the
+time into shared memory. The supervisor detects a blocked loop by its old time, even if no thread of that worker runs.
 """
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import mmap
@@ -18,29 +16,30 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 from prometheus_client import CollectorRegistry
 
+from service import process
 from service.errors import StartError
 from service.observability import metrics as telemetry
 from service.observability.logs import outputs
 from service.observability.shared_values import SharedValues
-from service.repository.confined import end_with_parent
 from service.server import worker
 from service.server.listeners import Listener
 from service.settings import Settings
 
 FIRST_BACKOFF_S, MOST_BACKOFF_S = 0.1, 10.0
-"""Before a worker is started again: doubled with every one that ends soon."""
+"""Wait before a worker is restarted; doubled each time that it ends within HEALTHY_S."""
 HEALTHY_S = 60.0
-"""A worker that has lived so long begins anew with the first of these."""
+"""After a worker has run this long, its next restart waits FIRST_BACKOFF_S again."""
 GRACE_S = 3.0
-"""Added to VAE_TIMEOUT_S: what workers that were told to stop may take to end."""
+"""Added to VAE_TIMEOUT_S: how long workers may take to end after the first signal."""
 SHORT_GRACE_S = 2.0
-"""The same after a second signal."""
+"""How long they may take after the second signal."""
 DUMP_S = 0.5
-"""How long a worker that stands still may take to write its stacks before it is killed."""
+"""How long a worker with a blocked event loop may take to write its stacks before it is killed."""
 ANSWER_BYTES = 2**16
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -48,7 +47,7 @@ log = logging.getLogger("service")
 
 
 class Worker:
-    """The place of one worker: the process that is there now, and when the next one starts."""
+    """A slot for one worker: its current process, and when the next one starts."""
 
     def __init__(self, slot: int) -> None:
         self.slot = slot
@@ -61,23 +60,32 @@ class Worker:
 
     @property
     def runs(self) -> bool:
-        """Whether there is a process."""
+        """Whether a process runs in this slot."""
         return self.pid != 0
 
 
 class Supervisor:
-    """Runs `settings.workers` workers on bound listeners until a signal stops it."""
+    """Runs `settings.workers` workers on bound listeners until a signal stops it. Made before the first fork.
 
-    def __init__(self, settings: Settings, listeners: list[Listener], welcome: Callable[[list[str]], None]) -> None:
-        """Before the first fork.
+    Args:
+        settings: The settings, with the folder of the models and the default model resolved.
+        create_app: Makes the application, in a worker.
+        listeners: Bound sockets that do not accept connections yet.
+        welcome: Called with the names of the models when the first worker is ready.
+        shared_folder: Folder of all workers; None where there is one worker.
+    """
 
-        Args:
-            settings: What the workers serve, with the folder of the models and the default model resolved.
-            listeners: Bound, and not listened on yet.
-            welcome: Called with the names of the models when the first worker is ready.
-        """
+    def __init__(
+        self,
+        settings: Settings,
+        create_app: worker.CreateApp,
+        listeners: list[Listener],
+        welcome: Callable[[list[str]], None],
+        shared_folder: Path | None,
+    ) -> None:
         count = settings.workers
-        self._settings, self._listeners, self._welcome = settings, listeners, welcome
+        self._settings, self._create_app, self._shared_folder = settings, create_app, shared_folder
+        self._listeners, self._welcome = listeners, welcome
         self._values = SharedValues(count + 1)
         self._several = count > 1
         telemetry.share(self._values, count, several=self._several)
@@ -87,17 +95,16 @@ class Supervisor:
         self._workers = [Worker(slot) for slot in range(count)]
         self._listening = False
         self._signals: list[int] = []
-        self._watched = 0.0  # since when this process has looked at the beats without a break
-        self._looked = 0.0
+        self._watched = 0.0  # start of the current uninterrupted period of checks
+        self._checked = 0.0  # time of the last check
 
     def run(self) -> None:
-        """Start the workers; serve until SIGTERM, SIGINT or SIGHUP; stop them.
+        """Run the workers until SIGTERM, SIGINT or SIGHUP, then stop them.
 
         Raises:
-            StartError: No worker could open the models.
+            StartError: The first worker could not open the models.
         """
-        gc.collect()
-        gc.freeze()  # so that no collection of a worker writes to pages that all of them share
+        process.freeze_garbage()
         with self._signalled() as awake:
             try:
                 while not self._signals:
@@ -108,7 +115,7 @@ class Supervisor:
                     self._kill(one)
 
     def _step(self, awake: socket.socket) -> None:
-        """Whatever is due: starts, news of workers, ends, loops that stand still."""
+        """Start, hear, reap and check workers, as far as each is due."""
         now = time.monotonic()
         for one in self._workers:
             if not one.runs and now >= one.start_at:
@@ -124,7 +131,7 @@ class Supervisor:
 
     def _start(self, one: Worker) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours.setblocking(False)  # the standard library's
+        ours.setblocking(False)  # required by set_wakeup_fd
         parent = os.getpid()
         for output in outputs():
             output.flush()
@@ -137,9 +144,9 @@ class Supervisor:
         one.pid, one.channel = pid, ours
 
     def _become(self, one: Worker, channel: socket.socket, parent: int) -> NoReturn:
-        """In the forked process: be a worker, never return."""
+        """Run a worker in the forked process; never returns."""
         try:
-            end_with_parent(parent)
+            process.end_with_parent(parent)
             signal.set_wakeup_fd(-1)
             for number in STOPPING:
                 signal.signal(number, signal.SIG_DFL)
@@ -152,43 +159,46 @@ class Supervisor:
             def beat() -> None:
                 beats[slot] = time.monotonic()
 
-            worker.run(self._settings, [listener.socket for listener in self._listeners], channel, beat)
+            sockets = [listener.socket for listener in self._listeners]
+            worker.run(self._settings, self._create_app, sockets, channel, beat, self._shared_folder)
         finally:
             os._exit(1)
 
     def _hear(self, one: Worker) -> None:
-        """Whether a worker that starts is ready, or why it cannot be.
+        """Read whether a starting worker is ready.
 
-        Raises: StartError where nothing is served yet.
+        Raises:
+            StartError: It cannot start, and no worker has started before.
         """
         assert one.channel is not None
         try:
-            told = one.channel.recv(ANSWER_BYTES)
+            message = one.channel.recv(ANSWER_BYTES)
         except BlockingIOError:
             return
-        if not told:
+        if not message:
             return  # it ends
-        said: dict[str, Any] = json.loads(told)
-        if "error" in said:
+        answer: dict[str, Any] = json.loads(message)
+        if "error" in answer:
             one.reason = "not_started"
             if not self._listening:
-                raise StartError(said["error"])
-            log.error("worker %d cannot start: %s", one.pid, said["error"])
+                raise StartError(answer["error"])
+            log.error("worker %d cannot start: %s", one.pid, answer["error"])
             return
         if not self._listening:
             for listener in self._listeners:
-                listener.listen()  # not before: a balancer would let requests wait here instead of asking another
+                listener.listen()  # not earlier: a balancer would queue requests here instead of sending them elsewhere
             self._listening = True
-            self._welcome(said["models"])
+            self._welcome(answer["models"])
         one.serves = True
         self._beats[one.slot] = time.monotonic()
         with suppress(OSError):  # it has ended
             one.channel.send(worker.GO)
 
     def _reap(self, one: Worker) -> None:
-        """See whether a worker has ended; then it is started again after a while.
+        """Schedule the restart of a worker that has ended.
 
-        Raises: StartError where it was to be the first.
+        Raises:
+            StartError: It was the first worker, and ended before it served.
         """
         pid, status = os.waitpid(one.pid, os.WNOHANG)
         if not pid:
@@ -209,11 +219,11 @@ class Supervisor:
         log.error("worker %d %s; it is started again in %.1f s", pid, how, delay_s)
 
     def _watch(self, now: float) -> None:
-        """Kill workers whose event loop stands still, but not after this process itself stood still."""
+        """Kill workers whose event loop is blocked. A break of this process itself does not count against them."""
         limit_s = self._settings.loop_limit_s
-        if now - self._looked > max(1.0, 4.0 * self._beat_s):
+        if now - self._checked > max(1.0, 4.0 * self._beat_s):
             self._watched = now
-        self._looked = now
+        self._checked = now
         for one in self._workers:
             if not (one.runs and one.serves):
                 continue
@@ -228,11 +238,11 @@ class Supervisor:
                 os.kill(one.pid, worker.DUMP_SIGNAL)
 
     def _stop(self, awake: socket.socket) -> None:
-        """Pass the signal on, wait for the workers to end, and kill those that do not in time."""
+        """Pass the signal on, wait for the workers to end, and kill those that take too long."""
         settings, sent = self._settings, 0
         end = time.monotonic()
         for listener in self._listeners:
-            listener.socket.close()  # the workers have copies; through this one callers could connect, and wait in vain
+            listener.socket.close()  # the workers have copies; nobody accepts on this one any more
         while True:
             if len(self._signals) > sent:
                 gently = sent == 0 and self._signals[0] == signal.SIGTERM
@@ -263,7 +273,7 @@ class Supervisor:
             one.pid = 0
 
     def _wait(self, awake: socket.socket, seconds: float) -> None:
-        """Until a signal comes, a worker that starts has news, or the time is up."""
+        """Wait until a signal or an answer of a starting worker comes, or the time is up."""
         due = [one.start_at - time.monotonic() for one in self._workers if not one.runs and not self._signals]
         channels = [one.channel for one in self._workers if one.channel is not None and not one.serves]
         readable, _, _ = select.select([awake, *channels], [], [], max(0.0, min([seconds, *due])))
@@ -276,15 +286,15 @@ class Supervisor:
 
     @contextmanager
     def _signalled(self) -> Iterator[socket.socket]:
-        """Note signals, and wake up for each; gives the socket that becomes readable."""
+        """Record signals in `_signals`. Gives a socket that becomes readable with each."""
         awake, waker = socket.socketpair()
         for end in (awake, waker):
-            end.setblocking(False)  # the standard library's
+            end.setblocking(False)  # required by set_wakeup_fd
         before = {number: signal.getsignal(number) for number in (*STOPPING, signal.SIGCHLD)}
         signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
         for number in STOPPING:
             signal.signal(number, lambda number, _: self._signals.append(number))
-        signal.signal(signal.SIGCHLD, lambda *_: None)  # a handler, so that the socket is written to
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # without a handler the signal does not write to the socket
         try:
             yield awake
         finally:
@@ -296,19 +306,23 @@ class Supervisor:
 
 
 def apart(work: Callable[[], str]) -> str:
-    """What `work` gives, run in a process of its own, since libraries may leave threads behind that cannot be forked.
+    """Run `work` in a process of its own, so that threads of libraries do not stay in this one, which must fork.
 
-    Raises: StartError as `work` does.
+    Returns:
+        What `work` returns.
+
+    Raises:
+        StartError: `work` raised it, or its process failed.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     parent = os.getpid()
     pid = os.fork()
     if pid == 0:
         try:
-            end_with_parent(parent)
+            process.end_with_parent(parent)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             try:
-                answer = {"found": work()}
+                answer = {"result": work()}
             except StartError as error:
                 answer = {"error": str(error)}
             theirs.send(json.dumps(answer).encode())
@@ -316,15 +330,15 @@ def apart(work: Callable[[], str]) -> str:
             os._exit(0)
     theirs.close()
     try:
-        told = ours.recv(ANSWER_BYTES)
-    finally:  # a signal may end the wait
+        message = ours.recv(ANSWER_BYTES)
+    finally:  # a signal may interrupt the wait
         ours.close()
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-    if not told:
+    if not message:
         raise StartError("the process that fetches the models has failed; its log is above")
-    said = json.loads(told)
-    if "error" in said:
-        raise StartError(said["error"])
-    return str(said["found"])
+    answer = json.loads(message)
+    if "error" in answer:
+        raise StartError(answer["error"])
+    return str(answer["result"])

@@ -1,9 +1,8 @@
-"""A worker process: opens the models, says so to the supervisor, then serves on the sockets that it inherited."""
+"""A worker process: opens the models, reports to the supervisor, then serves on inherited sockets."""
 
 from __future__ import annotations
 
 import asyncio
-import faulthandler
 import json
 import logging
 import math
@@ -14,62 +13,78 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
-from service.app import create_app
+from service import process
 from service.errors import StartError
-from service.observability import requests as tracking
+from service.observability import request_ids
 from service.observability.logs import FLUSH_S, outputs
-from service.runtime.session import return_large_blocks
+from service.server.application import Application
 from service.server.connections import Connections
-from service.server.protocol import Protocol
+from service.server.protocol import Protocol, Respond
 from service.settings import Settings
 
 DUMP_SIGNAL = signal.SIGQUIT
-"""Makes a worker write the stacks of its threads to standard error, whatever its interpreter is doing."""
+"""Makes a worker write the stacks of its threads to standard error, even if its interpreter is blocked."""
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 GO = b"serve"
-"""What the supervisor answers to a worker that is ready."""
+"""The supervisor's answer to a worker that is ready."""
 FRESH_S = 0.5
-"""How long a connection without a request is kept when the worker stops accepting: its request may be on its way."""
+"""How long a stopping worker keeps a connection without a request, since the request may be on its way."""
 
 log = logging.getLogger("service")
 
 
-def run(
-    settings: Settings, listeners: list[socket.socket], channel: socket.socket, beat: Callable[[], None]
-) -> NoReturn:
-    """Be a worker until stopped, then end the process.
+CreateApp = Callable[[Callable[[], None]], Application]
+"""Opens the models and makes the application around them; takes a function to call when inference fails for good."""
 
-    channel: to the supervisor. beat: called by the event loop for as long as it runs.
+
+def run(
+    settings: Settings,
+    create_app: CreateApp,
+    listeners: list[socket.socket],
+    channel: socket.socket,
+    beat: Callable[[], None],
+    shared_folder: Path | None,
+) -> NoReturn:
+    """Serve until stopped, then end the process.
+
+    Args:
+        settings: The settings of the service.
+        create_app: Makes the application.
+        listeners: Bound sockets.
+        channel: Connection to the supervisor.
+        beat: Called by the event loop for as long as it runs.
+        shared_folder: Folder of all workers; None where there is one worker.
     """
     status = 1
     try:
-        faulthandler.enable(2)
-        faulthandler.register(DUMP_SIGNAL, 2)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # for the supervisor
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # until there are handlers
-        tracking.renew()
-        return_large_blocks()
-        app = _opened(settings, channel)
+        process.dump_stacks_on(DUMP_SIGNAL)
+        process.block_signals(STOPPING)  # until there are handlers
+        process.fix_mmap_threshold()
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # handled by the supervisor
+        request_ids.renew()
+        app = _open(create_app, channel)
         if app is not None and channel.recv(len(GO)) == GO:
-            _serve(settings, app, listeners, beat)
+            connections = Connections(settings, shared_folder)
+            _serve(settings, app, listeners, beat, server_config(settings, app, app.respond, connections))
             status = 0
     except Exception:
         log.exception("worker %d has failed", os.getpid())
     finally:
         for output in outputs():
             output.flush_within(FLUSH_S)
-        os._exit(status)  # not by way of the interpreter, which would wait for threads that hang
+        os._exit(status)  # a normal exit would wait for blocked threads
 
 
-def _opened(settings: Settings, channel: socket.socket) -> FastAPI | None:
-    """The application around its models; tells the supervisor what is served, or why nothing can be."""
+def _open(create_app: CreateApp, channel: socket.socket) -> Application | None:
+    """Make the application and tell the supervisor which models it serves, or why it cannot."""
     try:
-        app = create_app(settings, on_failure=end_process)
+        app = create_app(end_process)
     except (StartError, OSError) as error:
         channel.send(json.dumps({"error": _line(error)}).encode())
         return None
@@ -83,17 +98,28 @@ def _line(error: Exception) -> str:
 
 
 def end_process() -> None:
-    """Stop as the supervisor would make it: who can still be answered is."""
+    """Stop this worker as the supervisor would; requests under way are answered if possible."""
     signal.raise_signal(signal.SIGINT)
 
 
-def server_config(settings: Settings, app: Any, **more: Any) -> uvicorn.Config:
-    """How uvicorn serves."""
+def server_config(
+    settings: Settings, app: ASGIApp, respond: Respond, connections: Connections | None = None, **options: Any
+) -> uvicorn.Config:
+    """Make uvicorn's configuration.
+
+    Args:
+        settings: The settings of the service.
+        app: Any ASGI application.
+        respond: Gives the response for an error in what a connection sends.
+        connections: Limits on connections; None makes those of the settings, for one worker.
+        **options: Further options of uvicorn.
+    """
+    connections = connections or Connections(settings)
     return uvicorn.Config(
         app,
-        log_config=None,  # inherited
-        access_log=False,  # ours knows the request's id
-        http=partial(Protocol, settings=settings, connections=Connections(settings)),  # type: ignore[arg-type]  # makes one
+        log_config=None,  # the parent has configured it
+        access_log=False,  # observability.access_log has the request id
+        http=partial(Protocol, settings=settings, respond=respond, connections=connections),  # type: ignore[arg-type]
         ws="none",
         proxy_headers=bool(settings.trusted_proxies),
         forwarded_allow_ips=settings.trusted_proxies,
@@ -101,12 +127,17 @@ def server_config(settings: Settings, app: Any, **more: Any) -> uvicorn.Config:
         ssl_keyfile=settings.tls_key or None,
         server_header=False,
         timeout_graceful_shutdown=math.ceil(settings.timeout_s),
-        **more,
+        **options,
     )
 
 
-def _serve(settings: Settings, app: FastAPI, listeners: list[socket.socket], beat: Callable[[], None]) -> None:
-    config = server_config(settings, app)
+def _serve(
+    settings: Settings,
+    app: Application,
+    listeners: list[socket.socket],
+    beat: Callable[[], None],
+    config: uvicorn.Config,
+) -> None:
     make_loop = config.get_loop_factory()
     loop = make_loop() if make_loop else asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
@@ -114,31 +145,31 @@ def _serve(settings: Settings, app: FastAPI, listeners: list[socket.socket], bea
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, which goes on accepting for a while after SIGTERM, and shows that its event loop runs."""
+    """uvicorn's server, which accepts requests for `drain_s` after SIGTERM and calls `beat` from its event loop."""
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI, settings: Settings, beat: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, app: Application, settings: Settings, beat: Callable[[], None]) -> None:
         super().__init__(config)
-        config.load()  # not later: a signal may come before it serves
+        config.load()  # now, since a signal may come before it serves
         self._app, self._drain_s, self._beat = app, settings.drain_s, beat
         self._beat_s = beat_s(settings)
         self._close_at: float | None = None
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        """Until stopped."""
+        """Serve until stopped."""
         beating = asyncio.create_task(self._keep_beating())
         await super().serve(sockets)
         beating.cancel()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """SIGTERM drains, SIGINT stops; each as often as it comes."""
+        """Handle signals: SIGTERM drains, SIGINT stops."""
         signal.signal(signal.SIGTERM, self._drain)
         signal.signal(signal.SIGINT, self._stop)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+        process.unblock_signals(STOPPING)
         yield
 
     def _drain(self, *_: Any) -> None:
-        """Answer 503 to whoever asks for readiness, close connections with their answers, and stop a while later."""
+        """Turn readiness false, close each connection after its answer, and stop after `drain_s`."""
         if self._close_at is None:
             self._close_at = time.monotonic() + self._drain_s
             self._app.state.stopping = True
@@ -151,21 +182,21 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Ten times a second: whether to stop."""
+        """Return whether to stop; uvicorn calls it ten times a second."""
         if self._close_at is not None and time.monotonic() >= self._close_at:
             self.should_exit = True
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Accept nothing more, answer what is under way."""
-        await asyncio.sleep(0)  # after which the loop has just accepted whoever was waiting
+        """Accept no further connections and answer the requests under way."""
+        await asyncio.sleep(0)  # lets the loop accept the connections that wait
         for server in self.servers:
             server.close()
         for listener in sockets or ():
             listener.close()
         end = time.monotonic() + FRESH_S
         connections: set[Any] = self.server_state.connections
-        while time.monotonic() < end and any(one.cycle is None for one in connections):  # noqa: ASYNC110  # nobody tells
+        while time.monotonic() < end and any(one.cycle is None for one in connections):  # noqa: ASYNC110  # there is no event for it
             await asyncio.sleep(0.01)
         await super().shutdown([])
 
@@ -178,5 +209,5 @@ class Server(uvicorn.Server):
 
 
 def beat_s(settings: Settings) -> float:
-    """How often the event loop shows that it runs, and how often that is looked at."""
+    """Return the interval in seconds at which the event loop reports, and the supervisor checks, that it runs."""
     return min(0.5, settings.loop_limit_s / 8)

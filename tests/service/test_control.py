@@ -23,9 +23,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from service.app import create_app, open_repository
 from service.repository.repository import Library, Repository
+from service.repository.selection import Selection
 from service.repository.version import open_model
 from service.runtime.model import Model
-from service.selection import Selection
 from service.settings import Settings
 
 RAW = {"content-type": "application/octet-stream", "accept": "application/octet-stream"}

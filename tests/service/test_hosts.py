@@ -17,6 +17,7 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
+from service.api.problems import respond
 from service.app import create_app
 from service.errors import StartError
 from service.repository.repository import Repository
@@ -94,7 +95,7 @@ def served(**settings: Any) -> Iterator[tuple[str, int]]:
     chosen = Settings(**settings)
     (listener,) = bind(chosen.model_copy(update={"port": 0}))
     listener.listen()
-    server = uvicorn.Server(server_config(chosen, create_app(chosen, Repository({}, ""))))
+    server = uvicorn.Server(server_config(chosen, create_app(chosen, Repository({}, "")), respond))
     thread = threading.Thread(target=server.run, args=([listener.socket],))
     thread.start()
     try:
@@ -167,7 +168,7 @@ def test_names_that_are_allowed_are_answered(allowed: str, host: str, answered: 
 def test_a_name_that_is_none_is_told_at_the_start(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """In one line."""
     monkeypatch.setenv("VAE_ALLOWED_HOSTS", name)
-    with pytest.raises(StartError, match=r"VAE_ALLOWED_HOSTS.*no name of a host"):
+    with pytest.raises(StartError, match=r"VAE_ALLOWED_HOSTS.*is not a host name"):
         read_settings()
 
 

@@ -15,8 +15,8 @@ from service.contract.manifest import digest
 from service.errors import StartError, UnknownModel
 from service.operations.inference.vae import reconstruct_rows
 from service.repository.repository import Repository, default_model
+from service.repository.selection import Selection, version_key
 from service.runtime.model import Model
-from service.selection import Selection, version_key
 
 
 def opened(folder: Path, default: str = "") -> Repository:

@@ -10,7 +10,7 @@ import pytest
 from service.errors import StartError
 from service.repository.overrides import WHOLE, Orders, Report, Standing
 from service.repository.repository import Repository
-from service.selection import Selection
+from service.repository.selection import Selection
 from service.settings import read_settings
 
 FOUND = {"1", "2", "10"}

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._decomp import get_decompositions
+from torch.export import default_decompositions
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
@@ -26,13 +26,13 @@ from training.models.vae import VAE
 
 aten = torch.ops.aten
 ACTIVATIONS = (
-    aten.silu_backward,
-    aten.sigmoid_backward,
-    aten.tanh_backward,
-    aten.softplus_backward,
-    aten.threshold_backward,
-    aten.slice_backward,
-    aten.select_backward,
+    aten.silu_backward.default,
+    aten.sigmoid_backward.default,
+    aten.tanh_backward.default,
+    aten.softplus_backward.default,
+    aten.threshold_backward.default,
+    aten.slice_backward.default,
+    aten.select_backward.default,
 )
 """Gradients of what decoders and priors are made of, which ONNX does not know."""
 
@@ -142,7 +142,11 @@ def differentiated(module: nn.Module, rows: tuple[Tensor, ...]) -> GraphModule:
 
     The exporter takes no gradients. Axes of `rows` that are as long are taken for the same: those that may differ must.
     """
-    table: Any = {**get_decompositions(ACTIVATIONS), aten.convolution_backward.default: _convolution_backward}
+    known = default_decompositions()
+    table: Any = {
+        **{operator: known[operator] for operator in ACTIVATIONS},
+        aten.convolution_backward.default: _convolution_backward,
+    }
     trace = make_fx(module, decomposition_table=table, tracing_mode="symbolic", _allow_non_fake_inputs=True)
     return trace(*rows)
 

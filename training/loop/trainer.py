@@ -69,7 +69,7 @@ def computes_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 itself; elsewhere it is emulated, slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()  # noqa: SLF001
+    return torch.backends.mkldnn.is_available() and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
 
 def train(

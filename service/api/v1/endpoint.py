@@ -35,7 +35,7 @@ from service.errors import (
     quoted,
 )
 from service.observability.metrics import Telemetry, server_timing
-from service.observability.requests import request_id
+from service.observability.request_ids import request_id
 from service.operations.inference.latent import BLOCK_ROWS
 from service.operations.inference.vae import Observe, Result
 from service.operations.operation import Inputs, LatentOptions, Operation, Rows

@@ -1,65 +1,19 @@
-"""The route class that serves an operation: FastAPI documents it, a lean ASGI function answers it.
-
-The call does not go through FastAPI's middleware, routing and dependency solver, which cost more than the inference.
-"""
+"""What FastAPI documents of an operation's routes."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
-from functools import lru_cache
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from fastapi import Path as PathParameter
 from fastapi import Query, Response
-from fastapi.routing import APIRoute
-from starlette.routing import BaseRoute, Match
-from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.api.v1.endpoint import Context, OperationApp
 from service.operations.operation import Operation
 
-LONGEST_PATH = 256
-"""Longer ones are nobody's, and are not remembered."""
 
-
-class OperationRoute(APIRoute):
-    """Documents the endpoint as FastAPI does, serves it as the endpoint's `operation_app` does."""
-
-    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
-        super().__init__(path, endpoint, **options)
-        self.app = endpoint.operation_app  # type: ignore[attr-defined]
-
-
-class Shortcut:
-    """Operations answered at once, everything else by `app`: the framework's way to a route costs half a request.
-
-    Paths are matched by the routes themselves, once each.
-    """
-
-    def __init__(self, app: ASGIApp, routes: Iterable[BaseRoute]) -> None:
-        self._app = app
-        self._routes = [route for route in routes if isinstance(route, OperationRoute)]
-        self._find = lru_cache(1024)(self._match)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request, or the application's start and stop."""
-        if scope["type"] == "http" and scope["method"] == "POST" and len(scope["path"]) <= LONGEST_PATH:
-            app, scope["path_params"] = self._find(scope["path"])
-            await app(scope, receive, send)
-        else:
-            await self._app(scope, receive, send)
-
-    def _match(self, path: str) -> tuple[ASGIApp, dict[str, Any]]:
-        for route in self._routes:
-            match, found = route.matches({"type": "http", "method": "POST", "path": path})
-            if match is Match.FULL:
-                return route.app, found["path_params"]
-        return self._app, {}
-
-
-def endpoint(operation: Operation, context: Context, path_names: tuple[str, ...]) -> Callable[..., Any]:
-    """A function with the signature that FastAPI documents, carrying the application that serves it."""
+def endpoint(operation: Operation, path_names: tuple[str, ...]) -> Callable[..., Any]:
+    """Make a function whose signature FastAPI documents. It is never called: the route is a direct one."""
 
     async def documented(**_: Any) -> Response:
         raise AssertionError("served by OperationApp")
@@ -72,5 +26,4 @@ def endpoint(operation: Operation, context: Context, path_names: tuple[str, ...]
     ]
     parameters.append(inspect.Parameter("options", keyword, annotation=Annotated[operation.options, Query()]))
     documented.__signature__ = inspect.Signature(parameters, return_annotation=Response)  # type: ignore[attr-defined]
-    documented.operation_app = OperationApp(operation, context)  # type: ignore[attr-defined]
     return documented

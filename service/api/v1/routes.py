@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import orjson
-from fastapi import FastAPI
 
 from service.api import problems
-from service.api.v1.endpoint import Context
-from service.api.v1.route import OperationRoute, endpoint
+from service.api.v1.endpoint import Context, OperationApp
+from service.api.v1.route import endpoint
 from service.codecs import EVENTS, OPTION_FORMS, READERS, WRITERS
 from service.operations.decode import decode
 from service.operations.denoise import denoise
@@ -33,15 +33,19 @@ PATHS = (
 )
 
 
-def add_operations(app: FastAPI, context: Context) -> None:
-    """Every operation for the default model, for a named one, and for a version of it."""
+def add_operations(add_direct_route: Callable[..., None], context: Context) -> None:
+    """Add every operation for the default model, for a named one, and for a version of it.
+
+    Args:
+        add_direct_route: That of `service.server.application.Application`.
+        context: What the operations share.
+    """
     for prefix, path_names in reversed(PATHS):
         for operation in OPERATIONS:
-            app.router.add_api_route(
+            add_direct_route(
                 f"{prefix}/{operation.name}",
-                endpoint(operation, context, path_names),
-                methods=["POST"],
-                route_class_override=OperationRoute,
+                endpoint(operation, path_names),
+                OperationApp(operation, context),
                 operation_id="_".join((operation.name, *path_names)),
                 summary=operation.summary,
                 description=operation.description,

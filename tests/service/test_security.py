@@ -1,4 +1,4 @@
-"""The doors: who comes in, for what, how often, and what a browser is told."""
+"""Access control: API keys, rights, rates, proxies, TLS and security headers."""
 
 from __future__ import annotations
 
@@ -21,14 +21,17 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from fastapi import FastAPI
 from starlette.types import Message, Scope
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
-from service.api.v1.route import OperationRoute
+from service.api.problems import respond
+from service.api.v1.endpoint import OperationApp
 from service.app import create_app
 from service.errors import StartError
-from service.observability.requests import Tracking
+from service.observability.request_ids import RequestIds
 from service.repository.repository import Repository
 from service.security.keys import CONTROL, INFER, Limits, limits_of
-from service.security.middleware import Doors, address_of, needed_right
+from service.security.middleware import AccessControl, address_of, needed_right
+from service.security.proxies import Proxies
 from service.security.startup_checks import check
 from service.server.listeners import bind
 from service.server.worker import server_config
@@ -78,7 +81,7 @@ def asked(
 
 
 def empty(**settings: Any) -> FastAPI:
-    """The service without a model: what comes past the doors is answered 404."""
+    """The service without a model: what passes access control is answered 404."""
     return create_app(Settings(**settings), Repository({}, ""))
 
 
@@ -149,7 +152,7 @@ def test_whatever_is_no_operation_wants_the_right_to_control(unlocked: FastAPI) 
     assert posts
     for route in posts:
         path = re.sub(r"\{\w+\}", "m", route.path)  # type: ignore[attr-defined]
-        assert needed_right("POST", path) == (INFER if isinstance(route, OperationRoute) else CONTROL)
+        assert needed_right("POST", path) == (INFER if isinstance(route.app, OperationApp) else CONTROL)
     spelled = ["\n", "/", "//", " ", "\r\n/"]
     for path in [*(path + end for path in CONTROL_PATHS for end in ("", *spelled)), "/v1/models/a\nb/load"]:
         assert needed_right("POST", path) == CONTROL
@@ -257,11 +260,11 @@ def test_calls_at_the_same_time_are_limited_and_refused_unread() -> None:
             async def send(message: Message) -> None:
                 sent.append(message)
 
-            await doors(scope, unread, send)
+            await control(scope, unread, send)
             return int(sent[0]["status"])
 
         codes: list[str] = []
-        doors = Doors(app, None, limits_of("", 2), codes.append)
+        control = AccessControl(app, respond, codes.append, anonymous=limits_of("", 2))
         running = [asyncio.create_task(call()) for _ in range(2)]
         await asyncio.sleep(0)
         assert await call() == 429
@@ -273,9 +276,9 @@ def test_calls_at_the_same_time_are_limited_and_refused_unread() -> None:
     asyncio.run(scenario())
 
 
-def test_doors_that_nobody_asked_for_are_not_there(unlocked: FastAPI) -> None:
-    """By default the doors alone stand before the operations, and count nothing there."""
-    assert [added.cls for added in unlocked.user_middleware] == [Tracking, Doors]
+def test_middleware_that_no_setting_asks_for_is_absent(unlocked: FastAPI) -> None:
+    """By default only request ids and access control run before an operation, and no call is counted."""
+    assert [added.cls for added in unlocked.user_middleware] == [RequestIds, AccessControl]
     assert Limits() == limits_of("", 0)
 
 
@@ -387,7 +390,7 @@ def served(settings: Settings) -> Iterator[str]:
     """The mirror, as `python -m service` serves an application, in a thread."""
     (listener,) = bind(settings.model_copy(update={"port": 0}))
     listener.listen()
-    server = uvicorn.Server(server_config(settings, mirror, lifespan="off"))
+    server = uvicorn.Server(server_config(settings, mirror, respond, lifespan="off"))
     thread = threading.Thread(target=server.run, args=([listener.socket],))
     thread.start()
     try:
@@ -436,3 +439,12 @@ def test_a_named_proxy_alone_is_believed(trusted: str, seen: str) -> None:
     headers = {"x-forwarded-for": "203.0.113.9, 198.51.100.7", "x-forwarded-proto": "https", "forwarded": "for=1.1.1.1"}
     with served(Settings(trusted_proxies=trusted)) as url:
         assert httpx.get(url, headers=headers).text == seen
+
+
+@pytest.mark.parametrize("trusted", ["", "*", "10.0.0.1", "10.0.0.1,*", "10.0.0.0/8, 2001:db8::/32", "::1"])
+def test_uvicorn_trusts_the_same_proxies(trusted: str) -> None:
+    """Who may name a client to uvicorn may name host and prefix here, and nobody else."""
+    theirs = ProxyHeadersMiddleware(mirror, trusted or []).trusted_hosts  # type: ignore[arg-type]
+    ours = Proxies(Settings(trusted_proxies=trusted).trusted_proxies)
+    for host in ("10.0.0.1", "10.0.0.2", "192.0.2.1", "2001:db8::7", "::1", "::ffff:10.0.0.1", "nowhere", ""):
+        assert ours.sent({"client": (host, 1)}) == (host in theirs), host

@@ -1,0 +1,85 @@
+"""FastAPI with direct routes: documented by FastAPI, answered by an ASGI application without FastAPI's overhead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, cast
+
+from fastapi import FastAPI, Response
+from fastapi.routing import APIRoute
+from starlette.routing import Match
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+MAX_PATH_CHARACTERS = 256
+"""Longer paths match no direct route, so they never enter the cache of matches."""
+
+
+class Application(FastAPI):
+    """FastAPI with direct routes, which skip FastAPI's routing and dependency solver.
+
+    Middleware from `add_middleware` runs around every route, direct or not.
+
+    Args:
+        respond: Gives the response for an error that is raised outside of any route.
+        wrap: Puts middleware around everything but the direct routes.
+        **options: Options of FastAPI.
+    """
+
+    def __init__(
+        self, respond: Callable[[Exception], Response], wrap: Callable[[ASGIApp], ASGIApp], **options: Any
+    ) -> None:
+        super().__init__(**options)
+        self.respond = respond
+        self._wrap = wrap
+        self._direct: list[APIRoute] = []
+
+    def add_direct_route(self, path: str, documented: Callable[..., Any], serve: ASGIApp, **documentation: Any) -> None:
+        """Add a route for POST.
+
+        Args:
+            path: Path with parameters in braces, as FastAPI takes it.
+            documented: A function whose signature FastAPI documents; never called.
+            serve: Answers the requests.
+            **documentation: Further options of `FastAPI.add_api_route`.
+        """
+        self.router.add_api_route(path, documented, methods=["POST"], **documentation)
+        route = cast("APIRoute", self.router.routes[-1])
+        route.app = serve
+        self._direct.append(route)
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """Build the added middleware around the direct routes, and FastAPI's own middleware behind them."""
+        added, self.user_middleware = self.user_middleware, []
+        app: ASGIApp = DirectRoutes(self._wrap(super().build_middleware_stack()), self._direct)
+        self.user_middleware = added
+        for middleware in reversed(added):
+            app = middleware.cls(app, *middleware.args, **middleware.kwargs)
+        return app
+
+
+class DirectRoutes:
+    """ASGI middleware that answers direct routes at once and passes every other request on.
+
+    FastAPI's own dispatch costs more than the inference. Each path is matched by its route once, then cached.
+    """
+
+    def __init__(self, app: ASGIApp, routes: Sequence[APIRoute]) -> None:
+        self._app = app
+        self._routes = routes
+        self._find = lru_cache(1024)(self._match)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request, or the lifespan of the application."""
+        if scope["type"] == "http" and scope["method"] == "POST" and len(scope["path"]) <= MAX_PATH_CHARACTERS:
+            app, scope["path_params"] = self._find(scope["path"])
+            await app(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    def _match(self, path: str) -> tuple[ASGIApp, dict[str, Any]]:
+        for route in self._routes:
+            match, found = route.matches({"type": "http", "method": "POST", "path": path})
+            if match is Match.FULL:
+                return route.app, found["path_params"]
+        return self._app, {}
