@@ -1,4 +1,4 @@
-"""Counts of callers: sliding windows, added up over workers, bounded; a dead worker's running calls are void."""
+"""Counts of clients: sliding windows, summed over workers, bounded; a dead worker's running calls are dropped."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Clock:
 
 
 def hits(counts: Counts, calls: int, caller: str = "alice") -> int:
-    """How many of so many calls the rate allows."""
+    """Number of calls that the rate allows."""
     return sum(not counts.hit(TEN, caller) for _ in range(calls))
 
 
@@ -59,7 +59,7 @@ def workers(request: pytest.FixtureRequest, shared: Callable[[Clock], Counts]) -
 
 
 def test_a_rate_holds_for_all_workers_together(workers: Callable[[Clock], list[Counts]]) -> None:
-    """Whichever worker is asked; every caller has its own."""
+    """The rate is shared by the workers, and each client has its own."""
     counts = workers(Clock(6000.0))
     allowed = [not counts[call % len(counts)].hit(TEN, "alice") for call in range(15)]
     assert allowed == [True] * 10 + [False] * 5
@@ -68,7 +68,7 @@ def test_a_rate_holds_for_all_workers_together(workers: Callable[[Clock], list[C
 
 @pytest.mark.parametrize("later", [1.0, 30.0, 59.0, 61.0, 90.0])
 def test_a_window_slides(workers: Callable[[Clock], list[Counts]], later: float) -> None:
-    """After the seconds that a refusal names, and not before, a call is allowed again."""
+    """A call is allowed again after the seconds that the refusal names, and not before."""
     clock = Clock(6030.0)
     counts = workers(clock)
     assert hits(counts[0], 10) == 10
@@ -83,7 +83,7 @@ def test_a_window_slides(workers: Callable[[Clock], list[Counts]], later: float)
 
 
 def test_what_was_long_ago_is_forgotten(workers: Callable[[Clock], list[Counts]]) -> None:
-    """Two windows on, the whole rate is there again."""
+    """After two windows the whole rate is available again."""
     clock = Clock(6030.0)
     counts = workers(clock)
     assert hits(counts[0], 11) == 10
@@ -92,7 +92,7 @@ def test_what_was_long_ago_is_forgotten(workers: Callable[[Clock], list[Counts]]
 
 
 def test_memory_does_not_grow_with_callers(tmp_path: Path, shared: Callable[[Clock], Counts]) -> None:
-    """What is full forgets callers whose windows end first, never calls that run."""
+    """A full table drops the clients whose windows end first, never running calls."""
     clock = Clock(6000.0)
     for counts in (Counts(clock=clock), shared(clock)):
         counts.begin("alice")
@@ -106,7 +106,7 @@ def test_memory_does_not_grow_with_callers(tmp_path: Path, shared: Callable[[Clo
 
 
 def test_running_calls_are_added_up(workers: Callable[[Clock], list[Counts]]) -> None:
-    """Of all workers; one that ends makes room."""
+    """Running calls are summed over the workers; a finished one makes room."""
     counts = workers(Clock(6000.0))
     for one in counts:
         one.begin("alice")
@@ -118,7 +118,7 @@ def test_running_calls_are_added_up(workers: Callable[[Clock], list[Counts]]) ->
 
 
 def test_a_killed_workers_running_calls_are_void(tmp_path: Path, shared: Callable[[Clock], Counts]) -> None:
-    """While nobody is in its place, and when somebody is; until then they count."""
+    """A killed worker's running calls are dropped, with and without a successor."""
     clock = Clock(6000.0)
     mine = shared(clock)
     command = [sys.executable, "-c", HOLDER, str(tmp_path)]
@@ -134,7 +134,7 @@ def test_a_killed_workers_running_calls_are_void(tmp_path: Path, shared: Callabl
 
 
 def test_the_successor_of_a_worker_goes_on_with_its_counts(tmp_path: Path, shared: Callable[[Clock], Counts]) -> None:
-    """A caller gains nothing by a worker that dies."""
+    """A new worker continues with the counts of the one that it replaces."""
     clock = Clock(6000.0)
     first, other = shared(clock), shared(clock)
     assert hits(first, 7) == 7
@@ -150,7 +150,7 @@ def test_the_successor_of_a_worker_goes_on_with_its_counts(tmp_path: Path, share
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
-    """Told at the start, with what to set."""
+    """The start fails with one line that names the setting."""
     with pytest.raises(StartError, match="TMPDIR") as caught:
         Counts(tmp_path / "missing")
     assert "\n" not in str(caught.value)
