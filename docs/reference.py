@@ -132,7 +132,7 @@ def _kind(value: Schema) -> str:
 
 
 def manifest_keys() -> str:
-    """Sections for the objects of a manifest, with their keys."""
+    """Every object of a manifest with its keys."""
     parts = []
     for kind in (manifest.Manifest, manifest.Graph, manifest.Golden, manifest.Scoring, manifest.Calibration):
         rows = [
@@ -148,7 +148,7 @@ def manifest_keys() -> str:
 
 
 def _json_type(name: str) -> str:
-    """JSON name of a Python type."""
+    """A type of Python as JSON has it."""
     name = name.removesuffix(" | None")
     if inner := re.fullmatch(r"list\[(.+)\]", name):
         return f"list of {_json_type(inner[1])}"
@@ -158,7 +158,7 @@ def _json_type(name: str) -> str:
 
 
 def graphs() -> str:
-    """Table of the graphs that the service runs, with their tensors."""
+    """The graphs that the service runs, with their tensors."""
     rows = [
         (f"`{name}.onnx`", ", ".join(taken), ", ".join(given)) for name, (taken, given) in manifest.SIGNATURES.items()
     ]

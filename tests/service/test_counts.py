@@ -26,7 +26,7 @@ sys.stdin.read()
 
 
 def test_workers_see_what_the_others_count(tmp_path: Path) -> None:
-    """Workers share their counts; a killed worker's counts and file are dropped."""
+    """As long as they live: one that is killed takes its counts, and its file, with it."""
     own = Counts(tmp_path)
     own.add("192.0.2.1", 1)
     worker = subprocess.Popen(
@@ -47,7 +47,7 @@ def test_workers_see_what_the_others_count(tmp_path: Path) -> None:
 
 
 def test_addresses_do_not_share_counts() -> None:
-    """Of thousands of addresses hardly any share a count, and none is lost."""
+    """Of thousands with connections open, hardly any is taken for another; none is forgotten."""
     counts = Counts(None)
     for number in range(2000):
         counts.add(f"10.0.{number // 256}.{number % 256}", 1)
@@ -60,7 +60,7 @@ def test_addresses_do_not_share_counts() -> None:
 
 
 def test_without_room_each_worker_counts_for_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Without a writable file each worker counts for itself and logs it."""
+    """And says so; the service goes on."""
     counts = Counts(tmp_path / "missing")
     counts.add("192.0.2.1", 1)
     assert counts.of("192.0.2.1") == 1
@@ -84,7 +84,7 @@ def test_networks_of_ipv6_and_proxies() -> None:
 
 
 def test_the_newest_connections_above_the_limits_stay() -> None:
-    """Many idle connections of one client do not prevent health checks."""
+    """Whoever holds many does not keep health from being asked for."""
     limits, gone = Connections(Settings()), []
     for number in range(3 * SPARE):
         limits.keep(number, lambda number=number: gone.append(number))  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Counts of clients: sliding windows, summed over workers, bounded; a dead worker's running calls are dropped."""
+"""Counts of callers: sliding windows, added up over workers, bounded; a dead worker's running calls are void."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Clock:
 
 
 def hits(counts: Counts, calls: int, caller: str = "alice") -> int:
-    """Number of calls that the rate allows."""
+    """How many of so many calls the rate allows."""
     return sum(not counts.hit(TEN, caller) for _ in range(calls))
 
 
@@ -59,7 +59,7 @@ def workers(request: pytest.FixtureRequest, shared: Callable[[Clock], Counts]) -
 
 
 def test_a_rate_holds_for_all_workers_together(workers: Callable[[Clock], list[Counts]]) -> None:
-    """The rate is shared by the workers, and each client has its own."""
+    """Whichever worker is asked; every caller has its own."""
     counts = workers(Clock(6000.0))
     allowed = [not counts[call % len(counts)].hit(TEN, "alice") for call in range(15)]
     assert allowed == [True] * 10 + [False] * 5
@@ -68,7 +68,7 @@ def test_a_rate_holds_for_all_workers_together(workers: Callable[[Clock], list[C
 
 @pytest.mark.parametrize("later", [1.0, 30.0, 59.0, 61.0, 90.0])
 def test_a_window_slides(workers: Callable[[Clock], list[Counts]], later: float) -> None:
-    """A call is allowed again after the seconds that the refusal names, and not before."""
+    """After the seconds that a refusal names, and not before, a call is allowed again."""
     clock = Clock(6030.0)
     counts = workers(clock)
     assert hits(counts[0], 10) == 10
@@ -83,7 +83,7 @@ def test_a_window_slides(workers: Callable[[Clock], list[Counts]], later: float)
 
 
 def test_what_was_long_ago_is_forgotten(workers: Callable[[Clock], list[Counts]]) -> None:
-    """After two windows the whole rate is available again."""
+    """Two windows on, the whole rate is there again."""
     clock = Clock(6030.0)
     counts = workers(clock)
     assert hits(counts[0], 11) == 10
@@ -92,7 +92,7 @@ def test_what_was_long_ago_is_forgotten(workers: Callable[[Clock], list[Counts]]
 
 
 def test_memory_does_not_grow_with_callers(tmp_path: Path, shared: Callable[[Clock], Counts]) -> None:
-    """A full table drops the clients whose windows end first, never running calls."""
+    """What is full forgets callers whose windows end first, never calls that run."""
     clock = Clock(6000.0)
     for counts in (Counts(clock=clock), shared(clock)):
         counts.begin("alice")
@@ -106,7 +106,7 @@ def test_memory_does_not_grow_with_callers(tmp_path: Path, shared: Callable[[Clo
 
 
 def test_running_calls_are_added_up(workers: Callable[[Clock], list[Counts]]) -> None:
-    """Running calls are summed over the workers; a finished one makes room."""
+    """Of all workers; one that ends makes room."""
     counts = workers(Clock(6000.0))
     for one in counts:
         one.begin("alice")
@@ -118,7 +118,7 @@ def test_running_calls_are_added_up(workers: Callable[[Clock], list[Counts]]) ->
 
 
 def test_a_killed_workers_running_calls_are_void(tmp_path: Path, shared: Callable[[Clock], Counts]) -> None:
-    """A killed worker's running calls are dropped, with and without a successor."""
+    """While nobody is in its place, and when somebody is; until then they count."""
     clock = Clock(6000.0)
     mine = shared(clock)
     command = [sys.executable, "-c", HOLDER, str(tmp_path)]
@@ -134,7 +134,7 @@ def test_a_killed_workers_running_calls_are_void(tmp_path: Path, shared: Callabl
 
 
 def test_the_successor_of_a_worker_goes_on_with_its_counts(tmp_path: Path, shared: Callable[[Clock], Counts]) -> None:
-    """A new worker continues with the counts of the one that it replaces."""
+    """A caller gains nothing by a worker that dies."""
     clock = Clock(6000.0)
     first, other = shared(clock), shared(clock)
     assert hits(first, 7) == 7
@@ -150,7 +150,7 @@ def test_the_successor_of_a_worker_goes_on_with_its_counts(tmp_path: Path, share
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
-    """The start fails with one line that names the setting."""
+    """Told at the start, with what to set."""
     with pytest.raises(StartError, match="TMPDIR") as caught:
         Counts(tmp_path / "missing")
     assert "\n" not in str(caught.value)
