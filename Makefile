@@ -1,11 +1,11 @@
-# The verbs of the project; continuous integration uses the same.
+# The project's commands; continuous integration uses the same.
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 DATA ?= data
 CONFIG ?= training/configs/mnist.toml
 
-.PHONY: setup serve train test container-test lint bench bench-against bench-training bench-beside attack fuzz soak clean
+.PHONY: setup serve train test container-test lint bench bench-against bench-training bench-beside house attack fuzz soak clean
 
 serve: $(VENV)/.serve
 	$(PYTHON) -m service
@@ -29,7 +29,7 @@ lint: $(VENV)/.test
 bench: $(VENV)/.test
 	$(PYTHON) -m benchmarks.serving
 
-# This working tree beside the commit REF, both with this environment's packages.
+# Compares this working tree with the commit REF, both with this environment's packages.
 bench-against: $(VENV)/.test
 	$(PYTHON) -m benchmarks.against $(REF) $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SECONDS),--seconds $(SECONDS)) \
 	  $(if $(LOADS),--loads $(LOADS))
@@ -40,11 +40,15 @@ bench-training: $(VENV)/.test
 bench-beside: $(VENV)/.test
 	$(PYTHON) -m benchmarks.beside
 
+# Size and shape of the source tree, each figure beside its aim; nothing fails.
+house: $(VENV)/.test
+	$(PYTHON) -m benchmarks.house
+
 attack: $(VENV)/.test
 	$(PYTHON) -m benchmarks.attack $(if $(WORKERS),--workers $(WORKERS)) $(if $(SECONDS),--seconds $(SECONDS)) \
 	  $(if $(ATTACKS),--attacks '$(ATTACKS)') $(if $(OUT),--out $(OUT))
 
-# Every reader for FUZZ_S seconds, then requests made up from the OpenAPI document, another set each time.
+# Fuzzes every reader for FUZZ_S seconds, then sends generated requests from the OpenAPI document; a new seed each time.
 FUZZ_S ?= 300
 fuzz: $(VENV)/.test
 	@for target in json npy raw image multipart urlencoded query manifest; do \
@@ -60,7 +64,7 @@ soak: $(VENV)/.test
 clean:
 	rm -rf $(VENV) .fuzz .mypy_cache .ruff_cache .pytest_cache
 
-# An environment is made once, completed when what it depends on changes, and left alone otherwise.
+# Make creates the environment once, and installs again only when pyproject.toml or constraints.txt changes.
 $(VENV)/bin/python:
 	python3 -m venv $(VENV)
 

@@ -1,1 +1,1 @@
-"""Measurements of the service and the trainer beside others; every figure is a ratio within one run."""
+"""Benchmarks of the service and the trainer against others; every comparison is a ratio within one run."""

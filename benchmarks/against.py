@@ -1,4 +1,4 @@
-"""The working tree's service beside an earlier commit's (`make bench-against REF=<commit>`): small plain requests.
+"""Compares the working tree's service with an earlier commit's: `make bench-against REF=<commit>`, small requests.
 
 Both services run at the same time, on the earlier commit's model and with this environment's packages. A round starts
 both anew and puts every load on one and at once on the other; which comes first alternates. A round's result is the
@@ -33,16 +33,16 @@ CONNECTIONS = (1, 64)
 LOADS = [f"{form}-{connections}" for connections in CONNECTIONS for form in FORMS]
 LEAST_ROUNDS = 12
 LEAST_MEDIAN, LEAST_UPPER = 0.95, 0.97
-"""The new service passes where a load's median ratio and the upper end of its interval are at least these."""
+"""Lower limits of a load's median ratio and of its interval's upper end, for a pass."""
 OUTSIDE = 0.05
-"""The most probability that the true median lies outside the interval."""
+"""Probability, at most, that the true median lies outside the interval."""
 WARM_S = 1
 COMMAND = [sys.executable, str(HERE.absolute() / "peers" / "ours.py")]
 REQUIREMENTS = ("pyproject.toml", "constraints.txt")
 
 
 class Ratio(NamedTuple):
-    """The median of the rounds' ratios, and its interval."""
+    """Median of the rounds' ratios, and its confidence interval."""
 
     low: float
     median: float
@@ -50,7 +50,7 @@ class Ratio(NamedTuple):
 
     @property
     def passes(self) -> bool:
-        """Whether the new service is as fast, as far as the rounds can tell."""
+        """Whether the rounds are consistent with a new service that is as fast."""
         return self.median >= LEAST_MEDIAN and self.high >= LEAST_UPPER
 
     def __str__(self) -> str:
@@ -58,7 +58,7 @@ class Ratio(NamedTuple):
 
 
 def main() -> int:
-    """Measure and print; 1 where a load is slower than it was."""
+    """Measure and print; the exit status is 1 if a load is slower than before."""
     options = parse()
     closed.check()
     end_when_asked()
@@ -79,7 +79,7 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parser of the command line."""
     parser = argparse.ArgumentParser(prog="make bench-against", description=__doc__)
     parser.add_argument("ref", nargs="?", metavar="REF", help="the earlier commit")
     parser.add_argument("--rounds", type=int, default=LEAST_ROUNDS, help=f"at least {LEAST_ROUNDS}")
@@ -99,7 +99,7 @@ def parse() -> argparse.Namespace:
 
 @contextmanager
 def worktree(ref: str) -> Iterator[tuple[Path, Path]]:
-    """The tree of `ref`, and the folder that it lies in, which is removed at the end.
+    """Context with a checkout of `ref` in a temporary folder.
 
     Raises: SystemExit where git knows no such commit.
     """
@@ -113,7 +113,7 @@ def worktree(ref: str) -> Iterator[tuple[Path, Path]]:
 
 
 def git(*arguments: str) -> None:
-    """`git ...`.
+    """Run git and return its output.
 
     Raises: SystemExit with what it said, where it fails.
     """
@@ -123,14 +123,14 @@ def git(*arguments: str) -> None:
 
 
 def tell_of_packages(old: Path, new: Path, ref: str) -> None:
-    """Say where the earlier commit names other packages than this environment is made from."""
+    """Warn if the earlier commit requires other packages than this environment has."""
     different = sorted(packages(old) ^ packages(new))
     if different:
         print(f"{ref} names other packages, and runs with this environment's: {', '.join(different)}", flush=True)
 
 
 def packages(tree: Path) -> set[str]:
-    """What its files ask to install."""
+    """Requirements and constraints of a tree."""
     constraints = (tree / "constraints.txt").read_text().split("\n")
     return {line.strip() for line in constraints if re.match(r"[A-Za-z]", line)}
 
@@ -138,7 +138,7 @@ def packages(tree: Path) -> set[str]:
 def measured(
     old: Path, new: Path, model: Path, options: argparse.Namespace, turn: int
 ) -> dict[str, tuple[Measure, Measure]]:
-    """One round: each load on the old and on the new service, which starts and which is measured first by turns."""
+    """One round: each load on the old and the new service, in alternating order."""
     found: dict[str, dict[Path, Measure]] = defaultdict(dict)
     trees = [old, new] if turn % 2 == 0 else [new, old]
     with ExitStack() as stack:
@@ -160,7 +160,7 @@ def measured(
 
 
 def started(tree: Path, model: Path, stack: ExitStack) -> Server:
-    """The service of that tree, warm; `stack` ends it.
+    """Start a tree's service and warm it up; `stack` ends it.
 
     Raises: SystemExit where it does not start.
     """
@@ -175,12 +175,12 @@ def started(tree: Path, model: Path, stack: ExitStack) -> Server:
 
 
 def asked(form: str) -> Body:
-    """One image to be reconstructed."""
+    """A reconstruct request with one image."""
     return FORMS[form]("/v1/reconstruct").ask(bodies.images(1))
 
 
 def report(rates: dict[str, list[float]], waits: dict[str, list[float]], options: argparse.Namespace) -> int:
-    """Print the ratios and the verdict; 1 where a load is slower."""
+    """Print the ratios and the verdict; the exit status is 1 if a load is slower."""
     print(f"\nnow / {options.ref}: median of {options.rounds} paired ratios, 95 % interval; above 1 is faster\n")
     print(f"{'load':8}  {'requests a second':24}{'1 / median latency':24}")
     slower = []
@@ -195,7 +195,7 @@ def report(rates: dict[str, list[float]], waits: dict[str, list[float]], options
 
 
 def interval(ratios: list[float]) -> Ratio:
-    """The median of independent values, and an interval of 95 % around it that no distribution is assumed for.
+    """Median of independent values, and a distribution-free confidence interval of 95 %.
 
     The interval's ends are order statistics: the true median lies below the k-th smallest of n values with the
     probability that a fair coin shows heads fewer than k times in n.

@@ -14,9 +14,9 @@ from benchmarks.measure import Measure
 
 MAX_CONNECTIONS = 1024
 DEADLINE_S = 1.0
-"""An answer later than this after its request was due is of no use to anybody, and counts as failed."""
+"""Latest useful answer after its request was due; a later one counts as failed."""
 SHORT_S = 2e-5
-"""What is due sooner than this is sent now."""
+"""A request that is due within this time is sent at once."""
 
 
 def run(port: int, body: Body, rate: float, seconds: float) -> Measure:
@@ -52,7 +52,7 @@ class _Load:
         return self._measure()
 
     async def _until(self, moment: float) -> None:
-        """Wait by the system's timer: the event loop's own is a millisecond coarse, and polling takes a core."""
+        """Wait by the system's timer, because the event loop's is a millisecond coarse and polling takes a core."""
         wait = moment - asyncio.get_running_loop().time()
         if wait > SHORT_S:
             self.alarm.clear()
@@ -89,12 +89,12 @@ class _Load:
 
 
 def percentile_ms(seconds: list[float], percent: float) -> float:
-    """In milliseconds; 0 of nothing."""
+    """Percentile in milliseconds; 0 without values."""
     return float(np.percentile(seconds, percent) * 1e3) if seconds else 0.0
 
 
 class _Connection(asyncio.Protocol):
-    """One request at a time; what comes back is counted, not read."""
+    """A connection with one request at a time; it counts answers without parsing them."""
 
     def __init__(self, load: _Load) -> None:
         self.load, self.due, self.missing, self.head = load, 0.0, 0, b""

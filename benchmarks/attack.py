@@ -33,18 +33,18 @@ from benchmarks.hostile import Hostile
 from benchmarks.servers import Server, StartFailed, end_when_asked
 
 P99_MS, WORST_MS = 200.0, 1000.0
-"""What /health/live may take under attack."""
+"""Limit of the latency of /health/live under attack."""
 GROWTH_MIB = 512.0
-"""What a worker's memory may grow by: VAE_MEMORY_BYTES."""
+"""Limit of a worker's memory growth: VAE_MEMORY_BYTES."""
 PROBES_S = 50
 CALL_S = 35.0
 """A call without an answer after this long is lost."""
 QUIET_S = 30.0
-"""How long after an attack the service may go on working for it."""
+"""Time after an attack within which the service must be idle again."""
 QUIET_CPU = 0.2
 PIECE = 2**16
 NICENESS = 10
-"""Of the callers: they stand for other machines, whose processors are their own."""
+"""Niceness of the clients: they stand for other machines with processors of their own."""
 LOST = "lost"
 COMMAND = [sys.executable, "-m", "benchmarks.peers.ours"]
 HEALTH = Body("/health/live", {}, b"", "GET")
@@ -53,19 +53,19 @@ HEALTHY, ENCODED = frozenset({"200"}), frozenset({"200", "503"})
 
 @dataclass
 class Probes:
-    """What became of one sort of probe: milliseconds of each, and how many ended how."""
+    """Latencies in milliseconds and outcomes of one kind of probe."""
 
     latencies: list[float] = field(default_factory=list)
     outcomes: Counter[str] = field(default_factory=Counter)
 
     def percentile(self, percent: float) -> float:
-        """In milliseconds; of no probes, infinite."""
+        """Percentile of the latencies in milliseconds; infinite without probes."""
         return float(np.percentile(self.latencies, percent)) if self.latencies else float("inf")
 
 
 @dataclass
 class Found:
-    """What one attack did."""
+    """Effects of one attack."""
 
     attack: Hostile
     health: Probes
@@ -77,7 +77,7 @@ class Found:
     quiet: bool
 
     def failures(self) -> list[str]:
-        """What is otherwise than it should be, in a few words each."""
+        """Missed aims, a few words each."""
         wrong = Counter({said: n for said, n in self.answers.items() if said not in map(str, self.attack.right)})
         p99, worst = self.health.percentile(99), self.health.percentile(100)
         unhealthy = sum(n for said, n in self.health.outcomes.items() if said not in HEALTHY)
@@ -96,7 +96,7 @@ class Found:
         return [said for said, good in checks.items() if not good]
 
     def row(self) -> str:
-        """The table's line."""
+        """Row of the table."""
         health, encode = self.health, self.encode
         times = f"{health.percentile(50):.0f} | {health.percentile(99):.0f} | {health.percentile(100):.0f}"
         verdict = "; ".join(self.failures()) or "holds"
@@ -113,7 +113,7 @@ HEADINGS = [
 
 
 def main() -> int:
-    """Attack, print the table; 1 where anything breaks the aims."""
+    """Attack and print the table; the exit status is 1 if an aim is missed."""
     options = parse()
     end_when_asked()
     print("\n".join(HEADINGS), flush=True)
@@ -139,7 +139,7 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parser of the command line."""
     parser = argparse.ArgumentParser(prog="make attack", description=__doc__)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--callers", type=int, default=8)
@@ -157,7 +157,7 @@ def parse() -> argparse.Namespace:
 
 
 def start(options: argparse.Namespace) -> Server:
-    """The service, its memory limited so that an attack that works cannot take the machine's.
+    """Start the service with limited memory, so that a successful attack cannot exhaust the machine's.
 
     Raises: SystemExit where it does not start.
     """
@@ -172,12 +172,12 @@ def start(options: argparse.Namespace) -> Server:
 
 
 def encode() -> Body:
-    """The small request that is sent beside the attack."""
+    """Probe: a small request that is sent during the attack."""
     return bodies.raw("/v1/encode").ask(bodies.images(1))
 
 
 def under(server: Server, attack: Hostile, options: argparse.Namespace) -> Found:
-    """One attack, from rest until the service has come to rest again."""
+    """Run one attack, from an idle service until it is idle again."""
     spawn = multiprocessing.get_context("spawn")
     callers, probes = spawn.Pipe(), spawn.Pipe()
     load = (server.port, attack.name, options.callers, options.seconds)
@@ -207,7 +207,7 @@ def under(server: Server, attack: Hostile, options: argparse.Namespace) -> Found
 
 
 def settled(server: Server) -> bool:
-    """Wait until the service answers and has nothing to do; whether that came in time."""
+    """Wait until the service is idle; whether it was in time."""
     end = time.monotonic() + QUIET_S
     while time.monotonic() < end:
         cpu, started = server.cpu_s(), time.monotonic()
@@ -219,7 +219,7 @@ def settled(server: Server) -> bool:
 
 
 def call(pipe: Connection, port: int, name: str, callers: int, seconds: float) -> None:
-    """In a process of its own: the callers of one attack. Sends how the calls ended."""
+    """Process of the clients of one attack; sends the outcomes of their calls."""
     os.nice(NICENESS)
     (attack,) = (each for each in hostile.attacks() if each.name == name)
     wire, outcomes = attack.body().wire(), Counter[str]()
@@ -236,7 +236,7 @@ def call(pipe: Connection, port: int, name: str, callers: int, seconds: float) -
 
 
 def one_caller(port: int, wire: bytes, end: float, outcomes: Counter[str]) -> None:
-    """Send the same request again and again, on the same connection for as long as the service keeps it."""
+    """Send the same request repeatedly, on one connection as long as the service keeps it open."""
     connection: socket.socket | None = None
     while time.monotonic() < end:
         try:
@@ -276,7 +276,7 @@ def exchange(connection: socket.socket, wire: bytes) -> tuple[str, bool]:
 
 
 def probe(pipe: Connection, port: int, seconds: float) -> None:
-    """In a process of its own: probes at fixed times. Sends what became of those for health and of those for encode."""
+    """Process that probes health and encode at fixed times, and sends the outcomes."""
     pipe.send(None)
     pipe.recv()
     pipe.send(asyncio.run(probes(port, seconds)))
@@ -284,7 +284,7 @@ def probe(pipe: Connection, port: int, seconds: float) -> None:
 
 
 async def probes(port: int, seconds: float) -> tuple[Probes, Probes]:
-    """Both sorts by turns, each sent when it is due whatever became of those before."""
+    """Alternate both kinds of probe, each sent when it is due, whatever the earlier ones did."""
     sorts = (HEALTH, Probes()), (encode(), Probes())
     loop = asyncio.get_running_loop()
     started, tasks = loop.time(), []
@@ -298,7 +298,7 @@ async def probes(port: int, seconds: float) -> tuple[Probes, Probes]:
 
 
 async def one_probe(port: int, body: Body, due: float, found: Probes) -> None:
-    """Ask once; what is lost counts as late as it was given up."""
+    """Send one probe; a lost one counts with the time at which it was abandoned."""
     wire = body._replace(headers={**body.headers, "connection": "close"}).wire()
     try:
         async with asyncio.timeout(CALL_S):
@@ -316,12 +316,12 @@ async def one_probe(port: int, body: Body, due: float, found: Probes) -> None:
 
 
 def told(outcomes: Counter[str]) -> str:
-    """Each outcome and how often, the most frequent first."""
+    """Outcomes with their counts, the most frequent first."""
     return ", ".join(f"{count:,} x {said}" for said, count in outcomes.most_common()) or "none"
 
 
 def page(found: list[Found], verdict: str, options: argparse.Namespace) -> str:
-    """The whole page."""
+    """Page with the results."""
     setting = (
         f"{options.callers} callers send one sort of hostile request for {options.seconds:g} s each, to a service with "
         f"{options.workers} workers and the shipped models. Meanwhile `/health/live` and a small encode are asked for "

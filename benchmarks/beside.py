@@ -1,4 +1,4 @@
-"""Short work beside long work (`make bench-beside`): latencies of reconstruct without and with refined requests."""
+"""Latency of reconstruct with and without refined requests at the same time: `make bench-beside`."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from benchmarks.servers import Server, end_when_asked
 
 CONNECTIONS = 16
 CALLERS = 4
-"""Each sends the next refined request when it has the answer to the last."""
+"""Each sends its next refined request after the answer to the last."""
 COMMAND = [sys.executable, "-m", "benchmarks.peers.ours"]
 
 
 @dataclass(frozen=True)
 class Round:
-    """Latencies at half capacity alone, and beside so many refined requests that were answered meanwhile."""
+    """Latencies at half capacity, alone and while refined requests run, and how many of those were answered."""
 
     alone: Measure
     beside: Measure
@@ -34,7 +34,7 @@ class Round:
 
 
 def main() -> int:
-    """Measure, write the page; 1 where a short request failed."""
+    """Measure and write the page; the exit status is 1 if a short request failed."""
     options = parse()
     closed.check()
     end_when_asked()
@@ -52,7 +52,7 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=Path("models/mnist/3"), help="a version that can refine")
     parser.add_argument("--rounds", type=int, default=5)
@@ -62,7 +62,7 @@ def parse() -> argparse.Namespace:
 
 
 def measured(server: Server, short: Body, long: Body, rate: float, seconds: float) -> Round:
-    """One after the other, so that what else the machine does is the same for both."""
+    """Measure both in turn, so that other load on the machine affects both alike."""
     alone = arrivals.run(server.port, short, rate, seconds)
     with steadily(server, long) as answers:
         beside = arrivals.run(server.port, short, rate, seconds)
@@ -71,7 +71,7 @@ def measured(server: Server, short: Body, long: Body, rate: float, seconds: floa
 
 @contextmanager
 def steadily(server: Server, body: Body) -> Iterator[list[int]]:
-    """Requests without end from `CALLERS` callers; the statuses of those that were answered."""
+    """Send refined requests from `CALLERS` clients until cancelled; collects the statuses."""
     stop, answers = threading.Event(), list[int]()
 
     def call() -> None:
@@ -94,7 +94,7 @@ def steadily(server: Server, body: Body) -> Iterator[list[int]]:
 
 
 def page(model: Path, capacity: float, rounds: list[Round]) -> str:
-    """The whole page."""
+    """Page with the results."""
     rows = [
         f"| {found.alone.p50_ms:.2f} | {found.alone.p99_ms:.2f} | {found.beside.p50_ms:.2f} | "
         f"{found.beside.p99_ms:.2f} | {found.beside.p99_ms / found.alone.p99_ms:.2f} | {found.refined} |"

@@ -1,4 +1,4 @@
-"""The same images in every form that some server reads, and what it answers to them."""
+"""Encodes the same images for each server, and decodes its answers."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from PIL import Image
 
 JSON, RAW, NPY, PNG = "application/json", "application/octet-stream", "application/x-npy", "image/png"
 LEVEL = 0.25
-"""Of the Gaussian noise that a PNG is said to have."""
+"""Standard deviation of the Gaussian noise that requests with a PNG state."""
 GREY = 1.0 / 255.0
 Images = NDArray[np.float32]
 
 
 class Body(NamedTuple):
-    """One request: where it goes, its headers, its bytes."""
+    """One request: path, headers, body."""
 
     path: str
     headers: dict[str, str]
@@ -35,7 +35,7 @@ class Body(NamedTuple):
 
 
 class Form(NamedTuple):
-    """How a server is asked about images, and how its answer's numbers are read, in any shape.
+    """Format of a server: builds a request from images, and reads the numbers of its answer.
 
     step: what those numbers are rounded to.
     """
@@ -65,7 +65,7 @@ def json(path: str, name: str = "images", *, flat: bool = False) -> Form:
 
 
 def json_to_list(path: str, name: str) -> Form:
-    """{name: nested numbers}, answered by the numbers alone."""
+    """{name: nested numbers} as the request, nested numbers as the answer."""
     return json(path, name)._replace(read=lambda content: _array(orjson.loads(content)))
 
 
@@ -141,7 +141,7 @@ def _tensor(rows: Images) -> dict[str, Any]:
 
 
 def _numbers(array: Images) -> Any:
-    """Grey levels as people send them: four digits, not the seventeen of a float64."""
+    """Grey levels rounded to four digits, as clients send them."""
     return array.astype(np.float64).round(4).tolist()
 
 

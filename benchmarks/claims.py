@@ -1,4 +1,4 @@
-"""What is asked of the service, and how a run's findings say whether it is so."""
+"""Targets of the service, each compared with a run's findings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.workloads import OPEN
 
 @dataclass(frozen=True)
 class Claim:
-    """One line of the table: a figure, beside what it stands, what is asked of it (nothing where it is only shown)."""
+    """One row of the table: a figure, what it is compared with, and its target (empty if it has none)."""
 
     title: str
     beside: str
@@ -22,7 +22,7 @@ class Claim:
     unit: str = "x"
 
     def row(self, found: Findings) -> str:
-        """The line; a dash where the run did not look."""
+        """Row of the table; a dash if the run did not measure it."""
         figure = self.figure(found)
         digits = 2 if self.unit == "x" else 0
         told = "-" if figure is None else f"{figure:.{digits}f} {self.unit}"
@@ -30,13 +30,13 @@ class Claim:
 
 
 def faster(title: str, workload: str, other: str, least: float, mine: str = "ours") -> Claim:
-    """So many times another's rate."""
+    """Target for the ratio of two servers' rates."""
     beside = "onnxruntime alone" if other == ALONE else PEERS[other].title
     return Claim(title, beside, f"≥ {least:g}", lambda found: found.ratio(workload, mine, other))
 
 
 def overload(load: str) -> list[Claim]:
-    """Under many times its capacity it keeps doing what it can, and says no to the rest at once."""
+    """Targets under overload: the service keeps its rate and refuses the rest at once."""
     workload, title = f"conv-rows32-{load}", f"conv, 32 rows, {load[:-1]} x overload"
 
     def ours(figure: Callable[[Measure], float]) -> Callable[[Findings], float | None]:

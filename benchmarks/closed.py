@@ -1,4 +1,4 @@
-"""Closed-loop load by wrk: every connection waits for its answer before it sends again."""
+"""Closed-loop load by wrk: each connection waits for an answer before its next request."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ end
 
 
 def check() -> None:
-    """Whether wrk is here.
+    """Whether wrk is installed.
 
     Raises: SystemExit saying how to get it.
     """
@@ -40,7 +40,7 @@ def check() -> None:
 
 
 def run(port: int, body: Body, connections: int, seconds: float) -> Measure:
-    """Send `body` over and over; requests a second count right answers only."""
+    """Send `body` repeatedly; only correct answers count as requests a second."""
     with tempfile.TemporaryDirectory() as folder:
         script, content = Path(folder, "load.lua"), Path(folder, "body")
         script.write_text(SCRIPT)

@@ -1,4 +1,4 @@
-"""An environment of its own for every peer, made once and again when its pinned requirements change."""
+"""Virtual environment of each peer, rebuilt when its pinned requirements change."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ HERE = Path(__file__).parent
 
 
 class InstallFailed(Exception):
-    """The environment cannot be made; the message is the last line that the installer said."""
+    """The environment cannot be built; the message is the installer's last line."""
 
 
 def prepare(name: str, requirements: Path, base: str = sys.executable) -> str:
-    """The Python of .bench/<name> with these requirements.
+    """Python executable of .bench/<name>, with these requirements installed.
 
     Raises: InstallFailed.
     """
@@ -34,13 +34,13 @@ def prepare(name: str, requirements: Path, base: str = sys.executable) -> str:
 
 
 def version(requirements: Path, package: str) -> str:
-    """The pinned version of a package."""
+    """Pinned version of a package."""
     found = re.search(rf"^{re.escape(package)}==(\S+)", requirements.read_text(), re.MULTILINE | re.IGNORECASE)
     return found[1] if found else "?"
 
 
 def ignored_home() -> Path:
-    """.bench/, which git passes over."""
+    """Folder .bench/, which git ignores."""
     HOME.mkdir(exist_ok=True)
     (HOME / ".gitignore").write_text("*\n")
     return HOME

@@ -1,4 +1,4 @@
-"""Everything one run found."""
+"""Measurements of one run."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from statistics import median
 from benchmarks.measure import Measure
 
 ALONE = "alone"
-"""The place of onnxruntime without a server among the peers."""
+"""Name of onnxruntime without a server among the peers."""
 
 
 @dataclass
 class Findings:
-    """A list entry a round; `measures` by workload, then by peer."""
+    """Measurements, one list entry a round; `measures` is by workload, then by peer."""
 
     settings: dict[str, int]
     measures: dict[str, dict[str, list[Measure]]] = field(default_factory=dict)
@@ -23,26 +23,26 @@ class Findings:
     notes: list[str] = field(default_factory=list)
 
     def add(self, workload: str, name: str, measure: Measure) -> None:
-        """One more round of a load."""
+        """Add one round of a load."""
         self.measures.setdefault(workload, {}).setdefault(name, []).append(measure)
 
     def of(self, workload: str, name: str) -> list[Measure]:
-        """Its rounds; empty where the peer cannot do it."""
+        """Rounds of a load; empty if the peer does not support it."""
         return self.measures.get(workload, {}).get(name, [])
 
     def middle(self, workload: str, name: str, figure: Callable[[Measure], float]) -> float | None:
-        """The median of a figure over the rounds; None where there are none."""
+        """Median of a figure over the rounds; None without rounds."""
         measures = self.of(workload, name)
         return median(map(figure, measures)) if measures else None
 
     def ratio(
         self, workload: str, name: str, other: str, figure: Callable[[Measure], float] = lambda one: one.rate
     ) -> float | None:
-        """One's figure over another's, medians of the same run; None where either is missing or nothing."""
+        """Ratio of two medians of the same run; None if either is missing or 0."""
         mine, theirs = (self.middle(workload, one, figure) for one in (name, other))
         return mine / theirs if mine is not None and theirs else None
 
     def note(self, text: str) -> None:
-        """Why something is missing; said at once and in the report."""
+        """Print why a measurement is missing, and keep it for the report."""
         print(text, flush=True)
         self.notes.append(text)

@@ -1,4 +1,4 @@
-"""Hostile requests: small or allowed by every limit on sizes, and costly to read, to compute or to answer.
+"""Hostile requests: within every size limit, but costly to read, to compute or to answer.
 
 Bodies are made when they are first asked for and kept, so that a file of them is nowhere in the repository.
 """
@@ -22,16 +22,16 @@ from benchmarks.bodies import JSON, NPY, PNG, RAW, Body
 FORM = "multipart/form-data; boundary=x"
 JPEG, WEBP = "image/jpeg", "image/webp"
 REFUSED = frozenset({400, 413, 415, 422})
-"""What a wrong or too expensive body may be answered."""
+"""Acceptable statuses for an invalid or too expensive body."""
 BUSY = frozenset({429, 503})
 FINE = frozenset({200})
 SIDE = 4096
-"""Of the largest square picture that VAE_MAX_PIXELS allows by default."""
+"""Side of the largest square picture that VAE_MAX_PIXELS allows by default."""
 MIB = 2**20
 
 
 class Hostile(NamedTuple):
-    """One sort of hostile request.
+    """One kind of hostile request.
 
     Args:
         name: Short, for tables and command lines.
@@ -47,7 +47,7 @@ class Hostile(NamedTuple):
 
 
 def json_keys(keys: int = 150_000) -> bytes:
-    """An object of many keys that nobody knows."""
+    """A JSON object with many unknown keys."""
     return b"{" + b",".join(b'"k%d":0' % key for key in range(keys)) + b"}"
 
 
@@ -68,17 +68,17 @@ def json_pictures(picture: bytes, count: int = 100_000) -> bytes:
 
 
 def json_nested(opening: bytes, closing: bytes, depth: int) -> bytes:
-    """A value within a value within a value."""
+    """Deeply nested JSON."""
     return b'{"images":' + opening * depth + b"0" + closing * depth + b"}"
 
 
 def json_ragged(rows: int) -> bytes:
-    """Very many very short rows, of which the last one is longer."""
+    """Very many very short rows; the last one is longer."""
     return b'{"images":[' + b"[0]," * rows + b"[0,0]]}"
 
 
 def jpeg_scans(scans: int, side: int = 4088) -> bytes:
-    """A grey progressive JPEG with so many scans that change nothing, each of which passes over every block."""
+    """A grey progressive JPEG with many scans that change nothing, each of which visits every block."""
     blocks = (side // 8) ** 2
     luminance = b"\x00" + bytes([1] * 64)
     frame = struct.pack(">BHHB", 8, side, side, 1) + b"\x01\x11\x00"
@@ -113,7 +113,7 @@ def png_profile(size: int = 64 * MIB) -> bytes:
 
 
 def png_chunks(count: int = 500_000) -> bytes:
-    """A small PNG with many empty chunks that nobody knows."""
+    """A small PNG with many empty chunks of an unknown type."""
     whole = picture("L", (28, 28), "PNG")
     return whole[:33] + _chunk(b"juNk", b"") * count + whole[33:]
 
@@ -129,7 +129,7 @@ def webp_frames(frames: int = 400, side: int = 1024) -> bytes:
 
 
 def animated(form: str, frames: int, side: int) -> bytes:
-    """A picture of many frames, each of another grey."""
+    """A picture of many frames, each of a different grey."""
     levels = [Image.new("L", (side, side), level % 256) for level in range(2)]
     file = io.BytesIO()
     rest = [levels[number % 2] for number in range(1, frames)]
@@ -153,19 +153,19 @@ def form_parts(count: int = 200_000) -> bytes:
 
 
 def form_names(count: int = 150_000) -> bytes:
-    """A form of many fields, each of another name."""
+    """A form of many fields with different names."""
     part = b'--x\r\nContent-Disposition: form-data; name="f%d"\r\n\r\n1\r\n'
     return b"".join(part % number for number in range(count)) + b"--x--\r\n"
 
 
 def form_headers(count: int = 500_000) -> bytes:
-    """A form whose one part has many headers."""
+    """A form with one part that has many headers."""
     head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n'
     return head + b"a: b\r\n" * count + b"\r\n\r\n--x--\r\n"
 
 
 def form_near_boundaries(count: int = 5_000_000) -> bytes:
-    """A form whose file is made of beginnings of the boundary."""
+    """A form whose file consists of the boundary's first bytes."""
     return file_part(b"file", b"\r\n--" * (count // 4)) + b"--x--\r\n"
 
 
@@ -175,7 +175,7 @@ def form_files(picture: bytes, *names: bytes) -> bytes:
 
 
 def file_part(name: bytes, content: bytes) -> bytes:
-    """One file of a form."""
+    """One file part of a form."""
     return b'--x\r\nContent-Disposition: form-data; name="' + name + b'"; filename="a"\r\n\r\n' + content + b"\r\n"
 
 
@@ -186,7 +186,7 @@ def npy_header(text: str, data: bytes = b"") -> bytes:
 
 
 def npy_array(shape: str, data: bytes = b"") -> bytes:
-    """An npy file that says it has this shape."""
+    """An npy file whose header has this shape."""
     return npy_header(f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}", data)
 
 
@@ -206,7 +206,7 @@ def gzip_members(count: int = 500_000) -> bytes:
 
 
 def compressed(blocks: Iterator[bytes] | list[bytes], window: int) -> bytes:
-    """The blocks by deflate; a window of 31 makes gzip, of 15 what HTTP calls deflate."""
+    """Compress the blocks; a window of 31 makes gzip, of 15 HTTP's deflate."""
     packer = zlib.compressobj(9, zlib.DEFLATED, window)
     return b"".join([*map(packer.compress, blocks), packer.flush()])
 
@@ -325,7 +325,7 @@ def _sent(name: str, path: str, form: str, content: Callable[[], bytes], right: 
 
 
 def _bits(text: str) -> bytes:
-    """Zeros and ones as a JPEG's entropy-coded data: filled up with ones, each 0xFF followed by a zero."""
+    """Pack bits as a JPEG's entropy-coded data: padded with ones, each 0xFF followed by a zero byte."""
     padded = text + "1" * (-len(text) % 8)
     return int(padded, 2).to_bytes(len(padded) // 8, "big").replace(b"\xff", b"\xff\x00")
 
@@ -335,5 +335,5 @@ def _segment(marker: int, content: bytes) -> bytes:
 
 
 def _chunk(kind: bytes, content: bytes) -> bytes:
-    """Of a PNG."""
+    """One chunk of a PNG."""
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))

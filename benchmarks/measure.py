@@ -1,4 +1,4 @@
-"""What one load found."""
+"""Result of one load."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Measure:
-    """Right answers a second; their latencies in milliseconds; answers that were wrong or never came.
+    """Correct answers a second, their latencies in milliseconds, and the number of wrong or missing answers.
 
     Of an open loop also: requests offered a second, those refused with 503, and the 99th percentile of the refusals.
     """

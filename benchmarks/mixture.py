@@ -1,4 +1,4 @@
-"""A moderate, bounded mixture of calls: right, wrong and hostile ones, and callers that hang up in the middle."""
+"""Mixed load at a bounded rate: valid, invalid and hostile calls, and clients that disconnect."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from benchmarks.bodies import Body
 
 CALLERS = 8
 RATE = 20.0
-"""Requests a second of all callers together, where the server keeps up; each caller has one under way at most."""
+"""Requests a second of all clients together; each client has at most one request running."""
 TIMEOUT_S = 30.0
 HOSTILE = 0.1
-"""The share of calls that are hostile, every sort as often."""
+"""Share of hostile calls; every kind is equally frequent."""
 HUNG_UP, NO_ANSWER, CHANGED = "hung up", "no answer", "another answer than at first"
 BLUR = "{blur}"
-"""In a path: a blur that nobody named before."""
+"""Placeholder in a path: a blur that no earlier request had."""
 
 
 class Call(NamedTuple):
-    """One sort of call.
+    """One kind of call.
 
     Args:
         title: For the table.
@@ -46,7 +46,7 @@ class Call(NamedTuple):
 
 
 def calls() -> list[Call]:
-    """The mixture: ordinary calls, and `HOSTILE` of all of them hostile ones."""
+    """Kinds of call with their weights: ordinary ones, and a share `HOSTILE` of hostile ones."""
     attacks = hostile.attacks()
     ordinary = [call._replace(percent=call.percent * (1.0 - HOSTILE)) for call in _ordinary()]
     share = 100.0 * HOSTILE / len(attacks)
@@ -86,35 +86,35 @@ class Mixture:
         self.outcomes: dict[str, Counter[str]] = {call.title: Counter() for call in self._calls}
 
     async def run(self, seconds: float) -> None:
-        """Until then, and until the last answer is there."""
+        """Run the load for `seconds`, and wait for the last answer."""
         end = asyncio.get_running_loop().time() + seconds
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{self._port}", timeout=TIMEOUT_S) as client:
             await asyncio.gather(*(self._caller(client, random.Random(seed), end) for seed in range(CALLERS)))  # noqa: S311  # no secret
 
     async def once(self) -> None:
-        """Every sort of call once, one after the other: what the service keeps for each of them is there after that."""
+        """Make every kind of call once, so that the service allocates what it keeps for each."""
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{self._port}", timeout=TIMEOUT_S) as client:
             for call in self._calls:
                 self.outcomes[call.title][await self._outcome(client, call, random.Random(0))] += 1  # noqa: S311  # no secret
 
     def answered(self) -> int:
-        """Calls that were answered, and whole."""
+        """Number of calls with a complete answer."""
         return sum(map(self._answered, self._calls))
 
     def counted(self) -> int:
-        """Those of them that the service counts among its requests."""
+        """Number of answered calls that the service's metrics count."""
         return sum(self._answered(call) for call in self._calls if call.counted)
 
     def hung_up(self) -> int:
-        """Calls that were broken off by the caller."""
+        """Number of calls that the client broke off."""
         return sum(found[HUNG_UP] for found in self.outcomes.values())
 
     def wrong(self) -> int:
-        """Calls that ended otherwise than they should."""
+        """Number of calls with an unexpected outcome."""
         return sum(self.outcomes[call.title].total() - self._right(call) for call in self._calls)
 
     def summary(self) -> str:
-        """Whether every request was answered, in a sentence."""
+        """Sentence on whether every request was answered."""
         total = sum(found.total() for found in self.outcomes.values())
         return (
             f"{total:,} calls, of which {self.hung_up():,} hung up. Of the other {total - self.hung_up():,}, "
@@ -124,7 +124,7 @@ class Mixture:
         )
 
     def table(self) -> str:
-        """What became of every sort of call."""
+        """Table of the outcomes of every kind of call."""
         lines = ["| | sent | as it should be | otherwise |", "|---|--:|--:|---|"]
         for call in self._calls:
             found = self.outcomes[call.title]
@@ -170,7 +170,7 @@ class Mixture:
         return str(answer.status_code) if same else CHANGED
 
     async def _hang_up(self, call: Call, patience_s: float) -> None:
-        """Begin the call on a connection of its own, wait a little, and leave by a reset."""
+        """Begin the call on its own connection, wait a little, then reset the connection."""
         wire = call.body.wire()
         _, writer = await asyncio.open_connection("127.0.0.1", self._port)
         try:
@@ -182,5 +182,5 @@ class Mixture:
 
 
 def _told(outcome: str, count: int) -> str:
-    """An outcome and how often."""
+    """One outcome with its count."""
     return f"{count:,} {outcome}" if outcome == HUNG_UP else f"{count:,} x {outcome}"

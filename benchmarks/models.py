@@ -26,13 +26,13 @@ NETWORKS: dict[str, dict[str, object]] = {
 
 
 def write(repository: Path) -> None:
-    """Make `repository`/<network>/1 anew: random, seeded weights, which cost what trained ones do."""
+    """Write `repository`/<network>/1 with random, seeded weights, which cost as much as trained ones."""
     for name in NETWORKS:
         export(graphs(name), repository, name, "1", ABOUT, replace=True)
 
 
 def graphs(name: str) -> dict[str, Exportable]:
-    """Everything the service offers of one network, denoising too."""
+    """Graphs of one network for every operation, denoising included."""
     torch.manual_seed(0)
     network: Architecture = TypeAdapter(Architecture).validate_python(NETWORKS[name])
     parts = network.encoder(SHAPE, LATENT), network.decoder(LATENT, SHAPE)
@@ -51,7 +51,7 @@ def graphs(name: str) -> dict[str, Exportable]:
 
 
 def scramble(module: nn.Module) -> None:
-    """Move every weight, so that answers to different images differ, and a wrong one shows."""
+    """Perturb every weight, so that different images have different answers and a wrong answer is detected."""
     for parameter in module.parameters():
         parameter.data += SCATTER * torch.randn(parameter.shape)
 

@@ -1,4 +1,4 @@
-"""What the pages of results have in common: the machine, and a plot beside the text."""
+"""Common parts of the result pages: the machine, and the plot."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from benchmarks.environments import HERE, InstallFailed, prepare
 
 
 def machine() -> str:
-    """Processor and system."""
+    """Processor and operating system, in one line."""
     system = f"{platform.system()} {platform.release()}, Python {platform.python_version()}"
     return f"{processor()}, {os.cpu_count()} CPUs; {system}"
 
 
 def processor() -> str:
-    """What /proc/cpuinfo calls it."""
+    """Processor's name from /proc/cpuinfo."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def write(text: str, out: Path, kind: str, raw: Path) -> None:
-    """The page at `out`; beside it the plot of that kind of the raw findings, by an environment with matplotlib."""
+    """Write the page at `out` and its plot beside it, the latter in an environment with matplotlib."""
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text)
     try:

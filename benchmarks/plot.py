@@ -1,4 +1,4 @@
-"""Plots of the findings; runs in an environment of its own, which has matplotlib and nothing else."""
+"""Plots of the findings; runs in an environment with matplotlib alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PANELS = {"mlp-json-64": "JSON, 64 connections", "mlp-binary-64": "Binary, 64 co
 
 
 def serving(found: dict[str, Any]) -> Any:
-    """One panel a workload, one bar a server, with the least and the most of the rounds."""
+    """Plot rates: one panel a workload, one bar a server, with the minimum and maximum over the rounds."""
     measures = found["measures"]
     panels = [name for name in PANELS if measures.get(name)]
     figure, axes = plt.subplots(1, max(1, len(panels)), figsize=(3.6 * max(1, len(panels)), 3.4), squeeze=False)
@@ -38,7 +38,7 @@ def serving(found: dict[str, Any]) -> Any:
 
 
 def soak(found: dict[str, Any]) -> Any:
-    """Resident memory over time, from zero, so that what looks flat is."""
+    """Plot resident memory over time; the axis starts at zero."""
     figure, axis = plt.subplots(figsize=(7.2, 3.2))
     minutes, memory = [moment / 60.0 for moment, _ in found["memory"]], [mib for _, mib in found["memory"]]
     axis.plot(minutes, memory, color=OURS)
@@ -51,7 +51,7 @@ def soak(found: dict[str, Any]) -> Any:
 
 
 def training(found: dict[str, Any]) -> Any:
-    """One panel a workload, one bar a trainer, with the least and the most of the rounds."""
+    """Plot speeds: one panel a workload, one bar a trainer, with the minimum and maximum over the rounds."""
     panels = found["measures"]
     columns = min(4, max(1, len(panels)))
     rows = max(1, math.ceil(len(panels) / columns))
@@ -71,7 +71,7 @@ def training(found: dict[str, Any]) -> Any:
 
 
 def main(kind: str, raw: str, out: str) -> None:
-    """One kind of plot of the raw findings."""
+    """Draw one kind of plot from the raw findings."""
     figure = {"serving": serving, "soak": soak, "training": training}[kind](json.loads(Path(raw).read_text()))
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)

@@ -1,4 +1,4 @@
-"""From findings to docs/results/serving.md and its plot."""
+"""Writes docs/results/serving.md and its plot from a run's findings."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ OPEN_LOOPS = (
 
 
 def write(found: Findings, raw: Path, out: Path) -> None:
-    """The page at `out`, and its plot beside it."""
+    """Write the page at `out` and its plot beside it."""
     pages.write(page(found, out.with_suffix(".png").name), out, "serving", raw)
 
 
 def page(found: Findings, plot: str) -> str:
-    """The whole page."""
+    """Text of the page."""
     names = [name for name in PEERS if name in found.start_s]
     closed = [one for one in WORKLOADS if one.load not in OPEN and one.name in found.measures]
     opened = [one for one in WORKLOADS if one.load in OPEN and one.name in found.measures]
@@ -57,7 +57,7 @@ def page(found: Findings, plot: str) -> str:
 
 
 def setting(found: Findings) -> str:
-    """Machine and settings."""
+    """Paragraph on the machine and the settings."""
     return (
         f"{pages.machine()}, shared by server and load. {found.settings['rounds']} rounds, "
         f"{found.settings['seconds']} s a load; every round starts each server anew, one at a time, in another order. "
@@ -73,7 +73,7 @@ def setting(found: Findings) -> str:
 def matrix(
     found: Findings, names: list[str], workloads: list[Workload], cell: Callable[[Findings, Workload, str], str]
 ) -> str:
-    """Workloads down, servers across."""
+    """Table with a row a workload and a column a server."""
     lines = ["| | " + " | ".join(PEERS[name].title for name in names) + " |", "|---|" + "--:|" * len(names)]
     for one in workloads:
         cells = [cell(found, one, name) if found.of(one.name, name) else DASH for name in names]
@@ -82,7 +82,7 @@ def matrix(
 
 
 def rate_cell(found: Findings, workload: Workload, name: str) -> str:
-    """Median, spread, multiple of bare."""
+    """Cell: median, range, multiple of bare."""
     measures = found.of(workload.name, name)
     rates = [one.rate for one in measures]
     failures = sum(one.failures for one in measures)
@@ -94,12 +94,12 @@ def rate_cell(found: Findings, workload: Workload, name: str) -> str:
 
 
 def number(value: float) -> str:
-    """Three or four digits that mean something."""
+    """Format with three or four significant digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
 def latency_cell(found: Findings, workload: Workload, name: str) -> str:
-    """p50 / p99."""
+    """Cell: p50 / p99."""
     measures = found.of(workload.name, name)
     return " / ".join(
         f"{median(values):.2f}" for values in ([m.p50_ms for m in measures], [m.p99_ms for m in measures])
@@ -107,7 +107,7 @@ def latency_cell(found: Findings, workload: Workload, name: str) -> str:
 
 
 def open_cell(found: Findings, workload: Workload, name: str) -> str:
-    """Of half load the latencies, of overload the goodput and what became of the others."""
+    """Cell: latencies at half load; goodput, refusals and failures under overload."""
     measures = found.of(workload.name, name)
     offered = median(one.offered for one in measures)
     seconds = found.settings["seconds"]
@@ -124,7 +124,7 @@ def open_cell(found: Findings, workload: Workload, name: str) -> str:
 
 
 def start_and_memory(found: Findings, names: list[str]) -> str:
-    """Seconds to the first answer; resident memory after the loads."""
+    """Table of the seconds to the first answer and of resident memory after the loads."""
     lines = ["| | version | first answer, s | memory, MiB |", "|---|---|--:|--:|"]
     for name in names:
         package = PEERS[name].package
@@ -136,7 +136,7 @@ def start_and_memory(found: Findings, names: list[str]) -> str:
 
 
 def spread(values: list[float]) -> str:
-    """Median (least-most)."""
+    """Format as median (minimum-maximum)."""
     if not values:
         return DASH
     digits = 0 if median(values) >= 20 else 1
@@ -144,7 +144,7 @@ def spread(values: list[float]) -> str:
 
 
 def notes(found: Findings, names: list[str]) -> list[str]:
-    """Why there are dashes, and what went wrong."""
+    """Notes: why cells have dashes, and what failed."""
     told = [f"{PEERS[name].title}, {form}: {why}; a dash." for name in names for form, why in PEERS[name].lacks.items()]
     return [
         "Memory is resident memory of all of a server's processes, what they share counted once, after its loads.",

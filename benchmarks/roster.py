@@ -1,4 +1,4 @@
-"""The servers that are compared, by name; a new one is a program and its requirements in peers/, and one entry here.
+"""Servers that are compared, by name; a new one is a program and its requirements in peers/, and one entry here.
 
 Nothing in peers/ may import this: those programs run in environments that have the peer and onnxruntime alone.
 """
@@ -15,7 +15,7 @@ from benchmarks.workloads import Workload
 
 @dataclass(frozen=True)
 class Peer:
-    """What it is called, whether it has an environment of its own, and the forms it reads.
+    """One server: its title, whether it has its own environment, and its request formats.
 
     package: its distribution, for the version in the table; None is this project's own environment.
     lacks: for the forms it does not read, why.
@@ -33,12 +33,12 @@ class Peer:
     only: str = "*"
 
     def takes(self, workload: Workload) -> bool:
-        """Whether it can do it, and is here for it."""
+        """Whether the server supports the workload and takes part in it."""
         return workload.body in self.forms and fnmatch(workload.name, self.only)
 
 
 def many(one: Form) -> dict[str, Form]:
-    """A binary form takes any number of rows."""
+    """Request format for a number of rows; a binary one accepts any."""
     return {"binary": one, "rows32": one, "rows256": one}
 
 

@@ -1,4 +1,4 @@
-"""A server process: started, asked until it answers, weighed, ended with all that it started."""
+"""Server processes: start, wait until ready, measure memory and CPU, end with all children."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MARK = "BENCH_SERVER"
 START_LIMIT_S = 90.0
 STOP_LIMIT_S = 8.0
 STARTED = "Application startup complete"
-"""What uvicorn says of every worker that serves."""
+"""uvicorn's log line for every worker that is ready."""
 TICKS_S = os.sysconf("SC_CLK_TCK")
 
 
@@ -29,7 +29,7 @@ class StartFailed(Exception):
 
 
 class Server:
-    """A process on loopback, and its descendants, known by a mark in their environment.
+    """A process on loopback and its descendants, identified by a mark in their environment.
 
     start_s: seconds from starting the process to its first right answer.
     """
@@ -37,7 +37,7 @@ class Server:
     def __init__(
         self, command: list[str], folder: Path, probe: Body, log: Path, workers: int = 1, tree: Path | None = None
     ) -> None:
-        """Start it and wait for the answer to `probe`, and where there are several workers, until each of them serves.
+        """Start the process and wait for the answer to `probe`, and until every worker is ready.
 
         Args:
             command: What starts it; the model's folder and the port follow.
@@ -67,7 +67,7 @@ class Server:
         self.start_s = time.perf_counter() - started
 
     def ask(self, body: Body) -> tuple[int, bytes]:
-        """Status and content of one answer.
+        """Send one request; status and content of the answer.
 
         Raises: OSError, HTTPException.
         """
@@ -80,37 +80,37 @@ class Server:
             connection.close()
 
     def memory_mib(self) -> float:
-        """Resident memory of all its processes, what they share counted once."""
+        """Resident memory of all its processes, with shared pages counted once."""
         return sum(_memory_kib(pid, b"Pss:") for pid in self.pids()) / 1024.0
 
     def resident_mib(self) -> float:
-        """Resident memory of all its processes, whatever else maps the same pages."""
+        """Sum of the resident memory of all its processes, with shared pages counted in each."""
         return sum(_memory_kib(pid, b"Rss:") for pid in self.pids()) / 1024.0
 
     def peaks_mib(self) -> dict[int, float]:
-        """The most resident memory that each of its processes has had since `reset_peaks`."""
+        """Peak resident memory of each of its processes since `reset_peaks`."""
         return {pid: _peak_kib(pid) / 1024.0 for pid in self.pids()}
 
     def reset_peaks(self) -> None:
-        """Let every process's peak be what it has now."""
+        """Reset every process's peak to its current memory."""
         for pid in self.pids():
             with suppress(OSError):  # it has gone
                 Path(f"/proc/{pid}/clear_refs").write_text("5")
 
     def threads(self) -> int:
-        """Of all its processes."""
+        """Number of threads of all its processes."""
         return sum(len(list(Path(f"/proc/{pid}/task").iterdir())) for pid in self.pids())
 
     def descriptors(self) -> int:
-        """Open files and connections of all its processes."""
+        """Number of open files and connections of all its processes."""
         return sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in self.pids())
 
     def cpu_s(self) -> float:
-        """Processor time that its processes have taken, to a hundredth of a second."""
+        """CPU time of all its processes, to a hundredth of a second."""
         return sum(map(_cpu_ticks, self.pids())) / TICKS_S
 
     def pids(self) -> set[int]:
-        """Its processes: those that carry the mark, and their children, which may have overwritten the mark."""
+        """Processes with the mark and their children, which may have overwritten the mark."""
         wanted = f"{MARK}={self._mark}".encode()
         everyone = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
         found = {pid for pid in everyone if wanted in _read(Path(f"/proc/{pid}/environ")).split(b"\0")}
@@ -120,7 +120,7 @@ class Server:
         return set(filter(_alive, found))
 
     def stop(self) -> None:
-        """End it and whatever it started, asking first."""
+        """End the process and all its children: first by a signal, then by force."""
         pids = self.pids()
         self._process.terminate()
         end = time.perf_counter() + STOP_LIMIT_S
@@ -152,7 +152,7 @@ class Server:
 
 
 def end_when_asked() -> None:
-    """SIGINT and SIGTERM end the program by way of its `finally` blocks; a second one cannot break those off."""
+    """Make SIGINT and SIGTERM run the `finally` blocks, which a second signal cannot interrupt."""
 
     def leave(*_: object) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -164,7 +164,7 @@ def end_when_asked() -> None:
 
 
 def _read(file: Path) -> bytes:
-    """What a file of /proc says; nothing where the process has gone."""
+    """Content of a file in /proc; empty if the process has ended."""
     try:
         return file.read_bytes()
     except OSError:
@@ -172,7 +172,7 @@ def _read(file: Path) -> bytes:
 
 
 def _stat(pid: int) -> list[bytes]:
-    """The fields of its stat from the third on, its state; nothing where the process has gone."""
+    """Fields of a process's stat from the third (its state); empty if it has ended."""
     return _read(Path(f"/proc/{pid}/stat")).rpartition(b")")[2].split()
 
 
@@ -187,7 +187,7 @@ def _alive(pid: int) -> bool:
 
 
 def _cpu_ticks(pid: int) -> int:
-    """User and system time."""
+    """Sum of user and system time."""
     return sum(map(int, _stat(pid)[11:13]))
 
 
@@ -207,7 +207,7 @@ def _kill(pid: int) -> None:
 
 
 def _free_port() -> int:
-    """A port of loopback that nobody listens on, nor on the two after it: some servers take more than one.
+    """A free port of loopback, with the next two free as well: some servers need several.
 
     Below the ports that connections are given, so that none of the load's own can be in the way.
     """

@@ -1,4 +1,4 @@
-"""The service beside its peers: `make bench`. One round starts each server in turn and puts the same loads on it."""
+"""Compares the service with other servers (`make bench`). One round starts each in turn, under the same loads."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peers", type=commas, default=list(PEERS), help=", ".join(PEERS))
     parser.add_argument("--workloads", type=commas, default=["*"], help="patterns such as mlp-*-64,conv-binary-*")
@@ -61,23 +61,23 @@ def parse() -> argparse.Namespace:
 
 
 def commas(text: str) -> list[str]:
-    """a,b -> [a, b]."""
+    """Split a comma-separated list."""
     return text.split(",")
 
 
 def able(name: str, chosen: list[Workload]) -> bool:
-    """Whether the peer can do any of it."""
+    """Whether the peer supports any of the workloads."""
     return any(map(PEERS[name].takes, chosen))
 
 
 def rotated(names: list[str], turn: int) -> list[str]:
-    """The list, begun elsewhere."""
+    """Rotate the list, so that each round starts with another server."""
     start = turn * 3 % len(names)
     return names[start:] + names[:start]
 
 
 def environments(names: list[str], found: Findings) -> dict[str, str]:
-    """The Python of every peer that can be installed; why not, of the others."""
+    """Python executable of every peer that can be installed; a note on the others."""
     pythons = {}
     for name in names:
         peer = PEERS[name]
@@ -92,7 +92,7 @@ def environments(names: list[str], found: Findings) -> dict[str, str]:
 
 
 def measure(name: str, python: str, folder: Path, chosen: list[Workload], seconds: int, found: Findings) -> None:
-    """One server through its loads; one that fails leaves a note."""
+    """Run one server through its loads; a failure becomes a note."""
     peer, home = PEERS[name], ignored_home()
     command = [python, "-m", f"benchmarks.peers.{peer.program or name}"]
     try:
@@ -116,7 +116,7 @@ def measure(name: str, python: str, folder: Path, chosen: list[Workload], second
 
 
 def sound(server: Server, peer: Peer, folder: Path, chosen: list[Workload], found: Findings) -> list[Workload]:
-    """Those in whose form the server answers what the model does; a note on the others."""
+    """Workloads for which the server's answers are correct; a note on the others."""
     truth, right = Truth(str(folder)), set()
     for body in dict.fromkeys(one.body for one in chosen):
         try:
@@ -128,7 +128,7 @@ def sound(server: Server, peer: Peer, folder: Path, chosen: list[Workload], foun
 
 
 def load(server: Server, peer: Peer, workload: Workload, seconds: int, capacity: dict[str, float]) -> Measure:
-    """One load; what CAPACITY connections reach is the capacity that open loops are measured against."""
+    """Run one load; the rate with CAPACITY connections is the reference of open loops."""
     body = make(peer, workload.body)
     if workload.load not in OPEN:
         one = closed.run(server.port, body, int(workload.load), seconds)
@@ -141,12 +141,12 @@ def load(server: Server, peer: Peer, workload: Workload, seconds: int, capacity:
 
 
 def make(peer: Peer, body: str) -> Body:
-    """The request in the peer's own form."""
+    """Request in the peer's format."""
     return peer.forms[body].ask(bodies.images(ROWS[body]))
 
 
 def alone(folder: Path, chosen: list[Workload], seconds: int, found: Findings) -> None:
-    """onnxruntime without a server, for bodies of many rows: the ceiling."""
+    """Measure onnxruntime without a server, for bodies of many rows: an upper bound."""
     for workload, rows in product(chosen, (256, 1024)):
         if workload.body in (f"rows{rows}", f"npy{rows}") and workload.load == "1":
             command = [sys.executable, "-m", "benchmarks.peers.model", str(folder), str(rows), str(seconds)]

@@ -1,4 +1,4 @@
-"""The service under a long, mixed load (`make soak`): memory, threads, descriptors, tasks; every answer counted."""
+"""Runs the service under a long, mixed load (`make soak`): checks memory, threads, descriptors, tasks, answers."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ REST_S, IDLE_S = 5.0, 20.0
 SAMPLE_S = 5.0
 RELOAD_S = 15.0
 WARM_UP = 0.05
-"""Of the time: before the first rest, until every kind of call has come."""
+"""Share of the time before the first measurement at rest, for every kind of call to occur."""
 FLAT = 0.05
-"""How much more memory may be held at rest after the load. Under load it comes and goes with hostile bodies."""
+"""Limit of the growth of memory at rest. Under load memory varies with hostile bodies."""
 COMMAND = [sys.executable, "-m", "benchmarks.peers.ours"]
 RELOADS = "model_control" in Settings.model_fields
-"""Whether this service can load and unload while it serves."""
+"""Whether this service supports loading and unloading."""
 
 
 class Rest(NamedTuple):
-    """What it holds when nobody calls: a leak is more of it after the load than before."""
+    """Resources at rest: more of them after the load than before is a leak."""
 
     threads: int
     descriptors: int
@@ -54,7 +54,7 @@ class Rest(NamedTuple):
 
 @dataclass
 class Soak:
-    """What one run found; memory is (seconds under load, MiB resident)."""
+    """Measurements of one run; memory is (seconds under load, MiB resident)."""
 
     minutes: float
     reloads: int = 0
@@ -64,7 +64,7 @@ class Soak:
 
 
 def main() -> int:
-    """Measure, write docs/results/soak.md and .png; 1 where anything is otherwise than it should be."""
+    """Measure, write docs/results/soak.md and .png; the exit status is 1 if anything is unexpected."""
     options = parse()
     end_when_asked()
     home = ignored_home()
@@ -91,7 +91,7 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=30.0, help="under load; the rest takes two more")
     parser.add_argument("--out", type=Path, default=Path("docs/results/soak.md"))
@@ -99,7 +99,7 @@ def parse() -> argparse.Namespace:
 
 
 def write_models(repository: Path) -> None:
-    """Those of the benchmark, and a second version of one, alike but for its number, to come and go."""
+    """Write the benchmark's models, and a second version of one to be loaded and unloaded."""
     torch.set_num_threads(1)  # on cores that have other work, its threads wait for each other
     models.write(repository)
     shutil.copytree(repository / "conv" / "1", repository / "conv" / "2", dirs_exist_ok=True)
@@ -108,7 +108,7 @@ def write_models(repository: Path) -> None:
 
 
 def at_rest(server: Server) -> Rest:
-    """After a little rest, and a reload, with which the service returns what freed blocks it kept."""
+    """Measure the resources at rest, after a pause and a reload, at which the service returns freed memory."""
     time.sleep(REST_S)
     for order in ("unload", "load") if RELOADS else ():
         url = f"http://127.0.0.1:{server.port}/v1/models/conv/versions/2/{order}"
@@ -123,12 +123,12 @@ def at_rest(server: Server) -> Rest:
 
 
 def total(metrics: str, name: str) -> int:
-    """Of a metric, over its labels."""
+    """Sum of a metric over its labels."""
     return int(sum(map(float, re.findall(rf"^{name}(?:{{.*}})? (\S+)$", metrics, re.MULTILINE))))
 
 
 async def under_load(server: Server, load: Mixture, found: Soak, seconds: float) -> None:
-    """Put the load on it, and write down its memory meanwhile."""
+    """Run the load, and record the memory."""
     beside = [asyncio.create_task(weigh(server, found.memory)), asyncio.create_task(reload(server, found))]
     await load.run(seconds)
     for task in beside:
@@ -138,7 +138,7 @@ async def under_load(server: Server, load: Mixture, found: Soak, seconds: float)
 
 
 async def weigh(server: Server, memory: list[tuple[float, float]]) -> None:
-    """Its resident memory every five seconds, for ever."""
+    """Record the resident memory every five seconds, until cancelled."""
     started = time.perf_counter()
     while True:
         memory.append((time.perf_counter() - started, await asyncio.to_thread(server.memory_mib)))
@@ -146,7 +146,7 @@ async def weigh(server: Server, memory: list[tuple[float, float]]) -> None:
 
 
 async def reload(server: Server, found: Soak) -> None:
-    """The second version unloaded and loaded again, for ever; requests go to the first one meanwhile."""
+    """Unload and load the second version, until cancelled; requests use the first one."""
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", timeout=60.0) as client:
         while RELOADS:
             await asyncio.sleep(RELOAD_S)
@@ -156,7 +156,7 @@ async def reload(server: Server, found: Soak) -> None:
 
 
 def wrongs(found: Soak, load: Mixture) -> list[str]:
-    """What is otherwise than it should be, a line each."""
+    """Unexpected results, one line each."""
     before, after = found.before, found.after
     assert before is not None
     assert after is not None
@@ -183,7 +183,7 @@ def wrongs(found: Soak, load: Mixture) -> list[str]:
 
 
 def page(found: Soak, load: Mixture, failures: list[str], plot: str) -> str:
-    """The whole page."""
+    """Text of the page."""
     parts = [
         "# The service under a long, mixed load",
         setting(found),
@@ -198,7 +198,7 @@ def page(found: Soak, load: Mixture, failures: list[str], plot: str) -> str:
 
 
 def setting(found: Soak) -> str:
-    """Machine and load."""
+    """Paragraph on the machine and the load."""
     reloads = f"; a version unloaded and loaded again {found.reloads} times" if found.reloads else ""
     return (
         f"{pages.machine()}, shared by server and callers. One worker, one thread for onnxruntime, the two models of "
@@ -208,7 +208,7 @@ def setting(found: Soak) -> str:
 
 
 def figures(found: Soak) -> str:
-    """What it holds, before and after."""
+    """Table of the resources before and after the load."""
     memory = [mib for _, mib in found.memory]
     lines = [
         "| | |",

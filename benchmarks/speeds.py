@@ -1,4 +1,4 @@
-"""What is trained and by whom, what one run found, and its page, docs/results/training-speed.md."""
+"""Workloads and trainers of `make bench-training`, a run's findings, and its page docs/results/training-speed.md."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OURS = "fit"
 
 @dataclass(frozen=True)
 class Trainer:
-    """One program of benchmarks/trainers/; an epoch count that makes what it does as long as what the others do."""
+    """One program of benchmarks/trainers/, and its number of epochs, chosen so that all take equally long."""
 
     name: str
     title: str
@@ -29,7 +29,7 @@ class Trainer:
 
 @dataclass(frozen=True)
 class Workload:
-    """A run's TOML, or tables in place of one, and who trains it."""
+    """One workload: a run's TOML or its tables, and the trainers that take part."""
 
     name: str
     title: str
@@ -43,7 +43,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Speed:
-    """Images a second: of the clock, and of processor time, that of child processes too."""
+    """Images a second of wall-clock time and of CPU time, child processes included."""
 
     rate: float
     processor_rate: float
@@ -51,7 +51,7 @@ class Speed:
 
 @dataclass
 class Speeds:
-    """A list entry a round; by workload, then by trainer."""
+    """Measurements, one list entry a round, by workload, then by trainer."""
 
     settings: dict[str, int]
     data: str
@@ -59,21 +59,21 @@ class Speeds:
     notes: list[str] = field(default_factory=list)
 
     def add(self, workload: str, trainer: str, speed: Speed) -> None:
-        """One more round."""
+        """Add one round."""
         self.measures.setdefault(workload, {}).setdefault(trainer, []).append(speed)
 
     def note(self, text: str) -> None:
-        """Why something is missing; said at once and on the page."""
+        """Print why a measurement is missing, and keep it for the page."""
         print(text, flush=True)
         self.notes.append(text)
 
     def ratios(self, workload: str, trainer: str, figure: Callable[[Speed], float]) -> list[float]:
-        """This project's figure over another's, round by round."""
+        """Ratios of this project's figure to another's, round by round."""
         found = self.measures.get(workload, {})
         return [figure(a) / figure(b) for a, b in zip(found.get(OURS, []), found.get(trainer, []), strict=False)]
 
     def best_loader(self, workload: str) -> str:
-        """The DataLoader whose number of workers is the fastest."""
+        """Name of the DataLoader with the fastest number of workers."""
         found = self.measures.get(workload, {})
         return max(LOADERS, key=lambda name: median(one.rate for one in found[name]) if name in found else 0.0)
 
@@ -93,7 +93,7 @@ EVERYONE = tuple(TITLES)
 
 
 def mlp(hidden: list[int], latent_dim: int, batch_size: int, precision: str = "float32") -> Workload:
-    """The paper's kind of network, tanh; a lower precision is this project's and the bare loop's alone."""
+    """Tables of a run with the paper's tanh network; only this project and the bare loop support lower precision."""
     widths = "-".join(map(str, [784, *hidden, latent_dim]))
     network = {"architecture": "mlp", "hidden": hidden}
     changes: dict[str, dict[str, Any]] = {
@@ -106,7 +106,7 @@ def mlp(hidden: list[int], latent_dim: int, batch_size: int, precision: str = "f
 
 FLOW = "training/configs/mnist.toml"
 PLAIN: dict[str, dict[str, Any]] = {"train": {"optimiser": "adam", "precision": "float32"}}
-"""For those who have neither Muon nor a learned prior."""
+"""Settings for trainers without Muon and learned priors."""
 WORKLOADS = [
     mlp([500], 20, 100),
     mlp([500], 20, 100, "bfloat16"),
@@ -151,12 +151,12 @@ BOUND = (
 
 
 def write(found: Speeds, raw: Path, out: Path) -> None:
-    """The page at `out`, and its plot beside it."""
+    """Write the page at `out` and its plot beside it."""
     pages.write(page(found, out.with_suffix(".png").name), out, "training", raw)
 
 
 def page(found: Speeds, plot: str) -> str:
-    """The whole page."""
+    """Text of the page."""
     parts = [
         "# The trainer beside its peers",
         setting(found),
@@ -174,7 +174,7 @@ def page(found: Speeds, plot: str) -> str:
 
 
 def setting(found: Speeds) -> str:
-    """Machine and settings."""
+    """Paragraph on the machine and the settings."""
     torch, pythae = metadata.version("torch"), version(HERE / "trainers" / "pythae.txt", "pythae")
     return (
         f"{pages.machine()}; torch {torch}, {found.settings['threads']} of its threads; pythae {pythae}. Each of "
@@ -187,7 +187,7 @@ def setting(found: Speeds) -> str:
 
 
 def claims(found: Speeds) -> str:
-    """One line a workload and peer."""
+    """Table of the ratios, one row for each workload and peer."""
     lines = ["| | beside | asked | found | processor time |", "|---|---|--:|--:|--:|"]
     for workload in WORKLOADS:
         measured = found.measures.get(workload.name, {})
@@ -204,12 +204,12 @@ def claims(found: Speeds) -> str:
 
 
 def spread(ratios: list[float]) -> str:
-    """Median (least-most)."""
+    """Format as median (minimum-maximum)."""
     return f"**{median(ratios):.2f} x** ({min(ratios):.2f}-{max(ratios):.2f})" if ratios else "-"
 
 
 def rates(found: Speeds) -> str:
-    """Workloads down, trainers across."""
+    """Table with a row a workload and a column a trainer."""
     lines = ["| | " + " | ".join(TITLES.values()) + " |", "|---|" + "--:|" * len(TITLES)]
     for workload in WORKLOADS:
         measured = found.measures.get(workload.name, {})
@@ -220,5 +220,5 @@ def rates(found: Speeds) -> str:
 
 
 def rate_cell(rates: list[float]) -> str:
-    """Median, least and most."""
+    """Cell: median, minimum and maximum."""
     return f"**{median(rates):,.0f}**<br>{min(rates):,.0f}-{max(rates):,.0f}" if rates else "-"

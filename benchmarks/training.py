@@ -1,4 +1,4 @@
-"""The trainer beside its peers: `make bench-training`. Every round, each trains the same network in turn."""
+"""Compares the trainer with others (`make bench-training`). In each round all train the same network in turn."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from training.data import Mnist
 
 
 class Lost(Exception):
-    """A trainer has ended; the message is the last line it said."""
+    """A trainer ended; the message is its last line."""
 
 
 class Asked:
-    """A trainer's process, which trains once whenever it is asked to."""
+    """Process of a trainer, which trains once for each request."""
 
     def __init__(self, python: str, trainer: Trainer, job: Job, home: Path) -> None:
         told, self.log = home / f"{trainer.name}.json", home / f"{trainer.name}.log"
@@ -53,7 +53,7 @@ class Asked:
         self.process.communicate()
 
     def train(self, images: int) -> Speed:
-        """Once; `images` is what it sees on the way.
+        """Train once; `images` is the number of images it processes.
 
         Raises: Lost.
         """
@@ -88,7 +88,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, help="folder with MNIST; without it, synthetic images of its shape")
     parser.add_argument("--workloads", type=lambda text: text.split(","), default=["*"], help="patterns such as mlp-*")
@@ -104,7 +104,7 @@ def mnist(root: Path) -> Tensor:
 
 
 def synthetic() -> Tensor:
-    """Blurred discs anywhere: uint8, mostly black, as digits are."""
+    """Random blurred discs in uint8, mostly black like digits."""
     generator = torch.Generator().manual_seed(0)
     _, height, width = SHAPE
     centres = 4.0 + 20.0 * torch.rand(speeds.IMAGES, 2, 1, 1, generator=generator)
@@ -114,7 +114,7 @@ def synthetic() -> Tensor:
 
 
 def environments(found: Speeds) -> dict[str, str]:
-    """The Python of every trainer's program that can be installed; why not, of the others."""
+    """Python executable of every trainer that can be installed; a note on the others."""
     pythons = {}
     for trainer in TRAINERS:
         requirements = HERE / "trainers" / f"{trainer.program}.txt"
@@ -128,7 +128,7 @@ def environments(found: Speeds) -> dict[str, str]:
 def measure(
     workload: Workload, pythons: dict[str, str], options: argparse.Namespace, home: Path, found: Speeds
 ) -> None:
-    """All who can, warmed by one training, then in turn, in another order every round."""
+    """Warm every trainer up, then run all in turn, in a new order each round."""
     images = home / "images.pt"
     if workload.images < speeds.IMAGES:
         torch.save(torch.load(images)[: workload.images].clone(), images := home / "fewer.pt")
@@ -148,7 +148,7 @@ def measure(
 
 
 def ask(trainer: Trainer, workload: Workload, running: dict[str, Asked], found: Speeds) -> Speed | None:
-    """One training; a trainer that is lost leaves a note, once."""
+    """Run one training; a trainer that ended becomes a note, once."""
     if trainer.name not in running:
         return None
     try:
@@ -160,7 +160,7 @@ def ask(trainer: Trainer, workload: Workload, running: dict[str, Asked], found: 
 
 
 def settings(workload: Workload, trainer: Trainer) -> dict[str, Any]:
-    """The run's TOML, for as many epochs as the trainer is timed over."""
+    """The run's TOML with the number of epochs that is timed."""
     run = load(HERE.parent / workload.config).model_dump(mode="json", exclude_unset=True) if workload.config else {}
     for table, changes in workload.changes.items():
         run[table] = {**run.get(table, {}), **changes}

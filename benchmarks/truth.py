@@ -1,4 +1,4 @@
-"""What onnxruntime itself answers: a server that answers something else, however quickly, does not count."""
+"""Checks servers' answers against onnxruntime: a wrong answer does not count, however fast."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ TOLERANCE = 1e-3
 
 
 class WrongAnswer(Exception):
-    """A server's answer is not the model's; the message says by how much."""
+    """A server's answer differs from the model's; the message has the difference."""
 
 
 class Truth:
-    """The answers of one model folder."""
+    """Reference answers of one model folder."""
 
     def __init__(self, folder: str) -> None:
         self._reconstruct, self._denoise = Model(folder), Denoiser(folder)
 
     def check(self, server: Server, body: str, form: Form, rows: Images) -> None:
-        """Ask once and compare, to 1e-3 beyond the rounding of the form.
+        """Send one request and compare, to 1e-3 beyond the format's rounding.
 
         Raises: WrongAnswer.
         """

@@ -1,4 +1,4 @@
-"""What is asked of a server: which model, in which form, how hard."""
+"""Workloads: model, request format and load."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ROWS = {"json": 1, "binary": 1, "png": 1, "rows32": 32, "rows256": 256, "npy1024
 
 
 class Workload(NamedTuple):
-    """`load` is a number of connections, or a key of OPEN."""
+    """One workload; `load` is a number of connections, or a key of OPEN."""
 
     model: str
     body: str
@@ -20,12 +20,12 @@ class Workload(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As --workloads matches it."""
+        """Name that --workloads matches."""
         return f"{self.model}-{self.body}-{self.load}"
 
     @property
     def title(self) -> str:
-        """As the tables say it."""
+        """Title in the tables."""
         rows = ROWS[self.body]
         body = {"binary": "binary", "json": "JSON", "png": "PNG"}.get(self.body, f"{rows:,} rows")
         body = body + ", npy" if self.body == "npy1024" else body

@@ -24,7 +24,7 @@ Rows = NDArray[np.float32]
 
 
 def main(data: str, url: str = "http://127.0.0.1:8000") -> None:
-    """Samples, a map of the latent space, and digits before and after denoising."""
+    """Draw samples, a map of the latent space, and digits before and after denoising."""
     with httpx.Client(base_url=url, headers={"accept": "application/octet-stream"}, timeout=60) as client:
         show("samples.png", ask(client, "/v1/sample?count=144&seed=4"), COLUMNS)
         show("latent-map.png", latent_map(client), MAP)
@@ -33,14 +33,14 @@ def main(data: str, url: str = "http://127.0.0.1:8000") -> None:
 
 
 def latent_map(client: httpx.Client) -> Rows:
-    """The two-dimensional model's whole prior: a grid of equal probability (Kingma and Welling, 2013, figure 4)."""
+    """Decode a grid of equal probability over the two-dimensional prior (Kingma and Welling, 2013, figure 4)."""
     axis = [NormalDist().inv_cdf((k + 0.5) / MAP) for k in range(MAP)]
     latents = np.array([[x, -y] for y in axis for x in axis], "<f4")
     return ask(client, "/v1/models/mnist-2d/decode", latents)
 
 
 def denoised(client: httpx.Client, x: Rows) -> Rows:
-    """For each level a row of noisy digits and a row of what the service makes of them; the last row is the truth."""
+    """Rows of noisy and of denoised digits for each level; the last row is the originals."""
     rows = []
     for level in LEVELS:
         y = (x + level * np.random.default_rng(5).standard_normal(x.shape)).astype("<f4")

@@ -28,13 +28,13 @@ Schema = dict[str, Any]
 
 
 def main() -> None:
-    """The pages, with their tables made anew."""
+    """Rewrite the tables of all pages."""
     for page in PAGES:
         page.write_text(with_tables(page.read_text()))
 
 
 def with_tables(page: str) -> str:
-    """A page whose tables are current."""
+    """Replace the tables of a page with current ones."""
     for name, make in TABLES.items():
         if f"<!-- {name} -->\n" not in page:
             continue
@@ -45,13 +45,13 @@ def with_tables(page: str) -> str:
 
 
 def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    """In Markdown."""
+    """Format a table in Markdown."""
     lines = [head, ("---",) * len(head), *rows]
     return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
 
 
 def settings() -> str:
-    """Every setting as an environment variable, with its default."""
+    """Table of every setting as an environment variable, with its default."""
     rows = []
     for name, field in Settings.model_fields.items():
         default = field.get_default(call_default_factory=True)
@@ -62,7 +62,7 @@ def settings() -> str:
 
 
 def metrics() -> str:
-    """Every metric as Prometheus names it; a histogram is three."""
+    """Table of every metric under its Prometheus names; a histogram has three."""
     families = Telemetry(lambda: (0, 0)).registry.collect()
     names = {"counter": "{}_total", "histogram": "{}_bucket`, `_sum`, `_count"}
     rows = [(f"`{names.get(f.type, '{}').format(f.name)}`", f.type, f.documentation) for f in families]
@@ -70,14 +70,14 @@ def metrics() -> str:
 
 
 def alerts() -> str:
-    """Every alert with what it looks at and what to do."""
+    """Table of every alert, its condition and the action."""
     rules = yaml.safe_load(ALERTS.read_text())["groups"][0]["rules"]
     rows = [(rule["alert"], f"`{' '.join(rule['expr'].split())}`", rule["annotations"]["action"]) for rule in rules]
     return table(("alert", "when", "what to do"), rows)
 
 
 def keys() -> str:
-    """Every table of a run's TOML with its keys, each once, under all its names."""
+    """Sections for the tables of a run's TOML, each once, under all its names."""
     schema = Run.model_json_schema()
     names: dict[str, list[str]] = {}
     for name, kind in _tables(schema, schema["$defs"], ""):
@@ -88,7 +88,7 @@ def keys() -> str:
 
 
 def _tables(schema: Schema, known: dict[str, Schema], above: str) -> Iterator[tuple[str, str]]:
-    """Names of the tables below one, with what each is."""
+    """Names of the nested tables, each with its type."""
     for key, value in schema["properties"].items():
         for kind in _kinds(value):
             yield f"{above}{key}", kind
@@ -96,13 +96,13 @@ def _tables(schema: Schema, known: dict[str, Schema], above: str) -> Iterator[tu
 
 
 def _kinds(value: Schema) -> list[str]:
-    """What a table may be; empty for a plain key."""
+    """Types of a table; empty for a plain key."""
     choices = value.get("oneOf") or value.get("anyOf") or [value]
     return [choice["$ref"].rpartition("/")[2] for choice in choices if "$ref" in choice]
 
 
 def _section(title: str, schema: Schema) -> str:
-    """A heading, what the table is, and its keys."""
+    """Section of one table: heading, description, keys."""
     for key, value in schema["properties"].items():
         if "const" in value:
             title += f", `{key} = {json.dumps(value['const'])}`"
@@ -116,7 +116,7 @@ def _section(title: str, schema: Schema) -> str:
 
 
 def _kind(value: Schema) -> str:
-    """A type as a reader of TOML needs it."""
+    """A key's type in TOML's terms."""
     if _kinds(value):
         return "table"
     choices = [choice for choice in value.get("anyOf", [value]) if choice.get("type") != "null"]

@@ -1,28 +1,32 @@
-"""What can go wrong, named after what the caller sees; no HTTP in here."""
+"""Errors of the service, one class a problem `code`; `service/api/problems.py` maps them to HTTP statuses."""
 
 from __future__ import annotations
 
-MOST_QUOTED = 80
-MOST_TOLD = 600
+MAX_QUOTED = 80
+"""Characters of the client's text that a message repeats."""
+MAX_LINE = 600
+"""Characters of other text, such as a library's error, that a message repeats."""
 
 
 def quoted(text: str) -> str:
-    """What a caller sent, as messages repeat it: on one line, in double quotes, of bounded length."""
-    plain = "".join(letter if letter.isprintable() else "?" for letter in text[:MOST_QUOTED])
+    """Text from the client, safe to repeat in a message: one line, printable, bounded, in double quotes."""
+    plain = "".join(letter if letter.isprintable() else "?" for letter in text[:MAX_QUOTED])
     plain = plain.replace('"', "'")
-    return f'"{plain}{"..." if len(text) > MOST_QUOTED else ""}"'
+    return f'"{plain}{"..." if len(text) > MAX_QUOTED else ""}"'
 
 
 def one_line(message: object) -> str:
-    """What a model's files or a library say, as messages repeat it: on one line, printable, of bounded length."""
-    words = " ".join(str(message).split())[:MOST_TOLD]
+    """Text from a model's files or a library, safe to repeat in a message: one line, printable, bounded."""
+    words = " ".join(str(message).split())[:MAX_LINE]
     return "".join(letter if letter.isprintable() else "?" for letter in words)
 
 
 class ServiceError(Exception):
-    """The root. `code` is stable: clients may branch on it. The message names the fix.
+    """Base class. Its message goes to the client as `detail` and names the fix.
 
-    `outcome` is what metrics and the access log count it as; empty is the code.
+    Attributes:
+        code: Stable name of the problem; clients may branch on it.
+        outcome: Label in metrics and the access log; empty means `code`.
     """
 
     code = "error"
@@ -30,25 +34,25 @@ class ServiceError(Exception):
 
 
 class StartError(ServiceError):
-    """The service cannot start; printed as one line."""
+    """The service cannot start. The command line prints the message as one line."""
 
     code = "cannot_start"
 
 
 class Malformed(ServiceError):
-    """What came is not HTTP, or may be read in two ways."""
+    """The request is not valid HTTP, or is ambiguous: two parsers could read it differently."""
 
     code = "malformed_request"
 
 
 class Unauthenticated(ServiceError):
-    """No API key, or one that nobody knows."""
+    """The request has no API key, or an unknown one."""
 
     code = "unauthenticated"
 
 
 class Forbidden(ServiceError):
-    """The API key lacks a right; the message names it."""
+    """The API key lacks the right that the message names."""
 
     code = "forbidden"
 
@@ -60,37 +64,41 @@ class CrossSite(ServiceError):
 
 
 class UnknownHost(ServiceError):
-    """The Host header names nothing that the service answers to."""
+    """The Host header is not one of the service's names."""
 
     code = "unknown_host"
 
 
 class SlowRequest(ServiceError):
-    """The request did not arrive in time."""
+    """The head or the body took too long to arrive."""
 
     code = "slow_request"
 
 
 class UrlTooLong(ServiceError):
-    """Path and query are above a limit."""
+    """Path and query exceed `VAE_MAX_URL_BYTES`."""
 
     code = "url_too_long"
 
 
 class HeadersTooLarge(ServiceError):
-    """The headers are too many or too long."""
+    """The headers exceed `VAE_MAX_HEADERS` or `VAE_MAX_HEADER_BYTES`."""
 
     code = "headers_too_large"
 
 
 class TooManyConnections(ServiceError):
-    """As many connections are open as may be."""
+    """The limit of open connections is reached."""
 
     code = "too_many_connections"
 
 
 class RateLimited(ServiceError):
-    """The caller asks too often, or for too much at once. `retry_after_s` is when it may again."""
+    """The client exceeds its request rate or its number of concurrent requests.
+
+    Attributes:
+        retry_after_s: Seconds until it may try again.
+    """
 
     code = "rate_limited"
 
@@ -100,19 +108,19 @@ class RateLimited(ServiceError):
 
 
 class Unreadable(ServiceError):
-    """The body is not what its media type says."""
+    """The body does not match its media type."""
 
     code = "unreadable_body"
 
 
 class ReaderFault(Unreadable):
-    """A reader raised what it should not: a bug that the body brought out, answered like any unreadable body."""
+    """A reader failed with an unexpected exception: a bug. Answered like any unreadable body, counted on its own."""
 
     outcome = "reader_fault"
 
 
 class Deferred(ServiceError):
-    """Reading this body takes too long for the event loop: it is read again in a thread. Never answered."""
+    """Internal: reading this body would block the event loop, so a thread reads it instead. Never sent to a client."""
 
 
 class NotFound(ServiceError):
@@ -122,25 +130,25 @@ class NotFound(ServiceError):
 
 
 class UnknownModel(ServiceError):
-    """No such model or version is served."""
+    """The service does not serve this model or version."""
 
     code = "unknown_model"
 
 
 class WrongModel(ServiceError):
-    """The latents are said to be of another model than the one that is asked; the message names both."""
+    """The fingerprint sent with the latents belongs to another model; the message names both."""
 
     code = "wrong_model"
 
 
 class ControlOff(ServiceError):
-    """Models are not loaded and unloaded over HTTP unless the operator says so."""
+    """Loading and unloading over HTTP is disabled; `VAE_MODEL_CONTROL` enables it."""
 
     code = "control_off"
 
 
 class LoadRefused(ServiceError):
-    """A version cannot be served; what was served before still is."""
+    """A version failed its checks. The versions served before stay in service."""
 
     code = "load_refused"
 
@@ -152,43 +160,47 @@ class UnsupportedMediaType(ServiceError):
 
 
 class NotAcceptable(ServiceError):
-    """No codec writes this answer in a form the caller accepts."""
+    """No codec can write this answer in a form that Accept allows."""
 
     code = "not_acceptable"
 
 
 class TooLarge(ServiceError):
-    """The request is above a limit; the message names the setting that raises it."""
+    """The request exceeds a limit; the message names the setting that raises it."""
 
     code = "too_large"
 
 
 class InvalidShape(ServiceError):
-    """An array of another shape than the model's."""
+    """An array's shape does not match the model's."""
 
     code = "invalid_shape"
 
 
 class InvalidValue(ServiceError):
-    """A number outside the range, or not a number."""
+    """A value is outside its range, or is not a number."""
 
     code = "invalid_value"
 
 
 class InvalidOption(ServiceError):
-    """An unknown option, or a value it does not take."""
+    """An option is unknown, or its value is invalid."""
 
     code = "invalid_option"
 
 
 class UnsupportedOperation(ServiceError):
-    """The model was exported without what this operation needs."""
+    """The model lacks a graph that this operation needs."""
 
     code = "unsupported_operation"
 
 
 class Overloaded(ServiceError):
-    """The queue is full. `retry_after_s` is how long it should take to drain."""
+    """The queue or the memory budget is full, or the deadline cannot be met.
+
+    Attributes:
+        retry_after_s: Seconds until the queue should have drained.
+    """
 
     code = "overloaded"
 
@@ -198,43 +210,46 @@ class Overloaded(ServiceError):
 
 
 class NotReady(ServiceError):
-    """The service is stopping, or its engine has failed."""
+    """The service is stopping, its engine has failed, or no version of the model is ready."""
 
     code = "not_ready"
 
 
 class NoRoom(ServiceError):
-    """A file that the workers share cannot be written."""
+    """A file shared by the workers cannot be written, for example because the disk is full."""
 
     code = "no_room"
 
 
 class DeadlinePassed(ServiceError):
-    """The request's time ran out before its answer was there."""
+    """The deadline passed before the answer was ready."""
 
     code = "deadline_passed"
 
-    def __init__(self, message: str = "the request's time ran out: X-Timeout-Ms, or else VAE_TIMEOUT_S") -> None:
+    def __init__(self, message: str = "the deadline passed; raise X-Timeout-Ms or VAE_TIMEOUT_S") -> None:
         super().__init__(message)
 
 
 class CallerGone(ServiceError):
-    """The caller hung up while its request waited; nobody reads this but the log and the metrics."""
+    """The client disconnected while its request waited. Only the log and the metrics record it."""
 
     code = "caller_gone"
 
 
 class InferenceFailed(ServiceError):
-    """A batch failed. The cause is logged, not told."""
+    """A batch failed. The cause is in the log, not in the answer."""
 
     code = "inference_failed"
 
 
 def without_frames(error: Exception) -> Exception:
-    """The error without tracebacks, unless it is a bug, whose traceback is logged.
+    """The same error without tracebacks, unless it is a bug, whose traceback the log needs.
 
-    The frames of a traceback hold what was being read, and refer back to the error: a cycle that keeps a body in memory
+    A traceback's frames hold the request's body and refer back to the error. This cycle would keep the body in memory
     until the garbage collector runs.
+
+    Args:
+        error: The error to answer; it and its causes are changed in place.
     """
     part: BaseException | None = error if isinstance(error, ServiceError | MemoryError) else None
     while part is not None:

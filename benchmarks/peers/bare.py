@@ -1,4 +1,4 @@
-"""The least that can serve a model: a bare ASGI function around onnxruntime, no framework, no batching, no checks."""
+"""Minimal server: an ASGI function around onnxruntime, without framework, batching or checks."""
 
 from __future__ import annotations
 

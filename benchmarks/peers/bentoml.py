@@ -1,4 +1,4 @@
-"""BentoML: adaptive batching, of JSON arrays and of pictures, which are its own PIL type in and out."""
+"""BentoML: adaptive batching of JSON arrays and of pictures, with its PIL type."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BATCH, LATENCY_MS = 64, 1000
 
 @bentoml.service(workers=1, traffic={"timeout": 30, "max_concurrency": 1024})
 class Vae:
-    """One worker."""
+    """Service with one worker."""
 
     def __init__(self) -> None:
         folder = os.environ["BENCH_FOLDER"]
@@ -32,12 +32,12 @@ class Vae:
 
     @bentoml.api(batchable=True, max_batch_size=BATCH, max_latency_ms=LATENCY_MS)
     def images(self, images: np.ndarray) -> np.ndarray:
-        """Arrays in JSON, reconstructed."""
+        """Reconstruct arrays in JSON."""
         return self.reconstruct(images)
 
     @bentoml.api
     async def picture(self, image: Image, level: float) -> Image:
-        """PNG in, PNG out, without its noise."""
+        """Denoise a PNG."""
         noisy = np.asarray(image.convert("L"), np.float32) / np.float32(255.0)
         (restored,) = await self.together([(noisy, level)])
         answer = fromarray(np.rint(np.clip(restored, 0.0, 1.0) * 255.0).astype(np.uint8))
@@ -45,7 +45,7 @@ class Vae:
         return answer
 
     async def denoise_together(self, requests: Any) -> list[Any]:
-        """Pictures of several requests through the model together, out of the event loop's way."""
+        """Run a batch of pictures of several requests, off the event loop."""
         noisy, levels = zip(*(one for request in requests for one in request), strict=True)
         restored = await asyncio.to_thread(self.denoise, np.stack(noisy), np.array(levels, np.float32))
         return list(restored)

@@ -12,7 +12,7 @@ from benchmarks.peers.model import Model
 
 
 class Images(BaseModel):
-    """One list of 784 numbers an image, in and out."""
+    """Request and answer: one list of 784 numbers an image."""
 
     images: list[list[float]]
 

@@ -10,32 +10,32 @@ from benchmarks.peers.model import Model
 
 
 class Reconstruct(litserve.LitAPI):
-    """One image a request, a batch a call of the model."""
+    """Reconstruct: one image a request, one model call a batch."""
 
     folder = ""
 
     def setup(self, device: str) -> None:  # noqa: ARG002  # LitServe's signature
-        """Called in the worker."""
+        """Open the model, in the worker."""
         self.model = Model(self.folder)
 
     def decode_request(self, request: litserve.Request) -> Any:
-        """JSON to array; LitServe reads this annotation, so it must not be text."""
+        """Decode JSON; LitServe evaluates this annotation, so it must not be a string."""
         return np.array(request["image"], np.float32)
 
     def batch(self, inputs: list[Any]) -> Any:
-        """Stack."""
+        """Stack rows."""
         return np.stack(inputs)
 
     def predict(self, x: Any) -> Any:
-        """Run."""
+        """Run the model."""
         return self.model(x)
 
     def unbatch(self, output: Any) -> Any:
-        """Row by row."""
+        """Split a batch into rows."""
         return list(output)
 
     def encode_response(self, output: Any) -> dict[str, Any]:
-        """Array to JSON."""
+        """Encode an array as JSON."""
         return {"image": output.ravel().tolist()}
 
 

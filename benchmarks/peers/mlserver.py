@@ -1,4 +1,4 @@
-"""MLServer: adaptive batching of at most 64 within 1 ms, no parallel workers, which only add a hop."""
+"""MLServer: adaptive batching of at most 64 within 1 ms; no parallel workers, because they add a hop."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.peers.model import Model
 
 
 class Reconstruct(MLModel):
-    """A custom runtime."""
+    """Runtime that reconstructs images."""
 
     async def load(self) -> bool:
         """Open the graphs."""
@@ -25,7 +25,7 @@ class Reconstruct(MLModel):
         return True
 
     async def predict(self, payload: InferenceRequest) -> InferenceResponse:
-        """One batch."""
+        """Run one batch."""
         answer = self._model(NumpyCodec.decode_input(payload.inputs[0])).astype(np.float32)
         return InferenceResponse(model_name=self.name, outputs=[NumpyCodec.encode_output("x_mean", answer)])
 

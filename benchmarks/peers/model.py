@@ -1,4 +1,4 @@
-"""What every peer computes: onnxruntime with one thread over the graphs of a model folder, numpy in and out.
+"""Computation of every peer: the graphs of a model folder on onnxruntime with one thread.
 
 Run as a program it is onnxruntime alone: rows a second in batches of the given size, with no server around it.
 """
@@ -27,7 +27,7 @@ class Model:
         self._encoder, self._decoder = (graph(folder, name) for name in ("encoder", "decoder"))
 
     def __call__(self, images: Any) -> Any:
-        """The images as the model sees them; any shape that has whole images is taken."""
+        """Reconstruct images of any shape that holds whole images."""
         (mean,) = self._encoder.run(["mean"], {"x": as_rows(images)})
         return self._decoder.run(None, {"z": mean})[0]
 
@@ -40,7 +40,7 @@ class Denoiser:
         self._recognition, self._decoder, self._fusion = (graph(folder, name) for name in names)
 
     def __call__(self, images: Any, level: Any) -> Any:
-        """The images without their noise, of standard deviation `level`: one number, or one a row."""
+        """Denoise images with Gaussian noise of standard deviation `level`: one number, or one a row."""
         y = as_rows(images)
         levels = np.zeros((len(y), NOISES), np.float32)
         levels[:, GAUSSIAN] = level
@@ -51,7 +51,7 @@ class Denoiser:
 
 
 def graph(folder: str, name: str) -> Any:
-    """One graph of the model, ready to run."""
+    """Open one graph of the model."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     content = Path(folder, f"{name}.onnx").read_bytes()
@@ -59,12 +59,12 @@ def graph(folder: str, name: str) -> Any:
 
 
 def as_rows(images: Any) -> Any:
-    """Float32 (n, 1, 28, 28) of whatever has whole images."""
+    """Reshape to float32 (n, 1, 28, 28)."""
     return np.ascontiguousarray(images, np.float32).reshape(-1, *SHAPE)
 
 
 def main(folder: str, rows: int, seconds: float) -> None:
-    """Print rows a second."""
+    """Measure and print rows a second."""
     model, images = Model(folder), np.random.default_rng(0).random((rows, *SHAPE), np.float32)
     model(images)
     calls, started = 0, time.perf_counter()

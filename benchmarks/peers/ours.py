@@ -1,4 +1,4 @@
-"""The service itself: BENCH_WORKERS workers of one thread each."""
+"""This service: BENCH_WORKERS workers of one thread each."""
 
 from __future__ import annotations
 

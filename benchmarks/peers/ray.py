@@ -21,19 +21,19 @@ from benchmarks.peers.model import Model
 
 @serve.deployment(num_replicas=1, max_ongoing_requests=256, ray_actor_options={"num_cpus": 0.1})
 class Reconstruct:
-    """One replica behind the HTTP proxy."""
+    """Deployment of one replica behind the HTTP proxy."""
 
     def __init__(self, folder: str) -> None:
         self.model = Model(folder)
 
     @serve.batch(max_batch_size=64, batch_wait_timeout_s=0.001)
     async def rows(self, images: list[Any]) -> list[Any]:
-        """Arrays of several requests through the model together."""
+        """Run a batch of arrays of several requests."""
         answers = self.model(np.concatenate(images))
         return np.split(answers, np.cumsum([len(one) for one in images])[:-1])
 
     async def __call__(self, request: Request) -> Response:
-        """JSON or raw float32."""
+        """Answer one request of JSON or raw float32."""
         body = await request.body()
         if request.url.path == "/raw":
             answer = await self.rows(np.frombuffer(body, "<f4").reshape(-1, 1, 28, 28))

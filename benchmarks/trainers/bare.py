@@ -1,4 +1,4 @@
-"""The least that trains the same network: one loop over the same uint8 tensor, the same optimiser, nothing besides.
+"""Minimal trainer of the same network: one loop over the uint8 tensor with the same optimiser.
 
 No moving average, clipping, schedule, log, progress, checkpoint or care for what is no number.
 """
@@ -23,7 +23,7 @@ from training.models.vae import VAE
 
 
 def prepare(job: Job, images: Tensor) -> Callable[[], None]:
-    """The same fresh network in the same layout of memory."""
+    """Prepare a fresh network in the same memory layout."""
     run = Run.model_validate(job.run)
     vae = vae_stage(run, SHAPE, torch.device("cpu")).module
     assert isinstance(vae, VAE)
@@ -31,7 +31,7 @@ def prepare(job: Job, images: Tensor) -> Callable[[], None]:
 
 
 def loop(vae: VAE, run: Run, images: Tensor) -> None:
-    """Every epoch in a new order."""
+    """Train, every epoch in a new order."""
     settings, generator = run.train, torch.Generator().manual_seed(run.seed)
     optimisers = build(settings, vae.parameters())
     enabled = settings.precision == "bfloat16" and computes_bfloat16(images.device)
@@ -49,7 +49,7 @@ def loop(vae: VAE, run: Run, images: Tensor) -> None:
 
 
 def minus_bound(vae: VAE, x: Tensor, generator: torch.Generator) -> Tensor:
-    """-ELBO of the whole minibatch in nats, as one would write it down."""
+    """Sum of -ELBO over the minibatch in nats, written in the plainest way."""
     mean, log_var = (part.float() for part in vae.encoder(x))
     z = mean + torch.exp(0.5 * log_var) * torch.randn(mean.shape, generator=generator)
     logits = vae.decoder(z).float()

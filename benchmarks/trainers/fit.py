@@ -1,4 +1,4 @@
-"""This project: what `python -m training fit` does to train a VAE, from the fresh network to the written checkpoint."""
+"""This project's trainer: `python -m training fit` from a fresh network to the written checkpoint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from training.loop.trainer import train
 
 
 def prepare(job: Job, images: Tensor) -> Callable[[], None]:
-    """A fresh network and an empty folder."""
+    """Prepare a fresh network and an empty folder."""
     folder = Path(job.folder)
     shutil.rmtree(folder, ignore_errors=True)
     stage = vae_stage(Run.model_validate(job.run), SHAPE, torch.device("cpu"))

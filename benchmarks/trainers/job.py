@@ -1,4 +1,4 @@
-"""What every trainer is told, and how it is asked: one training a line of standard input, its seconds a line out."""
+"""Protocol of the trainers: each line of standard input starts one training, each output line has its seconds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHAPE = (1, 28, 28)
 
 @dataclass(frozen=True)
 class Job:
-    """A run's TOML as a dictionary, its images (uint8, saved by torch), CPU threads, DataLoader workers, a folder."""
+    """Job of a trainer: a run's TOML as a dictionary, images (uint8, saved by torch), threads, workers, a folder."""
 
     run: dict[str, Any]
     images: str
@@ -30,40 +30,40 @@ class Job:
 
     @property
     def batch_size(self) -> int:
-        """M."""
+        """Images in a minibatch, M."""
         return self.run["train"]["batch_size"]
 
     @property
     def epochs(self) -> int:
-        """Of one training."""
+        """Number of epochs of one training."""
         return self.run["train"]["epochs"]
 
     @property
     def learning_rate(self) -> float:
-        """Of Adam."""
+        """Learning rate of Adam."""
         return self.run["train"]["learning_rate"]
 
     @property
     def latent_dim(self) -> int:
-        """Of z."""
+        """Dimension of z."""
         return self.run["model"]["latent_dim"]
 
     @property
     def network(self) -> dict[str, Any]:
-        """The settings of one of `training.networks`."""
+        """Settings of the network, of `training.networks`."""
         return self.run["model"]["network"]
 
     def load(self) -> Tensor:
-        """The images, (n, 1, 28, 28)."""
+        """Load the images, (n, 1, 28, 28)."""
         return torch.load(self.images)
 
     def write(self, path: Path) -> None:
-        """As JSON."""
+        """Write the job as JSON."""
         path.write_text(json.dumps(asdict(self)))
 
 
 def answer(prepare: Callable[[Job, Tensor], Callable[[], None]]) -> None:
-    """Until standard input ends: prepare a training, which is not timed, and train, which is."""
+    """Prepare (not timed) and train (timed) for each line of standard input."""
     said = claim_stdout()
     job = Job(**json.loads(Path(sys.argv[1]).read_text()))
     torch.set_num_threads(job.threads)
@@ -77,21 +77,21 @@ def answer(prepare: Callable[[Job, Tensor], Callable[[], None]]) -> None:
 
 
 def claim_stdout() -> TextIO:
-    """Standard output for the answers alone: what the trainers print goes to standard error."""
+    """Reserve standard output for the results: redirect what trainers print to standard error."""
     said = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     return said
 
 
 def processor_s() -> float:
-    """Of this process and of its children, living or not."""
+    """CPU time of this process and its children, ended ones included."""
     times = os.times()
     ended = times.user + times.system + times.children_user + times.children_system
     return ended + sum(child_s(child.pid) for child in multiprocessing.active_children() if child.pid)
 
 
 def child_s(pid: int) -> float:
-    """What a living child has taken so far."""
+    """CPU time of a running child."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     user, system = map(int, fields[11:13])  # proc(5) counts from the field after the name, which may hold anything
     return (user + system) / os.sysconf("SC_CLK_TCK")

@@ -1,4 +1,4 @@
-"""The layers that every trainer trains, by `training.networks`, which needs torch and pydantic alone."""
+"""Layers that every trainer uses, from `training.networks`, which needs torch and pydantic alone."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from benchmarks.trainers.layers import layers
 
 
 class Pictures(Dataset[Tensor]):
-    """uint8 to a Pillow image to a float tensor in [0, 1], one at a time."""
+    """Dataset that turns uint8 into a Pillow image and then a float tensor in [0, 1], one image at a time."""
 
     def __init__(self, images: Tensor) -> None:
         self.images = images
@@ -35,7 +35,7 @@ class Pictures(Dataset[Tensor]):
 
 
 def prepare(job: Job, images: Tensor) -> Callable[[], None]:
-    """A fresh network, optimiser and loader."""
+    """Prepare a fresh network, optimiser and loader."""
     encoder, decoder = layers(job)
     loader = DataLoader(
         Pictures(images),
@@ -49,7 +49,7 @@ def prepare(job: Job, images: Tensor) -> Callable[[], None]:
 
 
 def loop(encoder: nn.Module, decoder: nn.Module, loader: DataLoader[Tensor], optimiser: Adam, epochs: int) -> None:
-    """As the example has it."""
+    """Train as the example does."""
     for _ in range(epochs):
         total = 0.0
         for x in loader:

@@ -1,4 +1,4 @@
-"""pythae: its VAE and its BaseTrainer around the same layers, on grey levels, for it does not binarise."""
+"""pythae: its VAE and BaseTrainer around the same layers, on grey levels, because it does not binarise."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from benchmarks.trainers.layers import layers
 
 
 class Encoder(BaseEncoder):  # type: ignore[misc]  # its classes are Any here
-    """The layers, their answer in pythae's form."""
+    """Encoder with pythae's output type."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Encoder(BaseEncoder):  # type: ignore[misc]  # its classes are Any here
 
 
 class Decoder(BaseDecoder):  # type: ignore[misc]
-    """Likewise; its loss takes means, not logits."""
+    """Decoder with pythae's output type; pythae's loss expects means, not logits."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Decoder(BaseDecoder):  # type: ignore[misc]
 
 
 def prepare(job: Job, images: Tensor) -> Callable[[], None]:
-    """A fresh model, its dataset in float32, and a trainer that has made its sanity check."""
+    """Prepare a fresh model, its dataset in float32, and a trainer after its sanity check."""
     logging.disable(logging.INFO)
     shutil.rmtree(job.folder, ignore_errors=True)
     encoder, decoder = layers(job)

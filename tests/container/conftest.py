@@ -1,4 +1,4 @@
-"""The image, and the compose file brought up: three replicas, their balancer and Prometheus."""
+"""Fixtures: the image, and the compose stack of three replicas, balancer and Prometheus."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ FIGURES: list[str] = []
 
 @pytest.fixture(scope="session")
 def figure() -> Callable[[str], None]:
-    """A function that keeps a line for the end of the run."""
+    """A function that records a line for the summary of the run."""
     return FIGURES.append
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """What was measured."""
+    """Print the recorded figures."""
     for line in FIGURES:
         terminalreporter.write_line(f"container: {line}")
 
 
 @pytest.fixture(scope="session")
 def image() -> str:
-    """The service's image, built as shipped."""
+    """The service's image, built as released."""
     docker("compose", "build", "vae")
     return "vae-service"
 
 
 @pytest.fixture(scope="session")
 def others() -> None:
-    """The images of others: the real ones where they are here or can be pulled, else the same programs from Debian."""
+    """Other images: the real ones if present or pullable, else the same programs from Debian."""
     missing = [image for image in OTHERS if run("image", "inspect", image).returncode and run("pull", image).returncode]
     if missing:
         tags = [word for image in missing for word in ("--tag", image)]
@@ -48,7 +48,7 @@ def others() -> None:
 
 @pytest.fixture(scope="session")
 def stack(image: str, others: None) -> Iterator[Stack]:  # noqa: ARG001  # both are to be there
-    """Up and healthy; taken down with its volumes at the end, whatever happens."""
+    """The compose stack, healthy; removed with its volumes at the end."""
     stack = Stack(f"vae-test-{os.getpid()}")
     try:
         scale = ("--scale", f"vae={REPLICAS}")

@@ -1,4 +1,4 @@
-"""What tests ask of a container engine."""
+"""Helpers that call the container engine."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def until(true: Callable[[], bool], seconds: float = 90.0) -> float:
 
 
 def ready(url: str) -> bool:
-    """Whether a service says that it is."""
+    """Whether a service is ready."""
     try:
         return httpx.get(f"{url}/health/ready", timeout=5).status_code == httpx.codes.OK
     except httpx.TransportError:
@@ -51,7 +51,7 @@ def ready(url: str) -> bool:
 
 
 def published(container: str, port: int) -> str:
-    """Where a container's port is reached."""
+    """Address of a container's published port."""
     return f"http://{docker('port', container, str(port))}"
 
 

@@ -1,4 +1,4 @@
-"""Several replicas behind the balancer: work is shared out, and one after the other may go."""
+"""Several replicas behind the balancer: requests are distributed, and replicas may be restarted one by one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HEADERS = {"content-type": "application/octet-stream", "accept": "application/oc
 
 @pytest.fixture(scope="module")
 def balancer(stack: Stack) -> str:
-    """Its URL."""
+    """URL of the balancer."""
     return published(stack.containers("balancer")[0], 8080)
 
 
@@ -49,7 +49,7 @@ class Failure(NamedTuple):
 
 
 class Load:
-    """Callers that ask one request after the other and keep their connections; for a `with` block."""
+    """Clients that send one request after the other on kept connections, for a `with` block."""
 
     def __init__(self, url: str) -> None:
         self.outcomes: Counter[str] = Counter()
@@ -91,7 +91,7 @@ def outcome(client: httpx.Client, path: str, content: bytes) -> str:
 
 
 def test_every_replica_gets_work(stack: Stack, balancer: str) -> None:
-    """The balancer asks each; it passes problems on as they are, and lets nobody look at or change a single one."""
+    """The balancer uses every replica, passes problems unchanged, and refuses calls that concern a single replica."""
     before = {each: answered(each) for each in stack.containers("vae")}
     with httpx.Client(base_url=balancer, headers=HEADERS, timeout=60) as client:
         for _ in range(60):
@@ -104,7 +104,7 @@ def test_every_replica_gets_work(stack: Stack, balancer: str) -> None:
 
 
 def test_a_rolling_restart_loses_no_request(stack: Stack, balancer: str, figure: Callable[[str], None]) -> None:
-    """Under load they are stopped and started one by one: each drains and ends with 0; every request is answered."""
+    """Under load replicas are restarted one by one: each drains and exits with 0, and every request is answered."""
     with Load(balancer) as load:
         for container in stack.containers("vae"):
             docker("stop", container)
@@ -119,7 +119,7 @@ def test_a_rolling_restart_loses_no_request(stack: Stack, balancer: str, figure:
 
 
 def test_a_killed_replica_costs_its_own_requests_only(stack: Stack, balancer: str) -> None:
-    """Those that it had when it was killed, one a caller at most, are 502; every later one is answered by another."""
+    """A killed replica costs at most one request a client, as a 502; another replica answers every later one."""
     victim = stack.containers("vae")[0]
     with Load(balancer) as load:
         time.sleep(1)

@@ -1,4 +1,4 @@
-"""What a container may do: nothing but its work."""
+"""A container is confined to its work."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ b"x" * (2 << 30)
 
 @pytest.mark.parametrize("service", ["vae", "balancer", "prometheus"])
 def test_it_has_no_privileges(stack: Stack, service: str) -> None:
-    """As a process sees it: not root, no capability, none to be had, system calls filtered, nothing to be written."""
+    """The process is not root, has no capability and gains none, has filtered system calls and a read-only root."""
     container = stack.containers(service)[0]
     status = docker("exec", container, "cat", "/proc/self/status")
     said = dict(re.findall(r"^(\w+):\s+(\S+)", status, re.MULTILINE))
@@ -41,7 +41,7 @@ def test_it_has_no_privileges(stack: Stack, service: str) -> None:
 
 @pytest.mark.parametrize("service", ["vae", "balancer", "prometheus"])
 def test_it_is_watched_and_limited(stack: Stack, service: str) -> None:
-    """A health check that passes; limits for CPU, memory and processes; no port off loopback; not privileged."""
+    """It has a passing health check, limits for CPU, memory and processes, and no port outside loopback."""
     for container in stack.containers(service):
         known = inspect(container)
         host = known["HostConfig"]
@@ -54,7 +54,7 @@ def test_it_is_watched_and_limited(stack: Stack, service: str) -> None:
 
 
 def test_its_limits_are_enforced(stack: Stack) -> None:
-    """More threads are not to be had, who takes more memory is killed; the service knows its share of the CPUs."""
+    """Too many threads fail, too much memory is killed, and the service knows its share of the CPUs."""
     done = stack.run("run", "--rm", "--no-deps", "--no-TTY", "vae", "python", "-c", GREEDY)
     threads, cpus = map(int, done.stdout.split())
     assert 0 < threads < 128
@@ -63,6 +63,6 @@ def test_its_limits_are_enforced(stack: Stack) -> None:
 
 
 def test_models_cannot_be_changed(stack: Stack) -> None:
-    """They are the host's files, mounted to be read."""
+    """Models are the host's files, mounted read-only."""
     tried = docker("exec", stack.containers("vae")[0], "sh", "-c", "touch /models/x 2>&1 || true")
     assert "Read-only file system" in tried

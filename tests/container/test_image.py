@@ -1,4 +1,4 @@
-"""What is in the image and what is not, and how soon it serves."""
+"""Content of the image, and the time to serve."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ print(json.dumps({each.name: each.version for each in distributions()}))
 
 
 def inside(image: str, *command: str) -> str:
-    """What a command prints in a fresh container, to a user who may look everywhere."""
+    """Output of a command in a fresh container, as a user who may read everything."""
     return docker("run", "--rm", "--read-only", "--user", "0", "--network", "none", image, *command)
 
 
 def cpu_time(container: str) -> float:
-    """Seconds that a container has computed: the first number of cgroups' v1 is in ns, of v2 in us."""
+    """CPU seconds of a container: cgroup v1 counts in ns, v2 in us."""
     said = docker("exec", container, "sh", "-c", CPU_TIME)
     return int(said) / 1e9 if said.isdecimal() else int(said.split()[1]) / 1e6
 
 
 def test_it_holds_what_serves_and_no_more(image: str, figure: Callable[[str], None]) -> None:
-    """No torch, no trainer, no compiler, no installer, no cache and no test of a package; at most 400 MB."""
+    """The image has no torch, trainer, compiler, installer, cache or package's tests, and at most 400 MB."""
     megabytes = inspect(image)["Size"] / 1e6
     figure(f"the image has {megabytes:.0f} MB")
     assert megabytes < LARGEST_MB
@@ -45,7 +45,7 @@ def test_it_holds_what_serves_and_no_more(image: str, figure: Callable[[str], No
 
 
 def test_its_bill_of_materials_names_every_package(image: str) -> None:
-    """CycloneDX, made by the build: every distribution in its version, with its address, and none that is not there."""
+    """The CycloneDX file lists every distribution with version and address, and no other."""
     bill = json.loads(inside(image, "cat", "/venv/sbom.cdx.json"))
     assert (bill["bomFormat"], bill["specVersion"]) == ("CycloneDX", "1.6")
     installed = json.loads(inside(image, "python", "-c", INSTALLED))
@@ -58,7 +58,7 @@ def test_its_bill_of_materials_names_every_package(image: str) -> None:
 
 
 def test_it_starts_soon_and_stops_in_good_order(image: str, figure: Callable[[str], None]) -> None:
-    """From `docker run` to ready, every model checked; then SIGTERM ends it with 0."""
+    """It is ready soon after `docker run`, with every model checked, and exits with 0 on SIGTERM."""
     options = ("--detach", "--init", "--read-only", "--publish", "127.0.0.1::8000")
     container = docker("run", *options, image)
     try:

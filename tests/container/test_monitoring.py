@@ -1,4 +1,4 @@
-"""Prometheus sees every replica, and every query of the dashboard and of the alerts has an answer."""
+"""Prometheus scrapes every replica, and every query of dashboard and alerts has an answer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PIXELS = np.zeros((1, 1, 28, 28), np.float32).tobytes()
 
 
 class Prometheus:
-    """Its HTTP interface."""
+    """Client of Prometheus' HTTP interface."""
 
     def __init__(self, http: httpx.Client) -> None:
         self._http = http
@@ -40,7 +40,7 @@ class Prometheus:
 
 @pytest.fixture(scope="module")
 def prometheus(stack: Stack) -> Iterator[Prometheus]:
-    """After it has looked at every replica before and after some work."""
+    """Prometheus, after it has scraped every replica before and after some requests."""
     replicas = stack.containers("vae")
     with httpx.Client(base_url=published(stack.containers("prometheus")[0], 9090), timeout=30) as http:
         prometheus = Prometheus(http)
@@ -53,13 +53,13 @@ def prometheus(stack: Stack) -> Iterator[Prometheus]:
 
 
 def looked_at_work(prometheus: Prometheus, replicas: int) -> bool:
-    """Whether each replica's requests were seen twice, as a rate needs."""
+    """Whether it has scraped each replica's requests twice, as a rate needs."""
     seen = prometheus.query("max by (instance) (count_over_time(vae_requests_total[5m])) >= 2")
     return len(seen) >= replicas
 
 
 def test_every_panel_has_data(prometheus: Prometheus) -> None:
-    """Grafana's variables filled in as it would."""
+    """Every panel's query gives data, with Grafana's variables filled in."""
     expressions = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
     assert len(expressions) > 10
     for expression in expressions:
@@ -69,7 +69,7 @@ def test_every_panel_has_data(prometheus: Prometheus) -> None:
 
 
 def test_the_alerts_are_loaded_and_silent(prometheus: Prometheus) -> None:
-    """Prometheus has taken every rule, evaluates it without an error, and finds nothing to tell while all is well."""
+    """Prometheus loads every rule, evaluates it without an error, and raises no alert in normal operation."""
     rules = prometheus.ask("rules")["groups"][0]["rules"]
     assert [rule["name"] for rule in rules] == [rule["alert"] for rule in ALERTS]
     assert [rule["lastError"] for rule in rules if rule.get("lastError")] == []
@@ -79,7 +79,7 @@ def test_the_alerts_are_loaded_and_silent(prometheus: Prometheus) -> None:
 
 
 def test_the_alerts_tell_what_they_promise(stack: Stack) -> None:
-    """promtool plays every fault's figures to the rules; each is told, and only that one."""
+    """promtool feeds each fault's series to the rules: exactly its alert is raised."""
     cases = CASES.read_text()
     assert all(f"alertname: {rule['alert']}\n" in cases for rule in ALERTS)
     container = stack.containers("prometheus")[0]

@@ -1,4 +1,4 @@
-"""deploy/nginx.conf, run by a real nginx in front of replicas that break off, hang, refuse, or are not there."""
+"""deploy/nginx.conf in a real nginx, with replicas that break off, hang, refuse or are unreachable."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Act = Callable[["Replica"], None]
 
 
 class Replica(BaseHTTPRequestHandler):
-    """One request: the body is read, then the act that is due is played."""
+    """One request to a replica: read the body, then act as planned."""
 
     protocol_version = "HTTP/1.1"
     server: Replicated
@@ -78,7 +78,7 @@ def hang(replica: Replica) -> None:
 
 
 def refuse(replica: Replica) -> None:
-    """As the service does for lack of room, naming who said so."""
+    """A 503 as the service sends it, with the replica's name."""
     said = json.dumps({"code": "overloaded", "detail": str(replica.server.server_address[0])}).encode()
     replica.say(503, said, content_type=PROBLEM, retry_after="7")
 
@@ -93,7 +93,7 @@ def fail(replica: Replica) -> None:
 
 @dataclass
 class Stage:
-    """Replicas on addresses of loopback, and nginx in front of them.
+    """Replicas on loopback addresses behind nginx.
 
     acts: what the first request to any replica meets, the second, and so on; the last one stays.
     asked: address and body of each request that reached a replica.
@@ -112,12 +112,12 @@ class Stage:
 
     @property
     def addresses(self) -> list[str]:
-        """Who was asked, in order."""
+        """Replicas that received a request, in order."""
         return [address for address, _ in self.asked]
 
 
 def name_server(addresses: list[str], stack: ExitStack) -> int:
-    """A DNS server on loopback that knows these addresses by every name; its port."""
+    """A DNS server on loopback that resolves every name to these addresses; its port."""
     server = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
     server.bind(("127.0.0.1", 0))
     port: int = server.getsockname()[1]
@@ -156,7 +156,7 @@ def stage_port(stage: Stage) -> int:
 
 
 def free_ports() -> int:
-    """A port of every address of loopback that nobody listens on, nor on the one after it."""
+    """A port that is free, with the next one, on every loopback address."""
     while True:
         with ExitStack() as stack:
             one = stack.enter_context(socket.create_server(("0.0.0.0", 0)))  # noqa: S104  # every one, to be sure
@@ -169,7 +169,7 @@ def free_ports() -> int:
 
 
 def start_nginx(stage: Stage, resolver: int, folder: Path, stack: ExitStack) -> None:
-    """The shipped file, with other addresses and folders, and less patience with a replica that hangs."""
+    """The released file with other addresses, folders and shorter timeouts."""
     port = int(stage.url.rsplit(":", 1)[1])
     text = CONF.read_text()
     changes = {
@@ -220,7 +220,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
 
 @pytest.fixture(scope="module")
 def broken_stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
-    """One that lives, and two that nobody answers for."""
+    """One running replica, and two unreachable ones."""
     with ExitStack() as stack:
         yield staged(tmp_path_factory.mktemp("nginx"), ["127.0.0.2"], ["127.0.0.3", "127.0.0.4"], stack)
 
@@ -234,21 +234,21 @@ def lone_stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
 
 @pytest.mark.parametrize("body", [BODY, LARGE], ids=["in memory", "in a file"])
 def test_a_broken_connection_is_not_repeated(stage: Stage, body: bytes) -> None:
-    """A replica that dies of a request takes no other with it: 502."""
+    """A request that crashes a replica is answered 502 and reaches no other replica."""
     assert stage.post(break_off, answer, body=body).status_code == 502
     assert [seen for _, seen in stage.asked] == [body]
 
 
 @pytest.mark.parametrize("body", [BODY, LARGE], ids=["in memory", "in a file"])
 def test_a_request_that_hangs_is_not_repeated(stage: Stage, body: bytes) -> None:
-    """Nor does a replica that is stuck in one: 504."""
+    """A request that hangs in a replica is answered 504 and reaches no other replica."""
     assert stage.post(hang, answer, body=body).status_code == 504
     assert [seen for _, seen in stage.asked] == [body]
 
 
 @pytest.mark.parametrize("body", [BODY, LARGE, b""], ids=["in memory", "in a file", "none"])
 def test_a_503_is_repeated_once_at_another_replica(stage: Stage, body: bytes) -> None:
-    """With the same body; who refused is not asked again."""
+    """After a 503 one other replica gets the same body."""
     said = stage.post(refuse, answer, body=body)
     assert (said.status_code, said.content) == (200, b"done")
     assert [seen for _, seen in stage.asked] == [body, body]
@@ -256,7 +256,7 @@ def test_a_503_is_repeated_once_at_another_replica(stage: Stage, body: bytes) ->
 
 
 def test_the_second_503_is_passed_on(stage: Stage) -> None:
-    """As that replica said it, and no third is asked."""
+    """A second 503 is passed on unchanged, and no third replica is tried."""
     said = stage.post(refuse, refuse, answer)
     assert (said.status_code, said.headers["content-type"], said.headers["retry-after"]) == (503, PROBLEM, "7")
     assert said.json()["detail"] == stage.addresses[-1]
@@ -265,14 +265,14 @@ def test_the_second_503_is_passed_on(stage: Stage) -> None:
 
 @pytest.mark.parametrize(("act", "status"), [(break_off, 502), (hang, 504)])
 def test_a_repeated_request_that_breaks_a_replica_ends_there(stage: Stage, act: Act, status: int) -> None:
-    """After a 503 as well."""
+    """A request that crashes the second replica after a 503 is not repeated again."""
     assert stage.post(refuse, act, answer).status_code == status
     assert len(stage.asked) == 2
 
 
 @pytest.mark.parametrize(("act", "status"), [(give_up, 504), (fail, 502)])
 def test_other_answers_are_passed_on(stage: Stage, act: Act, status: int) -> None:
-    """A replica's own 502 or 504 is an answer, not a failure of nginx's."""
+    """A replica's own 502 or 504 is passed on as an answer."""
     said = stage.post(act, answer)
     assert said.status_code == status
     assert said.content in (b'{"code": "deadline_passed"}', b"a replica's own")
@@ -280,7 +280,7 @@ def test_other_answers_are_passed_on(stage: Stage, act: Act, status: int) -> Non
 
 
 def test_an_unreachable_replica_costs_nothing(broken_stage: Stage) -> None:
-    """It has seen nothing: the one that lives answers every request, whoever would have been asked first."""
+    """Unreachable replicas receive nothing, so the running one answers every request."""
     for _ in range(12):
         assert broken_stage.post(answer, body=LARGE).content == b"done"
         assert [seen for _, seen in broken_stage.asked] == [LARGE]
@@ -288,14 +288,14 @@ def test_an_unreachable_replica_costs_nothing(broken_stage: Stage) -> None:
 
 @pytest.mark.parametrize(("act", "status"), [(break_off, 502), (hang, 504)])
 def test_what_breaks_the_second_replica_is_not_repeated_either(broken_stage: Stage, act: Act, status: int) -> None:
-    """Behind one that could not be reached."""
+    """A request that crashes a replica after an unreachable one is not repeated."""
     for _ in range(4):
         assert broken_stage.post(act, answer).status_code == status
         assert len(broken_stage.asked) == 1
 
 
 def test_a_503_with_nobody_else_there_is_passed_on(broken_stage: Stage, lone_stage: Stage) -> None:
-    """By a lone replica; and its own where the others cannot be reached or asking once more does not help."""
+    """A 503 is passed on where no other replica is reachable or another attempt does not help."""
     said = lone_stage.post(refuse, answer)
     assert (said.status_code, said.headers["retry-after"], len(lone_stage.asked)) == (503, "7", 1)
     for _ in range(6):
@@ -304,7 +304,7 @@ def test_a_503_with_nobody_else_there_is_passed_on(broken_stage: Stage, lone_sta
 
 
 def test_one_replicas_own_pages_are_not_there(stage: Stage) -> None:
-    """Figures and control of a single replica, nobody knows which."""
+    """Metrics and model control of a single replica are 404 behind the balancer."""
     for path in ("/metrics", "/v1/models/mnist/load", "/v1/models/mnist/unload"):
         assert stage.post(answer, path=path).status_code == 404
         assert not stage.asked

@@ -1,4 +1,4 @@
-"""What a connection may do to a service that runs: too much, too slowly, or what may be read in two ways."""
+"""Limits of a connection: too much, too slow, or ambiguous."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ WHOLE = DECODE + b"content-length: 8\r\n\r\n" + ROW
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A process with little patience, its health and metrics on another port."""
+    """A process with short timeouts, and health and metrics on a port of their own."""
     models = tmp_path_factory.mktemp("models")
     (models / "mnist-2d").symlink_to(MODELS / "mnist-2d")
     settings = {
@@ -69,7 +69,7 @@ def connected(url: str) -> socket.socket:
 
 
 def heard(connection: socket.socket) -> bytes:
-    """Everything until the service closes."""
+    """Everything received until the service closes."""
     found = b""
     while part := connection.recv(65536):
         found += part
@@ -77,7 +77,7 @@ def heard(connection: socket.socket) -> bytes:
 
 
 def is_served(connection: socket.socket, request: bytes) -> bool:
-    """Whether it is answered with 200; the answer is read to its end."""
+    """Whether the answer is 200; reads it to its end."""
     connection.sendall(request)
     answer = b""
     while b"\r\n\r\n" not in answer:
@@ -90,7 +90,7 @@ def is_served(connection: socket.socket, request: bytes) -> bool:
 
 
 def said(url: str, *parts: bytes, pause_s: float = 0.05) -> bytes:
-    """What is heard after these bytes, sent one after the other."""
+    """Everything received after these bytes, sent one after the other."""
     with connected(url) as connection:
         for part in parts:
             connection.sendall(part)
@@ -133,19 +133,19 @@ TWO_WAYS = {
 
 @pytest.mark.parametrize("request_bytes", TWO_WAYS.values(), ids=TWO_WAYS)
 def test_what_may_be_read_in_two_ways_is_read_in_none(url: str, request_bytes: bytes) -> None:
-    """One problem, then the connection is closed: nothing that follows on it is taken for a request."""
+    """An ambiguous request gets one problem and a closed connection; nothing after it is parsed as a request."""
     status, code, _ = problem_of(said(url, request_bytes + WHOLE))
     assert (status, code) == (400, "malformed_request")
 
 
 def test_a_coded_body_is_refused(url: str) -> None:
-    """Also where Transfer-Encoding names the coding."""
+    """A body with a content coding is refused, also if Transfer-Encoding names it."""
     body = b"transfer-encoding: gzip, chunked\r\nconnection: close\r\n\r\n8\r\n" + ROW + b"\r\n0\r\n\r\n"
     assert problem_of(said(url, DECODE + body))[:2] == (415, "unsupported_media_type")
 
 
 def test_requests_sent_at_once_are_answered_in_order(url: str) -> None:
-    """One that is malformed is answered after those before it, and ends the connection."""
+    """A malformed pipelined request is answered after those before it, and ends the connection."""
     answers = said(url, WHOLE + b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n\r\n" + WHOLE)
     kinds = re.findall(rb"HTTP/1.1 (\d+)|content-type: (\S+)", answers)
     forms = [form for _, form in kinds if form]
@@ -168,7 +168,7 @@ TOO_LARGE = {
 
 @pytest.mark.parametrize(("request_bytes", "setting"), TOO_LARGE.values(), ids=TOO_LARGE)
 def test_what_is_too_large_names_the_setting(url: str, request_bytes: bytes, setting: str) -> None:
-    """Whether the rest ever comes or not: a part that is above the limit is enough."""
+    """A part above the limit is refused at once with the setting's name, even if the rest never arrives."""
     status, code, detail = problem_of(said(url, request_bytes))
     url_alone = setting == "VAE_MAX_URL_BYTES"
     assert (status, code) == ((414, "url_too_long") if url_alone else (431, "headers_too_large"))
@@ -176,7 +176,7 @@ def test_what_is_too_large_names_the_setting(url: str, request_bytes: bytes, set
 
 
 def test_trailers_are_no_headers(url: str) -> None:
-    """A proxy has not looked at them."""
+    """Trailers never act as headers, because a proxy has not checked them."""
     trailer = b"\r\n8\r\n" + ROW + b"\r\n0\r\naccept: image/png\r\nx-timeout-ms: nonsense\r\n\r\n"
     answer = said(url, CHUNKED + b"connection: close\r\n" + trailer)
     assert answer.startswith(b"HTTP/1.1 200")
@@ -184,7 +184,7 @@ def test_trailers_are_no_headers(url: str) -> None:
 
 
 def trickled(connection: socket.socket, data: bytes, pause_s: float) -> bytes:
-    """What is heard while a byte goes out every `pause_s` seconds."""
+    """Everything received while one byte is sent every `pause_s` seconds."""
     for byte in data:
         connection.sendall(bytes([byte]))
         time.sleep(pause_s)
@@ -208,7 +208,7 @@ def trickled(connection: socket.socket, data: bytes, pause_s: float) -> bytes:
     ids=["head", "body", "chunks"],
 )
 def test_a_request_that_trickles_is_cut_off(url: str, before: bytes, trickle: bytes, setting: str) -> None:
-    """Every byte comes soon after the last, but the whole does not come in time."""
+    """A request whose bytes keep coming, but which is not complete in time, is refused."""
     with connected(url) as connection:
         connection.sendall(before)
         status, code, detail = problem_of(trickled(connection, trickle, TIMEOUT_S / 5))
@@ -218,7 +218,7 @@ def test_a_request_that_trickles_is_cut_off(url: str, before: bytes, trickle: by
 
 
 def test_an_idle_connection_is_closed_without_a_word(url: str) -> None:
-    """Before its first request, and after one; empty lines are no requests, and keep nothing open."""
+    """An idle connection is closed before its first request and after one; empty lines are no requests."""
     with connected(url) as never, connected(url) as served, connected(url) as restless:
         assert is_served(served, WHOLE)
         assert is_served(restless, WHOLE)
@@ -235,7 +235,7 @@ def test_an_idle_connection_is_closed_without_a_word(url: str) -> None:
 
 
 def test_a_small_answer_is_one_write(url: str) -> None:
-    """Head and body come together; pipelined answers keep their order, and the one that closes says so."""
+    """Head and body are one write; pipelined answers keep their order, and the last one announces the close."""
     with connected(url) as connection:
         for _ in range(3):
             connection.sendall(WHOLE)
@@ -257,7 +257,7 @@ def test_a_small_answer_is_one_write(url: str) -> None:
 
 
 def test_a_caller_that_does_not_read_is_cut_off(url: str) -> None:
-    """An answer that nobody fetches is not kept."""
+    """The connection of a client that does not read its answer is closed."""
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         host, port = url.removeprefix("http://").split(":")
@@ -276,7 +276,7 @@ def test_a_caller_that_does_not_read_is_cut_off(url: str) -> None:
 
 
 def test_one_connection_too_many_is_told_so(url: str, ops_url: str) -> None:
-    """Those that are open go on, health is still answered, and there is room again once one closes."""
+    """Above the limit a connection gets 503; open ones and health go on, and a closed one makes room."""
     with ExitStack() as stack:
         held = [stack.enter_context(connected(url)) for _ in range(CONNECTIONS)]
         assert all(is_served(connection, WHOLE) for connection in held)
@@ -289,7 +289,7 @@ def test_one_connection_too_many_is_told_so(url: str, ops_url: str) -> None:
 
 
 def test_health_and_metrics_have_a_port_of_their_own(url: str, ops_url: str) -> None:
-    """Each port has what is its own, and nothing else."""
+    """Each port serves its own paths and no others."""
     for path in ("/health/live", "/health/ready", "/metrics"):
         assert httpx.get(ops_url + path).status_code == 200
         assert httpx.get(url + path).json()["code"] == "not_found"
@@ -299,7 +299,7 @@ def test_health_and_metrics_have_a_port_of_their_own(url: str, ops_url: str) -> 
 
 
 def test_the_refused_body_is_not_kept(url: str) -> None:
-    """One above the limit is answered at once, announced or not, and its caller gets to read that."""
+    """A body above the limit is refused at once, announced or not, and its client receives the refusal."""
     whole = httpx.post(f"{url}/v1/decode", content=bytes(2**20 + 4))
     parts = httpx.post(f"{url}/v1/decode", content=iter([bytes(2**19)] * 3))
     for answer in (whole, parts):

@@ -1,4 +1,4 @@
-"""A process that opens a version which never ends: it stops when it is told to, and nothing of it stays behind."""
+"""A process that opens an endless version stops on SIGTERM and leaves no process behind."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def eventually(true: Callable[[], bool]) -> None:
 
 @contextmanager
 def starting(models: Path, port: int = 0) -> Iterator[subprocess.Popen[bytes]]:
-    """A service that is about to open `models`, when it tries the first version."""
+    """A service that is about to open `models`, at its first version's check."""
     settings = {**CLEAN, **PATIENT, "VAE_PORT": str(port), "VAE_MODELS": str(models)}
     with subprocess.Popen([sys.executable, "-m", "service"], cwd=ROOT, env=settings) as process:
         try:
@@ -57,7 +57,7 @@ def starting(models: Path, port: int = 0) -> Iterator[subprocess.Popen[bytes]]:
 @pytest.mark.parametrize("when", ["opened", "run"])
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
 def test_a_start_that_hangs_can_be_ended(flat_models: Path, hanging: Hanging, when: str, end: signal.Signals) -> None:
-    """By SIGTERM with 0; however it ends, the process that hung ends too."""
+    """SIGTERM ends a hanging start with 0, and the hanging process ends too."""
     hanging(flat_models / "mnist-2d" / "1", when)
     with starting(flat_models) as process:
         process.send_signal(end)
@@ -66,7 +66,7 @@ def test_a_start_that_hangs_can_be_ended(flat_models: Path, hanging: Hanging, wh
 
 
 def test_nobody_is_let_in_before_the_models_are_open(flat_models: Path, hanging: Hanging) -> None:
-    """Until then connections are refused, so that a balancer asks another."""
+    """Connections are refused until the models are open, so that a balancer tries another replica."""
     hanging(flat_models / "mnist-2d" / "1", "opened")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -78,7 +78,7 @@ def test_nobody_is_let_in_before_the_models_are_open(flat_models: Path, hanging:
 def test_a_service_ends_while_a_load_hangs(
     start_service: StartService, flat_models: Path, hanging: Hanging, workers: str
 ) -> None:
-    """Requests are answered during the load, and SIGTERM ends it within its grace."""
+    """Requests are answered during a hanging load, and SIGTERM ends the service within its grace."""
     settings = {**PATIENT, "VAE_MODEL_CONTROL": "anonymous", "VAE_WORKERS": workers, "VAE_MODELS": str(flat_models)}
     settings["VAE_VERSIONS"] = "mnist-2d:1"  # a worker that starts late opens the same
     with start_service(**settings) as (process, url):

@@ -1,4 +1,4 @@
-"""What HTTP/1.1 asks of a server: heads, methods, upgrades, bodies that nobody reads, and limits on connections."""
+"""HTTP/1.1: heads, methods, upgrades, unread bodies, and limits on connections."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(models: Path) -> Iterator[str]:
-    """A service that answers to every name."""
+    """A service that accepts every host name."""
     settings = {"VAE_THREADS": "1", "VAE_MAX_BODY_BYTES": str(2**22), "VAE_ALLOWED_HOSTS": "*"}
     with started(VAE_MODELS=str(models), **settings) as (_, url):
         yield url
@@ -54,7 +54,7 @@ def address(url: str) -> tuple[str, int]:
 
 
 def said(url: str, *parts: bytes, pause_s: float = 0.0) -> bytes:
-    """Everything that is heard until the service closes; these bytes are sent, one after the other."""
+    """Everything received until the service closes, after these bytes."""
     with socket.create_connection(address(url), timeout=10) as connection:
         for part in parts:
             with suppress(ConnectionError):  # it has closed
@@ -121,7 +121,7 @@ MALFORMED = {
 
 @pytest.mark.parametrize("request_bytes", MALFORMED.values(), ids=MALFORMED)
 def test_a_malformed_head_is_400(url: str, request_bytes: bytes) -> None:
-    """A problem that says what is wrong, and nothing that follows is answered."""
+    """A malformed head gets a problem with the reason, and nothing after it is answered."""
     answer = said(url, request_bytes + NEXT)
     assert statuses(answer) == [400]
     problem = json.loads(answer.partition(b"\r\n\r\n")[2])
@@ -141,7 +141,7 @@ SERVED = {
 
 @pytest.mark.parametrize("request_bytes", SERVED.values(), ids=SERVED)
 def test_an_unusual_head_is_served(url: str, request_bytes: bytes) -> None:
-    """Where the standard allows it."""
+    """Unusual heads that the standard allows are served."""
     assert statuses(said(url, request_bytes)) == [200]
 
 
@@ -163,7 +163,7 @@ NOT_SERVED = {
 
 @pytest.mark.parametrize(("method", "target", "status"), NOT_SERVED.values(), ids=NOT_SERVED)
 def test_what_is_not_served_is_a_problem(url: str, method: bytes, target: bytes, status: int) -> None:
-    """Of one readable length."""
+    """Unknown paths and methods get a problem of bounded length."""
     answer = said(url, get(target, method=method))
     assert statuses(answer) == [status]
     assert len(json.loads(answer.partition(b"\r\n\r\n")[2])["detail"]) < 500
@@ -177,7 +177,7 @@ PAGES = [
 
 @pytest.mark.parametrize("path", PAGES)
 def test_head_answers_where_get_does(url: str, path: str) -> None:
-    """With the same headers, and no body that the next answer would be taken for."""
+    """HEAD has GET's headers and no body."""
     with httpx.Client(base_url=url) as client:
         full, head = client.get(path), client.head(path)
         assert (head.status_code, head.content) == (200, b"")
@@ -189,7 +189,7 @@ def test_head_answers_where_get_does(url: str, path: str) -> None:
 
 
 def test_a_wrong_method_is_told_the_right_ones(url: str) -> None:
-    """Also to HEAD and OPTIONS, which must not run anything."""
+    """A 405 lists the allowed methods, also for HEAD and OPTIONS, which run nothing."""
     with httpx.Client(base_url=url) as client:
         for method, path, allowed in (
             ("OPTIONS", "/v1/encode", "POST"),
@@ -207,7 +207,7 @@ def test_a_wrong_method_is_told_the_right_ones(url: str) -> None:
 @pytest.mark.parametrize("path", ["/docs/", "/v1/models/", "/v1/models/mnist-2d/", "/v1/sample/?count=1", "/metrics/"])
 @pytest.mark.parametrize("method", ["GET", "POST"])
 def test_a_slash_at_the_end_leads_to_what_is_meant(url: str, path: str, method: str) -> None:
-    """By a relative place: whoever chooses the header Host does not choose where it leads."""
+    """The redirect is relative, so the Host header does not choose its target."""
     answer = httpx.request(method, url + path, headers={"host": "evil.example"})
     assert answer.status_code == 307
     assert answer.headers["location"].startswith("../")
@@ -217,7 +217,7 @@ def test_a_slash_at_the_end_leads_to_what_is_meant(url: str, path: str, method: 
 @pytest.mark.parametrize("upgrade", UPGRADES)
 @pytest.mark.parametrize("framing", ["length", "chunks", "pieces"])
 def test_an_upgrade_is_declined_and_its_body_is_read(url: str, upgrade: bytes, framing: str) -> None:
-    """The request is answered as any other, and what comes behind it is never taken for another one."""
+    """A request for an upgrade is answered over HTTP/1.1, and nothing after its body is parsed as a request."""
     ask = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: %b\r\nhttp2-settings: AAMAAABk\r\n" % upgrade
     more = HEAD + b"content-length: 8\r\n\r\n" + ROW
     length = HEAD + ask + b"content-length: 16\r\n\r\n"
@@ -236,7 +236,7 @@ def test_an_upgrade_is_declined_and_its_body_is_read(url: str, upgrade: bytes, f
 
 @pytest.mark.parametrize("upgrade", UPGRADES)
 def test_an_upgrade_without_a_body_is_declined_too(url: str, upgrade: bytes) -> None:
-    """And what its sender may have said in the other protocol is dropped, also when it comes later."""
+    """Bytes in the other protocol are dropped, also if they arrive later."""
     ask = b"GET /v1/models HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: %b\r\n\r\n" % upgrade
     assert statuses(said(url, ask + NEXT)) == [200]
     assert statuses(said(url, ask, NEXT, pause_s=0.1)) == [200]
@@ -244,7 +244,7 @@ def test_an_upgrade_without_a_body_is_declined_too(url: str, upgrade: bytes) -> 
 
 
 def test_a_body_that_looks_like_a_request_stays_a_body(url: str) -> None:
-    """Whatever is asked for in its head: one answer, about the body."""
+    """A body that looks like a request gets one answer, about the body."""
     head = HEAD + b"content-length: %d\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n" % len(NEXT)
     for parts in ([head + NEXT], [head, NEXT], [head, NEXT, NEXT]):
         answer = said(url, *parts, pause_s=0.05)
@@ -263,12 +263,12 @@ def test_a_body_that_looks_like_a_request_stays_a_body(url: str) -> None:
     ],
 )
 def test_an_upgrade_does_not_loosen_how_bodies_are_read(url: str, framing: bytes) -> None:
-    """What may be read in two ways is refused there as everywhere."""
+    """Ambiguous framing is refused with an upgrade too."""
     assert statuses(said(url, HEAD + b"connection: upgrade\r\nupgrade: h2c\r\n" + framing + NEXT)) == [400]
 
 
 def test_java_is_answered(url: str) -> None:
-    """Its default client asks for HTTP/2 with every request, bodies included."""
+    """Java's default client works: it asks for HTTP/2 with every request, bodies included."""
     java = shutil.which("java")
     if not java:
         pytest.skip("needs java")
@@ -288,7 +288,7 @@ def test_java_is_answered(url: str) -> None:
 
 
 def test_curl_is_answered(url: str, tmp_path: Path) -> None:
-    """With --http2, for small bodies, for large ones, after which it waits for 100 Continue, and for chunks."""
+    """curl --http2 works with small bodies, large ones that wait for 100 Continue, and chunks."""
     curl = shutil.which("curl")
     if not curl or "HTTP2" not in subprocess.run([curl, "-V"], capture_output=True, text=True, check=True).stdout:
         pytest.skip("needs curl with HTTP/2")
@@ -313,14 +313,14 @@ REFUSED = {
 
 @pytest.mark.parametrize(("head", "status"), REFUSED.values(), ids=REFUSED)
 def test_what_is_refused_is_not_asked_for(url: str, head: bytes, status: int) -> None:
-    """A caller that waits for 100 Continue is answered at once; nobody knows whether it leaves the body out."""
+    """A client that waits for 100 Continue gets a refusal at once, and the connection closes."""
     answer = said(url, head + b"expect: 100-continue\r\n\r\n")
     assert statuses(answer) == [status]
     assert b"\r\nconnection: close\r\n" in answer
 
 
 def test_a_body_that_is_asked_for_keeps_the_connection(url: str) -> None:
-    """100 Continue, the answer, and the next request."""
+    """After 100 Continue and the answer, the connection serves the next request."""
     with socket.create_connection(address(url), timeout=10) as connection:
         connection.sendall(HEAD + b"content-length: 8\r\nexpect: 100-continue\r\n\r\n")
         assert connection.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -333,7 +333,7 @@ def test_a_body_that_is_asked_for_keeps_the_connection(url: str) -> None:
 
 @pytest.mark.parametrize("close", [b"", CLOSE])
 def test_a_refusal_of_a_body_under_way_is_read(url: str, close: bytes) -> None:
-    """It arrives, however much of the body was still to be sent; then the connection goes on, or closes."""
+    """The client receives a refusal however much of the body it still had to send."""
     size = 2**21
     ask = b"POST /v1/nothing HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n%b\r\n" % (size, close)
     parts = [ask, *[bytes(2**18)] * (size // 2**18)]
@@ -342,7 +342,7 @@ def test_a_refusal_of_a_body_under_way_is_read(url: str, close: bytes) -> None:
 
 
 def test_health_is_answered_when_the_service_is_full(start_service: Start, models: Path) -> None:
-    """As many idle connections as there may be, and many more: whoever asks for health is answered, others are not."""
+    """Health is answered even when all connections are taken; other requests are refused."""
     settings = {"VAE_MODELS": str(models), "VAE_THREADS": "1", "VAE_MAX_CONNECTIONS": "5", "VAE_ALLOWED_HOSTS": "*"}
     with start_service(**settings) as (_, url), ExitStack() as stack:
         held = [stack.enter_context(socket.create_connection(address(url), timeout=10)) for _ in range(5)]
@@ -376,7 +376,7 @@ def served(url: str, source: str) -> tuple[socket.socket, int]:
 
 
 def test_an_address_has_no_more_connections_than_it_may(start_service: Start, models: Path) -> None:
-    """Over all workers; others are served, and what a killed worker counted is forgotten."""
+    """The limit by address holds over all workers; a killed worker's count is dropped."""
     settings = {
         "VAE_MODELS": str(models), "VAE_THREADS": "1", "VAE_WORKERS": "2", "VAE_KEEP_ALIVE_S": "60",
         "VAE_MAX_CONNECTIONS_PER_ADDRESS": "6",
@@ -409,7 +409,7 @@ def test_an_address_has_no_more_connections_than_it_may(start_service: Start, mo
 
 
 def test_a_trusted_proxy_is_not_counted(start_service: Start, models: Path) -> None:
-    """It has the connections of all its clients."""
+    """The limit by address does not apply to a trusted proxy."""
     settings = {"VAE_MODELS": str(models), "VAE_MAX_CONNECTIONS_PER_ADDRESS": "1", "VAE_TRUSTED_PROXIES": "127.0.0.2"}
     with start_service(**settings) as (_, url), ExitStack() as stack:
         for source, expected in (("127.0.0.2", [200, 200, 200]), ("127.0.0.3", [200, 503])):

@@ -1,4 +1,4 @@
-"""The service below a path of a proxy: nginx, which removes the path or does not."""
+"""The service below a path of a proxy: nginx, with and without removing the path."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ SETTINGS = {"set": {"VAE_ROOT_PATH": "/vae"}, "told": {"VAE_TRUSTED_PROXIES": "1
 
 @pytest.fixture(scope="module")
 def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """One that is set to the path, and one that believes its proxy about it."""
+    """One service with the path as a setting, and one that trusts its proxy's header."""
     models = tmp_path_factory.mktemp("models")
     (models / "mnist-2d").symlink_to(ROOT / "models" / "mnist-2d")
     with ExitStack() as stack:
@@ -103,7 +103,7 @@ def await_listener(url: str) -> None:
 
 @pytest.mark.parametrize("proxy", ["set, removed", "set, kept", "told, removed", "told, kept"])
 def test_the_documentation_works_below_a_path(proxies: dict[str, str], proxy: str) -> None:
-    """The page, everything it names, the document, and the calls that the document leads to."""
+    """The page, its files, the OpenAPI document and the calls that it describes work below a path."""
     home = proxies[proxy] + "/vae"
     page = httpx.get(f"{home}/docs")
     assert page.status_code == 200
@@ -124,7 +124,7 @@ def test_the_documentation_works_below_a_path(proxies: dict[str, str], proxy: st
 
 @pytest.mark.parametrize("proxy", ["set, removed", "set, kept", "told, removed", "told, kept"])
 def test_redirects_stay_below_the_path(proxies: dict[str, str], proxy: str) -> None:
-    """And on the host that was asked."""
+    """A redirect keeps the path and the host."""
     home = proxies[proxy] + "/vae"
     answer = httpx.get(f"{home}/v1/models/", follow_redirects=True)
     assert (answer.status_code, str(answer.url)) == (200, f"{home}/v1/models")
@@ -133,7 +133,7 @@ def test_redirects_stay_below_the_path(proxies: dict[str, str], proxy: str) -> N
 
 
 def test_a_prefix_is_believed_of_trusted_proxies_alone(services: dict[str, str]) -> None:
-    """And only where it is a plain path."""
+    """The prefix header counts only from trusted proxies, and only if it is a plain path."""
 
     def servers(service: str, *prefixes: str) -> object:
         lines = [("x-forwarded-prefix", prefix) for prefix in prefixes]

@@ -1,4 +1,4 @@
-"""The service as a process: how it starts, refuses to start, and stops."""
+"""The service as a process: start, refusal to start, stop."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CLEAN = {key: value for key, value in os.environ.items() if not key.startswith("
 
 
 def refused(*flags: str, **settings: str) -> str:
-    """What `python -m service` says when it cannot start."""
+    """Message of `python -m service` when it cannot start."""
     done = subprocess.run(
         [sys.executable, "-m", "service", *flags], cwd=ROOT, env={**CLEAN, "VAE_PORT": "0", **settings},
         capture_output=True, text=True, timeout=30, check=False,
@@ -32,7 +32,7 @@ def refused(*flags: str, **settings: str) -> str:
 
 
 def test_it_serves_and_stops_in_good_order(start_service: StartService, digits_models: Path) -> None:
-    """It prints its URL and a line to try; that line works; SIGTERM ends it with 0."""
+    """It prints its URL and a command that works; SIGTERM ends it with 0."""
     with start_service(VAE_MODELS=str(digits_models), VAE_DRAIN_S="0") as (process, url):
         assert process.stdout is not None
         line = process.stdout.readline()
@@ -55,14 +55,14 @@ def test_it_serves_and_stops_in_good_order(start_service: StartService, digits_m
     ],
 )
 def test_what_it_cannot_start_with_is_one_clear_line(settings: dict[str, str], says: str) -> None:
-    """Not a traceback, and not zero."""
+    """A failed start prints one line, no traceback, and exits with another status than 0."""
     line = refused(**settings)
     assert says in line
     assert line.count("\n") == 1
 
 
 def test_a_taken_port_is_one_clear_line(digits_models: Path) -> None:
-    """Told before any model is opened."""
+    """A taken port is reported before any model is opened."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         line = refused(VAE_MODELS=str(digits_models), VAE_PORT=str(port))
@@ -71,5 +71,5 @@ def test_a_taken_port_is_one_clear_line(digits_models: Path) -> None:
 
 
 def test_a_misspelt_flag_is_refused() -> None:
-    """By name."""
+    """The message names the misspelt flag."""
     assert "--prot" in refused("--prot", "1")

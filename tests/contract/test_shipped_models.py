@@ -1,4 +1,4 @@
-"""The models under models/, as they are shipped and served; their figures on real digits."""
+"""The included models, as files and as served, and their figures on real digits."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ async def client(repository: Repository) -> AsyncIterator[httpx.AsyncClient]:
 
 
 def denoised(repository: Repository, y: Rows, options: str) -> Rows:
-    """What the service answers."""
+    """Denoised images from the service."""
 
     async def scenario() -> bytes:
         async with client(repository) as one:
@@ -64,13 +64,13 @@ def denoised(repository: Repository, y: Rows, options: str) -> Rows:
 
 
 def psnr(image: Rows, clean: Rows) -> Rows:
-    """Decibels of each image, data range 1."""
+    """PSNR of each image in decibels, data range 1."""
     decibels: Rows = -10.0 * np.log10(np.square(image - clean).reshape(len(clean), -1).mean(1))
     return decibels
 
 
 def test_the_shipped_models_say_what_they_are_worth(repository: Repository) -> None:
-    """mnist is the default, with at least 20 latents and the likelihood it was shipped for; both are small."""
+    """mnist is the default, with at least 20 latents and its published likelihood; both models are small."""
     mnist, flat = repository.find(None, None).manifest, repository.find("mnist-2d", None).manifest
     assert mnist.name == "mnist"
     assert mnist.latent_dim is not None
@@ -89,7 +89,7 @@ def test_the_shipped_models_say_what_they_are_worth(repository: Repository) -> N
 def test_denoising_reaches_its_figures(
     repository: Repository, digits: Rows, sigma: float, least: float, *, told: bool
 ) -> None:
-    """PSNR on 200 seeded digits under unclipped Gaussian noise, with the level told and (within 0.3 dB) estimated."""
+    """PSNR on 200 seeded digits under unclipped Gaussian noise, with the level given and (within 0.3 dB) estimated."""
     y = digits + np.random.default_rng(7).normal(0.0, sigma, digits.shape)
     restored = denoised(repository, y, f"level={sigma}" if told else "level=auto")
     assert psnr(restored, digits).mean() >= least - (0.0 if told else 0.3)
@@ -97,14 +97,14 @@ def test_denoising_reaches_its_figures(
 
 @pytest.mark.parametrize("sigma", [0.02, 0.04, 0.08, 0.15, 0.3, 0.45, 0.6])
 def test_denoising_makes_no_image_worse(repository: Repository, digits: Rows, sigma: float) -> None:
-    """Not one of the 200, at any level, against the noisy image cut to [0, 1]."""
+    """None of the 200 images gets worse at any level, against the noisy image clipped to [0, 1]."""
     y = digits + np.random.default_rng(8).normal(0.0, sigma, digits.shape)
     restored = denoised(repository, y, f"level={sigma}")
     assert np.all(psnr(restored, digits) >= psnr(np.clip(y, 0, 1), digits))
 
 
 def test_the_shipped_model_is_calibrated(repository: Repository) -> None:
-    """For both qualities, and each way in which it may see a pixel of a table's task."""
+    """The manifest has a factor for both qualities and each kind of observed pixel."""
     manifest = repository.find("mnist", None).manifest
     assert manifest.calibration is not None
     expected = {*manifest.noise_families, BESIDE, APART, "shrink-2", "shrink-4", "blur"}
@@ -116,7 +116,7 @@ def test_the_shipped_model_is_calibrated(repository: Repository) -> None:
 
 @pytest.mark.parametrize("task", [FLIPS[0], ENLARGING[0]], ids=lambda task: task.name)
 def test_nine_pixels_in_ten_lie_within_their_interval(repository: Repository, digits: Rows, task: Task) -> None:
-    """Mean +- 1.645 std, of the pixels that are not known, where the graphs alone fall short of 85 %."""
+    """Mean +- 1.645 std holds nine unknown pixels in ten, where the graphs alone hold less than 85 %."""
     options = "&".join(f"{name}={value}" for name, value in {**task.asked(), "uncertainty": "true"}.items())
     y = np.ascontiguousarray(task.seen(digits, 0).y, "<f4")
 
@@ -136,7 +136,7 @@ def test_nine_pixels_in_ten_lie_within_their_interval(repository: Repository, di
 def test_denoising_handles_spoilt_pixels(
     repository: Repository, digits: Rows, family: str, share: float, before: float, after: float
 ) -> None:
-    """Mean PSNR with a share of the pixels replaced is what README.md says, to 0.2 dB; every image gains."""
+    """Mean PSNR with a share of the pixels replaced equals README.md's to 0.2 dB, and every image gains."""
     rng = np.random.default_rng(9)
     replacement = rng.integers(0, 2, digits.shape) if family == "salt-and-pepper" else np.zeros(digits.shape)
     y = np.where(rng.random(digits.shape) < share, replacement, digits)
@@ -147,14 +147,14 @@ def test_denoising_handles_spoilt_pixels(
 
 
 def test_refinement_earns_its_time(repository: Repository, digits: Rows) -> None:
-    """On 16 digits under noise of 0.5, which leaves most to find out."""
+    """`quality=refined` improves 16 digits under noise of 0.5."""
     y = digits[:16] + np.random.default_rng(7).normal(0.0, 0.5, digits[:16].shape)
     fast, refined = (denoised(repository, y, f"level=0.5&seed=1&quality={quality}") for quality in ("fast", "refined"))
     assert psnr(refined, digits[:16]).mean() > psnr(fast, digits[:16]).mean()
 
 
 def test_the_score_tells_digits_from_what_is_none(repository: Repository, digits: Rows) -> None:
-    """Every one of 50 has a higher ELBO than each of them inverted, shuffled, and than noise."""
+    """Each of 50 digits has a higher ELBO than its inverted and shuffled versions and than noise."""
     rng, x = np.random.default_rng(3), digits[:50]
     others = (1 - x, rng.permuted(x.reshape(50, -1), axis=1).reshape(x.shape), rng.random(x.shape, np.float32))
 
@@ -181,7 +181,7 @@ def test_samples_look_like_digits(repository: Repository, digits: Rows) -> None:
 
 
 def test_a_digit_comes_back_as_itself(repository: Repository, digits: Rows) -> None:
-    """Reconstruction is nearer to its own digit than to any other of the 200, for nearly all of them."""
+    """Nearly every reconstruction is nearer to its own digit than to any other of the 200."""
 
     async def scenario() -> bytes:
         async with client(repository) as one:
@@ -193,7 +193,7 @@ def test_a_digit_comes_back_as_itself(repository: Repository, digits: Rows) -> N
 
 
 def test_an_answer_never_depends_on_its_batch_mates(repository: Repository) -> None:
-    """Bit for bit: every program of every shipped model, at batch sizes of every remainder, first and last row."""
+    """Bit for bit: every program of every included model, at batch sizes of every remainder, first and last row."""
     rng, mnist = np.random.default_rng(0), repository.find("mnist", None)
     mnist.plan("recognise", recognise_rows, 0, None)
     mnist.plan("fuse", fuse_rows, 0, None, completions=False)

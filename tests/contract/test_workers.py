@@ -27,19 +27,19 @@ def served(one: httpx.Client) -> bool:
 
 
 def counted(one: httpx.Client) -> float:
-    """Requests answered, summed over the workers."""
+    """Number of answered requests, summed over the workers."""
     families = text_string_to_metric_families(one.get("/metrics").text)
     samples = [s for family in families if family.name == "vae_requests" for s in family.samples]
     return sum(s.value for s in samples if s.labels["outcome"] == "ok")
 
 
 def versions(one: httpx.Client) -> set[str]:
-    """Which versions some workers answer with."""
+    """Versions that the workers answer with."""
     return {one.post("/v1/sample").headers["x-model-version"] for _ in range(REQUESTS)}
 
 
 def followed(one: httpx.Client, order: str) -> bool:
-    """Give an order; whether both workers have followed it when it is answered."""
+    """Load or unload; whether both workers are done when the call is answered."""
     answer = one.post(f"/v1/models/mnist-2d/{order}")
     assert answer.status_code in (200, 202), answer.text
     return (answer.json()["workers"], answer.json()["followed"]) == (2, 2)
@@ -92,7 +92,7 @@ def test_workers_count_callers_together(
     flat_models: Path,
     tmp_path: Path,
 ) -> None:
-    """A key's rate, and that of an address without one, hold for all workers; a killed one frees nobody of them."""
+    """The rates of a key and of an address hold for all workers together, also after one is killed."""
     keys = tmp_path / "keys"
     keys.write_text("alice alice-0123456789abcdef infer rate=10/day\n")
     settings = {"VAE_MODELS": str(flat_models), "VAE_WORKERS": "2", "VAE_API_KEYS": str(keys)}

@@ -1,4 +1,4 @@
-"""A real service of a small model, and callers that see what becomes of every request."""
+"""A real service of a small model, and clients that record the outcome of every request."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RAW = {"content-type": "application/octet-stream", "accept": "application/octet-
 
 
 class Outcome(NamedTuple):
-    """Of one request: its status (0: the connection was closed before the answer, -1: in the middle of it)."""
+    """Outcome of one request: its status (0: closed before the answer, -1: closed during it)."""
 
     status: int
     content: bytes
@@ -34,7 +34,7 @@ class Outcome(NamedTuple):
 
 
 class Service(NamedTuple):
-    """A process that serves, and the models that it was started with."""
+    """A service process, and the models that it was started with."""
 
     process: subprocess.Popen[str]
     url: str
@@ -69,7 +69,7 @@ class Service(NamedTuple):
 
 @pytest.fixture(scope="module")
 def small_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository of the model of two latents alone, which starts fast; a copy that may be spoilt."""
+    """A copy of the repository with the model of two latents alone, which starts fast."""
     folder = tmp_path_factory.mktemp("small") / "models"
     shutil.copytree(ROOT / "models" / "mnist-2d", folder / "mnist-2d")
     return folder
@@ -77,7 +77,7 @@ def small_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def service(small_models: Path) -> Iterator[Service]:
-    """One for all tests of a module, as an operator would start it."""
+    """One service for all tests of a module."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < OPEN_FILES:
         pytest.skip(f"needs {OPEN_FILES} open files, the limit is {hard}")
@@ -89,7 +89,7 @@ def service(small_models: Path) -> Iterator[Service]:
 
 
 def workers_of(supervisor: int) -> list[int]:
-    """The processes that serve."""
+    """Worker processes of a service."""
     children = Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text()
     return [int(child) for child in children.split()]
 

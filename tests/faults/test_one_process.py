@@ -1,4 +1,4 @@
-"""Faults against one real process: it answers all it took, rightly, and comes back by itself."""
+"""Faults in one real process: it answers every accepted request correctly, and recovers by itself."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def right_answer(service: Service, request: bytes) -> bytes:
 
 
 def test_model_files_may_be_spoilt_while_it_serves(service: Service) -> None:
-    """Truncated, replaced, deleted: the model in memory is the one that was checked."""
+    """Truncated, replaced or deleted files do not matter: the model in memory is the checked one."""
     before = right_answer(service, EASY)
     graph = next(service.models.rglob("decoder.onnx"))
     os.truncate(graph, 100)
@@ -45,7 +45,7 @@ def test_model_files_may_be_spoilt_while_it_serves(service: Service) -> None:
 
 
 def test_a_thousand_idle_connections_keep_nobody_waiting(service: Service) -> None:
-    """Others are answered meanwhile, and every connection is given back."""
+    """With a thousand idle connections other requests are answered, and every connection is freed."""
     idle = [socket.create_connection(("127.0.0.1", service.port)) for _ in range(IDLE)]
     try:
         eventually(lambda: service.connections() >= IDLE)
@@ -58,7 +58,7 @@ def test_a_thousand_idle_connections_keep_nobody_waiting(service: Service) -> No
 
 
 def test_half_closed_connections_are_answered_or_closed(service: Service) -> None:
-    """A caller that sends nothing more, with its request whole or not, leaves nothing behind."""
+    """A half-closed connection leaves nothing behind, whether its request is complete or not."""
     for sent in (HARD, HARD[:-100], EASY[:30], b""):
         with socket.create_connection(("127.0.0.1", service.port), timeout=LIMIT_S) as one:
             one.sendall(sent)
@@ -70,7 +70,7 @@ def test_half_closed_connections_are_answered_or_closed(service: Service) -> Non
 
 
 def test_a_caller_that_stops_reading_holds_up_nobody(service: Service) -> None:
-    """Of an answer of 49 MiB little waits for it in memory, others are served, and hanging up ends its work."""
+    """A client that stops reading 49 MiB costs little memory and no other request; disconnecting ends its work."""
     right_answer(service, EASY)
     before, counted = service.kib("VmRSS"), service.metric("vae_requests_total")
     with socket.create_connection(("127.0.0.1", service.port)) as lazy:
@@ -84,7 +84,7 @@ def test_a_caller_that_stops_reading_holds_up_nobody(service: Service) -> None:
 
 
 def test_a_flood_is_refused_and_what_is_taken_is_right(service: Service) -> None:
-    """At four times what it can do: right answers, refusals that come sooner than those, and then as before."""
+    """At four times its capacity: correct answers, faster refusals, and normal service afterwards."""
     expected = right_answer(service, HARD)
     rate = asyncio.run(capacity(service.port))
     outcomes = asyncio.run(flood(service.port, 4.0 * rate))
@@ -98,7 +98,7 @@ def test_a_flood_is_refused_and_what_is_taken_is_right(service: Service) -> None
 
 
 async def capacity(port: int) -> float:
-    """Requests a second that four callers, each waiting for its answer, get done."""
+    """Requests a second of four clients that each wait for their answer."""
     stop, began = asyncio.Event(), time.monotonic()
     callers = [asyncio.create_task(keep_asking(port, HARD, stop)) for _ in range(4)]
     await asyncio.sleep(1.5)
@@ -108,7 +108,7 @@ async def capacity(port: int) -> float:
 
 
 async def flood(port: int, rate: float) -> list[Outcome]:
-    """Requests that come at that rate whether or not there are answers."""
+    """Requests at a fixed rate, whether or not earlier ones are answered."""
     began, tasks = time.monotonic(), list[asyncio.Task[Outcome]]()
     while (passed := time.monotonic() - began) < FLOOD_S:
         tasks += [asyncio.create_task(ask(port, HARD)) for _ in range(int(rate * passed) - len(tasks))]
@@ -117,7 +117,7 @@ async def flood(port: int, rate: float) -> list[Outcome]:
 
 
 def test_what_finds_no_memory_is_refused_and_nothing_is_killed(service: Service) -> None:
-    """With hardly more address space than it has, a large answer is 503; small ones are given, then and later."""
+    """With little address space a large answer is 503, and small ones succeed then and later."""
     request = wire("/v1/sample?count=5000&seed=7", accept="application/json")
     limit = 1024 * (service.kib("VmSize") + 16 * 1024)
     unlimited = resource.prlimit(service.worker, resource.RLIMIT_AS)
@@ -134,7 +134,7 @@ def test_what_finds_no_memory_is_refused_and_nothing_is_killed(service: Service)
 
 
 def test_sigterm_under_load_answers_what_was_taken(service: Service) -> None:
-    """The last of these tests: long requests under way are answered, others too or not at all, and it ends with 0."""
+    """On SIGTERM running long requests are answered, and the service exits with 0. Runs last."""
     long = wire("/v1/reconstruct?draws=64&seed=7", np.zeros((96, 784), "<f4").tobytes())
     expected = right_answer(service, long)
 

@@ -1,4 +1,4 @@
-"""Faults against several real processes on one port, and against one that has hardly begun."""
+"""Faults in several real processes on one port, and in one that is starting."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ REQUEST = wire("/v1/sample?count=4&seed=7")
 
 
 async def killed_under_load(service: Service) -> tuple[list[Outcome], list[int]]:
-    """What callers see while a worker is killed and replaced; and who served at first."""
+    """Outcomes while a worker is killed and replaced, and the workers at first."""
     stop = asyncio.Event()
     load = [asyncio.create_task(keep_asking(service.port, REQUEST, stop)) for _ in range(CALLERS)]
     await asyncio.sleep(0.5)
@@ -40,7 +40,7 @@ async def killed_under_load(service: Service) -> tuple[list[Outcome], list[int]]
 
 
 def test_a_worker_killed_under_load_costs_what_it_had_in_hand(small_models: Path) -> None:
-    """Its callers' connections are closed, at most one request each; the other serves, a new one comes, counts stay."""
+    """A killed worker costs at most one request a client; the other serves, a new one starts, counts stay."""
     with started(VAE_MODELS=str(small_models), VAE_WORKERS="2", VAE_THREADS="1", VAE_DRAIN_S="0") as (process, url):
         service = Service(process, url, small_models)
         eventually(lambda: len(workers_of(process.pid)) == 2 and answers(url), 60.0)
@@ -59,7 +59,7 @@ def test_a_worker_killed_under_load_costs_what_it_had_in_hand(small_models: Path
 
 
 def test_sigterm_while_it_starts_ends_it_at_once() -> None:
-    """With 0, before it has said that it serves, once it can be told anything."""
+    """SIGTERM during the start ends the service with 0."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("VAE_")}
     with subprocess.Popen(
         [sys.executable, "-m", "service"], cwd=ROOT, env={**clean, "VAE_PORT": "0"}, stdout=subprocess.PIPE
@@ -72,7 +72,7 @@ def test_sigterm_while_it_starts_ends_it_at_once() -> None:
 
 
 def catches(pid: int, number: signal.Signals) -> bool:
-    """Whether the process has a handler for it."""
+    """Whether the process has a handler for the signal."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     caught = next(int(line.split()[1], 16) for line in lines if line.startswith("SigCgt"))
     return bool(caught >> (number - 1) & 1)

@@ -1,4 +1,4 @@
-"""Large inputs made of small ones: a part is repeated until the whole is large, so that a fuzzer can change both."""
+"""Large inputs from small ones: a part is repeated, so that a fuzzer can change the whole."""
 
 from __future__ import annotations
 

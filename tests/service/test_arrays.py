@@ -1,4 +1,4 @@
-"""Arrays as they come: headers of .npy, types, axes, rounding, base64, and numbers that are none."""
+"""Arrays in bodies: .npy headers, types, axes, rounding, base64, and values that are no numbers."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ BROKEN: dict[str, bytes] = {
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_broken_header_is_the_callers_mistake(client: httpx.Client, case: str) -> None:
-    """As a body and in a form."""
+    """A broken .npy header is a 400, in a body and in a form."""
     for request in ({"content": BROKEN[case], "headers": NPY}, {"files": {"file": ("a", BROKEN[case])}}):
         answer = client.post("/v1/encode", **request)  # type: ignore[arg-type]
         assert answer.status_code in (400, 422), answer.text
@@ -91,7 +91,7 @@ SIDES = st.one_of(
 
 @given(NAMES, st.lists(SIDES, max_size=10), st.sampled_from(["True", "False", "0", "None"]), st.integers(0, 300))
 def test_no_header_raises_what_is_not_promised(name: str, sides: list[str], fortran: str, length: int) -> None:
-    """Whatever its type, shape and order."""
+    """A .npy header of any type, shape and order raises only documented errors."""
     text = header(f"({', '.join(sides)}{',' if len(sides) == 1 else ''})", name, fortran)
     with suppress(ServiceError):
         array = npy.parse(with_header(text, bytes(length)), Intake("images", (1, 8, 8), Meter()))
@@ -100,7 +100,7 @@ def test_no_header_raises_what_is_not_promised(name: str, sides: list[str], fort
 
 @given(st.binary(max_size=80), st.integers(0, 4))
 def test_no_bytes_as_header_raise_what_is_not_promised(text: bytes, version: int) -> None:
-    """Nor do any other bytes."""
+    """Arbitrary bytes as a .npy header raise only documented errors."""
     with suppress(ServiceError):
         npy.parse(with_header(text, version=version), Intake("images", (1, 8, 8), Meter()))
 
@@ -119,7 +119,7 @@ VALUES = st.recursive(
     st.sampled_from(["images", "latents", ""]),
 )
 def test_no_json_raises_what_is_not_promised(content: dict[str, Any], name: str) -> None:
-    """Whatever structure it has."""
+    """JSON of any structure raises only documented errors."""
     shape = (8,) if name == "latents" else (1, 2, 2)
     intake = Intake(name, shape, Meter(), masked=True, or_latents=name == "images")
     with suppress(ServiceError):
@@ -139,7 +139,7 @@ def test_no_json_raises_what_is_not_promised(content: dict[str, Any], name: str)
     ],
 )
 def test_what_is_wrong_with_json_is_said(client: httpx.Client, text: str, word: str) -> None:
-    """In words that lead to the place."""
+    """The message leads to the place of the error in the JSON."""
     answer = client.post("/v1/encode", content=text, headers=JSON)
     assert answer.status_code in (400, 422)
     assert word in answer.json()["detail"]
@@ -160,7 +160,7 @@ def test_the_last_axis_may_be_the_channels(read: Any, bare: bool) -> None:
 
 
 def test_the_models_own_shape_comes_first() -> None:
-    """Where both readings are possible, channels stand before height."""
+    """Where both readings are possible, channels come before height."""
     x = np.random.default_rng(0).random((2, 3, 6, 3)).astype(np.float32)
     assert np.array_equal(as_rows(x, (3, 6, 3), "images"), x)
     assert np.array_equal(as_images(x, (3, 6, 3), "images"), x)
@@ -174,7 +174,7 @@ def test_the_models_own_shape_comes_first() -> None:
 @pytest.mark.parametrize("shape", [(224, 224, 3), (3, 224, 224), (224, 224, 4), (2, 224, 224, 3), (2, 3, 224, 224)])
 @pytest.mark.parametrize("path", ["encode", "encode?fit=resize", "denoise?fit=pad", "denoise?fit=tile"])
 def test_colour_is_never_read_as_grey_images(client: httpx.Client, shape: tuple[int, ...], path: str) -> None:
-    """It is refused, with the way to grey."""
+    """An array of colour images is refused, with advice to convert it to grey."""
     answer = client.post(f"/v1/{path}", content=saved(np.zeros(shape, np.float32)), headers=NPY)
     assert (answer.status_code, answer.json()["code"]) == (422, "invalid_shape")
     assert "grey" in answer.json()["detail"]
@@ -184,7 +184,7 @@ def test_colour_is_never_read_as_grey_images(client: httpx.Client, shape: tuple[
 @pytest.mark.parametrize("path", ["encode", "encode?fit=resize"])
 @pytest.mark.parametrize("shape", [(5, 64), (64,)])
 def test_flat_rows_are_to_be_reshaped(client: httpx.Client, shape: tuple[int, ...], path: str) -> None:
-    """They are no pictures of another size."""
+    """Flat rows are refused, with advice to reshape them."""
     detail = client.post(f"/v1/{path}", json={"images": np.zeros(shape).tolist()}).json()["detail"]
     assert f"reshape it to ({shape[0] if len(shape) == 2 else ''}" in detail
     assert "1, 8, 8)" in detail
@@ -192,7 +192,7 @@ def test_flat_rows_are_to_be_reshaped(client: httpx.Client, shape: tuple[int, ..
 
 
 def test_grey_images_for_a_model_of_colours() -> None:
-    """Get no advice that leads nowhere."""
+    """Grey images for a colour model get advice that works."""
     for shape in ((28, 28), (5, 28, 28), (5, 1, 28, 28), (28, 28, 1)):
         for read in (as_rows, as_images):
             with pytest.raises(InvalidShape) as refused:
@@ -213,7 +213,7 @@ def test_8_bit_and_black_and_white_arrays(client: httpx.Client, kind: Any) -> No
 
 
 def test_8_bit_images_of_0_and_1_are_ambiguous(client: httpx.Client) -> None:
-    """Unless they are black, or another image of the request tells the scale."""
+    """uint8 images of 0 and 1 are refused, unless they are black or another image shows the scale."""
     bits = np.eye(8, dtype=np.uint8)
     answer = client.post("/v1/encode", content=saved(bits), headers=NPY)
     assert (answer.status_code, answer.json()["code"]) == (422, "invalid_value")
@@ -227,7 +227,7 @@ def test_8_bit_images_of_0_and_1_are_ambiguous(client: httpx.Client) -> None:
 
 @pytest.mark.parametrize(("scale", "taken"), [(1, True), (255, True), (128, False), (2, False)])
 def test_8_bit_masks(scale: int, taken: bool) -> None:
-    """0 and 1, or 0 and 255."""
+    """A uint8 mask may have 0 and 1, or 0 and 255."""
     mask = np.eye(8, dtype=np.uint8)
     if taken:
         assert np.array_equal(as_rows(mask * np.uint8(scale), (1, 8, 8), "mask")[0, 0], mask)
@@ -248,7 +248,7 @@ def test_latents_are_floats(client: httpx.Client, kind: Any) -> None:
 
 @pytest.mark.parametrize("value", [1.0000001, 1.000001, -1e-7, -1e-6])
 def test_rounding_is_no_error(client: httpx.Client, value: float) -> None:
-    """What lies outside by a millionth is on the bound."""
+    """A value outside by a millionth is moved to the bound."""
     bound = np.clip(value, 0, 1)
     for accept in ("application/json", "application/x-npy"):
         headers = {**NPY, "accept": accept}
@@ -267,7 +267,7 @@ def test_rounding_is_no_error(client: httpx.Client, value: float) -> None:
      ((0.5, np.inf), 422), ((0.5, -np.inf), 422)],
 )  # fmt: skip
 def test_zero_below_zero_is_zero(client: httpx.Client, kind: str, values: tuple[float, float], status: int) -> None:
-    """And hides no value outside the range: as bits, -0.0 is above all positive numbers."""
+    """-0.0 is 0, and does not hide a value outside the range: its bits exceed all positive numbers."""
     image = np.full((8, 8), 0.25, kind)
     image[3, 3:5] = values
     headers = {"content-type": "application/x-npy"}
@@ -276,14 +276,14 @@ def test_zero_below_zero_is_zero(client: httpx.Client, kind: str, values: tuple[
 
 @pytest.mark.parametrize("value", [1.00001, 1.0000021, -2e-6, 255.0, 3e38])
 def test_a_message_shows_how_far_a_value_lies_outside(client: httpx.Client, value: float) -> None:
-    """It never prints a number that would be in the range."""
+    """The message never shows a number that would be in the range."""
     detail = client.post("/v1/encode", json={"images": np.full((8, 8), value).tolist()}).json()["detail"]
     printed = [float(number) for number in re.findall(r"-?\d[\d.]*(?:e[+-]?\d+)?", detail.split(";")[0])]
     assert any(number < 0 or number > 1 for number in printed), detail
 
 
 def test_what_float32_cannot_hold_is_said(client: httpx.Client) -> None:
-    """A number that would become infinity."""
+    """A number that would become infinity in float32 is refused."""
     answer = client.post("/v1/decode", json={"latents": [[1e300] * 8]})
     assert (answer.status_code, answer.json()["code"]) == (422, "invalid_value")
     assert "float32" in answer.json()["detail"]
@@ -305,7 +305,7 @@ def texts(body: bytes) -> dict[str, str]:
 
 @pytest.mark.parametrize("kind", list(texts(b"")))
 def test_every_way_to_write_base64(client: httpx.Client, kind: str) -> None:
-    """Gets the same answer; lengths and bytes such that both alphabets and all paddings occur."""
+    """Every alphabet, padding and line break of base64 gives the same answer."""
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (8, 8), np.uint8))
     expected = mean(client, json={"images": (np.asarray(image) / 255).tolist()})
     file = io.BytesIO()
@@ -316,7 +316,7 @@ def test_every_way_to_write_base64(client: httpx.Client, kind: str) -> None:
 
 @pytest.mark.parametrize("text", ["data:image/png,abc", "a", "aGVsbG8==x", "äöü", "\0", "data:", "data:;base64,!"])
 def test_what_is_no_base64(client: httpx.Client, text: str) -> None:
-    """Is said without the words of the decoder."""
+    """Invalid base64 is refused without the decoder's own words."""
     answer = client.post("/v1/encode", json={"images": [text]})
     assert (answer.status_code, answer.json()["code"]) == (400, "unreadable_body")
 
@@ -336,7 +336,7 @@ REPEATED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", REPEATED)
 def test_messages_are_short_and_plain(client: httpx.Client, case: str) -> None:
-    """No address, no Python, nothing of any length that a caller chooses."""
+    """Messages hold no address, no Python, and no text of a length that the client chooses."""
     answer = client.post(**REPEATED[case])
     assert 400 <= answer.status_code < 500, answer.text
     detail = answer.json()["detail"]
@@ -346,6 +346,6 @@ def test_messages_are_short_and_plain(client: httpx.Client, case: str) -> None:
 
 
 def test_an_option_named_twice_in_the_query_is_refused(client: httpx.Client) -> None:
-    """As in a form and in JSON."""
+    """A repeated option is refused in the query string as in a form and in JSON."""
     answer = client.post("/v1/sample?count=1&count=2")
     assert (answer.status_code, answer.json()["code"]) == (422, "invalid_option")

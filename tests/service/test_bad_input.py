@@ -1,4 +1,4 @@
-"""What bad input gets: the documented problem, and everybody else is still served."""
+"""Bad input gets the documented problem, and other requests are still served."""
 
 from __future__ import annotations
 
@@ -243,7 +243,7 @@ CASES: dict[str, Case] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_bad_input_gets_the_documented_problem(client: httpx.Client, case: str) -> None:
-    """Status, stable code, a message of one readable length, and the next caller is served."""
+    """Status, stable code and a message of bounded length; the next request is served."""
     path, request, status, code = CASES[case]
     response = client.post(f"/v1/{path}", **request)
     problem = response.json()
@@ -255,7 +255,7 @@ def test_bad_input_gets_the_documented_problem(client: httpx.Client, case: str) 
 
 
 def test_a_wrong_shape_names_both_and_the_fix(client: httpx.Client) -> None:
-    """The message can be acted on without the documentation."""
+    """The message names both shapes and the fix."""
     detail = client.post("/v1/encode", json={"images": np.zeros((9, 7)).tolist()}).json()["detail"]
     assert "(9, 7)" in detail
     assert "(n, 1, 8, 8)" in detail
@@ -263,7 +263,7 @@ def test_a_wrong_shape_names_both_and_the_fix(client: httpx.Client) -> None:
 
 
 def test_a_body_above_the_limit_names_the_setting(client: httpx.Client) -> None:
-    """Refused by its announced length, and by what arrives where none is announced."""
+    """A body is refused by its announced length, or by the bytes that arrive."""
     head = (
         f"POST /v1/encode HTTP/1.1\r\nhost: localhost\r\ncontent-length: {64 * 2**20 + 4}\r\nconnection: close\r\n\r\n"
     )

@@ -1,4 +1,4 @@
-"""Settings: a typo is an error, and a value means what it says."""
+"""Settings: a misspelt name is an error, and values are checked."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_the_environment_and_flags_are_read(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_misspelt_setting_names_the_right_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """VAE_PROT is not silently ignored."""
+    """VAE_PROT is an error that suggests VAE_PORT."""
     monkeypatch.setenv("VAE_PROT", "9000")
     with pytest.raises(StartError, match="did you mean VAE_PORT"):
         read_settings()

@@ -1,4 +1,4 @@
-"""What runs the service elsewhere agrees with the service, as far as can be told without running it there."""
+"""The files of deploy/ and compose agree with the service, as far as their text shows."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ EXPRESSIONS = [rule["expr"] for rule in ALERTS] + PANELS
 
 
 def exposed() -> set[str]:
-    """Names of series that /metrics gives."""
+    """Names of the series in /metrics."""
     families = Telemetry(lambda: (0, 0)).registry.collect()
     return {family.name + suffix for family in families for suffix in SUFFIXES[family.type]}
 
 
 def codes(kind: type[ServiceError] = ServiceError) -> Iterator[str]:
-    """What a request may come to, besides ok."""
+    """Outcomes of a request besides ok."""
     yield kind.code
     for narrower in kind.__subclasses__():
         yield from codes(narrower)
@@ -43,13 +43,13 @@ def codes(kind: type[ServiceError] = ServiceError) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_generated_tables_are_current(path: Path) -> None:
-    """They are those of the code: `python docs/reference.py` writes them."""
+    """The tables in docs/ equal the code's: `python docs/reference.py` writes them."""
     page = path.read_text()
     assert with_tables(page) == page
 
 
 def test_every_table_is_in_a_page() -> None:
-    """Every setting too, and every key of a run's TOML with a line about it."""
+    """Every table is in a page, and every key of a run's TOML has a description."""
     text = "".join(path.read_text() for path in PAGES)
     assert all(f"<!-- {name} -->" in text for name in TABLES)
     assert all(f"`VAE_{name.upper()}`" in text for name in Settings.model_fields)
@@ -58,21 +58,21 @@ def test_every_table_is_in_a_page() -> None:
 
 @pytest.mark.parametrize("expression", EXPRESSIONS)
 def test_queries_name_metrics_and_outcomes_that_exist(expression: str) -> None:
-    """In the dashboard and in the alerts."""
+    """Queries of dashboard and alerts use existing metrics and outcomes."""
     assert set(re.findall(r"\bvae_\w+", expression)) <= exposed()
     outcomes = [code for found in re.findall(r'outcome=~?"([^"]+)"', expression) for code in found.split("|")]
     assert set(outcomes) <= {"ok", "internal_error", ReaderFault.outcome, *codes()}
 
 
 def test_the_queue_that_fills_is_the_default_one() -> None:
-    """Its alert comes at 0.8 of the setting."""
+    """The alert's limit is 0.8 of the setting's default."""
     rule = next(rule for rule in ALERTS if rule["alert"] == "VaeQueueFills")
     limit = float(re.findall(r"> (\d+)", rule["expr"])[0])
     assert limit == pytest.approx(0.8 * Settings.model_fields["queue_rows"].default, abs=1)
 
 
 def test_the_dashboard_is_provisioned() -> None:
-    """Its source is the one that is provisioned, its folder the one that is mounted, and no panel covers another."""
+    """Its data source and folder are the provisioned ones, and no panels overlap."""
     sources = yaml.safe_load((DEPLOY / "grafana/provisioning/datasources/prometheus.yml").read_text())["datasources"]
     assert {target["datasource"]["uid"] for panel in DASHBOARD["panels"] for target in panel["targets"]} == {
         source["uid"] for source in sources
@@ -90,7 +90,7 @@ def covered(x: int, y: int, w: int, h: int) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("name", COMPOSE)
 def test_every_container_is_confined(name: str) -> None:
-    """Also those that the container test does not start; and none is published off loopback."""
+    """Every container is confined, and none is published outside loopback."""
     service = COMPOSE[name]
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
@@ -101,7 +101,7 @@ def test_every_container_is_confined(name: str) -> None:
 
 
 def test_kubernetes_runs_it_as_compose_does() -> None:
-    """Not root, nothing to write, no capability, limits; and what selects pods selects these."""
+    """Not root, a read-only root, no capability, limits; selectors match the pods."""
     (container,) = POD["containers"]
     assert POD["securityContext"]["runAsNonRoot"]
     assert POD["securityContext"]["seccompProfile"]["type"] == "RuntimeDefault"
@@ -114,7 +114,7 @@ def test_kubernetes_runs_it_as_compose_does() -> None:
 
 
 def test_what_is_deployed_answers_to_its_names() -> None:
-    """Those under which other containers and pods ask for it."""
+    """The allowed hosts include the names that other containers and pods use."""
     line = next(line for line in COMPOSE["vae"]["environment"] if line.startswith("VAE_ALLOWED_HOSTS="))
     hosts = Hosts(split(re.findall(r":-([^}]+)", line)[0]))
     assert all(hosts.allow(f"{name}:8000".encode()) for name in ("vae", "vae-gpu"))
@@ -129,7 +129,7 @@ def test_what_is_deployed_answers_to_its_names() -> None:
 
 
 def test_kubernetes_loses_no_request() -> None:
-    """Ready before it gets any, told to go before it stops, and given longer than a request may take."""
+    """Ready before it gets requests, removed before it stops, and given more time than a request may take."""
     (container,) = POD["containers"]
     probes = {name: container[name]["httpGet"]["path"] for name in ("startupProbe", "readinessProbe", "livenessProbe")}
     ready, live = "/health/ready", "/health/live"
@@ -140,7 +140,7 @@ def test_kubernetes_loses_no_request() -> None:
 
 
 def test_the_balancer_gives_the_service_its_time_and_its_bodies() -> None:
-    """Its limits are those of the settings, so that the service's own answers come through."""
+    """nginx's limits match the settings, so that the service's own answers come through."""
     said: dict[str, Any] = dict(re.findall(r"^\s*(\w+) ([^;]+);", (DEPLOY / "nginx.conf").read_text(), re.MULTILINE))
     assert int(said["client_max_body_size"].rstrip("m")) * 2**20 == Settings.model_fields["max_body_bytes"].default
     assert float(said["proxy_read_timeout"].rstrip("s")) > Settings.model_fields["timeout_s"].default

@@ -1,4 +1,4 @@
-"""Latents say whose they are, and no other model decodes them by accident."""
+"""Fingerprints: latents name their model, and no other model decodes them by accident."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def npy(array: np.ndarray[Any, Any]) -> bytes:
 def test_every_answer_with_latents_names_the_model_that_they_are_of(
     flat_models: Path, brighter: Callable[..., Path]
 ) -> None:
-    """In JSON, in a header, and in events; the fingerprint that /v1/models tells."""
+    """JSON, headers and events have the fingerprint of /v1/models."""
     brighter(flat_models, "2")
 
     async def scenario() -> None:
@@ -64,7 +64,7 @@ def test_every_answer_with_latents_names_the_model_that_they_are_of(
 
 
 def test_latents_of_another_model_are_refused_by_both_names(flat_models: Path, brighter: Callable[..., Path]) -> None:
-    """However the fingerprint is said, and before their shape is looked at; with the right one they are decoded."""
+    """Another model refuses them before it checks their shape, and names both; the right one decodes them."""
     brighter(flat_models, "2")
     file = {"file": ("z.npy", npy(np.array(LATENTS, "<f4")))}
 

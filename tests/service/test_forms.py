@@ -1,4 +1,4 @@
-"""Forms: several files, masks, empty and unknown fields, and what is no form at all."""
+"""Forms: several files, masks, empty and unknown fields, and malformed bodies."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def post(client: httpx.Client, path: str, *parts: bytes, end: bytes = b"--x--\r\
 
 @pytest.mark.parametrize("form", ["png", "npy", "both", "npy of several"])
 def test_several_files_are_several_rows(client: httpx.Client, images: Any, form: str) -> None:
-    """In the order of the form."""
+    """Rows keep the order of the form."""
     expected = client.post("/v1/encode", json={"images": images.tolist()}).json()
     each = {
         "png": [png(row) for row in images],
@@ -61,7 +61,7 @@ def test_several_files_are_several_rows(client: httpx.Client, images: Any, form:
 
 @pytest.mark.parametrize("form", ["png", "npy", "one png", "one npy"])
 def test_masks_are_one_for_all_or_one_each(client: httpx.Client, images: Any, form: str) -> None:
-    """As pictures or as arrays."""
+    """Masks are pictures or arrays, one for all rows or one a row."""
     masks = np.ones((3, 8, 8))
     masks[:, :3] = 0
     if "one" not in form:
@@ -76,7 +76,7 @@ def test_masks_are_one_for_all_or_one_each(client: httpx.Client, images: Any, fo
 
 
 def test_what_browsers_send_for_empty_fields_counts_as_not_sent(client: httpx.Client, images: Any) -> None:
-    """An optional file without a name or content, and text of no letters."""
+    """An empty optional file and blank text count as not sent."""
     file = part("file", png(images[0]), '; filename="a.png"')
     empty = part("mask", b"", '; filename=""') + part("level", b"") + part("seed", b"") + part("other", b"")
     answer = post(client, "denoise", empty, file)
@@ -157,7 +157,7 @@ REFUSED: dict[str, tuple[tuple[bytes, ...], int, str, str]] = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_wrong_with_a_form_is_named(client: httpx.Client, case: str) -> None:
-    """Its status, its code, and the field."""
+    """The problem has its status, its code, and the field's name."""
     parts, status, code, word = REFUSED[case]
     answer = post(client, "denoise", *parts)
     assert (answer.status_code, answer.json()["code"]) == (status, code), answer.text
@@ -166,7 +166,7 @@ def test_what_is_wrong_with_a_form_is_named(client: httpx.Client, case: str) -> 
 
 @pytest.mark.parametrize("end", [b"", b"--x", b"--x\r\n", b"--"])
 def test_a_form_that_breaks_off_is_refused(client: httpx.Client, end: bytes) -> None:
-    """It may lack an option, so its answer would be another one."""
+    """A truncated form is refused, because it may lack an option."""
     answer = post(client, "encode", FILE, part("draws", b"2"), end=end)
     assert (answer.status_code, answer.json()["code"]) == (400, "unreadable_body")
     assert post(client, "encode", FILE, part("draws", b"2"), end=b"--x--").status_code == 200
@@ -176,14 +176,14 @@ def test_a_form_that_breaks_off_is_refused(client: httpx.Client, end: bytes) -> 
     "boundary", ["", "; boundary=", '; boundary=""', "; boundary=" + "b" * 300, "; boundary=other"]
 )
 def test_a_boundary_that_is_none(client: httpx.Client, boundary: str) -> None:
-    """Missing, empty, too long or another one than in the body."""
+    """A boundary that is missing, empty, too long or not the body's is refused."""
     headers = {"content-type": f"multipart/form-data{boundary}"}
     answer = client.post("/v1/encode", content=FILE + b"--x--\r\n", headers=headers)
     assert (answer.status_code, answer.json()["code"]) == (400, "unreadable_body")
 
 
 def test_files_where_none_is_taken_and_urlencoded_where_one_is(client: httpx.Client) -> None:
-    """Neither is read as something else."""
+    """Both are refused rather than read as something else."""
     answer = post(client, "sample", FILE)
     assert (answer.status_code, answer.json()["code"]) == (422, "invalid_option")
     answer = client.post("/v1/encode", data={"draws": "1"})
@@ -191,7 +191,7 @@ def test_files_where_none_is_taken_and_urlencoded_where_one_is(client: httpx.Cli
 
 
 def test_base64_parts_are_decoded(client: httpx.Client, images: Any) -> None:
-    """As some mail libraries write forms."""
+    """Parts in base64 are decoded, as some mail libraries write them."""
     head = (
         b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\nContent-Transfer-Encoding: base64\r\n\r\n'
     )
@@ -217,7 +217,7 @@ PIECES = st.lists(
     PIECES, st.sampled_from(["x", "", '"x"', "x; charset=utf-16", "\xff"]), st.sampled_from(["images", "latents", ""])
 )
 def test_no_form_raises_what_is_not_promised(pieces: list[bytes], boundary: str, name: str) -> None:
-    """Whatever its bytes."""
+    """A form of any bytes raises only documented errors."""
     shape = (8,) if name == "latents" else (1, 8, 8)
     with suppress(ServiceError):
         content_type = f"multipart/form-data; boundary={boundary}"

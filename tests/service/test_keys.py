@@ -1,4 +1,4 @@
-"""API keys: how their file is read, and read again."""
+"""API keys: reading the file, and reading it again."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def written(path: Path, text: str) -> None:
-    """A new file in the place of the old one, as an orchestrator's secret changes."""
+    """Replace the file by a new one, as an orchestrator's secret changes."""
     new = path.with_suffix(".new")
     new.write_text(text)
     new.chmod(0o600)
@@ -73,7 +73,7 @@ def test_a_line_is_a_key_with_its_rights_and_limits(path: Path) -> None:
     ],
 )  # fmt: skip
 def test_a_line_that_cannot_be_read_is_named(path: Path, text: str, says: str) -> None:
-    """But never the key."""
+    """The message has the line, never the key."""
     path.write_text(text)
     with pytest.raises(StartError) as caught:
         read_keys(path)
@@ -83,7 +83,7 @@ def test_a_line_that_cannot_be_read_is_named(path: Path, text: str, says: str) -
 
 
 def test_a_changed_file_is_read_again(path: Path) -> None:
-    """At most once a second: what was taken out opens nothing any more."""
+    """The file is checked at most once a second; a removed key stops working."""
     clock = Clock()
     path.write_text(f"alice {ALICE} infer\n")
     keys = Keyring(path, clock)
@@ -96,7 +96,7 @@ def test_a_changed_file_is_read_again(path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["nonsense", None])
 def test_a_broken_file_changes_nothing(path: Path, text: str | None, caplog: pytest.LogCaptureFixture) -> None:
-    """The old keys stay, the log says why, once; a file that is mended counts again."""
+    """The old keys stay, the log has the reason once, and a repaired file counts again."""
     clock = Clock()
     written(path, f"alice {ALICE} infer\n")
     keys = Keyring(path, clock)
@@ -114,7 +114,7 @@ def test_a_broken_file_changes_nothing(path: Path, text: str | None, caplog: pyt
 
 @pytest.mark.parametrize("text", ["", "\n \n", "# nobody any more\n"])
 def test_a_file_that_stays_empty_revokes_every_key(path: Path, text: str, caplog: pytest.LogCaptureFixture) -> None:
-    """At the second look, since a file is empty also while it is written; new keys count at once."""
+    """The second check revokes, because a file is empty while it is written; new keys count at once."""
     clock = Clock()
     written(path, f"alice {ALICE} infer\n")
     keys = Keyring(path, clock)
@@ -134,7 +134,7 @@ def test_a_file_that_stays_empty_revokes_every_key(path: Path, text: str, caplog
 
 @pytest.mark.parametrize("between", [f"alice {ALICE} infer\n", "half a li", None])
 def test_a_file_that_is_empty_now_and_then_revokes_nothing(path: Path, between: str | None) -> None:
-    """Two looks in a row count."""
+    """Only two empty checks in a row revoke keys."""
     clock = Clock()
     written(path, f"alice {ALICE} infer\n")
     keys = Keyring(path, clock)
@@ -145,7 +145,7 @@ def test_a_file_that_is_empty_now_and_then_revokes_nothing(path: Path, between: 
 
 
 def test_a_worker_that_starts_after_all_keys_were_revoked_lets_nobody_in(path: Path) -> None:
-    """It does not end, and takes the keys that come."""
+    """A worker that starts with an empty file refuses every key, and accepts later ones."""
     clock = Clock()
     written(path, "")
     keys = Keyring(path, clock)
@@ -156,7 +156,7 @@ def test_a_worker_that_starts_after_all_keys_were_revoked_lets_nobody_in(path: P
 
 
 def test_keys_are_revoked_also_where_nobody_calls(path: Path) -> None:
-    """The first call after a while finds what the file says by then."""
+    """The first call after a pause uses the file's current content."""
     written(path, f"alice {ALICE} infer\n")
     clock = Clock()  # which stands still: no call looks at the file
     keys = Keyring(path, clock)
@@ -174,7 +174,7 @@ def test_keys_are_revoked_also_where_nobody_calls(path: Path) -> None:
 
 @pytest.mark.parametrize("mode", [0o604, 0o602, 0o644])
 def test_a_file_that_others_can_read_is_warned_of(path: Path, mode: int, caplog: pytest.LogCaptureFixture) -> None:
-    """At the start, and when it becomes so, also through a link; once each. Its keys count."""
+    """The log warns once at the start and once when it happens, also through a link; the keys count."""
     clock = Clock()
     target = path.with_suffix(".target")
     written(target, f"alice {ALICE} infer\n")

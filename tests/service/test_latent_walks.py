@@ -44,7 +44,7 @@ def test_an_arc_turns_evenly_and_a_line_does_not() -> None:
 
 @pytest.mark.parametrize("end", [[-2.0, 0.0], [4.0, 0.0], [0.0, 0.0]])
 def test_an_arc_is_a_line_where_there_is_none(end: list[float]) -> None:
-    """Opposite, alike, or nowhere: every number is finite."""
+    """Between opposite, equal or zero latents every number is finite."""
     start = np.float32([2.0, 0.0])
     assert np.allclose(path(start, np.float32(end), 5, spherical=True), np.linspace(start, end, 5), atol=1e-6)
 
@@ -53,7 +53,7 @@ def test_an_arc_is_a_line_where_there_is_none(end: list[float]) -> None:
 def test_images_are_interpolated_between_their_posterior_means(
     client: httpx.Client, images: Rows, graphs: Graphs, spherical: bool
 ) -> None:
-    """And the latents that are told decode to the images that are told; two latents give the same as their images."""
+    """The returned latents decode to the returned images, from images and from latents alike."""
     options = {"steps": 5, "latent_walk": True, "path": "spherical" if spherical else "linear"}
     found = asked(client, "/v1/interpolate", {"images": images[:2].tolist(), **options})
     mean, _ = graphs["encoder"](images[:2])
@@ -64,7 +64,7 @@ def test_images_are_interpolated_between_their_posterior_means(
 
 
 def test_interpolate_refuses_what_are_not_two(client: httpx.Client, images: Rows) -> None:
-    """Images or latents, and says how many came."""
+    """Another number than two images or latents is refused, and the message has the number."""
     assert "not 3" in refused(client, "/v1/interpolate", {"images": images.tolist()}, "invalid_shape")
     assert "two latents" in refused(client, "/v1/interpolate", {"latents": [[0.0] * 8]}, "invalid_shape")
     assert "(n, 8)" in refused(client, "/v1/interpolate", {"latents": [[0.0] * 7] * 2}, "invalid_shape")
@@ -85,7 +85,7 @@ def test_traverse_is_a_map_of_equal_probability(client: httpx.Client, graphs: Gr
 
 
 def test_traverse_passes_through_a_draw(client: httpx.Client) -> None:
-    """Along one latent, the others as the seed has them."""
+    """With a seed the other latents stay at a draw of the prior."""
     found = asked(client, "/v1/traverse?axes=3&size=5&seed=7&latents=true")["latents"]
     middle = standard_normal(7, 1, (8,))[0]
     others = [k for k in range(8) if k != 3]
@@ -95,7 +95,7 @@ def test_traverse_passes_through_a_draw(client: httpx.Client) -> None:
 
 
 def test_traverse_refuses_axes_that_are_not_there(client: httpx.Client) -> None:
-    """The message names those that are."""
+    """The message names the existing axes."""
     assert "0 to 7" in refused(client, "/v1/traverse?axes=8", None, "invalid_option")
     assert "different" in refused(client, "/v1/traverse?axes=1,1", None, "invalid_option")
     refused(client, "/v1/traverse?axes=up", None, "invalid_option")

@@ -1,4 +1,4 @@
-"""Picture files: which are read, what their metadata may hold, and what is refused before it costs anything."""
+"""Picture files: formats, metadata, and refusals before a costly decode."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png_with(*chunks: bytes) -> bytes:
-    """A PNG with those chunks before its data."""
+    """A PNG with extra chunks before its data."""
     body = grey("PNG")
     return body[:33] + b"".join(chunks) + body[33:]
 
@@ -61,7 +61,7 @@ def animated_png() -> bytes:
 
 
 def with_exif(form: str) -> bytes:
-    """Stored turned by a quarter, as cameras do."""
+    """A picture stored rotated by a quarter turn, as cameras do."""
     exif = Image.Exif()
     exif[0x0112] = 6
     options = {"exif": exif.tobytes(), **({"lossless": True} if form == "WEBP" else {})}
@@ -87,13 +87,13 @@ READ: dict[str, Callable[[], bytes]] = {
 
 
 def broken_exif() -> bytes:
-    """Every tag says that its value lies outside."""
+    """EXIF whose every tag points outside."""
     tags = b"".join(struct.pack(">HHII", 0x9000 + k, 5, 2**28, 8) for k in range(5000))
     return b"MM\0*\0\0\0\x08" + struct.pack(">H", 5000) + tags + bytes(4)
 
 
 def split_png(size: int) -> bytes:
-    """Its data in chunks of that many bytes."""
+    """A PNG with its data in chunks of a given size."""
     body = grey("PNG")
     length = int.from_bytes(body[33:37], "big")
     data = body[41 : 41 + length]
@@ -103,7 +103,7 @@ def split_png(size: int) -> bytes:
 
 @pytest.mark.parametrize("case", READ)
 def test_every_picture_is_the_same_image(client: httpx.Client, case: str) -> None:
-    """In a body, in a form and in base64, whatever its metadata hold."""
+    """The image is the same in a body, a form and base64, whatever its metadata."""
     body, path = READ[case](), "/v1/encode"
     expected = client.post(path, json={"images": (LEVELS / 255).tolist()}).json()
     media_type = {b"BM": "image/bmp", b"RI": "image/webp"}.get(body[:2], "image/png")
@@ -120,7 +120,7 @@ def test_every_picture_is_the_same_image(client: httpx.Client, case: str) -> Non
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(10))
 def test_pictures_are_turned_as_pillow_does(form: str, orientation: int) -> None:
-    """For every orientation, and those that are none; the trainer turns with the same code, of more formats."""
+    """Every orientation, valid or not, is applied as Pillow does."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     levels = np.kron(LEVELS[:6], np.ones((2, 2), np.uint8))
@@ -136,7 +136,7 @@ def test_pictures_are_turned_as_pillow_does(form: str, orientation: int) -> None
 
 @pytest.mark.parametrize("name", ["image/jpg", "image/pjpeg", "image/x-png", "image/x-ms-bmp", "image/bmp"])
 def test_other_names_of_media_types(client: httpx.Client, name: str) -> None:
-    """Those that browsers and old programs use."""
+    """Media types under the names of browsers and old programs are read."""
     form = "BMP" if "bmp" in name else "PNG" if "png" in name else "JPEG"
     answer = client.post("/v1/encode", content=grey(form), headers={"content-type": name, **JSON})
     assert answer.status_code == 200, answer.text
@@ -164,7 +164,7 @@ UNREAD = {
 
 @pytest.mark.parametrize("name", UNREAD)
 def test_what_is_not_read_is_refused_by_name(client: httpx.Client, name: str) -> None:
-    """With what to do: as another picture, in a form, in base64."""
+    """Other formats are refused with their name and the fix, in a body, a form and base64."""
     requests: list[dict[str, Any]] = [
         {"content": UNREAD[name], "headers": {"content-type": "image/png"}},
         {"files": {"file": ("a.png", np.zeros(0).tobytes() + UNREAD[name])}},
@@ -179,7 +179,7 @@ def test_what_is_not_read_is_refused_by_name(client: httpx.Client, name: str) ->
 
 @pytest.mark.parametrize("name", ["gif", "tiff", "avif", "heic", "jp2", "svg+xml", "vnd.adobe.photoshop"])
 def test_media_types_that_are_not_read(client: httpx.Client, name: str) -> None:
-    """Say what to convert to."""
+    """An unsupported media type is refused with the format to convert to."""
     answer = client.post("/v1/encode", content=b"x", headers={"content-type": f"image/{name}"})
     assert (answer.status_code, answer.json()["code"]) == (415, "unsupported_media_type")
     assert "PNG" in answer.json()["detail"]
@@ -198,14 +198,14 @@ def test_an_animated_webp_and_a_compressed_bmp_are_refused_by_name(client: httpx
 
 
 def scans(count: int, side: int = 64) -> bytes:
-    """A progressive JPEG with its last scan that often."""
+    """A progressive JPEG whose last scan is repeated."""
     body = saved(Image.fromarray(np.zeros((side, side), np.uint8)), "JPEG", progressive=True)
     last = body.rindex(b"\xff\xda")
     return body[:last] + body[last:-2] * count + body[-2:]
 
 
 def resized(body: bytes, width: int, height: int) -> bytes:
-    """A JPEG or PNG that says that it is so large."""
+    """A JPEG or PNG whose header announces another size."""
     if body.startswith(b"\x89PNG"):
         head = struct.pack(">II", width, height) + body[24:29]
         return body[:8] + chunk(b"IHDR", head) + body[33:]
@@ -241,7 +241,7 @@ COSTLY: dict[str, tuple[Callable[[], bytes], str]] = {
 
 @pytest.mark.parametrize("case", COSTLY)
 def test_what_would_cost_too_much_is_refused_by_its_header(client: httpx.Client, case: str) -> None:
-    """Before it is decoded."""
+    """A costly picture is refused before it is decoded."""
     make, word = COSTLY[case]
     answer = client.post("/v1/encode", content=make(), headers={"content-type": "image/png"})
     assert (answer.status_code, answer.json()["code"]) == (413, "too_large"), answer.text
@@ -249,7 +249,7 @@ def test_what_would_cost_too_much_is_refused_by_its_header(client: httpx.Client,
 
 
 def test_ordinary_progressive_jpegs_are_read(client: httpx.Client) -> None:
-    """Whatever fill bytes, comments and application data stand before the first scan."""
+    """Progressive JPEGs are read, whatever fill bytes, comments and application data precede the first scan."""
     plain = saved(Image.fromarray(LEVELS), "JPEG", progressive=True, quality=95)
     stuffed = plain[:2] + b"\xff\xfe\0\4ab" + b"\xff\xed\xff\xff" + bytes(65533) + b"\xff" * 9 + plain[2:]
     codes = [
@@ -260,7 +260,7 @@ def test_ordinary_progressive_jpegs_are_read(client: httpx.Client) -> None:
 
 
 def charged(body: bytes, channels: int, masked: bool) -> int:
-    """What reading a picture takes from the memory account."""
+    """Memory that reading a picture reserves."""
     taken: list[int] = []
     image.parse(body, Intake("images", (channels, 8, 8), Meter(reserve=taken.append), masked))
     return sum(taken)
@@ -360,7 +360,7 @@ SEEDS = [
 
 @given(st.sampled_from(SEEDS), st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=6), st.booleans())
 def test_a_spoilt_picture_is_refused_or_read(body: bytes, spoilt: list[tuple[int, int]], masked: bool) -> None:
-    """Whatever bytes of it are changed, a reader raises nothing but what it promises, and repeats no address."""
+    """Whatever bytes change, a reader raises only documented errors, and repeats no address."""
     changed = bytearray(body)
     for place, value in spoilt:
         changed[place % len(changed)] = value
@@ -376,7 +376,7 @@ def test_a_spoilt_picture_is_refused_or_read(body: bytes, spoilt: list[tuple[int
 
 @given(st.sampled_from(SEEDS), st.integers(0, 200))
 def test_a_picture_that_is_cut_short_is_refused_or_read(body: bytes, length: int) -> None:
-    """As above, of the beginning of a file."""
+    """The same for the beginning of a file."""
     try:
         found = picture(body[:length])
     except (Unreadable, TooLarge):
@@ -385,7 +385,7 @@ def test_a_picture_that_is_cut_short_is_refused_or_read(body: bytes, length: int
 
 
 def test_without_its_metadata_a_picture_is_the_same_array() -> None:
-    """To the bit."""
+    """Removing the metadata changes no bit of the array."""
     body = grey("PNG", icc_profile=PROFILE)
     pixels, _ = image.parse(body, Intake("images", (1, 8, 8), Meter()))
     assert np.array_equal(pixels[0], LEVELS.astype(np.float32) / np.float32(255))

@@ -1,4 +1,4 @@
-"""Traces, as a collector gets them: a real HTTP server that reads OTLP."""
+"""Traces, as a collector receives them: a real HTTP server that reads OTLP."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Serve = Callable[[FastAPI], AbstractContextManager[str]]
 
 
 class Collector(http.server.BaseHTTPRequestHandler):
-    """Keeps the spans that come to /v1/traces."""
+    """Server that keeps the spans sent to /v1/traces."""
 
     spans: list[Span]
     services: set[str]
@@ -57,7 +57,7 @@ def attributes(of: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Collector]]:
-    """What the service is told to send its traces to."""
+    """A running collector."""
     kept = type("Kept", (Collector,), {"spans": [], "services": set()})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), kept) as server:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
@@ -69,7 +69,7 @@ def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Collector]]:
 def test_a_request_is_a_span_with_its_queue_and_batch(
     collector: type[Collector], serve: Serve, small: Repository
 ) -> None:
-    """In the caller's trace; the parts lie within the whole, and say what was computed."""
+    """The span is in the client's trace; its children lie within it and name the operation."""
     headers = {"traceparent": f"00-{TRACE}-{PARENT}-01", "x-request-id": "r-1"}
     with serve(create_app(Settings(tracing=True), small)) as url, httpx.Client(base_url=url) as client:
         client.post("/v1/models/mnist-2d/sample?count=3", headers=headers).raise_for_status()
@@ -95,7 +95,7 @@ def test_a_request_is_a_span_with_its_queue_and_batch(
 
 
 def test_a_span_names_the_key(collector: type[Collector], serve: Serve, tmp_path: Path) -> None:
-    """By its name."""
+    """A span has the API key's name."""
     keys = tmp_path / "keys"
     keys.write_text("alice alice-0123456789abcdef infer\n")
     with serve(create_app(Settings(tracing=True, api_keys=str(keys)), Repository({}, ""))) as url:
@@ -105,7 +105,7 @@ def test_a_span_names_the_key(collector: type[Collector], serve: Serve, tmp_path
 
 
 def test_a_failed_request_is_an_error_in_its_trace(collector: type[Collector], serve: Serve) -> None:
-    """With the code of its problem."""
+    """A failed request's span has the problem's code."""
     with serve(create_app(Settings(tracing=True), Repository({}, ""))) as url:
         assert httpx.get(f"{url}/health/ready").status_code == 503
     (span,) = collector.spans
@@ -114,7 +114,7 @@ def test_a_failed_request_is_an_error_in_its_trace(collector: type[Collector], s
 
 
 def test_a_collector_that_is_gone_or_hangs_holds_nobody_up(monkeypatch: pytest.MonkeyPatch, small: Repository) -> None:
-    """Requests are answered as fast as ever, and the service ends in time."""
+    """With a dead or hanging collector requests are as fast as before, and the service ends in time."""
 
     async def scenario() -> float:
         app = create_app(Settings(tracing=True), small)
@@ -135,7 +135,7 @@ def test_a_collector_that_is_gone_or_hangs_holds_nobody_up(monkeypatch: pytest.M
 
 
 def test_without_the_extra_its_name_is_told() -> None:
-    """In a process that has no OpenTelemetry SDK; in one line."""
+    """Without the OpenTelemetry SDK the start fails with one line that names the extra."""
     absent = "import sys; sys.modules['opentelemetry.sdk.trace'] = None"
     code = f"{absent}; import service.observability.tracing as t; t.tracer_provider()"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -36,7 +36,7 @@ def test_posterior_starts_at_unit_variance(architecture: Architecture) -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=repr)
 def test_rows_do_not_see_each_other(architecture: Architecture) -> None:
-    """A row's answer does not depend on who shares its batch."""
+    """A row's result does not depend on the other rows of its batch."""
     encoder, x = architecture.encoder((1, 7, 5), 4).eval(), torch.rand(5, 1, 7, 5)
     torch.testing.assert_close(encoder(x)[0][2:3], encoder(x[2:3])[0])
 

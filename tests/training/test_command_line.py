@@ -1,4 +1,4 @@
-"""`python -m training` as people use it: stopped and killed half-way, resumed, and told in one line what is wrong."""
+"""`python -m training` as users run it: stopped, killed, resumed, and errors in one line."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def arguments(config: Path) -> list[str]:
 
 
 def log_lines(folder: Path) -> int:
-    """How far it has come."""
+    """Number of lines in the run's log."""
     with contextlib.suppress(FileNotFoundError):
         return len((folder / "log.jsonl").read_text().splitlines())
     return 0
@@ -91,14 +91,14 @@ def stopped_half_way(config: Path, how: signal.Signals) -> tuple[int, str]:
 
 
 def weights(folder: Path) -> dict[str, Any]:
-    """The checkpoint but for the time it took."""
+    """The checkpoint without the time it took."""
     state: dict[str, Any] = torch.load(folder / "vae.pt", weights_only=True)
     del state["seconds"]
     return state
 
 
 def test_run_that_is_stopped_and_killed_ends_in_the_same_bits(config: Path, tmp_path: Path) -> None:
-    """After SIGINT and SIGTERM it says so and has a checkpoint, SIGKILL leaves that one; the last `fit` exports.
+    """SIGINT and SIGTERM leave a checkpoint, SIGKILL the one before; the last `fit` exports the same weights.
 
     Weights and their average are then those of a run that nobody disturbed, bit for bit.
     """
@@ -204,7 +204,7 @@ def test_evaluate_prints_json_and_fresh_starts_again(
 
 
 def test_a_finished_run_goes_on_for_more_epochs(config: Path, tmp_path: Path) -> None:
-    """As an option or the TOML asks; fewer train nothing, and a manifest tells how many there were."""
+    """More epochs, by option or TOML, continue a finished run; fewer train nothing; the manifest has the number."""
 
     def workshop(epochs: int | None = None) -> Workshop:
         run = load(config, {"train": {"epochs": epochs}})
@@ -228,7 +228,7 @@ def test_a_finished_run_goes_on_for_more_epochs(config: Path, tmp_path: Path) ->
 
 
 def test_what_restores_is_trained_anew_for_another_vae(tmp_path: Path) -> None:
-    """A VAE that went on has other latents, also where it was interrupted on the way; alone it goes on as well."""
+    """Restoration is trained anew after the VAE was trained further; alone it continues."""
 
     def steps(epochs: int, restoration_epochs: int) -> tuple[int, int]:
         changes = {"epochs": epochs}, {"train": {"epochs": restoration_epochs}}

@@ -1,4 +1,4 @@
-"""One TOML a run: what is misspelt or makes no sense is refused before anything is trained."""
+"""One TOML a run: misspelt and invalid keys are refused before training."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FOLDER = {"dataset": "folder", "height": 8, "width": 8}
 
 
 def to_toml(tables: dict[str, Any], prefix: str = "") -> str:
-    """The few kinds of value that a run's TOML has."""
+    """Write a table as TOML."""
     plain = {key: value for key, value in tables.items() if not isinstance(value, dict)}
     lines = [f"{key} = {json.dumps(value)}" for key, value in plain.items()]
     for key, value in tables.items():
@@ -152,7 +152,7 @@ def test_file_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
 
 
 def test_checkpoint_of_a_folder_outlives_new_settings() -> None:
-    """What identifies a run's data is what its TOML says beside the defaults."""
+    """A run's data are identified by the TOML's keys that differ from the defaults."""
     run = Run.model_validate(tomllib.loads((CONFIGS / "digits.toml").read_text()) | {"data": FOLDER})
     assert vae_stage(run, (3, 8, 8), torch.device("cpu")).identity["data"] == FOLDER
 
@@ -175,7 +175,7 @@ def test_missing_table_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_settings_that_do_not_go_together_are_named(changes: dict[str, Any], says: str) -> None:
-    """The message says what to change."""
+    """The message names the key to change."""
     content = tomllib.loads((CONFIGS / "digits.toml").read_text())
     for key, value in changes.items():
         content[key] = {**content[key], **value} if isinstance(value, dict) else value
@@ -196,7 +196,7 @@ def test_settings_that_do_not_go_together_are_named(changes: dict[str, Any], say
     ],
 )
 def test_pixels_are_binarised_where_they_are_digits(changes: dict[str, Any], binary: bool) -> None:
-    """By default; whoever knows better says so."""
+    """Digits are binarised by default, and `binarise` overrides it."""
     content = tomllib.loads((CONFIGS / "digits.toml").read_text())
     model = {**content["model"], **changes.get("model", {})}
     assert Run.model_validate({**content, **changes, "model": model}).binary is binary

@@ -26,12 +26,12 @@ RUN = Run.model_validate(
 
 @pytest.fixture
 def workshop(tmp_path: Path) -> Workshop:
-    """A run of a moment."""
+    """A run that takes a moment."""
     return Workshop.open(RUN, tmp_path, tmp_path / "run", torch.device("cpu"))
 
 
 def test_a_run_is_not_resumed_on_other_images(workshop: Workshop, tmp_path: Path) -> None:
-    """Same settings, other pictures: refused, where it would silently have exported the old model; --fresh trains."""
+    """The same settings with other images are refused, because resuming would export the old model; --fresh trains."""
     workshop.fit(tmp_path / "models")
     splits = (split.flip(-1) for split in dataclasses.astuple(workshop.images))
     other = dataclasses.replace(workshop, images=ImageSet(*splits))

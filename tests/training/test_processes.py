@@ -1,4 +1,4 @@
-"""Two processes under torchrun train what one trains, also when they are stopped half-way."""
+"""Two processes under torchrun train what one trains, also after an interruption."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def arguments(config: Path, run: Path) -> list[str]:
 
 
 def two_processes(config: Path, run: Path) -> subprocess.Popen[bytes]:
-    """The same under torchrun, whose own options end at `--`: it would take --run for one of them."""
+    """The same command under torchrun, whose own options end at `--`."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
     command = [*torchrun, "training", *arguments(config, run), "--threads", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -50,7 +50,7 @@ def two_processes(config: Path, run: Path) -> subprocess.Popen[bytes]:
 
 
 def weights(run: Path) -> torch.Tensor:
-    """All that the averaged model learned."""
+    """Weights of the averaged model."""
     state = torch.load(run / "vae.pt", weights_only=True)
     assert state["finished"]
     return torch.cat([value.flatten() for key, value in state["averaged"].items() if key.startswith("module.")])
@@ -66,7 +66,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(config: Path) -> torch.Tensor:
-    """What one process learns."""
+    """Weights from one process."""
     assert main(arguments(config, config.parent / "alone")) == 0
     return weights(config.parent / "alone")
 
@@ -85,7 +85,7 @@ def test_two_processes_learn_what_one_learns(config: Path, alone: torch.Tensor, 
 def test_stopped_half_way_they_leave_a_checkpoint_for_any_number(
     config: Path, alone: torch.Tensor, tmp_path: Path
 ) -> None:
-    """SIGTERM to torchrun is kept by all at the same step; one process goes on to the same weights."""
+    """SIGTERM stops all at the same step, and one process continues to the same weights."""
     run = tmp_path / "run"
     with two_processes(config, run) as process:
         deadline = time.monotonic() + 180.0
@@ -102,7 +102,7 @@ def test_stopped_half_way_they_leave_a_checkpoint_for_any_number(
 
 
 def test_processes_that_cannot_share_a_minibatch_are_told_so(tmp_path: Path) -> None:
-    """One microbatch for two processes is refused, naming the setting."""
+    """One microbatch for two processes is refused with the setting's name."""
     whole = tmp_path / "whole.toml"
     whole.write_text(TOML.replace("microbatches = 2\n", ""))
     with two_processes(whole, tmp_path / "run") as process:

@@ -1,4 +1,4 @@
-"""On a GPU a step is recorded once and replayed; it must be the step that it was."""
+"""On a GPU a step is recorded once and replayed with the same result."""
 
 from __future__ import annotations
 
@@ -55,19 +55,19 @@ def images(device: str = "cuda") -> Tensor:
 
 
 def trained(run: Run, folder: Path, device: str = "cuda", **changed: Any) -> dict[str, Tensor]:
-    """The weights at the end of the first stage."""
+    """Weights at the end of the first stage."""
     stage = vae_stage(run, SHAPE, torch.device(device))
     train(dataclasses.replace(stage, **changed), images(device), folder)
     return {name: value.cpu() for name, value in stage.module.state_dict().items()}
 
 
 def stop(_module: VAE) -> dict[str, float]:
-    """Ctrl-C, at the step that is watched."""
+    """Ctrl-C at the watched step."""
     raise KeyboardInterrupt
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-3) -> None:
-    """Every weight, up to the order of sums."""
+    """Compare every weight, up to the order of sums."""
     for name, value in expected.items():
         torch.testing.assert_close(
             found[name], value, rtol=rtol, atol=rtol / 10, msg=lambda text, n=name: f"{n}: {text}"
@@ -76,14 +76,14 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: fl
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_replayed_step_is_the_step(name: str, tmp_path: Path) -> None:
-    """Whatever is trained, however: the same noise, rates and weights as where Python launches every kernel."""
+    """For every objective, a replayed step has the noise, rates and weights of an eager one."""
     wanted = trained(run(**RUNS[name]), tmp_path / "plain", replayable=False)
     found = trained(run(**RUNS[name]), tmp_path / "replayed")
     assert_close(found, wanted)
 
 
 def test_a_replayed_run_goes_on_where_it_was(tmp_path: Path) -> None:
-    """From a checkpoint in the middle, on the same weights and moments; nothing of the recording is kept."""
+    """A run resumed from a checkpoint has the same weights and moments; nothing of the recording is saved."""
     whole = trained(run(**RUNS["muon"]), tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         trained(run(**RUNS["muon"]), tmp_path / "broken", watch=stop, watched_steps=frozenset({17}))
@@ -93,7 +93,7 @@ def test_a_replayed_run_goes_on_where_it_was(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["adam", "muon", "adagrad"])
 @pytest.mark.parametrize("first", ["cpu", "cuda"])
 def test_a_checkpoint_moves_between_devices(name: str, first: str, tmp_path: Path) -> None:
-    """Begun on one, ended on the other; the weights are numbers, and a CPU reads what is exported."""
+    """A run may begin on one device and end on the other, and a CPU reads the export."""
     with pytest.raises(KeyboardInterrupt):
         trained(run(**RUNS[name]), tmp_path, first, watch=stop, watched_steps=frozenset({17}))
     trained(run(**RUNS[name]), tmp_path, "cuda" if first == "cpu" else "cpu")
