@@ -10,17 +10,16 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from training.data import Dataset
-from training.distributions.likelihoods import Likelihood
+from training.distributions.interface import Support
+from training.distributions.likelihoods import LikelihoodSettings
 from training.distributions.likelihoods.bernoulli import BernoulliSettings
-from training.distributions.priors import Prior
+from training.distributions.priors import PriorSettings
 from training.distributions.priors.standard_normal import StandardNormalSettings
 from training.errors import ConfigError
 from training.networks import Architecture
 from training.networks.unet import UNetSettings
 from training.strict import Positive, Strict
 
-BINARY = {"digits", "mnist"}
-"""Data sets whose grey levels are probabilities of black and white."""
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 
 
@@ -31,9 +30,9 @@ class Model(Strict):
     """Numbers in z."""
     initial_std: Annotated[float, Field(gt=0)] | None = None
     """Parameters of both networks begin as N(0, initial_std^2), the paper's with 0.01; without it as torch does."""
-    likelihood: Likelihood = BernoulliSettings()
+    likelihood: LikelihoodSettings = BernoulliSettings()
     """p(x|z)."""
-    prior: Prior = StandardNormalSettings()
+    prior: PriorSettings = StandardNormalSettings()
     """p(z)."""
     network: Architecture
     """Of encoder and decoder."""
@@ -136,11 +135,11 @@ class Run(Strict):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Run:
-        pixels = self.model.likelihood.likelihood
-        if pixels != "bernoulli" and self.binarise is True:
+        likelihood = self.model.likelihood
+        if self.binarise is True and likelihood.support is not Support.BINARY:
             raise ValueError(
-                f"binarise = true contradicts the {pixels} likelihood, whose pixels are no draws of 0 and 1; set "
-                'binarise = false, or leave it out, or set likelihood = "bernoulli"'
+                f"binarise = true contradicts the {likelihood.likelihood} likelihood, whose pixels have other values "
+                'than 0 and 1; set binarise = false, or leave it out, or set likelihood = "bernoulli"'
             )
         if self.train.objective == "wake_sleep" and self.model.prior.prior == "vamp":
             raise ValueError(
@@ -153,7 +152,7 @@ class Run(Strict):
         """Whether training pixels are drawn anew as 0 or 1."""
         if self.binarise != "auto":
             return self.binarise
-        return self.data.dataset in BINARY and self.model.likelihood.likelihood == "bernoulli"
+        return self.data.stochastic and self.data.support > self.model.likelihood.support
 
 
 def load(path: Path, changes: Mapping[str, Any] | None = None) -> Run:

@@ -24,12 +24,12 @@ from training.evaluation.evaluate import likelihood, report, restoration
 from training.evaluation.scoring import held_out
 from training.export.export import GOLDEN_ROWS, export, exportables, version_folder
 from training.loop.processes import ALONE, Processes
-from training.loop.progress import tell
 from training.loop.randomness import keyed_generator
 from training.loop.stages import as_trained, restoration_stage, trained_recognition, trained_vae, vae_stage
 from training.loop.trainer import stage_seconds, train, trained_epochs
 from training.models.restoration import FAMILIES, Observation, Recognition, simulate
 from training.models.vae import VAE
+from training.progress import tell
 
 LOOK_S = 0.25
 """Seconds over which idle time is measured."""
@@ -186,7 +186,7 @@ class Workshop:
         about = {
             "input_shape": list(self.images.shape),
             "value_range": [0.0, 1.0],
-            "latent_shape": [self.run.model.latent_dim],
+            "latent_shape": list(vae.latent_shape),
             "likelihood": self.run.model.likelihood.likelihood,
             "prior": self.run.model.prior.prior,
             "dataset": self.run.data.dataset,

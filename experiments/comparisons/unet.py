@@ -16,8 +16,8 @@ from training.config import Optimisation
 from training.data import ImageSet, as_float
 from training.loop.trainer import Stage, read_trained, train
 from training.models.restoration import SIGMA_RANGE
+from training.models.vae import Bound
 from training.networks.unet import UNet
-from training.objectives.elbo import Bound
 from training.pipeline import locked
 
 WIDTHS = (32, 64, 96)

@@ -22,7 +22,6 @@ from training.loop.randomness import keyed_generator
 from training.loop.stages import vae_stage
 from training.loop.trainer import train
 from training.models.vae import VAE
-from training.objectives.elbo import elbo
 from training.pipeline import device
 
 METHODS = {"aevb": "elbo", "wake-sleep": "wake_sleep"}
@@ -143,10 +142,7 @@ def bound(vae: VAE, images: Tensor) -> float:
     total = 0.0
     for part in images.split(1000):
         x = as_float(part)
-        latent_dim = vae.posterior(x[:1]).mean.shape[1]
-        total += float(
-            elbo(vae, x, torch.randn(1, len(x), latent_dim, generator=generator, device=x.device)).elbo.sum()
-        )
+        total += float(vae.bound(x, vae.noise(1, len(x), generator)).elbo.sum())
     return round(total / len(images), 3)
 
 

@@ -159,7 +159,6 @@ def em_stage(run: Run, images: ImageSet, steps: int) -> EmStage:
     """The same model, from the same first weights, by Monte Carlo EM."""
     return EmStage(
         build_vae(run, images.shape),
-        LATENT_DIM,
         binarised=run.binary,
         steps=steps,
         batch_size=curves.BATCH,
@@ -202,7 +201,7 @@ def start(vae: VAE, x: Tensor, candidates: int, generator: torch.Generator) -> T
     stay for good in a small mode of the posterior.
     Source: Rubin (1988), sampling importance resampling.
     """
-    z = vae.prior.draw(torch.randn(candidates, vae.prior.noise_dim or LATENT_DIM, generator=generator))
+    z = vae.prior.draw(torch.randn(candidates, *vae.noise_shapes.prior, generator=generator))
     logits = vae.decode(z).flatten(1)
     # log p(x|z) of every pair by one matrix product.
     log_prob = x.flatten(1) @ logits.T - functional.softplus(logits).sum(1)

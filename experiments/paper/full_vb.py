@@ -23,9 +23,9 @@ from training.data import ImageSet, binarise
 from training.errors import CheckpointError
 from training.loop.randomness import keyed_generator
 from training.loop.stages import build_vae
-from training.loop.trainer import Objective, Stage, read_trained, train
-from training.models.vae import VAE
-from training.objectives.elbo import Bound, elbo, importance_log_likelihood
+from training.loop.trainer import Stage, read_trained, train
+from training.models.vae import VAE, Bound
+from training.objectives.elbo import Objective, importance_log_likelihood
 from training.objectives.full_vb import FullVb, evidence_bound, full_vb_objective, map_bound
 
 LEARNING_RATES = {"ml": 3e-3, "map": 3e-3, "full-vb": 2e-2}
@@ -135,7 +135,7 @@ def stage_of(curve: Curve, images: Images, samples: int) -> Stage:
     identity = {**run.model_dump(mode="json"), "initial_std": INITIAL_STD, "size": size}
     vae = build_vae(run, (1, *images.seen.shape[-2:]))
     if curve.method == "full-vb":
-        objective = full_vb_objective(size, curve.latent_dim)
+        objective = full_vb_objective(size)
         stage = Stage("full-vb", FullVb(vae, INITIAL_STD), objective, run.train, run.seed, identity)
     else:
         stage = Stage(curve.method, vae, point_objective(curve, size), run.train, run.seed, identity)
@@ -149,8 +149,8 @@ def point_objective(curve: Curve, size: int) -> Objective:
 
     def objective(vae: VAE, batch: Tensor, generator: torch.Generator) -> Bound:
         x = binarise(batch, generator)
-        eps = torch.randn(1, len(x), curve.latent_dim, generator=generator)
-        return map_bound(vae, x, eps, size) if curve.method == "map" else elbo(vae, x, eps)
+        eps = vae.noise(1, len(x), generator)
+        return map_bound(vae, x, eps, size) if curve.method == "map" else vae.bound(x, eps)
 
     return objective
 
@@ -173,10 +173,8 @@ def score(models: list[VAE], x: Tensor) -> Tensor:
     generator, each = keyed_generator(CPU, 0, 11), DRAWS // len(models)
     columns = []
     for part in x.split(DECODES // each):
-        latent_dim = models[0].posterior(part[:1]).mean.shape[1]
-        noise = [torch.randn(each, len(part), latent_dim, generator=generator) for _ in models]
-        pairs = list(zip(models, noise, strict=True))
-        bounds = torch.stack([elbo(model, part, eps[:1]).elbo for model, eps in pairs])
+        pairs = [(model, model.noise(each, len(part), generator)) for model in models]
+        bounds = torch.stack([model.bound(part, eps[:1]).elbo for model, eps in pairs])
         weights = torch.stack([importance_log_likelihood(model, part, eps) for model, eps in pairs])
         columns.append(torch.stack([bounds.mean(0), torch.logsumexp(weights, 0) - math.log(len(models))]))
     return torch.cat(columns, 1).double()
@@ -199,8 +197,7 @@ def statistics(module: nn.Module, method: str, images: Images) -> dict[str, floa
 
 
 def _bound(vae: VAE, x: Tensor, generator: torch.Generator) -> Tensor:
-    latent_dim = vae.posterior(x[:1]).mean.shape[1]
-    return elbo(vae, x, torch.randn(1, len(x), latent_dim, generator=generator)).elbo.mean()
+    return vae.bound(x, vae.noise(1, len(x), generator)).elbo.mean()
 
 
 def _mean(columns: Tensor) -> tuple[list[float], list[float]]:

@@ -41,7 +41,7 @@ def published(data: Path) -> VAE:
     if not path.is_file():
         raise DataError(f"{path} is absent; put the published weights of model M1 there")
     mlp = Mlp(architecture="mlp", hidden=(500, 500), activation="softplus")
-    vae = VAE(mlp.encoder((1, 28, 28), 50), mlp.decoder(50, (1, 28, 28)), Bernoulli(), StandardNormal())
+    vae = VAE(mlp.encoder((1, 28, 28), 50), mlp.decoder(50, (1, 28, 28)), Bernoulli((1, 28, 28)), StandardNormal(50))
     with np.load(path, allow_pickle=False) as file:
         weights = {
             f"{ours}.{kind}": torch.from_numpy(file[theirs].reshape(-1) if kind == "bias" else file[theirs])

@@ -41,8 +41,8 @@ def draw_dreams(data: Path, runs: Path, out: Path, samples: int, pattern: str) -
     sheets, rows = [], []
     for latent_dim in (2, 5, 10, 20):
         vae, row = trained(Curve("mnist", latent_dim, "aevb"), data, runs, samples)
-        z = torch.randn(DREAMS**2, latent_dim, generator=keyed_generator(CPU, 0, 7))
-        sheets.append(sheet(vae, z, DREAMS))
+        eps = torch.randn(DREAMS**2, *vae.noise_shapes.prior, generator=keyed_generator(CPU, 0, 7))
+        sheets.append(sheet(vae, vae.prior.draw(eps), DREAMS))
         rows.append(row)
     write(sheets, out, "figure5", rows)
 
@@ -65,7 +65,7 @@ def grid(size: int) -> Tensor:
 @torch.inference_mode()
 def sheet(vae: VAE, z: Tensor, columns: int) -> Tensor:
     """E[x|z] of (n, d) as one image (1, 1, rows * h, columns * w)."""
-    x = vae.likelihood.mean(vae.decode(z))[:, 0]
+    x = vae.x_mean(z)[:, 0]
     tiles = x.unflatten(0, (-1, columns))
     return tiles.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)[None, None]
 

@@ -39,7 +39,7 @@ def small_vae(std: float = 1.5) -> VAE:
     """Six binary pixels, three latents, weights large enough that p(z|x) is not p(z)."""
     torch.manual_seed(1)
     mlp = Mlp(architecture="mlp", hidden=(5,))
-    vae = VAE(mlp.encoder((1, 2, 3), 3), mlp.decoder(3, (1, 2, 3)), Bernoulli(), StandardNormal())
+    vae = VAE(mlp.encoder((1, 2, 3), 3), mlp.decoder(3, (1, 2, 3)), Bernoulli((1, 2, 3)), StandardNormal(3))
     for parameter in vae.parameters():
         torch.nn.init.normal_(parameter, std=std)
     return vae.requires_grad_(requires_grad=False)
@@ -131,10 +131,9 @@ def em_stage(**changes: Any) -> EmStage:
     """Seven minibatches of Monte Carlo EM on digits."""
     torch.manual_seed(3)
     mlp = Mlp(architecture="mlp", hidden=(8,))
-    vae = VAE(mlp.encoder((1, 8, 8), 3), mlp.decoder(3, (1, 8, 8)), Bernoulli(), StandardNormal())
+    vae = VAE(mlp.encoder((1, 8, 8), 3), mlp.decoder(3, (1, 8, 8)), Bernoulli((1, 8, 8)), StandardNormal(3))
     stage = EmStage(
         vae,
-        3,
         binarised=True,
         steps=7,
         batch_size=50,

@@ -26,8 +26,8 @@ from training.loop.randomness import keyed_generator
 from training.loop.stages import trained_vae, vae_stage
 from training.loop.trainer import AVERAGED_STEPS, Stage, computes_bfloat16, train
 from training.loop.validation import HeldOut
+from training.models.vae import Bound
 from training.networks.mlp import Mlp
-from training.objectives.elbo import Bound, elbo
 
 CPU = torch.device("cpu")
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
@@ -241,7 +241,7 @@ def test_microbatches_add_up_to_the_minibatch(images: Tensor, tmp_path: Path) ->
         begun = stage(microbatches=count)
 
         def objective(module: Any, images: Tensor, _: torch.Generator) -> Bound:
-            return elbo(module, images / 255.0, torch.zeros(1, len(images), 2))
+            return module.bound(images / 255.0, torch.zeros(1, len(images), 2))
 
         train(dataclasses.replace(begun, objective=objective), images, tmp_path / str(count))
         ends[count] = torch.cat([p.detach().flatten() for p in begun.module.parameters()])
@@ -256,7 +256,7 @@ def test_microbatches_have_noise_of_their_own(images: Tensor, tmp_path: Path) ->
 
     def objective(module: Any, images: Tensor, generator: torch.Generator) -> Bound:
         seen.append(float(torch.rand(1, generator=generator)))
-        return elbo(module, images / 255.0, torch.zeros(1, len(images), 2))
+        return module.bound(images / 255.0, torch.zeros(1, len(images), 2))
 
     train(dataclasses.replace(begun, objective=objective), images, tmp_path)
     assert len(seen) == len(set(seen)) == 14

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
-from training.data.images import ImageSet, Share, split_off, to_uint8
-from training.strict import Strict
+from training.data.images import DatasetSettings, ImageSet, Share, split_off, to_uint8
 
 
-class Digits(Strict):
+class Digits(DatasetSettings):
     """1,797 images of 8 x 8 with 17 grey levels, split at random by `seed`."""
 
+    stochastic: ClassVar[bool] = True
     dataset: Literal["digits"]
     """Those of scikit-learn."""
     validation: Share = 0.1

@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from service.contract.images import DECODER_ERRORS, WHITE, fit, to_array
 from service.contract.manifest import digest
-from training.data.images import ImageSet, Share, split_off, to_uint8
+from training.data.images import DatasetSettings, ImageSet, Share, split_off, to_uint8
 from training.errors import DataError
-from training.loop.progress import tell
-from training.strict import Positive, Strict
+from training.progress import tell
+from training.strict import Positive
 
 FORMATS = (
     "AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "PSD", "QOI", "TIFF", "WEBP",
@@ -45,7 +45,7 @@ LEAST = 3  # one file a split
 NAMED = 20  # bad files, in one message
 
 
-class Folder(Strict):
+class Folder(DatasetSettings):
     """Every image below the directory, brought to one size and mode.
 
     Files are read by content, whatever their suffix; links are followed, hidden files and folders left out. Of images

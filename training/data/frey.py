@@ -10,16 +10,15 @@ import torch
 from scipy.io import loadmat
 from torch import Tensor
 
-from training.data.images import ImageSet
+from training.data.images import DatasetSettings, ImageSet
 from training.errors import DataError
-from training.strict import Strict
 
 FILE = "frey_rawface.mat"
 FRAMES = 1965
 SIZES = {"author": (1600, 0, 365), "random": (1565, 200, 200), "contiguous": (1565, 200, 200)}
 
 
-class Frey(Strict):
+class Frey(DatasetSettings):
     """Split by `split`, by `seed` where it is random.
 
     `author`: shuffled, 1,600 to train, the other 365 both validation and test, as the paper's first author did.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -11,10 +11,21 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
+from training.distributions.interface import Support
 from training.errors import DataError
+from training.strict import Strict
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 """The part of a data set that a split takes."""
+
+
+class DatasetSettings(Strict):
+    """A data set; its `load(root)` reads the three splits of an `ImageSet` from the folder `--data`."""
+
+    support: ClassVar[Support] = Support.EIGHT_BIT
+    """Values of a pixel in [0, 1]."""
+    stochastic: ClassVar[bool] = False
+    """Whether a grey level is the probability that the pixel is white, as for handwritten digits."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import gzip
 import hashlib
 import zlib
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import httpx
 import numpy as np
@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from training.data.images import ImageSet
+from training.data.images import DatasetSettings, ImageSet
 from training.errors import DataError
-from training.strict import Strict
 
 # md5 of the uncompressed original files.
 MD5 = {
@@ -27,9 +26,10 @@ MIRROR = "https://ossci-datasets.s3.amazonaws.com/mnist"
 HEADER = 16
 
 
-class Mnist(Strict):
+class Mnist(DatasetSettings):
     """60,000 and 10,000 images of 28 x 28; the last `validation` training images are held out."""
 
+    stochastic: ClassVar[bool] = True
     dataset: Literal["mnist"]
     """MNIST."""
     validation: int = 2000

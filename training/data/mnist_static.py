@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 
-from training.data.images import ImageSet
+from training.data.images import DatasetSettings, ImageSet
+from training.distributions.interface import Support
 from training.errors import DataError
-from training.strict import Strict
 
 FILE = "binarized_mnist.npz"
 SIZES = {"train": 50_000, "valid": 10_000, "test": 10_000}
 
 
-class MnistStatic(Strict):
+class MnistStatic(DatasetSettings):
     """50,000, 10,000 and 10,000 images of 28 x 28, black or white (Salakhutdinov and Murray; Larochelle's split)."""
 
+    support: ClassVar[Support] = Support.BINARY
     dataset: Literal["mnist_static"]
     """Static binarised MNIST."""
 

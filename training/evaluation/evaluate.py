@@ -14,13 +14,14 @@ from tqdm import tqdm
 
 from service.contract.manifest import digest
 from training.data import as_float, binarise
+from training.distributions.interface import Support
 from training.errors import CheckpointError
-from training.loop.progress import tell, warn
 from training.loop.randomness import keyed_generator
 from training.loop.trainer import read_checkpoint, write_checkpoint
 from training.models.restoration import FAMILIES, Observation, Recognition, corrupt
 from training.models.vae import VAE
-from training.objectives.elbo import elbo, importance_log_likelihood
+from training.objectives.elbo import importance_log_likelihood
+from training.progress import tell, warn
 
 BLOCK = 100  # images scored between two looks at the clock
 DECODES = {"cpu": 200, "cuda": 20_000}
@@ -64,7 +65,7 @@ def likelihood(
         write_checkpoint(partial, {"identity": identity, "columns": columns})
     kind = "dynamic" if dynamic else "none (grey levels)" if is_grey(images) else "static"
     summary = _summary(torch.cat(columns, 1), draws, seed, kind)
-    if model.likelihood.eight_bit:
+    if model.likelihood.support is Support.EIGHT_BIT:
         pixels = images[0].numel()
         summary["test_elbo_bits_per_dim"] = bits_per_dim(-float(summary["test_elbo_nats"]), pixels)
         summary["test_nll_bits_per_dim"] = bits_per_dim(float(summary["test_nll_nats"]), pixels)
@@ -74,19 +75,17 @@ def likelihood(
 def _score(model: VAE, images: Tensor, draws: int, generator: torch.Generator, dynamic: bool) -> Tensor:
     """(2, n): ELBO with one draw, importance-weighted bound with `draws`; grey images have only the first."""
     x = binarise(images, generator) if dynamic else as_float(images)
-    latent_dim = model.posterior(x[:1]).mean.shape[1]
-
-    def noise(k: int, rows: int) -> Tensor:
-        return torch.randn(k, rows, latent_dim, generator=generator, device=x.device)
-
-    bound = elbo(model, x, noise(1, len(x))).elbo
-    if model.likelihood.binary and is_grey(images) and not dynamic:
+    bound = model.bound(x, model.noise(1, len(x), generator)).elbo
+    if model.likelihood.support is Support.BINARY and is_grey(images) and not dynamic:
         return torch.stack([bound, torch.full_like(bound, math.nan)])
     most = DECODES[x.device.type]
     rows = max(1, most // draws)
     scores = [
         torch.stack(
-            [importance_log_likelihood(model, part, noise(k, len(part))) + math.log(k) for k in _chunks(draws, most)]
+            [
+                importance_log_likelihood(model, part, model.noise(k, len(part), generator)) + math.log(k)
+                for k in _chunks(draws, most)
+            ]
         )
         for part in x.split(rows)
     ]

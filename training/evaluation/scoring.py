@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from service.contract.manifest import Scoring
 from training.data import as_float, binarise
 from training.distributions.gaussian import DiagonalGaussian
-from training.distributions.priors.learned import LearnedPrior
+from training.distributions.interface import Support
 from training.evaluation.evaluate import is_grey
 from training.loop.randomness import keyed_generator
-from training.models.vae import VAE
-from training.objectives.elbo import Bound
+from training.models.vae import VAE, Bound
 
 DRAWS = 16
 """As many as the service takes unless it is told otherwise."""
@@ -32,9 +31,8 @@ class LogJoint(nn.Module):
 
     def __init__(self, vae: VAE) -> None:
         super().__init__()
-        prior = vae.prior.frozen() if isinstance(vae.prior, LearnedPrior) else vae.prior
         self.decoder, self.likelihood = vae.decoder, vae.likelihood
-        self.prior = deepcopy(prior).double()  # type: ignore[attr-defined]  # a module
+        self.prior = deepcopy(vae.prior.frozen()).double()
 
     def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """(n, c, h, w), (n, d) -> (n,), (n,)."""
@@ -85,15 +83,15 @@ def held_out(vae: VAE, images: Tensor, seed: int, *, dynamic: bool) -> Scoring:
     images = images[order.to(images.device)]
     generator = keyed_generator(images.device, seed, 6)
     x = binarise(images, generator) if dynamic else as_float(images)
-    latent_dim = vae.posterior(x[:1]).mean.shape[1]
     elbo = [
-        bound_at_draws(vae, rows, torch.randn(DRAWS, len(rows), latent_dim, generator=generator, device=x.device)).elbo
+        bound_at_draws(vae, rows, vae.noise(DRAWS, len(rows), generator)).elbo
         for rows in x.split(max(1, ROWS // DRAWS))
     ]
     percentiles = torch.quantile(torch.cat(elbo).double(), torch.linspace(0.0, 1.0, 101, device=x.device).double())
-    bits = vae.likelihood.binary and (dynamic or not is_grey(images))
+    binary = vae.likelihood.support is Support.BINARY
+    bits = binary and (dynamic or not is_grey(images))
     return Scoring(
-        binary=vae.likelihood.binary,
+        binary=binary,
         binarisation="sample" if bits else "none",
         elbo_percentiles_nats=[round(value, 3) for value in percentiles.tolist()],
         images=len(images),

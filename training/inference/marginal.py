@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -117,16 +118,13 @@ def reciprocal_log_likelihood(
     Raises: ValueError for grey levels under a Bernoulli likelihood, which have no probability; for too few draws.
     Source: Kingma and Welling (2013), appendix D.
     """
-    if model.likelihood.binary and not bool(((x == 0) | (x == 1)).all()):
-        raise ValueError("grey levels have no probability under Bernoulli pixels; binarise the images first")
+    model.likelihood.check(x)
     half = draws // 2
     if half <= start.shape[1]:
         raise ValueError(f"{draws} draws are too few in {start.shape[1]} dimensions; half must exceed the dimensions")
-
-    def log_joint(z: Tensor) -> Tensor:
-        return model.likelihood.log_prob(model.decode(z), x) + model.prior.log_prob(z)
-
-    chain = hmc.sample(log_joint, start, draws, generator, leapfrog_steps=leapfrog_steps, burn_in=burn_in)
+    chain = hmc.sample(
+        partial(model.log_joint, x), start, draws, generator, leapfrog_steps=leapfrog_steps, burn_in=burn_in
+    )
     return reciprocal_mean(fit(chain.z[:half]), chain.z[half:], chain.log_density[half:])
 
 

@@ -5,6 +5,7 @@ Source: Kingma and Welling (2013), appendix E; Wei and Tanner (1990), for Monte 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -57,15 +58,15 @@ class MonteCarloEm:
         ]
         self.optimiser = torch.optim.Adagrad(groups, lr=learning_rate, fused=True)
 
-    def start(self, rows: int, latent_dim: int) -> Tensor:
-        """Where chains may begin: N(0, I), (rows, latent_dim)."""
-        return torch.randn(rows, latent_dim, generator=self.generator, device=self.generator.device)
+    def start(self, rows: int) -> Tensor:
+        """Draws of N(0, I) at which chains may begin, (rows, *latent_shape)."""
+        return self.model.noise(1, rows, self.generator)[0]
 
     def step(self, x: Tensor, z: Tensor) -> Step:
         """One round for a minibatch x (n, c, h, w) whose chains stand at z (n, d): the E step, then the M step."""
         moved = self._sample(x, z)
         for _ in range(self.weight_updates):
-            loss = -self._log_joint(x, moved.state.z).mean()
+            loss = -self.model.log_joint(x, moved.state.z).mean()
             self.optimiser.zero_grad()
             loss.backward()
             self.optimiser.step()
@@ -73,18 +74,12 @@ class MonteCarloEm:
 
     def _sample(self, x: Tensor, z: Tensor) -> hmc.Transition:
         """Transitions towards p(z|x), the step size following 90 % acceptance as the weights change."""
-
-        def density(z: Tensor) -> Tensor:
-            return self._log_joint(x, z)
-
+        density = partial(self.model.log_joint, x)
         state = hmc.state_at(density, z)
         for _ in range(self.transitions):
             state, acceptance = hmc.transition(density, state, self.step_size, self.leapfrog_steps, self.generator)
             self.step_size = hmc.tuned(self.step_size, acceptance)
         return hmc.Transition(state, acceptance)
-
-    def _log_joint(self, x: Tensor, z: Tensor) -> Tensor:
-        return self.model.likelihood.log_prob(self.model.decode(z), x) + self.model.prior.log_prob(z)
 
 
 def generative_parameters(model: VAE) -> list[nn.Parameter]:

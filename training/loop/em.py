@@ -37,7 +37,6 @@ class EmStage:
     """A VAE whose encoder is never asked, and how its decoder learns."""
 
     module: VAE
-    latent_dim: int
     binarised: bool
     """Whether an image is binarised afresh every time it is seen. Its chain then goes on from where the last
     binarisation left it: the posteriors of the two are neighbours."""
@@ -79,7 +78,7 @@ class _Loop:
             learning_rate=stage.learning_rate,
             weight_decay=stage.weight_decay,
         )
-        self.chains = self.em.start(len(images), stage.latent_dim)
+        self.chains = self.em.start(len(images))
         self.step, self.order_epoch = 0, -1
         self.seconds = 0.0
 

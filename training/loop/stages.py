@@ -14,14 +14,14 @@ from training.data import as_float, binarise
 from training.errors import CheckpointError
 from training.loop.trainer import Module, Stage, read_trained, trained_epochs
 from training.models.restoration import FAMILIES, Recognition, corrupt, restoration_bound, simulate
-from training.models.vae import VAE
-from training.objectives.elbo import Bound, denoising_elbo, elbo, importance_weighted, monte_carlo_elbo
+from training.models.vae import VAE, Bound
+from training.objectives.elbo import importance_weighted, monte_carlo_elbo
 from training.objectives.wake_sleep import wake_sleep
 
 VaeBound = Callable[[VAE, Tensor, Tensor, torch.Generator], Bound]
 
 BOUNDS: dict[str, VaeBound] = {
-    "elbo": lambda model, x, eps, _: elbo(model, x, eps),
+    "elbo": lambda model, x, eps, _: model.bound(x, eps),
     "monte_carlo_elbo": lambda model, x, eps, _: monte_carlo_elbo(model, x, eps),
     "importance_weighted": lambda model, x, eps, _: importance_weighted(model, x, eps),
     "wake_sleep": wake_sleep,
@@ -29,13 +29,16 @@ BOUNDS: dict[str, VaeBound] = {
 
 
 def denoising(settings: Optimisation) -> VaeBound:
-    """The bound with posteriors of images corrupted as the settings say."""
+    """The bound with posteriors of images corrupted as the settings say: the encoder learns to see through noise.
+
+    Source: Im et al. (2015), "Denoising criterion for variational auto-encoding framework", equation 5.
+    """
     column = FAMILIES.index(settings.corruption)
 
     def bound(model: VAE, x: Tensor, eps: Tensor, generator: torch.Generator) -> Bound:
         level = torch.zeros(len(x), len(FAMILIES), device=x.device)
         level[:, column] = settings.corruption_level
-        return denoising_elbo(model, x, corrupt(x, level, generator), eps)
+        return model.bound(x, eps, model.posterior(corrupt(x, level, generator)))
 
     return bound
 
@@ -74,7 +77,7 @@ def vae_stage(run: Run, shape: tuple[int, int, int], device: torch.device) -> St
 
     def objective(model: VAE, images: Tensor, generator: torch.Generator) -> Bound:
         x = binarise(images, generator) if run.binary else as_float(images)
-        return bound(model, x, _noise(run.train.draws, len(x), run.model.latent_dim, generator), generator)
+        return bound(model, x, model.noise(run.train.draws, len(x), generator), generator)
 
     return Stage("vae", _placed(build_vae(run, shape), device), objective, run.train, run.seed, _vae_identity(run))
 
@@ -87,7 +90,7 @@ def restoration_stage(run: Run, vae: VAE, shape: tuple[int, int, int], device: t
 
     def objective(model: Recognition, images: Tensor, generator: torch.Generator) -> Bound:
         x = as_float(images)
-        eps = _noise(settings.draws, len(x), run.model.latent_dim, generator)
+        eps = vae.noise(settings.draws, len(x), generator)
         return restoration_bound(model, vae, x, simulate(x, generator), eps)
 
     identity = _restoration_identity(run)
@@ -121,10 +124,6 @@ def trained_recognition(run: Run, shape: tuple[int, int, int], folder: Path, dev
     """Likewise, of the recognition model of corrupted images."""
     module = _placed(build_recognition(run, shape), device)
     return read_trained(folder / "restoration.pt", _restoration_identity(run), module)
-
-
-def _noise(draws: int, rows: int, latent_dim: int, generator: torch.Generator) -> Tensor:
-    return torch.randn(draws, rows, latent_dim, generator=generator, device=generator.device)
 
 
 def _placed(module: Module, device: torch.device) -> Module:

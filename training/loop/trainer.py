@@ -29,7 +29,8 @@ from training.loop.optimisers import build
 from training.loop.processes import ALONE, Processes
 from training.loop.randomness import mixed, row_order
 from training.loop.validation import HeldOut
-from training.objectives.elbo import Bound
+from training.models.vae import Bound
+from training.objectives.elbo import Objective
 
 CHECKPOINT_S = 60.0
 LOG_STEPS = 100
@@ -43,8 +44,6 @@ MOST_SKIPPED = 10
 """Steps in a row that may be skipped because the bound or its gradient is no number."""
 
 Module = TypeVar("Module", bound=nn.Module)
-Objective = Callable[[Any, Tensor, torch.Generator], Bound]
-"""(module, uint8 minibatch (n, c, h, w), randomness of this step) -> the bound's two terms, (n,) each."""
 
 
 @dataclass(frozen=True)

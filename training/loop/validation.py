@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from training.loop.progress import tell, warn
 from training.loop.randomness import keyed_generator, row_order
-from training.objectives.elbo import Bound
+from training.models.vae import Bound
+from training.progress import tell, warn
 
 SHARE = 0.1
 """Held-out images that are scored, as a share of the training images; at least a minibatch."""

@@ -14,9 +14,8 @@ from torch.func import functional_call
 
 from training.data import as_float, binarise
 from training.distributions.gaussian import DiagonalGaussian
-from training.loop.trainer import Objective
-from training.models.vae import VAE
-from training.objectives.elbo import Bound, elbo
+from training.models.vae import VAE, Bound
+from training.objectives.elbo import Objective
 
 INITIAL_STD = 0.05
 """Of every parameter: some of the spread with which torch begins a layer's weights, so that the means can learn."""
@@ -76,18 +75,18 @@ def full_vb_bound(module: FullVb, x: Tensor, eps: Tensor, zeta: Tensor, size: in
     Shapes: x (n, c, h, w); eps (L, n, d) and zeta (P,), draws of N(0, I); the answer's terms (n,).
     Source: Kingma and Welling (2013), equation 24 and algorithm 2, there with L = 1.
     """
-    bound = elbo(module.at(zeta), x, eps)
+    bound = module.at(zeta).bound(x, eps)
     return Bound(bound.log_likelihood, bound.kl + module.posterior.kl_from_standard_normal() / size)
 
 
 def map_bound(vae: VAE, x: Tensor, eps: Tensor, size: int) -> Bound:
     """The same with a point in place of q(theta): MAP. `kl` has an image's share of -log p(theta), but its constant."""
-    bound = elbo(vae, x, eps)
+    bound = vae.bound(x, eps)
     square = sum((p.square().sum() for p in vae.decoder.parameters()), start=x.new_zeros(()))
     return Bound(bound.log_likelihood, bound.kl + 0.5 * square / size)
 
 
-def full_vb_objective(size: int, latent_dim: int, *, draws: int = 1, dynamic: bool = True) -> Objective:
+def full_vb_objective(size: int, *, draws: int = 1, dynamic: bool = True) -> Objective:
     """What the trainer raises: a draw of theta a minibatch, or with `microbatches` one for each of its parts.
 
     The trainer's own `weight_prior` and `free_nats` must be off: the first would count p(theta) twice, the second
@@ -96,7 +95,7 @@ def full_vb_objective(size: int, latent_dim: int, *, draws: int = 1, dynamic: bo
 
     def objective(module: FullVb, images: Tensor, generator: torch.Generator) -> Bound:
         x = binarise(images, generator) if dynamic else as_float(images)
-        eps = torch.randn(draws, len(x), latent_dim, generator=generator, device=x.device)
+        eps = module.vae.noise(draws, len(x), generator)
         zeta = torch.randn(module.log_var.shape, generator=generator, device=x.device)
         return full_vb_bound(module, x, eps, zeta, size)
 
@@ -116,8 +115,7 @@ def evidence_bound(module: FullVb, x: Tensor, draws: int, generator: torch.Gener
 
     Source: Kingma and Welling (2013), equation 18.
     """
-    latent_dim = module.vae.posterior(x[:1]).mean.shape[1]
-    eps = (torch.randn(1, len(x), latent_dim, generator=generator, device=x.device) for _ in range(draws))
-    sums = torch.stack([elbo(module.draw(generator), x, noise).elbo.double().sum() for noise in eps])
+    eps = (module.vae.noise(1, len(x), generator) for _ in range(draws))
+    sums = torch.stack([module.draw(generator).bound(x, noise).elbo.double().sum() for noise in eps])
     kl = float(module.posterior.kl_from_standard_normal())
     return Evidence(float(sums.mean()) - kl, float(sums.std()) / math.sqrt(draws))
