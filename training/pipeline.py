@@ -23,10 +23,11 @@ from training.errors import CheckpointError, ConfigError, DiskError
 from training.evaluation.evaluate import likelihood, report, restoration
 from training.evaluation.scoring import held_out
 from training.export.export import GOLDEN_ROWS, export, exportables, version_folder
+from training.loop.checkpoint import stage_seconds, trained_epochs
 from training.loop.processes import ALONE, Processes
 from training.loop.randomness import keyed_generator
 from training.loop.stages import as_trained, restoration_stage, trained_recognition, trained_vae, vae_stage
-from training.loop.trainer import stage_seconds, train, trained_epochs
+from training.loop.trainer import train
 from training.models.restoration import FAMILIES, Observation, Recognition, simulate
 from training.models.vae import VAE
 from training.progress import tell

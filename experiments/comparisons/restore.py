@@ -22,7 +22,7 @@ from training.evaluation.measures import coverage, psnr, ssim
 from training.evaluation.served import ROWS, Client, Pixels, offering, served
 from training.evaluation.tasks import SUBJECTS, Seen, Subject, Task, chosen, subject_of
 from training.extras import needed
-from training.loop.trainer import stage_seconds
+from training.loop.checkpoint import stage_seconds
 
 REPEATS = 5
 """Requests whose median is a time, or fewer where they take long."""

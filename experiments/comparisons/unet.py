@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from training.config import Optimisation
 from training.data import ImageSet, as_float
-from training.loop.trainer import Stage, read_trained, train
+from training.loop.checkpoint import read_trained
+from training.loop.trainer import Stage, train
 from training.models.restoration import SIGMA_RANGE
 from training.models.vae import Bound
 from training.networks.unet import UNet

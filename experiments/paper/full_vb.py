@@ -21,9 +21,10 @@ from experiments.paper.canvas import panels
 from training.config import Run
 from training.data import ImageSet, binarise
 from training.errors import CheckpointError
+from training.loop.checkpoint import read_trained
 from training.loop.randomness import keyed_generator
 from training.loop.stages import build_vae
-from training.loop.trainer import Stage, read_trained, train
+from training.loop.trainer import Stage, train
 from training.models.vae import VAE, Bound
 from training.objectives.elbo import Objective, importance_log_likelihood
 from training.objectives.full_vb import FullVb, evidence_bound, full_vb_objective, map_bound

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from tqdm import tqdm
 
 from training.config import Run, load
 from training.errors import CheckpointError, DiskError, DivergedError
@@ -588,6 +589,6 @@ def test_the_bound_is_shown_from_the_first_steps(images: Tensor, tmp_path: Path)
         return bound
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.tqdm, "set_postfix", lambda _, values, **__: shown.append(values["ELBO"]))
+        patch.setattr(tqdm, "set_postfix", lambda _, values, **__: shown.append(values["ELBO"]))
         train(failing(stage(epochs=1), 1, slow), images, tmp_path)
     assert len(shown) >= 2

@@ -16,8 +16,8 @@ from service.contract.manifest import digest
 from training.data import as_float, binarise
 from training.distributions.interface import Support
 from training.errors import CheckpointError
+from training.loop.checkpoint import read_checkpoint, write_checkpoint
 from training.loop.randomness import keyed_generator
-from training.loop.trainer import read_checkpoint, write_checkpoint
 from training.models.restoration import FAMILIES, Observation, Recognition, corrupt
 from training.models.vae import VAE
 from training.objectives.elbo import importance_log_likelihood

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from training.config import Optimisation, Run
 from training.data import as_float, binarise
 from training.errors import CheckpointError
-from training.loop.trainer import Module, Stage, read_trained, trained_epochs
+from training.loop.checkpoint import Module, read_trained, trained_epochs
+from training.loop.trainer import Stage
 from training.models.restoration import FAMILIES, Recognition, corrupt, restoration_bound, simulate
 from training.models.vae import VAE, Bound
 from training.objectives.elbo import importance_weighted, monte_carlo_elbo
