@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
+from sklearn.metrics import roc_auc_score
 
 from experiments.paper import curves
 from experiments.paper.canvas import panels
 from service.contract.images import fit
 from training.data.frey import read_frames
 from training.errors import ConfigError, DataError
-from training.evaluation.measures import auroc
 from training.evaluation.served import Client, Pixels, offering, served
 from training.evaluation.tasks import chosen, subject_of
 
@@ -121,6 +121,17 @@ def figures(scores: dict[str, Scores]) -> list[dict[str, Any]]:
                 row[f"auroc_{score}"] = round(auroc(scores[OWN][score], values[score]), 4)
         rows.append(row)
     return rows
+
+
+def auroc(inside: NDArray[Any], outside: NDArray[Any]) -> float:
+    """P(an inlier's score is above an outlier's), ties counting half: 1 separates them, 0.5 is chance.
+
+    Args:
+        inside: Scores of inliers, (n,).
+        outside: Scores of outliers, (m,).
+    """
+    inlier = np.repeat([1, 0], [len(inside), len(outside)])
+    return float(roc_auc_score(inlier, np.concatenate([inside, outside])))
 
 
 def page(rows: list[dict[str, Any]], plan: Plan, model: str) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -107,12 +105,3 @@ class LinearGaussian:
 def linear_gaussian() -> LinearGaussian:
     """The model whose every quantity is known."""
     return LinearGaussian()
-
-
-@pytest.fixture
-def own_signals() -> Iterator[None]:
-    """The command line installs handlers; the tests' process gets its own back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""How good restored images and scores are: PSNR, SSIM, coverage, AUROC."""
+"""Quality of restored images: PSNR, SSIM, coverage of their standard deviations."""
 
 from __future__ import annotations
 
@@ -41,14 +41,3 @@ def coverage(mean: NDArray[Any], std: NDArray[Any], x: NDArray[Any], where: NDAr
     uncertain = std > LEAST_STD if where is None else (std > LEAST_STD) & (where > 0)
     inside = np.abs(x - mean) <= DEVIATIONS * std
     return float(inside[uncertain].mean()) if uncertain.any() else float("nan")
-
-
-def auroc(inside: NDArray[Any], outside: NDArray[Any]) -> float:
-    """P(an inlier's score is above an outlier's), ties counting half: 1 separates them, 0.5 is chance.
-
-    Source: Hanley and McNeil (1982), the Wilcoxon statistic.
-    """
-    from scipy.stats import rankdata  # noqa: PLC0415  # slow to import, and one command needs it
-
-    ranks = rankdata(np.concatenate([inside, outside]))[: len(inside)].sum()
-    return float((ranks - len(inside) * (len(inside) + 1) / 2) / (len(inside) * len(outside)))
