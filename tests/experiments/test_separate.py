@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from experiments.__main__ import main
-from experiments.comparisons.separate import OWN, SCORES, Plan, auroc, figures, kinds, page, rotated, sheared
+from experiments.comparisons.separate import OWN, SCORES, SeparateOptions, auroc, figures, kinds, page, rotated, sheared
 from service.api.v1.routes import OPERATIONS
 
 pytestmark = pytest.mark.usefixtures("own_signals")
 
 
-def plan(data: Path) -> Plan:
-    return Plan(data, None, data)
+def plan(data: Path) -> SeparateOptions:
+    return SeparateOptions(data, None, data)
 
 
 def test_other_pictures_are_what_they_are_called(tmp_path: Path) -> None:

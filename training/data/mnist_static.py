@@ -1,4 +1,4 @@
-"""The static binarised MNIST of the density-estimation literature: one draw, fixed for ever."""
+"""The static binarised MNIST of the density-estimation literature: one binarisation, drawn once for all."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class MnistStatic(DatasetSettings):
     def load(self, root: Path) -> ImageSet:
         """Read DIR/binarized_mnist.npz or DIR/mnist_static/binarized_mnist.npz.
 
-        Raises: DataError where it is missing or is something else.
+        Raises:
+            DataError: The file is missing or is not the original.
         """
         path = next((p for p in (root / FILE, root / "mnist_static" / FILE) if p.is_file()), None)
         if path is None:
