@@ -58,9 +58,11 @@ def train_by_em(stage: EmStage, images: Tensor, folder: Path) -> None:
 
 
 class _EmLoop(Loop):
+    stage: EmStage
+
     def __init__(self, stage: EmStage, images: Tensor, folder: Path) -> None:
         super().__init__(stage, images, folder, stage.batch_size)
-        self.stage, self.steps = stage, stage.steps
+        self.steps = stage.steps
         self.em = MonteCarloEm(
             stage.module,
             keyed_generator(images.device, stage.seed, 2),

@@ -30,8 +30,8 @@ SHOWN_S = 0.5
 """Between two values in the progress bar."""
 
 
-class Job(Protocol):
-    """What a loop needs to know of the stage it trains."""
+class AnyStage(Protocol):
+    """What every loop needs to know of its stage."""
 
     @property
     def name(self) -> str:
@@ -64,8 +64,10 @@ class Loop(ABC):
     The order of an epoch is a function of (seed, epoch); a subclass makes all other noise a function of (seed, step).
     """
 
-    def __init__(self, stage: Job, images: Tensor, folder: Path, batch_size: int, processes: Processes = ALONE) -> None:
-        self.job, self.images, self.processes = stage, images, processes
+    def __init__(
+        self, stage: AnyStage, images: Tensor, folder: Path, batch_size: int, processes: Processes = ALONE
+    ) -> None:
+        self.stage, self.images, self.processes = stage, images, processes
         self.path = folder / f"{stage.name}.pt"
         self.log_path = folder / "log.jsonl" if processes.first else Path(os.devnull)
         self.batch_size = min(batch_size, len(images))
@@ -142,7 +144,7 @@ class Loop(ABC):
         progress = tqdm(
             total=self.steps * self.batch_size,
             initial=self.step * self.batch_size,
-            desc=f"{self.job.name} (epoch 0/{self.epochs})",
+            desc=f"{self.stage.name} (epoch 0/{self.epochs})",
             unit="image",
             unit_scale=True,
             mininterval=0.5,
@@ -155,8 +157,8 @@ class Loop(ABC):
                 self.learn(self._rows())
                 self.step += 1
                 self.seconds = time.monotonic() - started
-                if self.step in self.job.watched_steps and self.processes.first:
-                    log.write({"stage": self.job.name, "step": self.step, **self.job.watch(self.job.module)})
+                if self.step in self.stage.watched_steps and self.processes.first:
+                    log.write({"stage": self.stage.name, "step": self.step, **self.stage.watch(self.stage.module)})
                 if self.step < self.steps and self.processes.any(interrupted()):
                     self.save()
                     self.processes.wait()
@@ -174,37 +176,37 @@ class Loop(ABC):
         """Those of the next minibatch, (n,)."""
         epoch, index = divmod(self.step, self.epoch_steps)
         if self.order_epoch != epoch:
-            self.order, self.order_epoch = row_order(self.images, self.job.seed, 0, epoch), epoch
+            self.order, self.order_epoch = row_order(self.images, self.stage.seed, 0, epoch), epoch
         return self.order[index * self.batch_size : (index + 1) * self.batch_size]
 
     def _show(self, progress: Any) -> None:
         if time.monotonic() - self.shown > SHOWN_S and (values := self.values()):
-            progress.set_description(f"{self.job.name} (epoch {self.epoch}/{self.epochs})", refresh=False)
+            progress.set_description(f"{self.stage.name} (epoch {self.epoch}/{self.epochs})", refresh=False)
             progress.set_postfix(values, refresh=False)
             self.shown = time.monotonic()
         progress.update(self.batch_size)
 
     def _log(self, log: Log) -> None:
         """Write the lines that are due after a step: of the training, and of an epoch that ended."""
-        stage = {"stage": self.job.name, "step": self.step}
+        common = {"stage": self.stage.name, "step": self.step}
         if (self.step % LOG_STEPS == 0 or self.step == self.steps) and (found := self.report()):
-            log.write({**stage, "epoch": self.epoch, "seconds": round(self.seconds, 2), **found})
+            log.write({**common, "epoch": self.epoch, "seconds": round(self.seconds, 2), **found})
         if self.step % self.epoch_steps == 0:
             epoch = self.step // self.epoch_steps
             if found := self.validate(epoch):
-                log.write({**stage, "epoch": epoch, **found})
+                log.write({**common, "epoch": epoch, **found})
 
     def save(self) -> None:
         """Write the whole state, unless it is written already, unsound, or another process's to write."""
         if self.step == self.saved_step or not self.sound or not self.processes.first:
             return
         state = {
-            "identity": self.job.identity,
+            "identity": self.stage.identity,
             "step": self.step,
             "finished": self.step == self.steps,
             "epochs": self.epochs if self.step == self.steps else -(-self.step // self.epoch_steps),
             "seconds": self.seconds,
-            "module": self.job.module.state_dict(),
+            "module": self.stage.module.state_dict(),
             **self.state(),
         }
         write_checkpoint(self.path, state)
@@ -219,10 +221,10 @@ class Loop(ABC):
         if not self.path.exists():
             return
         # Read into main memory: the module and the optimisers know best what of it belongs on the device.
-        state = read_checkpoint(self.path, self.job.identity, torch.device("cpu"))
+        state = read_checkpoint(self.path, self.stage.identity, torch.device("cpu"))
         self.step = self.saved_step = state["step"]
         self.seconds = state["seconds"]
-        self.job.module.load_state_dict(state["module"])
+        self.stage.module.load_state_dict(state["module"])
         self.load(state)
 
 

@@ -95,6 +95,8 @@ class _Bounded(nn.Module):
 
 
 class _Loop(Loop):
+    stage: Stage
+
     def __init__(
         self, stage: Stage, images: Tensor, folder: Path, processes: Processes, held_out: Tensor | None
     ) -> None:
@@ -105,7 +107,7 @@ class _Loop(Loop):
                 f"set microbatches in the TOML to a multiple of {processes.size}"
             )
         super().__init__(stage, images, folder, settings.batch_size, processes)
-        self.stage, self.settings = stage, settings
+        self.settings = settings
         self.steps = max(settings.epochs, -(-settings.least_steps // self.epoch_steps)) * self.epoch_steps
         self.warmup_steps = min(settings.warmup_steps, int(WARMUP_SHARE * self.steps))
         self.kl_warmup_steps = min(settings.kl_warmup_steps, int(KL_WARMUP_SHARE * self.steps))
