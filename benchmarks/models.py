@@ -36,7 +36,7 @@ def graphs(name: str) -> dict[str, Exportable]:
     torch.manual_seed(0)
     network: Architecture = TypeAdapter(Architecture).validate_python(NETWORKS[name])
     parts = network.encoder(SHAPE, LATENT), network.decoder(LATENT, SHAPE)
-    vae = VAE(*parts, Bernoulli(), StandardNormal())
+    vae = VAE(*parts, Bernoulli(SHAPE), StandardNormal(LATENT))
     channels, height, width = SHAPE
     recognition = Recognition(
         network.encoder((2 * channels + len(FAMILIES), height, width), LATENT),

@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 
 from experiments.comparisons import restoration_report
-from experiments.comparisons.restore import Plan, compare
-from experiments.comparisons.separate import Plan as Separation
-from experiments.comparisons.separate import separate
+from experiments.comparisons.restore import RestoreOptions, compare
+from experiments.comparisons.separate import SeparateOptions, separate
 from experiments.paper import FIGURES
 from experiments.paper.oracle import score
 from training import pipeline
@@ -74,7 +73,7 @@ def _oracle(options: argparse.Namespace) -> None:
 
 def _restore(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
-    plan = Plan(
+    plan = RestoreOptions(
         options.data,
         options.runs / "restore",
         options.url,
@@ -90,7 +89,7 @@ def _restore(options: argparse.Namespace) -> None:
 
 
 def _separate(options: argparse.Namespace) -> None:
-    plan = Separation(
+    plan = SeparateOptions(
         options.data, options.url, options.models, options.model, options.images, options.seed, options.draws
     )
     print(f"wrote {separate(plan, options.out)}")

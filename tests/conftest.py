@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     needing = dict.fromkeys(item.path for item in items if "digits_models" in getattr(item, "fixturenames", ()))
     first = next(iter(needing), None)
     items.sort(key=lambda item: (item.path != first, item.path in needing))
+
+
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """Restore the signal handlers of this process, because the command lines install their own."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What the command lines of `training` and `experiments` share."""
+"""Shared by the command lines of `training` and `experiments`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def run(parser: argparse.ArgumentParser, arguments: list[str] | None) -> int:
     """Run the command that the arguments name.
 
     Returns:
-        The exit status: 0, 1 after one line that says what is wrong, 130 when interrupted.
+        The exit status: 0, 1 after one line with the error, 130 when interrupted.
     """
     options = parser.parse_args(arguments)
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell's background jobs start with it ignored
@@ -39,7 +39,7 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
 
 
 def asking_command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
-    """Add a command that asks a service over HTTP; `commands` is argparse's action for subcommands."""
+    """Add a command that uses a service over HTTP; `commands` is argparse's action for subcommands."""
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
     parser.add_argument("--url", help="of the service to ask; without it one is started, and ended afterwards")
     parser.add_argument("--models", type=Path, default=Path("models"), help="what that one serves (%(default)s)")

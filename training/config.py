@@ -1,4 +1,4 @@
-"""One TOML a run: every table is strict, and a run's identity is its settings."""
+"""The settings of a run, read from one TOML file; unknown keys are errors."""
 
 from __future__ import annotations
 
@@ -10,150 +10,150 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from training.data import Dataset
-from training.distributions.likelihoods import Likelihood
+from training.distributions.interface import Support
+from training.distributions.likelihoods import LikelihoodSettings
 from training.distributions.likelihoods.bernoulli import BernoulliSettings
-from training.distributions.priors import Prior
+from training.distributions.priors import PriorSettings
 from training.distributions.priors.standard_normal import StandardNormalSettings
 from training.errors import ConfigError
 from training.networks import Architecture
 from training.networks.unet import UNetSettings
 from training.strict import Positive, Strict
 
-BINARY = {"digits", "mnist"}
-"""Data sets whose grey levels are probabilities of black and white."""
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 
 
 class Model(Strict):
-    """What is trained: q(z|x), p(z) and p(x|z)."""
+    """The model: q(z|x), p(z) and p(x|z)."""
 
     latent_dim: Positive
     """Numbers in z."""
     initial_std: Annotated[float, Field(gt=0)] | None = None
-    """Parameters of both networks begin as N(0, initial_std^2), the paper's with 0.01; without it as torch does."""
-    likelihood: Likelihood = BernoulliSettings()
+    """Standard deviation of the initial parameters of both networks, 0.01 in the paper; without it torch's defaults."""
+    likelihood: LikelihoodSettings = BernoulliSettings()
     """p(x|z)."""
-    prior: Prior = StandardNormalSettings()
+    prior: PriorSettings = StandardNormalSettings()
     """p(z)."""
     network: Architecture
-    """Of encoder and decoder."""
+    """Architecture of encoder and decoder."""
 
 
 class Optimisation(Strict):
-    """How one stage is trained; M is `batch_size`, L is `draws`."""
+    """Settings of one training stage; M is `batch_size`, L is `draws`."""
 
     epochs: Positive
     """Passes over the training images."""
     least_steps: Annotated[int, Field(ge=0)] = 0
-    """There are more epochs where the images are so few that these would be fewer steps."""
+    """Least number of steps: with few images there are more epochs than `epochs`."""
     batch_size: Positive = 100
-    """Images in a minibatch, M."""
+    """Images a minibatch, M."""
     objective: Literal["elbo", "monte_carlo_elbo", "importance_weighted", "denoising", "wake_sleep"] = "elbo"
-    """The bound, with the KL in closed form where it has one, without it, importance-weighted over the draws, or with
-    posteriors of corrupted images; or the rival that raises it by another way."""
+    """The bound with the KL in closed form where it has one (`elbo`), with an estimated KL (`monte_carlo_elbo`),
+    importance-weighted over the draws, or with posteriors of corrupted images (`denoising`); or wake-sleep."""
     corruption: Literal["gaussian", "salt-and-pepper", "masking", "poisson"] = "salt-and-pepper"
-    """What `denoising` does to the recognition model's images."""
+    """Corruption of the encoder's images under `denoising`."""
     corruption_level: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """The standard deviation, or the share of pixels."""
+    """Its standard deviation, or its share of pixels."""
     draws: Positive = 1
-    """Of z for each image, L."""
+    """Draws of z an image, L."""
     free_nats: Annotated[float, Field(ge=0)] = 0.0
-    """While a minibatch's mean KL is below this, nothing pulls it further down."""
+    """The KL has no gradient while a minibatch's mean KL is below this number of nats."""
     microbatches: Positive = 1
-    """Parts of a minibatch, each with noise of its own, that follow one another or that processes share out: the
-    result is the same. Their number must be a multiple of the processes'."""
+    """Parts of a minibatch, each with its own noise. One process runs them in turn, or several share them: the result
+    is the same. Their number must be a multiple of the number of processes."""
     optimiser: Literal["adam", "muon", "adagrad"] = "adam"
-    """Adam; Muon for weight matrices and convolutions with Adam for all else; or the paper's Adagrad."""
+    """Adam; Muon for weight matrices and convolutions, with Adam for all other parameters; or the paper's Adagrad."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    """Reached after `warmup_steps`, then as `schedule` says."""
+    """Learning rate after `warmup_steps`; then `schedule` applies."""
     matrix_learning_rate: Annotated[float, Field(gt=0)] = 0.02
-    """Muon's own, likewise."""
+    """Learning rate of Muon, with the same warm-up and schedule."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """To 0 along half a cosine, or unchanged."""
+    """Learning rate after the warm-up: down to 0 along half a cosine, or constant."""
     weight_prior: bool = False
-    """Whether N(0, I) is the prior of every weight (biases have none): MAP, which is the paper's weight decay."""
+    """Whether every weight has the prior N(0, I), biases none: MAP, the paper's weight decay."""
     warmup_steps: Annotated[int, Field(ge=0)] = 200
-    """Steps over which the learning rate grows from 0, a tenth of all at most."""
+    """Steps over which the learning rate grows from 0; at most a tenth of all steps."""
     kl_warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps over which the weight of the KL term grows from 0 to 1, a quarter of all at most."""
+    """Steps over which the weight of the KL term grows from 0 to 1; at most a quarter of all steps."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    """Of the moving average of the weights after many steps; after t steps it is (1 + t) / (10 + t) at most. Evaluated
-    and exported are the average or the last weights, whichever have the better bound on validation images."""
+    """Decay of the moving average of the weights; after t steps it is at most (1 + t) / (10 + t). The average or the
+    last weights are evaluated and exported, whichever have the better bound on validation images."""
     gradient_norm: Annotated[float, Field(gt=0)] = 1000.0
-    """Gradients of the summed bound's mean are clipped to this norm."""
+    """Largest norm of a gradient of the mean bound; larger ones are scaled down to it."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the networks' matrix products and convolutions; densities, gradients of weights and weights are float32.
-    bfloat16 is up to half as fast again where a CPU computes with it, and float32 is used where it does not."""
+    """Number format of the networks' matrix products and convolutions; densities, weights and their gradients are
+    float32. On a CPU with bfloat16 instructions bfloat16 is up to 1.5 times as fast; without them float32 is used."""
 
 
 class Restoration(Strict):
     """The recognition model of corrupted images, q(z | y, mask, level), trained after the VAE."""
 
     network: Architecture
-    """Of the recognition model."""
+    """Architecture of the recognition model."""
     level_network: Architecture
-    """Of the network that estimates the level of the noise."""
+    """Architecture of the network that estimates the noise level."""
     correction: UNetSettings = UNetSettings()
-    """The U-Net that corrects the result."""
+    """U-Net that corrects the restored image."""
     train: Optimisation
-    """How long, and how."""
+    """Training of this stage."""
 
 
 class Evaluation(Strict):
-    """What `evaluate` reports on the test images."""
+    """Evaluation on the test images."""
 
     draws: Positive = 1000
     """Importance samples an image."""
     images: Positive | None = None
-    """A seeded random subset of so many; without it all of them."""
+    """Size of a seeded random subset of the test images; without it all of them."""
 
 
 class Run(Strict):
     """A whole run: `python -m training fit CONFIG`."""
 
     name: Name
-    """The model's: lower-case letters, digits, `.`, `_` and `-`."""
+    """Name of the model: lower-case letters, digits, `.`, `_` and `-`."""
     version: Name = "1"
-    """The version's, likewise; of several the service takes the latest, 10 after 2."""
+    """Name of the version, of the same characters; the service serves the latest, and 10 comes after 2."""
     seed: int = 0
-    """Of the weights, the order of the images and the noise."""
+    """Seed of the initial weights, the order of the images and the noise."""
     data: Dataset
-    """Which images."""
+    """The images."""
     binarise: bool | Literal["auto"] = "auto"
-    """A fresh Bernoulli draw of every training pixel, every time it is seen; false trains on grey levels. "auto" is
-    true for the data sets of digits under Bernoulli pixels."""
+    """Whether each training pixel is drawn anew as 0 or 1 every time it is seen; false trains on grey levels. "auto" is
+    true where the likelihood accepts only 0 and 1 and the data set's grey levels are probabilities, as digits' are."""
     model: Model
-    """What is trained."""
+    """The model."""
     train: Optimisation
-    """How it is trained."""
+    """Training of the VAE."""
     restoration: Restoration | None = None
-    """What denoise, inpaint and super-resolve need; without it the model has none of them."""
+    """Training of denoise, inpaint and super-resolve; without it the model has none of these operations."""
     evaluation: Evaluation = Evaluation()
-    """How it is measured."""
+    """Evaluation of the trained model."""
     tileable: bool = False
-    """Whether parts of larger images look like the images trained on, as of a texture or of scans cut to pieces; not of
+    """Whether parts of larger images look like the training images, as with textures or tiles of scans, but not with
     whole digits, faces or photographs. Only then does the service restore larger images with `fit=tile`."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Run:
-        pixels = self.model.likelihood.likelihood
-        if pixels != "bernoulli" and self.binarise is True:
+        likelihood = self.model.likelihood
+        if self.binarise is True and likelihood.support is not Support.BINARY:
             raise ValueError(
-                f"binarise = true contradicts the {pixels} likelihood, whose pixels are no draws of 0 and 1; set "
-                'binarise = false, or leave it out, or set likelihood = "bernoulli"'
+                f"binarise = true contradicts the {likelihood.likelihood} likelihood, whose pixels have other values "
+                'than 0 and 1; set binarise = false, or leave it out, or set likelihood = "bernoulli"'
             )
         if self.train.objective == "wake_sleep" and self.model.prior.prior == "vamp":
             raise ValueError(
-                "a VampPrior is made of the recognition model, which wake-sleep trains on dreams of the prior"
+                "a VampPrior contains the encoder, which wake-sleep trains on draws of the prior; set prior = "
+                '"standard_normal" or "realnvp"'
             )
         return self
 
     @property
     def binary(self) -> bool:
-        """Whether training pixels are drawn anew as 0 or 1."""
+        """Whether training pixels are drawn anew as 0 or 1 (`binarise`, with "auto" decided)."""
         if self.binarise != "auto":
             return self.binarise
-        return self.data.dataset in BINARY and self.model.likelihood.likelihood == "bernoulli"
+        return self.data.stochastic and self.data.support > self.model.likelihood.support
 
 
 def load(path: Path, changes: Mapping[str, Any] | None = None) -> Run:
@@ -161,10 +161,10 @@ def load(path: Path, changes: Mapping[str, Any] | None = None) -> Run:
 
     Args:
         path: The file.
-        changes: Values instead of the file's, in tables as in the file; None changes nothing.
+        changes: Values that replace those of the file, in the same tables; None changes nothing.
 
     Raises:
-        ConfigError: It names the file, the key and what is wrong with it.
+        ConfigError: The file cannot be read or a value is wrong; the message names the file and the key.
     """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Windows editors write a BOM
@@ -179,7 +179,7 @@ def load(path: Path, changes: Mapping[str, Any] | None = None) -> Run:
 
 
 def _changed(table: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Tables are changed where they are, so that none comes to be by a change of nothing."""
+    """The table with the changes; a table of Nones does not create a missing table."""
     found = dict(table)
     for key, value in changes.items():
         if isinstance(value, Mapping):

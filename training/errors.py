@@ -1,10 +1,10 @@
-"""What stops a run, each with a name and a message that says what to do."""
+"""Errors that stop a run; each message names the fix."""
 
 from __future__ import annotations
 
 
 class TrainingError(Exception):
-    """The root: the command line prints its message as one line and exits with 1."""
+    """Base class: the command line prints its message as one line and exits with 1."""
 
 
 class ConfigError(TrainingError):
@@ -16,7 +16,7 @@ class DataError(TrainingError):
 
 
 class DivergedError(TrainingError):
-    """The bound is no longer a number."""
+    """The bound is no longer finite."""
 
 
 class DiskError(TrainingError):
@@ -32,11 +32,11 @@ class ExportError(TrainingError):
 
 
 class ServiceError(TrainingError):
-    """A service that an experiment asks does not start or does not answer."""
+    """The service under test does not start or does not answer."""
 
 
 class RefusedError(ServiceError):
-    """The service answers that it cannot; `code` is its own."""
+    """The service refused a request; `code` is the problem's."""
 
     def __init__(self, message: str, code: str) -> None:
         super().__init__(message)

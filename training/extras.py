@@ -1,4 +1,4 @@
-"""Packages that only some commands need."""
+"""Optional packages."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from training.errors import DependencyError
 
 
 def needed(module: str) -> Any:
-    """A module of the extra `evaluation`.
+    """Import a module of the extra `evaluation`.
 
-    Raises: DependencyError naming the extra.
+    Raises:
+        DependencyError: It is not installed; the message names the extra.
     """
     try:
         return import_module(module)
@@ -24,7 +25,7 @@ def needed(module: str) -> Any:
 
 
 def installed(package: str) -> str:
-    """The version of a package, or that it is absent."""
+    """The version of an installed package, or "absent"."""
     try:
         return version(package)
     except PackageNotFoundError:

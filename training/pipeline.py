@@ -1,4 +1,4 @@
-"""A run from its TOML to a model version: data, stages, evaluation, export."""
+"""A run from its settings to a model version: data, stages, evaluation, export."""
 
 from __future__ import annotations
 
@@ -23,37 +23,41 @@ from training.errors import CheckpointError, ConfigError, DiskError
 from training.evaluation.evaluate import likelihood, report, restoration
 from training.evaluation.scoring import held_out
 from training.export.export import GOLDEN_ROWS, export, exportables, version_folder
+from training.loop.checkpoint import stage_seconds, trained_epochs
 from training.loop.processes import ALONE, Processes
-from training.loop.progress import tell
 from training.loop.randomness import keyed_generator
 from training.loop.stages import as_trained, restoration_stage, trained_recognition, trained_vae, vae_stage
-from training.loop.trainer import stage_seconds, train, trained_epochs
+from training.loop.trainer import train
 from training.models.restoration import FAMILIES, Observation, Recognition, simulate
 from training.models.vae import VAE
+from training.progress import tell
 
 LOOK_S = 0.25
 """Seconds over which idle time is measured."""
 
 
 def device(wanted: str) -> torch.device:
-    """`auto`, `cpu` or `cuda`, made ready.
+    """The device `auto`, `cpu` or `cuda`, with its process-wide switches set.
 
-    Raises: ConfigError where CUDA is asked for and there is none.
+    Raises:
+        ConfigError: There is no CUDA device.
     """
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda, but torch finds no CUDA device; use --device cpu")
     torch.backends.cudnn.benchmark = True  # batches keep their size, so the fastest convolution is worth a search
-    torch.backends.cudnn.allow_tf32 = False  # what is to be float32 is: an evaluation is not rounded to 10 bits
+    torch.backends.cudnn.allow_tf32 = False  # float32 stays float32: an evaluation is not rounded to 10 bits
     return torch.device(wanted)
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep a second trainer out of a run's folder; the lock ends with the process, however it ends.
+    """Hold the lock of a run's folder against a second trainer; the lock ends with the process, however it ends.
 
-    Raises: CheckpointError where another has it, DiskError where the folder cannot be made.
+    Raises:
+        CheckpointError: Another process holds it.
+        DiskError: The folder cannot be made.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,9 +75,9 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def threads(wanted: int | None) -> None:
-    """Let torch use as many CPU threads as are wanted, or else one for each core that is free now.
+    """Set torch's number of CPU threads; by default one for each core that is idle now.
 
-    More threads than free cores wait for one another: with one a core on two busy cores a run is 30 times as slow.
+    More threads than idle cores wait for one another: two threads on two busy cores make a run 30 times as slow.
     """
     if wanted is None and "OMP_NUM_THREADS" in os.environ:
         return  # torchrun sets it
@@ -81,7 +85,7 @@ def threads(wanted: int | None) -> None:
 
 
 def free_cores() -> int:
-    """Cores of which this process may use the whole, one at least: of those allowed, the part that idles."""
+    """Number of idle cores among those this process may use, at least one."""
     with suppress(OSError, ValueError, ZeroDivisionError):
         before = _ticks()
         time.sleep(LOOK_S)
@@ -91,14 +95,14 @@ def free_cores() -> int:
 
 
 def _ticks() -> tuple[int, int]:
-    """Of all cores since the start of the machine: those spent idle, and all."""
+    """Clock ticks of all cores since the start of the machine: idle ones, and all."""
     ticks = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
     return ticks[3] + ticks[4], sum(ticks)
 
 
 @dataclass(frozen=True)
 class Workshop:
-    """A run, its data in memory, the folder of its checkpoints, and who trains."""
+    """A run with its data in memory, the folder of its checkpoints, and the processes that train."""
 
     run: Run
     images: ImageSet
@@ -110,20 +114,25 @@ class Workshop:
     def open(cls, run: Run, data: Path, folder: Path, device: torch.device, processes: Processes = ALONE) -> Workshop:
         """Load the data onto the device.
 
-        Raises: DataError.
+        Raises:
+            DataError: The data are missing or unreadable.
         """
         return cls(run, run.data.load(data).to(device), folder, device, processes)
 
     def clear(self) -> None:
-        """Discard checkpoints, partial evaluations and log."""
+        """Delete checkpoints, partial evaluations and log."""
         for path in self.folder.glob("*"):
             if path.suffix in {".pt", ".jsonl", ".part", ".sha256"}:
                 path.unlink()
 
     def fit(self, models: Path, *, replace: bool = False) -> Path:
-        """Train what is not trained yet; then the first process evaluates and exports. The new version's folder.
+        """Train what is not trained yet; then the first process evaluates and exports.
 
-        Raises: TrainingError, by its cause.
+        Returns:
+            The new version's folder.
+
+        Raises:
+            TrainingError: A subclass for each cause.
         """
         target = version_folder(models, self.run.name, self.run.version, replace=replace)
         if not self.processes.first:
@@ -135,14 +144,14 @@ class Workshop:
             return self.export(models, replace=replace)
 
     def _train(self) -> None:
-        """Both stages, those that are finished for more epochs where the run has more."""
+        """Train both stages; a finished one goes on where the run has more epochs."""
         shape, images = self.images.shape, self.images
         run, before = as_trained(self.run, self.folder, longer=True), trained_epochs(self.folder / "vae.pt")
         self.processes.wait()
         if before is not None and before < run.train.epochs and self.processes.first:
             stale = self.folder / "restoration.pt"
             if stale.exists():
-                tell("the VAE goes on; what restores belongs to it as it was, and is trained anew")
+                tell("training of the VAE goes on, so restoration is trained anew")
                 stale.unlink()
         train(vae_stage(run, shape, self.device), images.train, self.folder, self.processes, images.validation)
         if run.restoration is None:
@@ -155,13 +164,13 @@ class Workshop:
         return trained_vae(self.run, self.images.shape, self.folder, self.device)
 
     def recognition(self) -> Recognition | None:
-        """The trained recognition model of corrupted images, where the run has one."""
+        """The trained recognition model of corrupted images; None where the run has none."""
         if self.run.restoration is None:
             return None
         return trained_recognition(self.run, self.images.shape, self.folder, self.device)
 
     def evaluate(self) -> dict[str, Any]:
-        """Measured test figures, with everything that is needed to repeat them."""
+        """Evaluate on the test images; the result holds what is needed to repeat it."""
         return self._quality(self.vae(), self.recognition())
 
     def _quality(self, vae: VAE, recognition: Recognition | None) -> dict[str, Any]:
@@ -179,14 +188,15 @@ class Workshop:
     def export(self, models: Path, *, replace: bool = False) -> Path:
         """Evaluate and write the model version.
 
-        Raises: ExportError, DiskError, CheckpointError.
+        Raises:
+            ExportError, DiskError, CheckpointError: As their names say.
         """
         version_folder(models, self.run.name, self.run.version, replace=replace)
         vae, recognition = self.vae(), self.recognition()
         about = {
             "input_shape": list(self.images.shape),
             "value_range": [0.0, 1.0],
-            "latent_shape": [self.run.model.latent_dim],
+            "latent_shape": list(vae.latent_shape),
             "likelihood": self.run.model.likelihood.likelihood,
             "prior": self.run.model.prior.prior,
             "dataset": self.run.data.dataset,
@@ -202,7 +212,7 @@ class Workshop:
         return export(graphs, models, self.run.name, self.run.version, about, replace=replace)
 
     def _check_images(self) -> None:
-        """Checkpoints go on only with the images they were begun with."""
+        """Refuse other training images than those of the folder's checkpoints."""
         path = self.folder / "images.sha256"
         found = digest(self.images.train.cpu().numpy().tobytes())
         try:

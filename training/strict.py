@@ -1,4 +1,4 @@
-"""The base of every table in a run's TOML."""
+"""Base class of every table in a run's TOML."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ Widths = Annotated[tuple[Positive, ...], Field(min_length=1)]
 
 
 class Strict(BaseModel):
-    """Frozen, and an unknown key is an error. The docstring of a key is its description in docs/configuration.md."""
+    """A frozen table without unknown keys. A key's docstring is its description in docs/configuration.md."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)

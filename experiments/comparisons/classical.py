@@ -20,12 +20,15 @@ LEAST_BM3D = 16
 
 
 def total_variation(y: Plane, _sigma: float, weight: float) -> Plane:
-    """Source: Chambolle (2004)."""
+    """Minimise the total variation.
+
+    Source: Chambolle (2004).
+    """
     return np.asarray(needed("skimage.restoration").denoise_tv_chambolle(y, weight=weight, eps=1e-5, max_num_iter=400))
 
 
 def non_local_means(y: Plane, sigma: float, strength: float) -> Plane:
-    """Patches of 5 x 5 within 13 x 13; the filter's h is `strength` sigma.
+    """Average similar patches of 5 x 5 within 13 x 13; the filter's h is `strength` sigma.
 
     Source: Buades, Coll and Morel (2005).
     """
@@ -35,7 +38,7 @@ def non_local_means(y: Plane, sigma: float, strength: float) -> Plane:
 
 
 def wiener(y: Plane, sigma: float, window: float) -> Plane:
-    """Towards the local mean of window x window, by the local variance.
+    """Shrink towards the local mean of window x window, by the local variance.
 
     Source: Lim (1990), "Two-dimensional signal and image processing", equation 9.46.
     """
@@ -46,7 +49,7 @@ def wiener(y: Plane, sigma: float, window: float) -> Plane:
 
 
 def median(y: Plane, _sigma: float, window: float) -> Plane:
-    """The median of window x window."""
+    """Take the median of window x window."""
     return np.asarray(ndimage.median_filter(y, int(window)))
 
 
@@ -62,7 +65,7 @@ def bm3d(y: Plane, sigma: float, _setting: float) -> Plane:
 
 
 def biharmonic(y: Plane, mask: Plane) -> Plane:
-    """What is missing (mask 0) by biharmonic equations.
+    """Fill in missing pixels (mask 0) by biharmonic equations.
 
     Source: Damelin and Hoang (2018).
     """

@@ -1,4 +1,4 @@
-"""The best linear restorer: images as draws of one Gaussian, conditioned exactly on what is seen.
+"""The best linear restorer: images as draws of one Gaussian, conditioned exactly on the observation.
 
 Source: Bishop (2006), "Pattern recognition and machine learning", equations 2.113 to 2.117.
 """
@@ -22,16 +22,22 @@ class ImageGaussian(NamedTuple):
 
     @classmethod
     def of(cls, x: NDArray[Any]) -> ImageGaussian:
-        """The mean and covariance of images (n, ...)."""
+        """Fit mean and covariance of images (n, ...)."""
         rows = x.reshape(len(x), -1)
         mean = rows.mean(0, dtype=np.float64)
         centred = rows - mean.astype(np.float32)
         return cls(mean, (centred.T @ centred).astype(np.float64) / len(x))
 
     def given(self, y: NDArray[Any], operator: NDArray[Any], noise: float) -> Matrix:
-        """E[x | y] for y = operator @ x + N(0, noise): y (n, k), operator (k, d), noise a variance above 0 -> (n, d).
+        """E[x | y] for y = operator @ x + N(0, noise).
 
-        noise is also the ridge without which pixels that never vary could not be conditioned on.
+        Args:
+            y: (n, k).
+            operator: (k, d).
+            noise: A variance above 0; it is also the ridge for pixels that never vary.
+
+        Returns:
+            (n, d).
         """
         passed = operator @ self.covariance
         seen = passed @ operator.T

@@ -1,4 +1,4 @@
-"""The restorers of the table: this service's answers, and its rivals, all asked in one way."""
+"""The restorers that are compared: this service and other methods, behind one interface."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from training.extras import installed
 
 RIDGES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 CHOOSERS = 50
-"""Validation images by which the ridge is chosen."""
+"""Validation images on which the ridge is chosen."""
 QUALITIES: dict[str, dict[str, object]] = {
     "fast": {"quality": "fast"},
     "refined": {"quality": "refined"},
     "refined 16 draws": {"quality": "refined", "draws": 16},
 }
-"""This service's answers by name, and what is asked for; all with `uncertainty`."""
+"""Options of this service by the method's name; all requests have `uncertainty`."""
 
 
 class Restored(NamedTuple):
-    """Images (n, c, h, w) in [0, 1]; where they are told, the posterior's deviation and the level of the noise (n,)."""
+    """Images (n, c, h, w) in [0, 1], with the posterior standard deviation and the noise level (n,) where known."""
 
     images: Pixels
     std: Pixels | None = None
@@ -41,25 +41,25 @@ class Restored(NamedTuple):
 
 
 Restore = Callable[[Task, Seen, float], Restored]
-"""(task, what is seen, setting) -> restored images."""
+"""(task, observation, setting) -> restored images."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A restorer. Of several settings the one that gives the images of a task their highest PSNR is taken."""
+    """A restorer. Of several settings the one with the highest PSNR on a task's images is used."""
 
     name: str
     does: Callable[[Task], bool]
     restore: Restore
     settings: tuple[float, ...] = (0.0,)
     batched: bool = True
-    """Whether many images at once take less time each."""
+    """Whether an image takes less time in a batch."""
     kept: str | None = None
-    """What its answers hang on besides what is seen, where they are kept between runs."""
+    """Key of its kept results, besides the observation; None keeps none between runs."""
 
 
 def ours(client: Client, model: str, seed: int) -> list[Method]:
-    """This service's, through HTTP: each quality with the level told and estimated, and a plain encode and decode."""
+    """This service, over HTTP: each quality with known and with estimated level, and a plain reconstruction."""
 
     def restore(asked: dict[str, object], auto: bool, task: Task, seen: Seen, _setting: float) -> Restored:
         options = {**asked, **task.asked(auto=auto), "uncertainty": True, "seed": seed}
@@ -78,7 +78,7 @@ def ours(client: Client, model: str, seed: int) -> list[Method]:
 
 
 def rivals(images: ImageSet, seed: int) -> list[Method]:
-    """The classical ones; what they take as known, the kind and level of the noise, is told to them."""
+    """The classical methods; they are given the kind and level of the noise."""
     size = images.shape
     gaussian = cache(lambda: ImageGaussian.of(as_float(images.train).numpy()))
     chosen: dict[str, float] = {}
@@ -125,7 +125,7 @@ def rivals(images: ImageSet, seed: int) -> list[Method]:
 
 
 def by_unet(module: Denoiser) -> Method:
-    """The trained U-Net, told the level."""
+    """The trained U-Net, given the level."""
 
     @torch.inference_mode()
     def restore(task: Task, seen: Seen, _setting: float) -> Restored:
@@ -137,7 +137,7 @@ def by_unet(module: Denoiser) -> Method:
 
 
 def is_noise(task: Task) -> bool:
-    """Whether pixels are spoilt, none missing."""
+    """Whether pixels are noisy or blurred, and none missing."""
     return task.operation == "denoise"
 
 
@@ -147,7 +147,7 @@ def is_gaussian(task: Task) -> bool:
 
 
 def is_flips(task: Task) -> bool:
-    """Whether pixels are replaced, no one knows which."""
+    """Whether unknown pixels are replaced."""
     return is_noise(task) and not is_gaussian(task)
 
 
@@ -157,17 +157,17 @@ def is_inpainting(task: Task) -> bool:
 
 
 def is_enlarging(task: Task) -> bool:
-    """Whether means of blocks are seen."""
+    """Whether means of blocks are observed."""
     return task.operation == "super-resolve"
 
 
 def is_linear(task: Task) -> bool:
-    """Whether what is seen is linear in the image but for Gaussian noise."""
+    """Whether the observation is linear in the image plus Gaussian noise."""
     return not is_flips(task)
 
 
 def by_plane(function: Callable[[NDArray[Any], float, float], NDArray[Any]]) -> Restore:
-    """A function of one plane, the level and the setting as a restorer; what it overshoots is cut to [0, 1]."""
+    """Make a restorer of a function of one plane, the level and the setting; its output is clipped to [0, 1]."""
 
     def restore(task: Task, seen: Seen, setting: float) -> Restored:
         planes = seen.y.reshape(-1, *seen.y.shape[2:]).astype(np.float64)
@@ -178,7 +178,7 @@ def by_plane(function: Callable[[NDArray[Any], float, float], NDArray[Any]]) -> 
 
 
 def biharmonic(_task: Task, seen: Seen, _setting: float) -> Restored:
-    """Missing pixels by biharmonic equations, in [0, 1]."""
+    """Fill in missing pixels by biharmonic equations, clipped to [0, 1]."""
     assert seen.mask is not None
     pairs = zip(seen.y.reshape(-1, *seen.y.shape[2:]), seen.mask.reshape(-1, *seen.y.shape[2:]), strict=True)
     found = np.stack([classical.biharmonic(y.astype(np.float64), mask) for y, mask in pairs])
@@ -186,7 +186,7 @@ def biharmonic(_task: Task, seen: Seen, _setting: float) -> Restored:
 
 
 def bicubic(size: tuple[int, int, int], _task: Task, seen: Seen, _setting: float) -> Restored:
-    """Bicubic interpolation, pixels taken as areas, so that it is aligned with means of blocks; in [0, 1]."""
+    """Interpolate bicubically between pixel areas, so that it is aligned with means of blocks; clipped to [0, 1]."""
     return Restored(fit(seen.y, size[1:], "resize").clip(0.0, 1.0))
 
 

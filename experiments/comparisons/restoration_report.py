@@ -1,4 +1,4 @@
-"""What `restore` found as a page, a CSV and two pictures."""
+"""Writes the results of `restore` as a page, a CSV and two pictures."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ than what was seen, cut to [0, 1]. The level's error is that of the estimate, re
 
 
 def write(findings: Findings, out: Path) -> Path:
-    """The page with its CSV, bars (restoration.png) and pictures (restoration-pictures.png) into `out`; its path."""
+    """Write the page with its CSV, bars (restoration.png) and pictures (restoration-pictures.png); returns its path."""
     curves.write(findings.rows, FIELDS, out / "restoration.csv")
     draw_bars(findings.rows, out / "restoration.png")
     draw_pictures(findings, out / "restoration-pictures.png")
@@ -54,7 +54,7 @@ def write(findings: Findings, out: Path) -> Path:
 
 
 def page(findings: Findings) -> str:
-    """The page."""
+    """The page in Markdown."""
     parts = [
         "# Restoration beside classical methods and a U-Net",
         "",
@@ -89,7 +89,7 @@ def _command(findings: Findings) -> str:
 
 
 def _tables(rows: list[Row], timed: str) -> list[str]:
-    """PSNR, SSIM and what else is told, methods down and tasks across; then the time."""
+    """Tables of PSNR, SSIM and the rest, methods down and tasks across; then of the time."""
     own = [row for row in rows if row["method"].startswith("ours")]
     times = [{**row, "task": f"batch of {size}"} | {"ms": row.get(key)} for row in rows if row["task"] == timed
              for size, key in ((1, "ms_batch_1"), (16, "ms_batch_16"))]  # fmt: skip
@@ -112,7 +112,7 @@ def _or_dash(value: float | None, form: str) -> str:
 
 
 def _table(title: str, rows: list[Row], show: Callable[[Row], str], best: str | None = None) -> list[str]:
-    """Markdown; a column's highest `best` in bold."""
+    """A table in Markdown, a column's highest `best` in bold."""
     tasks, methods = (list(dict.fromkeys(row[key] for row in rows)) for key in ("task", "method"))
     if not tasks:
         return []
@@ -131,7 +131,7 @@ def _table(title: str, rows: list[Row], show: Callable[[Row], str], best: str | 
 
 
 def draw_bars(rows: list[Row], path: Path) -> None:
-    """A panel a task: PSNR of every method, this service's in red."""
+    """Draw one panel a task: PSNR of every method, this service's in red."""
     tasks = list(dict.fromkeys((row["dataset"], row["task"]) for row in rows))
     with panels(len(tasks), path, columns=3, size=(5.0, 3.2)) as axes:
         for axis, task in zip(axes, tasks, strict=False):
@@ -146,7 +146,7 @@ def draw_bars(rows: list[Row], path: Path) -> None:
 
 
 def draw_pictures(findings: Findings, path: Path) -> None:
-    """A row a task: one image, what was seen of it, and what every method made of that."""
+    """Draw one row a task: an image, its observation, and every method's result."""
     found = {(row["dataset"], row["task"], row["method"]): row for row in findings.rows}
     columns = max(len(shown) for shown in findings.pictures.values())
     with panels(columns * len(findings.pictures), path, columns=columns, size=(1.35, 1.6)) as axes:

@@ -1,4 +1,4 @@
-"""This service's answers to spoilt images, asked over HTTP, beside classical restorers and a U-Net: one table."""
+"""Compares this service's restorations over HTTP with classical restorers and a U-Net."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from training.evaluation.measures import coverage, psnr, ssim
 from training.evaluation.served import ROWS, Client, Pixels, offering, served
 from training.evaluation.tasks import SUBJECTS, Seen, Subject, Task, chosen, subject_of
 from training.extras import needed
-from training.loop.trainer import stage_seconds
+from training.loop.checkpoint import stage_seconds
 
 REPEATS = 5
-"""Requests whose median is a time, or fewer where they take long."""
+"""Requests behind a median time; fewer where they take long."""
 PATIENCE_S = 10.0
 EXAMPLE = 0
-"""Which of the images is shown."""
+"""Row of the image in the picture."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is asked for on the command line."""
+class RestoreOptions:
+    """Options of the command line."""
 
     data: Path
     runs: Path
@@ -42,7 +42,7 @@ class Plan:
     images: int = 200
     seed: int = 0
     unet_epochs: int | None = None
-    """None is the data set's own."""
+    """Epochs of the U-Net; None takes the data set's own."""
     names: str = "*"
     """Pattern of the models' names."""
     tasks: tuple[str, ...] = ("*",)
@@ -52,29 +52,31 @@ class Plan:
 
 @dataclass
 class Findings:
-    """Everything one run found: a row a task and method, pictures of one image by (data set, task), remarks."""
+    """Results of one run: a row a task and method, pictures of one image by (data set, task), remarks."""
 
-    plan: Plan
+    plan: RestoreOptions
     rows: list[dict[str, Any]] = field(default_factory=list)
     pictures: dict[tuple[str, str], dict[str, Pixels]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     models: dict[str, str] = field(default_factory=dict)
-    """By data set: the model that answered, its version and fingerprint."""
+    """By data set: the model, its version and fingerprint."""
     timed: dict[str, str] = field(default_factory=dict)
     """By data set: the task on which speed is measured."""
     seconds: float = 0.0
 
     def note(self, text: str) -> None:
-        """Something is missing: said once."""
+        """Record a remark once."""
         if text not in self.notes:
             self.notes.append(text)
 
 
-def compare(plan: Plan) -> Findings:
-    """Ask for every task of every data set of which a model is served; rivals' answers are kept in `plan.runs`.
+def compare(plan: RestoreOptions) -> Findings:
+    """Run every task of every data set of which a model is served; other methods' results are kept in `plan.runs`.
 
-    Raises: ConfigError where nothing is left to compare, DependencyError, ServiceError, DataError, and what training
-    the U-Net raises.
+    Raises:
+        ConfigError: Nothing is left to compare.
+        DependencyError, ServiceError, DataError: As their names say.
+        TrainingError: As training the U-Net raises.
     """
     needed("skimage")
     findings, began = Findings(plan), time.monotonic()
@@ -99,7 +101,7 @@ def compare(plan: Plan) -> Findings:
 
 
 def _chosen_models(told: Iterable[dict[str, Any]], findings: Findings) -> Iterator[tuple[str, Subject, dict[str, Any]]]:
-    """The first model of every data set, as the service tells of them, that restores and has such a name."""
+    """The first model of every data set that restores and has a matching name."""
     seen: set[str] = set()
     for model in offering("denoise", findings.plan.names, told):
         try:
@@ -147,7 +149,7 @@ def _compare_on(name: str, subject: Subject, images: ImageSet, client: Client, m
         shown[method.name] = restored.images[EXAMPLE]
 
 
-def _tasks(subject: Subject, plan: Plan) -> list[Task]:
+def _tasks(subject: Subject, plan: RestoreOptions) -> list[Task]:
     wanted = _wanted([task.name for task in subject.tasks], plan.tasks)
     return [task for task in subject.tasks if task.name in wanted]
 
@@ -159,7 +161,7 @@ def _wanted(names: Iterable[str], patterns: tuple[str, ...]) -> set[str]:
 def _cell(
     task: Task, method: Method, seen: Seen, x: Pixels, runs: Path, training: str, *, timed: bool
 ) -> tuple[dict[str, Any], Restored]:
-    """The figures of one method on one task, and its answers."""
+    """The figures of one method on one task, and its restored images."""
     path = None if method.kept is None else _path(task, method, seen, x, runs, training)
     if path is not None and path.exists():
         with np.load(path) as file:
@@ -180,7 +182,7 @@ def _cell(
 
 
 def _path(task: Task, method: Method, seen: Seen, x: Pixels, runs: Path, training: str) -> Path:
-    """Where answers are kept, named after all that they hang on."""
+    """File of kept results, named after a digest of everything they depend on."""
     arrays = [seen.y, x] if seen.mask is None else [seen.y, x, seen.mask]
     everything = b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)
     key = digest(everything + f"{task} {method.name} {method.kept} {training}".encode())
@@ -188,13 +190,13 @@ def _path(task: Task, method: Method, seen: Seen, x: Pixels, runs: Path, trainin
 
 
 def _best(task: Task, method: Method, seen: Seen, x: Pixels) -> tuple[float, Restored]:
-    """The setting under which these very images are restored best, and what it gives: a rival is helped."""
+    """The setting with the highest PSNR on these very images, which favours the other methods, and its result."""
     tried = [(setting, method.restore(task, seen, setting)) for setting in method.settings]
     return max(tried, key=lambda one: psnr(one[1].images, x, seen.missing).mean())
 
 
 def _times(task: Task, method: Method, seen: Seen, setting: float) -> Iterator[tuple[str, float]]:
-    """Milliseconds an image, the median of several calls."""
+    """Measure milliseconds an image, the median of several calls."""
     for rows in (1, ROWS) if method.batched else (1,):
         taken: list[float] = []
         end = time.perf_counter() + PATIENCE_S
@@ -208,7 +210,7 @@ def _times(task: Task, method: Method, seen: Seen, setting: float) -> Iterator[t
 
 
 def figures(task: Task, seen: Seen, restored: Restored, x: Pixels) -> dict[str, float]:
-    """PSNR (of what was missing, for inpainting), SSIM, and what else there is to tell of the answers."""
+    """PSNR (of the missing pixels, for inpainting), SSIM, coverage and error of the level."""
     reached = psnr(restored.images, x, seen.missing)
     found = {
         "psnr_db": reached.mean(),

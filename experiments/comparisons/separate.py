@@ -1,4 +1,4 @@
-"""Whether the service's `score` tells test images from other pictures: AUROC by kind of picture."""
+"""Measures how well the service's `score` separates test images from other pictures: AUROC by kind of picture."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
+from sklearn.metrics import roc_auc_score
 
 from experiments.paper import curves
 from experiments.paper.canvas import panels
 from service.contract.images import fit
 from training.data.frey import read_frames
 from training.errors import ConfigError, DataError
-from training.evaluation.measures import auroc
 from training.evaluation.served import Client, Pixels, offering, served
 from training.evaluation.tasks import chosen, subject_of
 
@@ -25,29 +25,31 @@ SCORES = ("elbo", "importance_weighted", "log_likelihood")
 FIELDS = ("kind", "images", *(f"auroc_{score}" for score in SCORES), *(f"mean_{score}" for score in SCORES))
 ROTATIONS = (15, 45, 90)
 SHEAR = 0.5
-"""Columns a row is moved by for each row above the middle."""
+"""Shift of a row in columns for each row above the middle."""
 
 Scores = dict[str, NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is asked for on the command line."""
+class SeparateOptions:
+    """Options of the command line."""
 
     data: Path
     url: str | None
     models: Path
     names: str = "*"
-    """Pattern of the models' names; the first that is served is asked."""
+    """Pattern of the models' names; the first served one is used."""
     images: int = 500
     seed: int = 0
     draws: int = 16
 
 
-def separate(plan: Plan, out: Path) -> Path:
-    """Score every kind of picture, then write separation.md, .csv and .png into `out`; the page's path.
+def separate(plan: SeparateOptions, out: Path) -> Path:
+    """Score every kind of picture, then write separation.md, .csv and .png into `out`; returns the page's path.
 
-    Raises: ConfigError where no model that scores is served; ServiceError, DataError.
+    Raises:
+        ConfigError: No model that scores is served.
+        ServiceError, DataError: As their names say.
     """
     with served(plan.url, plan.models) as client:
         model = _scoring_model(client, plan)
@@ -65,7 +67,7 @@ def separate(plan: Plan, out: Path) -> Path:
     return path
 
 
-def _scoring_model(client: Client, plan: Plan) -> dict[str, Any]:
+def _scoring_model(client: Client, plan: SeparateOptions) -> dict[str, Any]:
     told = client.models()
     found = offering("score", plan.names, told)
     if not found:
@@ -74,7 +76,7 @@ def _scoring_model(client: Client, plan: Plan) -> dict[str, Any]:
     return found[0]
 
 
-def kinds(x: Pixels, plan: Plan) -> dict[str, Pixels]:
+def kinds(x: Pixels, plan: SeparateOptions) -> dict[str, Pixels]:
     """Test images x (n, c, h, w) and as many pictures of every other kind, a function of x and the seed."""
     generator = np.random.default_rng(plan.seed)
     found = {
@@ -94,13 +96,13 @@ def kinds(x: Pixels, plan: Plan) -> dict[str, Pixels]:
 
 
 def rotated(x: Pixels, degrees: float) -> Pixels:
-    """Anticlockwise about the middle, bilinear, black outside."""
+    """Rotate anticlockwise about the middle, bilinear, black outside."""
     turned = ndimage.rotate(x, degrees, axes=(3, 2), reshape=False, order=1)
     return np.asarray(turned.clip(0.0, 1.0), np.float32)
 
 
 def sheared(x: Pixels) -> Pixels:
-    """Rows moved sideways in proportion to their height above the middle, bilinear, black outside."""
+    """Move rows sideways in proportion to their height above the middle, bilinear, black outside."""
     matrix = np.eye(4)
     matrix[3, 2] = SHEAR
     offset = np.zeros(4)
@@ -109,7 +111,7 @@ def sheared(x: Pixels) -> Pixels:
 
 
 def figures(scores: dict[str, Scores]) -> list[dict[str, Any]]:
-    """A row a kind: how many, the mean of every score, and how well it tells the kind from test images."""
+    """One row a kind: number of pictures, the mean of every score, and its AUROC against test images."""
     rows = []
     for kind, values in scores.items():
         row: dict[str, Any] = {"kind": kind, "images": len(values[SCORES[0]])}
@@ -123,8 +125,19 @@ def figures(scores: dict[str, Scores]) -> list[dict[str, Any]]:
     return rows
 
 
-def page(rows: list[dict[str, Any]], plan: Plan, model: str) -> str:
-    """The page."""
+def auroc(inside: NDArray[Any], outside: NDArray[Any]) -> float:
+    """P(an inlier's score is above an outlier's), ties counting half: 1 separates them, 0.5 is chance.
+
+    Args:
+        inside: Scores of inliers, (n,).
+        outside: Scores of outliers, (m,).
+    """
+    inlier = np.repeat([1, 0], [len(inside), len(outside)])
+    return float(roc_auc_score(inlier, np.concatenate([inside, outside])))
+
+
+def page(rows: list[dict[str, Any]], plan: SeparateOptions, model: str) -> str:
+    """The page in Markdown."""
     lines = [
         f"| {row['kind']} | "
         + " | ".join(f"{row[f'auroc_{score}']:.3f}" if f"auroc_{score}" in row else "" for score in SCORES)
@@ -152,7 +165,7 @@ Rotated and sheared images lie between: few are so. Frey faces are resized to th
 
 
 def _draw(scores: dict[str, Scores], path: Path) -> None:
-    """A panel a kind: the bound's histogram, that of test images behind it."""
+    """Draw one panel a kind: the histogram of its bounds, and that of test images behind it."""
     others = [kind for kind in scores if kind != OWN]
     with panels(len(others), path, columns=4) as axes:
         for axis, kind in zip(axes, others, strict=False):

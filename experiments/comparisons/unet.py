@@ -1,6 +1,6 @@
-"""The rival that one would train without a generative model: a U-Net from noisy image and noise level to clean image.
+"""A U-Net from noisy image and noise level to clean image: what one would train without a generative model.
 
-It knows one kind of corruption, additive Gaussian noise of a known level, and says nothing of its uncertainty.
+It restores one kind of corruption, additive Gaussian noise of a known level, and gives no uncertainty.
 Source: Ronneberger, Fischer and Brox (2015); the noise level as a plane: Zhang, Zuo and Zhang (2018), FFDNet.
 """
 
@@ -14,22 +14,23 @@ from torch import Tensor, nn
 
 from training.config import Optimisation
 from training.data import ImageSet, as_float
-from training.loop.trainer import Stage, read_trained, train
+from training.loop.checkpoint import read_trained
+from training.loop.trainer import Stage, train
 from training.models.restoration import SIGMA_RANGE
+from training.models.vae import Bound
 from training.networks.unet import UNet
-from training.objectives.elbo import Bound
 from training.pipeline import locked
 
 WIDTHS = (32, 64, 96)
 NAME = "unet"
 PIXEL_VARIANCE = 0.1
-"""About that of a digit's pixels: it says from which level on the noisy image is not a good first guess."""
+"""About that of a digit's pixels; at higher noise levels the noisy image is a bad first estimate."""
 
 
 class Denoiser(nn.Module):
     """E[x | y, sigma] for y = x + sigma N(0, I), by a U-Net of y and a plane of sigma.
 
-    What it gives is a correction of y shrunk by how far y can be believed, so that it starts as a linear filter.
+    The network corrects y shrunk by its reliability, so that the whole starts as a linear filter.
     """
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
@@ -45,10 +46,10 @@ class Denoiser(nn.Module):
 
 
 def stage(shape: tuple[int, int, int], epochs: int, identity: dict[str, Any]) -> Stage:
-    """Lower the squared error under noise of log-uniform level, over the range that the recognition model sees.
+    """The stage that lowers the squared error under noise of log-uniform level, in the recognition model's range.
 
-    The error of the best answer grows about as sigma does, so each image's is divided by its sigma: else only the
-    strongest noise would be learned.
+    The error of the best estimate grows about as sigma does, so each image's error is divided by its sigma. Otherwise
+    the strongest noise would dominate the loss.
     """
 
     def objective(model: Denoiser, images: Tensor, generator: torch.Generator) -> Bound:
@@ -75,9 +76,10 @@ def stage(shape: tuple[int, int, int], epochs: int, identity: dict[str, Any]) ->
 
 
 def trained(images: ImageSet, folder: Path, epochs: int, identity: dict[str, Any]) -> Denoiser:
-    """The U-Net, trained in `folder` unless it is already; an interrupted training is resumed.
+    """Train the U-Net in `folder` if it is not trained yet; an interrupted training is resumed.
 
-    Raises: what `train` raises.
+    Raises:
+        TrainingError: As `train` raises.
     """
     one = stage(images.shape, epochs, identity)
     with locked(folder):

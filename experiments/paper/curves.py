@@ -1,7 +1,7 @@
-"""What figures 2 and 3 share: the paper's way to train, and curves against the training samples seen.
+"""Shared by figures 2 and 3: the paper's training settings, and curves against the training samples seen.
 
-One hidden layer of tanh units, every parameter begun as N(0, 0.01^2), minibatches of 100, one draw, Adagrad with a step
-size chosen on the first samples, N(0, I) on the weights.
+One hidden layer of tanh units, initial parameters of N(0, 0.01^2), minibatches of 100, one draw, Adagrad with a step
+size chosen on the first samples, the prior N(0, I) on the weights.
 Source: Kingma and Welling (2013), section 5.
 """
 
@@ -27,20 +27,21 @@ COLOURS = {"aevb": "tab:red", "wake-sleep": "tab:green", "mcem": "tab:blue"}
 
 
 class Named(Protocol):
-    """A line of a panel."""
+    """A curve of a panel."""
 
     @property
     def name(self) -> str:
-        """As a pattern matches it, and its folder."""
+        """Name for `--only`, and of the curve's folder."""
 
 
 SomeCurve = TypeVar("SomeCurve", bound=Named)
 
 
 def matching(curves: Sequence[SomeCurve], pattern: str) -> list[SomeCurve]:
-    """Those of such a name.
+    """The curves whose name matches the pattern.
 
-    Raises: ConfigError where none has, naming all there are.
+    Raises:
+        ConfigError: None does; the message lists all names.
     """
     chosen = [curve for curve in curves if fnmatch(curve.name, pattern)]
     if not chosen:
@@ -49,7 +50,7 @@ def matching(curves: Sequence[SomeCurve], pattern: str) -> list[SomeCurve]:
 
 
 def paper_run(name: str, model: dict[str, Any], hidden: int, train: dict[str, Any], **said: Any) -> Run:
-    """The paper's settings; `model` and `train` say what is a curve's own, `said` the rest of the run."""
+    """The paper's settings, with a curve's own in `model` and `train`, and the rest of the run in `said`."""
     return Run.model_validate(
         {
             "name": name,
@@ -73,9 +74,10 @@ def paper_run(name: str, model: dict[str, Any], hidden: int, train: dict[str, An
 
 
 def best_step_size(trial: Callable[[float, Path], None], folder: Path, quantity: str) -> float:
-    """That whose `trial(step size, folder)` ends with the highest `quantity` in its log; one that diverges is out.
+    """Choose the step size whose `trial(step size, folder)` ends with the highest `quantity` in its log.
 
-    Raises: DivergedError where all diverge.
+    Raises:
+        DivergedError: All of them diverge.
     """
     reached: dict[float, float] = {}
     for step_size in STEP_SIZES:
@@ -91,7 +93,7 @@ def best_step_size(trial: Callable[[float, Path], None], folder: Path, quantity:
 
 
 def epochs_of(images: ImageSet, samples: int) -> int:
-    """Whole passes that see about so many samples, at least one."""
+    """Number of epochs that see about so many samples, at least one."""
     return max(1, round(samples / len(images.train)))
 
 
@@ -105,25 +107,25 @@ def grid(samples: int, a_decade: int = 8) -> list[int]:
 
 
 def watched_steps(samples: list[int], last: int) -> frozenset[int]:
-    """The minibatches after which so many samples have been seen, none of them later than `last`, the run's end."""
+    """The steps after which so many samples have been seen, at most `last`, the run's end."""
     return frozenset(min(seen // BATCH, last) for seen in samples)
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log; none where it has not begun."""
+    """The lines of a run's log; none before it begins."""
     path = folder / "log.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def scored(folder: Path, quantity: str) -> list[dict[str, Any]]:
-    """`samples` and `quantity` of both splits, point by point; the last word counts where one was scored twice."""
+    """Read `samples` and `quantity` of both splits, point by point; of a point scored twice the later score counts."""
     names = [f"{split}_{quantity}" for split in ("train", "test")]
     lines = {line["step"]: line for line in read_log(folder) if names[-1] in line}
     return [{"samples": step * BATCH, **{name: line[name] for name in names}} for step, line in sorted(lines.items())]
 
 
 def with_earlier(rows: list[dict[str, Any]], path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
-    """`rows`, after those that the CSV already has of other curves, which other days or machines have trained."""
+    """`rows`, after the rows of other curves that the CSV already has, perhaps from another machine."""
     mine = {tuple(str(row[key]) for key in keys) for row in rows}
     if not path.exists():
         return rows
@@ -140,7 +142,7 @@ def _number(text: str) -> Any:
 
 
 def write(rows: list[dict[str, Any]], fields: Sequence[str], path: Path) -> None:
-    """The rows as CSV; the folder is made."""
+    """Write the rows as CSV, and make the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fields)
@@ -149,7 +151,7 @@ def write(rows: list[dict[str, Any]], fields: Sequence[str], path: Path) -> None
 
 
 def add_curves(axis: Any, rows: list[dict[str, Any]], quantity: str) -> None:
-    """A colour a method; test solid, training dashed; samples on a logarithmic scale."""
+    """Draw one colour a method, test solid, training dashed, samples on a logarithmic scale."""
     for method in (method for method in COLOURS if any(row["method"] == method for row in rows)):
         mine = [row for row in rows if row["method"] == method]
         for split, style in (("test", "-"), ("train", "--")):

@@ -22,12 +22,11 @@ from training.loop.randomness import keyed_generator
 from training.loop.stages import vae_stage
 from training.loop.trainer import train
 from training.models.vae import VAE
-from training.objectives.elbo import elbo
 from training.pipeline import device
 
 METHODS = {"aevb": "elbo", "wake-sleep": "wake_sleep"}
 SCORED = 10_000
-"""Images that a point of the curve averages over, at most; of the training set a fixed, seeded choice."""
+"""Largest number of images behind a point of a curve; of the training set a fixed, seeded choice."""
 DATA: dict[str, dict[str, Any]] = {
     "mnist": {"dataset": "mnist", "validation": 10_000},
     "frey": {"dataset": "frey", "split": "author"},
@@ -42,7 +41,7 @@ FIELDS = ("data", "latent_dim", "method", "samples", "train_elbo", "test_elbo")
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of one panel."""
+    """One curve of one panel."""
 
     data: str
     latent_dim: int
@@ -50,16 +49,16 @@ class Curve:
 
     @property
     def name(self) -> str:
-        """As a pattern matches it."""
+        """Name for `--only`."""
         return f"{self.data}-{self.latent_dim}-{self.method}"
 
     @property
     def woken(self) -> bool:
-        """Whether it needs another start than the paper's.
+        """Whether it needs other initial weights than the paper's.
 
-        Small first weights and Adagrad's large first steps leave wake-sleep's latents on Frey Face without meaning for
-        good (a KL of 0.05 nats). So it begins as in its author's code (dpkingma/anglepy), with weights by fan-in and a
-        warm-up, and its step size is chosen later: at first a collapsed model leads.
+        With small initial weights and Adagrad's large first steps, wake-sleep's latents on Frey Face stay without
+        information (a KL of 0.05 nats). So it starts as in its author's code (dpkingma/anglepy), with weights by fan-in
+        and a warm-up. Its step size is chosen later, because at first a collapsed model has the higher bound.
         """
         return (self.data, self.method) == ("frey", "wake-sleep")
 
@@ -73,11 +72,13 @@ CURVES = [
 
 
 def draw(data: Path, runs: Path, out: Path, samples: int, pattern: str) -> None:
-    """Train what is not trained yet, then write figure2.csv and figure2.png of all that is, into `out`.
+    """Train curves that are not trained yet, then write figure2.csv and figure2.png of all trained ones into `out`.
 
-    Curves that figure2.csv has and `runs` has not stay in it.
+    Curves of an earlier figure2.csv that `runs` does not have stay in it.
 
-    Raises: ConfigError where no curve has such a name, and what training raises.
+    Raises:
+        ConfigError: No curve has such a name.
+        TrainingError: As training raises.
     """
     for curve in curves.matching(CURVES, pattern):
         follow(curve, load(curve, data), runs / curve.name, samples)
@@ -89,7 +90,7 @@ def draw(data: Path, runs: Path, out: Path, samples: int, pattern: str) -> None:
 
 
 def load(curve: Curve, data: Path) -> ImageSet:
-    """The curve's images, on a GPU where there is one, which then trains it."""
+    """Load the curve's images, on a GPU where there is one, which then trains it."""
     return run_of(curve, 1, curves.STEP_SIZES[0]).data.load(data).to(device("auto"))
 
 
@@ -110,7 +111,7 @@ def run_of(curve: Curve, epochs: int, step_size: float) -> Run:
 
 
 def follow(curve: Curve, images: ImageSet, folder: Path, samples: int) -> Run:
-    """Train to `samples`, scoring the bound on the way; gives the settings. What was begun with as many is resumed."""
+    """Train to `samples`, scoring the bound on the way; resume a run of as many samples. Returns its settings."""
     step_size = choose(curve, images, folder, samples)
     run = run_of(curve, curves.epochs_of(images, samples), step_size)
     order = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(0))[:SCORED]
@@ -126,7 +127,7 @@ def follow(curve: Curve, images: ImageSet, folder: Path, samples: int) -> Run:
 
 
 def choose(curve: Curve, images: ImageSet, folder: Path, samples: int) -> float:
-    """The step size with the highest bound after the first samples, of `samples` at most."""
+    """Choose the step size with the highest bound after the first samples, at most `samples`."""
 
     def trial(step_size: float, inside: Path) -> None:
         after = 5 * curves.CHOSEN_AFTER if curve.woken else curves.CHOSEN_AFTER
@@ -138,26 +139,23 @@ def choose(curve: Curve, images: ImageSet, folder: Path, samples: int) -> float:
 
 @torch.inference_mode()
 def bound(vae: VAE, images: Tensor) -> float:
-    """The mean bound of uint8 images, grey levels as they are, with one draw each that is always the same."""
+    """The mean bound in nats of uint8 images as grey levels, with one draw an image that is the same at every call."""
     generator = keyed_generator(images.device, 0, 6)
     total = 0.0
     for part in images.split(1000):
         x = as_float(part)
-        latent_dim = vae.posterior(x[:1]).mean.shape[1]
-        total += float(
-            elbo(vae, x, torch.randn(1, len(x), latent_dim, generator=generator, device=x.device)).elbo.sum()
-        )
+        total += float(vae.bound(x, vae.noise(1, len(x), generator)).elbo.sum())
     return round(total / len(images), 3)
 
 
 def points(curve: Curve, folder: Path) -> list[dict[str, Any]]:
-    """What has been scored of a curve."""
+    """The scored points of a curve."""
     own = {"data": curve.data, "latent_dim": curve.latent_dim, "method": curve.method}
     return [{**own, **point} for point in curves.scored(folder, "elbo")]
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """A panel a data set and latent dimension, as in the paper: AEVB red, wake-sleep green, training dashed."""
+    """Draw one panel a data set and latent dimension, as in the paper: AEVB red, wake-sleep green, training dashed."""
     wanted = list(dict.fromkeys((row["data"], row["latent_dim"]) for row in rows))
     with panels(len(wanted), path) as axes:
         for axis, (data, latent_dim) in zip(axes, wanted, strict=False):

@@ -1,17 +1,17 @@
 """Figure 3: marginal likelihood against the training samples seen: AEVB, wake-sleep and Monte Carlo EM, MNIST.
 
-100 hidden units, 3 latents, 1,000 training images (a seeded random choice) and 50,000; all else as `curves` says. Grey
-levels have no probability under Bernoulli pixels, so that log p(x) of them is none: every training image is binarised
-afresh each time it is seen, and what is scored, 1,000 training and 1,000 test images chosen at random by a fixed seed
-(the source took the first 1,000), is binarised once. All methods are scored by the same estimator, which asks no
-recognition model: half of an image's draws by Hybrid Monte Carlo fit a density, the other half judge p(x). On 400 test
-images of a model trained by AEVB it came within 0.03 nats (its standard error) of importance sampling with 300,000
-draws of the prior; with the source's 50 draws and 4 leapfrog steps it was 0.12 too high, and with chains that began at
-N(0, I) 9.1 too low, since many stay in a small mode of the posterior.
+100 hidden units, 3 latents, 1,000 training images (a seeded random choice) and 50,000; other settings are those of
+`curves`. Grey levels have no probability under Bernoulli pixels. So every training image is binarised afresh each time
+it is seen, and the scored images, 1,000 training and 1,000 test images chosen at random by a fixed seed (the source
+took the first 1,000), are binarised once. All methods are scored by the same estimator, which uses no encoder: half of
+an image's draws by Hybrid Monte Carlo fit a density, the other half estimate p(x). On 400 test images of a model
+trained by AEVB it came within 0.03 nats (its standard error) of importance sampling with 300,000 draws of the prior.
+With the source's 50 draws and 4 leapfrog steps it was 0.12 too high; with chains that began at N(0, I) it was 9.1 too
+low, since many stay in a small mode of the posterior.
 
 Monte Carlo EM keeps a chain for each training image: a visit of a minibatch is one transition of 10 leapfrog steps,
-tuned to 90 % acceptance, then 5 updates of the weights, and counts its images once as samples seen. Measured on one CPU
-thread that costs some four times as much as AEVB's one update, so its curve ends at a quarter of the samples.
+tuned to 90 % acceptance, then 5 updates of the weights, and counts its images once as samples seen. On one CPU thread
+that takes about four times as long as AEVB's one update, so its curve ends at a quarter of the samples.
 Source: Kingma and Welling (2013), section 5, figure 3 and appendices D and E.
 """
 
@@ -60,30 +60,30 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of one panel."""
+    """One curve of one panel."""
 
     size: int
     method: str
 
     @property
     def name(self) -> str:
-        """As a pattern matches it."""
+        """Name for `--only`."""
         return f"{self.size}-{self.method}"
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How large the experiment is; the defaults are the figure's."""
+    """Size of the experiment; the defaults are the figure's."""
 
     hidden: int = 100
     chosen_after: int = curves.CHOSEN_AFTER
     images: int = 1_000
-    """Of either split, scored."""
+    """Scored images of either split."""
     candidates: int = 5_000
     """Draws of the prior among which a chain's start is chosen."""
     burn_in: int = 20
     draws: int = 200
-    """The source has 50, with which the estimate is further above log p(x)."""
+    """The source has 50, with which the estimate exceeds log p(x) by more."""
     leapfrog_steps: int = 2
 
 
@@ -92,11 +92,13 @@ CURVES = [Curve(size, method) for size in SIZES for method in METHODS]
 
 
 def draw(data: Path, runs: Path, out: Path, samples: int, pattern: str) -> None:
-    """Train what is not trained yet, then write figure3.csv and figure3.png of all that is, into `out`.
+    """Train curves that are not trained yet, then write figure3.csv and figure3.png of all trained ones into `out`.
 
-    Curves that figure3.csv has and `runs` has not stay in it.
+    Curves of an earlier figure3.csv that `runs` does not have stay in it.
 
-    Raises: ConfigError where no curve has such a name, and what training raises.
+    Raises:
+        ConfigError: No curve has such a name.
+        TrainingError: As training raises.
     """
     wanted = curves.matching(CURVES, pattern)
     images = Mnist.model_validate(DATA).load(data)
@@ -116,7 +118,7 @@ def choice(images: Tensor, size: int) -> Tensor:
 
 
 def follow(curve: Curve, images: ImageSet, folder: Path, samples: int, scale: Scale = PAPER) -> None:
-    """Train to `samples`, scoring log p(x) on the way. What was begun with as many is resumed."""
+    """Train to `samples`, scoring log p(x) on the way; a run of as many samples is resumed."""
     seen = max(curves.BATCH, samples // EM_COST) if curve.method == "mcem" else samples
 
     def trial(step_size: float, inside: Path) -> None:
@@ -145,7 +147,7 @@ def fit(curve: Curve, images: ImageSet, folder: Path, step_size: float, points: 
 
 
 def run_of(curve: Curve, epochs: int, step_size: float, scale: Scale) -> Run:
-    """The paper's settings; for Monte Carlo EM, which no objective describes, those of the networks and step size."""
+    """The paper's settings; of Monte Carlo EM, which is no objective, those of the networks and the step size."""
     return curves.paper_run(
         curve.name,
         {"latent_dim": LATENT_DIM},
@@ -159,7 +161,6 @@ def em_stage(run: Run, images: ImageSet, steps: int) -> EmStage:
     """The same model, from the same first weights, by Monte Carlo EM."""
     return EmStage(
         build_vae(run, images.shape),
-        LATENT_DIM,
         binarised=run.binary,
         steps=steps,
         batch_size=curves.BATCH,
@@ -180,7 +181,7 @@ def binarised(images: Tensor) -> Tensor:
 
 
 def log_likelihood(vae: VAE, x: Tensor, scale: Scale) -> float:
-    """The mean log p(x) in nats of binary images x (n, c, h, w), with randomness that is always the same."""
+    """The mean log p(x) in nats of binary images x (n, c, h, w), with the same random numbers at every call."""
     generator = keyed_generator(x.device, 0, 10)
     each = reciprocal_log_likelihood(
         vae,
@@ -196,13 +197,13 @@ def log_likelihood(vae: VAE, x: Tensor, scale: Scale) -> float:
 
 @torch.no_grad()
 def start(vae: VAE, x: Tensor, candidates: int, generator: torch.Generator) -> Tensor:
-    """About a draw of p(z|x) for each binary image, (n, d), that no recognition model is asked for.
+    """Draw approximately from p(z|x) for each binary image x (n, c, h, w) without an encoder: (n, d).
 
-    All images share the candidates, draws of p(z), and choose by p(x|z). A chain that began at some draw of p(z) could
-    stay for good in a small mode of the posterior.
+    All images share the candidates, draws of p(z), and choose one by p(x|z). A chain that begins at any draw of p(z)
+    could stay in a small mode of the posterior.
     Source: Rubin (1988), sampling importance resampling.
     """
-    z = vae.prior.draw(torch.randn(candidates, vae.prior.noise_dim or LATENT_DIM, generator=generator))
+    z = vae.prior.draw(torch.randn(candidates, *vae.noise_shapes.prior, generator=generator))
     logits = vae.decode(z).flatten(1)
     # log p(x|z) of every pair by one matrix product.
     log_prob = x.flatten(1) @ logits.T - functional.softplus(logits).sum(1)
@@ -211,7 +212,7 @@ def start(vae: VAE, x: Tensor, candidates: int, generator: torch.Generator) -> T
 
 
 def report(runs: Path, out: Path, scale: Scale = PAPER) -> None:
-    """figure3.csv and figure3.png of what has been scored below `runs`, into `out`."""
+    """Write figure3.csv and figure3.png of the scored points below `runs` into `out`."""
     said = {"images": scale.images, "draws": scale.draws, "pixels": PIXELS}
     mine = [
         {"train_images": curve.size, "method": curve.method, **point, **said}
@@ -225,7 +226,7 @@ def report(runs: Path, out: Path, scale: Scale = PAPER) -> None:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """A panel a number of training images; AEVB red, wake-sleep green, Monte Carlo EM blue, training dashed."""
+    """Draw one panel a number of training images: AEVB red, wake-sleep green, Monte Carlo EM blue, training dashed."""
     with panels(len(SIZES), path) as axes:
         for axis, size in zip(axes, SIZES, strict=True):
             curves.add_curves(axis, [row for row in rows if row["train_images"] == size], "log_likelihood")

@@ -1,8 +1,8 @@
 """Appendix F: full variational Bayes over the decoder's parameters, beside MAP and maximum likelihood, on few images.
 
 The source has no experiment; this is ours. 1,000 training images of MNIST, binarised afresh whenever seen, networks of
-100 tanh units, minibatches of 100, one draw of theta and of each z, Adam; the three differ in what is put over the
-decoder's parameters theta alone: N(mean, diag(std^2)) with the prior N(0, I), a point with that prior, a point.
+100 tanh units, minibatches of 100, one draw of theta and of each z, Adam. The methods differ only in the posterior of
+the decoder's parameters theta: N(mean, diag(std^2)) with the prior N(0, I), a point with that prior, a point.
 Source: Kingma and Welling (2013), appendix F.
 """
 
@@ -21,17 +21,18 @@ from experiments.paper.canvas import panels
 from training.config import Run
 from training.data import ImageSet, binarise
 from training.errors import CheckpointError
+from training.loop.checkpoint import read_trained
 from training.loop.randomness import keyed_generator
 from training.loop.stages import build_vae
-from training.loop.trainer import Objective, Stage, read_trained, train
-from training.models.vae import VAE
-from training.objectives.elbo import Bound, elbo, importance_log_likelihood
+from training.loop.trainer import Stage, train
+from training.models.vae import VAE, Bound
+from training.objectives.elbo import Objective, importance_log_likelihood
 from training.objectives.full_vb import FullVb, evidence_bound, full_vb_objective, map_bound
 
 LEARNING_RATES = {"ml": 3e-3, "map": 3e-3, "full-vb": 2e-2}
-"""Peaks. Full VB's, with INITIAL_STD, had the highest bound on the evidence of six short runs that varied both."""
+"""Peak learning rates. Full VB's, with INITIAL_STD, had the highest bound on the evidence of six short runs."""
 INITIAL_STD = 0.3
-"""Large, since most of theta ends near its prior."""
+"""Large, because most of theta ends near its prior."""
 LATENT_DIMS = (5, 10)
 SIZE = 1000
 HIDDEN = 100
@@ -40,7 +41,7 @@ SCORED = 1000
 DRAWS = 200
 """(theta, z) an image; at a point theta, as many z."""
 THETAS = 40
-"""Draws of theta that the predictive average and the bound on the evidence are over."""
+"""Draws of theta for the predictive average and for the bound on the evidence."""
 DECODES = 2000
 POINTS_A_DECADE = 4
 STATISTICS = ("train_elbo", "test_elbo", "test_elbo_se", "test_log_likelihood", "test_log_likelihood_se")
@@ -62,7 +63,7 @@ class Curve:
 
     @property
     def name(self) -> str:
-        """As a pattern matches it."""
+        """Name for `--only`."""
         return f"mnist-{self.latent_dim}-{self.method}"
 
 
@@ -71,7 +72,7 @@ CURVES = [Curve(latent_dim, method) for latent_dim in LATENT_DIMS for method in 
 
 @dataclass(frozen=True)
 class Images:
-    """What is trained on, uint8, and what is scored, binary: each (n, c, h, w)."""
+    """Training images, uint8, and scored images, binary: each (n, c, h, w)."""
 
     seen: Tensor
     train: Tensor
@@ -79,7 +80,7 @@ class Images:
 
     @classmethod
     def of(cls, images: ImageSet) -> Images:
-        """The same for every curve."""
+        """Choose and binarise the images, the same for every curve."""
         seen, test = _subset(images.train, SIZE, 0), _subset(images.test, SCORED, 1)
         return cls(seen, binarise(seen, keyed_generator(CPU, 0, 8)), binarise(test, keyed_generator(CPU, 0, 9)))
 
@@ -89,16 +90,18 @@ def _subset(images: Tensor, size: int, seed: int) -> Tensor:
 
 
 def draw(data: Path, runs: Path, out: Path, samples: int, pattern: str) -> None:
-    """Train what is not trained yet, then write appendix_f.csv and appendix_f.png of all that is, into `out`.
+    """Train curves that are not trained yet, then write appendix_f.csv and appendix_f.png of all into `out`.
 
-    Raises: ConfigError where no curve has such a name, and what training raises.
+    Raises:
+        ConfigError: No curve has such a name.
+        TrainingError: As training raises.
     """
     chosen = curves.matching(CURVES, pattern)
     repeat(chosen, Images.of(run_of(chosen[0], 1).data.load(data)), runs, out, samples)
 
 
 def repeat(chosen: list[Curve], images: Images, runs: Path, out: Path, samples: int) -> None:
-    """The whole of it with those images."""
+    """Train, score and write with the given images."""
     for curve in chosen:
         train(stage_of(curve, images, samples), images.seen, runs / curve.name)
     rows = [row for curve in CURVES for row in points(curve, runs / curve.name)]
@@ -135,7 +138,7 @@ def stage_of(curve: Curve, images: Images, samples: int) -> Stage:
     identity = {**run.model_dump(mode="json"), "initial_std": INITIAL_STD, "size": size}
     vae = build_vae(run, (1, *images.seen.shape[-2:]))
     if curve.method == "full-vb":
-        objective = full_vb_objective(size, curve.latent_dim)
+        objective = full_vb_objective(size)
         stage = Stage("full-vb", FullVb(vae, INITIAL_STD), objective, run.train, run.seed, identity)
     else:
         stage = Stage(curve.method, vae, point_objective(curve, size), run.train, run.seed, identity)
@@ -149,14 +152,14 @@ def point_objective(curve: Curve, size: int) -> Objective:
 
     def objective(vae: VAE, batch: Tensor, generator: torch.Generator) -> Bound:
         x = binarise(batch, generator)
-        eps = torch.randn(1, len(x), curve.latent_dim, generator=generator)
-        return map_bound(vae, x, eps, size) if curve.method == "map" else elbo(vae, x, eps)
+        eps = vae.noise(1, len(x), generator)
+        return map_bound(vae, x, eps, size) if curve.method == "map" else vae.bound(x, eps)
 
     return objective
 
 
 def estimates(module: nn.Module, method: str) -> dict[str, list[VAE]]:
-    """What is scored of a trained module, by name: the models whose p(x) is averaged, the same draws every time."""
+    """The scored estimates of a trained module by name: the models whose p(x) is averaged, the same at every call."""
     if isinstance(module, FullVb):
         generator = keyed_generator(CPU, 0, 10)
         return {f"{method}-mean": [module.vae], f"{method}-draws": [module.draw(generator) for _ in range(THETAS)]}
@@ -166,17 +169,15 @@ def estimates(module: nn.Module, method: str) -> dict[str, list[VAE]]:
 
 @torch.no_grad()
 def score(models: list[VAE], x: Tensor) -> Tensor:
-    """(2, n): the bound's mean over the models, and log of the mean of their p(x), by importance sampling.
+    """Estimate the mean bound over the models, and the log of their mean p(x) by importance sampling: (2, n) in nats.
 
     Each model has its share of DRAWS latents an image, so in expectation the second is too low, as it is for one model.
     """
     generator, each = keyed_generator(CPU, 0, 11), DRAWS // len(models)
     columns = []
     for part in x.split(DECODES // each):
-        latent_dim = models[0].posterior(part[:1]).mean.shape[1]
-        noise = [torch.randn(each, len(part), latent_dim, generator=generator) for _ in models]
-        pairs = list(zip(models, noise, strict=True))
-        bounds = torch.stack([elbo(model, part, eps[:1]).elbo for model, eps in pairs])
+        pairs = [(model, model.noise(each, len(part), generator)) for model in models]
+        bounds = torch.stack([model.bound(part, eps[:1]).elbo for model, eps in pairs])
         weights = torch.stack([importance_log_likelihood(model, part, eps) for model, eps in pairs])
         columns.append(torch.stack([bounds.mean(0), torch.logsumexp(weights, 0) - math.log(len(models))]))
     return torch.cat(columns, 1).double()
@@ -199,8 +200,7 @@ def statistics(module: nn.Module, method: str, images: Images) -> dict[str, floa
 
 
 def _bound(vae: VAE, x: Tensor, generator: torch.Generator) -> Tensor:
-    latent_dim = vae.posterior(x[:1]).mean.shape[1]
-    return elbo(vae, x, torch.randn(1, len(x), latent_dim, generator=generator)).elbo.mean()
+    return vae.bound(x, vae.noise(1, len(x), generator)).elbo.mean()
 
 
 def _mean(columns: Tensor) -> tuple[list[float], list[float]]:
@@ -210,7 +210,7 @@ def _mean(columns: Tensor) -> tuple[list[float], list[float]]:
 
 
 def points(curve: Curve, folder: Path) -> list[dict[str, Any]]:
-    """What has been scored of a curve; the last word counts where an interrupted run scored a point twice."""
+    """The scored points of a curve; of a point scored twice the later score counts."""
     scored = {line["step"]: line for line in curves.read_log(folder) if any("/" in key for key in line)}
     names = [name for name in ESTIMATES if name.startswith(curve.method)]
     return [

@@ -1,4 +1,4 @@
-"""The evaluator against an outside oracle: the weights that the paper's first author published, scored here.
+"""Checks the evaluator against published values: scores the weights that the paper's first author published.
 
 Source: Kingma et al. (2014), "Semi-supervised learning with deep generative models", model M1; github.com/dpkingma.
 """
@@ -33,15 +33,16 @@ OUR_NAMES = {
 
 
 def published(data: Path) -> VAE:
-    """784-500-500-50 and back, softplus, with the weights in `kingma_m1/weights.npz`.
+    """Load the VAE 784-500-500-50, softplus, with the weights in `kingma_m1/weights.npz`.
 
-    Raises: DataError where the file is not there.
+    Raises:
+        DataError: The file is missing.
     """
     path = data / "kingma_m1" / "weights.npz"
     if not path.is_file():
         raise DataError(f"{path} is absent; put the published weights of model M1 there")
     mlp = Mlp(architecture="mlp", hidden=(500, 500), activation="softplus")
-    vae = VAE(mlp.encoder((1, 28, 28), 50), mlp.decoder(50, (1, 28, 28)), Bernoulli(), StandardNormal())
+    vae = VAE(mlp.encoder((1, 28, 28), 50), mlp.decoder(50, (1, 28, 28)), Bernoulli((1, 28, 28)), StandardNormal(50))
     with np.load(path, allow_pickle=False) as file:
         weights = {
             f"{ours}.{kind}": torch.from_numpy(file[theirs].reshape(-1) if kind == "bias" else file[theirs])
@@ -53,9 +54,9 @@ def published(data: Path) -> VAE:
 
 
 def score(data: Path, runs: Path, out: Path, draws: int) -> dict[str, Any]:
-    """Its bound and likelihood on all test images, binarised by several seeds, as oracle.json into `out`.
+    """Score bound and likelihood on all test images, binarised by several seeds, and write oracle.json into `out`.
 
-    From one binarisation to another the bound's mean moves by 0.09 nats, so that one says less than it seems to.
+    The mean bound differs by 0.09 nats between binarisations, so one of them is not enough.
     """
     runs.mkdir(parents=True, exist_ok=True)
     images, model = read_images(data, "t10k-images-idx3-ubyte"), published(data)

@@ -1,4 +1,4 @@
-"""Figures 4 and 5: what two latents span, and what models of 2 to 20 latents dream of.
+"""Figures 4 and 5: decoded grids of two latents, and samples of models with 2 to 20 latents.
 
 The models are those of figure 2, trained in the same way.
 Source: Kingma and Welling (2013), figures 4 and 5.
@@ -41,14 +41,14 @@ def draw_dreams(data: Path, runs: Path, out: Path, samples: int, pattern: str) -
     sheets, rows = [], []
     for latent_dim in (2, 5, 10, 20):
         vae, row = trained(Curve("mnist", latent_dim, "aevb"), data, runs, samples)
-        z = torch.randn(DREAMS**2, latent_dim, generator=keyed_generator(CPU, 0, 7))
-        sheets.append(sheet(vae, z, DREAMS))
+        eps = torch.randn(DREAMS**2, *vae.noise_shapes.prior, generator=keyed_generator(CPU, 0, 7))
+        sheets.append(sheet(vae, vae.prior.draw(eps), DREAMS))
         rows.append(row)
     write(sheets, out, "figure5", rows)
 
 
 def trained(curve: Curve, data: Path, runs: Path, samples: int) -> tuple[VAE, dict[str, object]]:
-    """The model of a curve of figure 2, trained to `samples` unless it is already, and its bound on the test images."""
+    """The model of a curve of figure 2, trained to `samples` if it is not yet, and its bound on the test images."""
     folder, images = runs.parent / "figure2" / curve.name, load(curve, data)
     run = follow(curve, images, folder, samples)
     vae = trained_vae(run, images.shape, folder, CPU)
@@ -64,14 +64,14 @@ def grid(size: int) -> Tensor:
 
 @torch.inference_mode()
 def sheet(vae: VAE, z: Tensor, columns: int) -> Tensor:
-    """E[x|z] of (n, d) as one image (1, 1, rows * h, columns * w)."""
-    x = vae.likelihood.mean(vae.decode(z))[:, 0]
+    """E[x|z] of z (n, d) as one image, (1, 1, rows * h, columns * w)."""
+    x = vae.x_mean(z)[:, 0]
     tiles = x.unflatten(0, (-1, columns))
     return tiles.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)[None, None]
 
 
 def write(sheets: list[Tensor], out: Path, name: str, rows: list[dict[str, object]]) -> None:
-    """The sheets side by side as PNG, the rows as CSV."""
+    """Write the sheets side by side as PNG, and the rows as CSV."""
     out.mkdir(parents=True, exist_ok=True)
     height = max(one.shape[2] for one in sheets)
     framed = [torch.nn.functional.pad(one, (0, 12, 0, height - one.shape[2]), value=1.0) for one in sheets]

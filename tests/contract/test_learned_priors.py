@@ -17,8 +17,8 @@ from service.operations.inference.latent import standard_normal
 from service.runtime.session import Session
 from service.settings import Settings
 from training.config import load
-from training.distributions.priors import Prior
-from training.objectives.elbo import elbo, importance_log_likelihood
+from training.distributions.priors import PriorSettings
+from training.objectives.elbo import importance_log_likelihood
 from training.pipeline import Workshop
 
 CONFIGS = Path(__file__).parent.parent.parent / "training" / "configs"
@@ -32,7 +32,7 @@ PRIORS: dict[str, dict[str, Any]] = {
 def test_a_learned_prior_is_sampled_through_the_service(name: str, tmp_path: Path) -> None:
     """Latents are the prior graph's at the seed's noise, scaled by the temperature; scores are the trainer's."""
     run = load(CONFIGS / "digits.toml")
-    model = run.model.model_copy(update={"prior": TypeAdapter(Prior).validate_python(PRIORS[name])})
+    model = run.model.model_copy(update={"prior": TypeAdapter(PriorSettings).validate_python(PRIORS[name])})
     few = run.train.model_copy(update={"epochs": 3})
     run = run.model_copy(update={"model": model, "train": few, "restoration": None})
     workshop = Workshop.open(run, tmp_path, tmp_path / "run", torch.device("cpu"))
@@ -57,7 +57,7 @@ def test_a_learned_prior_is_sampled_through_the_service(name: str, tmp_path: Pat
     assert np.allclose(answer["images"], sessions["decoder"](z)[0], atol=1e-6)
     vae, eps = workshop.vae(), torch.from_numpy(standard_normal(3, 6, (40, 8))).transpose(0, 1)
     with torch.no_grad():
-        bound = elbo(vae, torch.from_numpy(x), eps).elbo.numpy()
+        bound = vae.bound(torch.from_numpy(x), eps).elbo.numpy()
         weighted = importance_log_likelihood(vae, torch.from_numpy(x), eps).numpy()
         density = vae.prior.log_prob(torch.from_numpy(z)).numpy()
     assert np.allclose(scores["elbo"], bound, rtol=1e-4, atol=1e-3)

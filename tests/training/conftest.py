@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import math
-import signal
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, Normal
 
+from training.distributions.interface import Likelihood
 from training.distributions.priors.standard_normal import StandardNormal
 from training.models.vae import VAE
 
 
-class FixedGaussian:
+class FixedGaussian(Likelihood):
     """p(x|z) = N(parameters, variance), the same variance for every pixel."""
 
-    binary = eight_bit = False
-
-    def __init__(self, variance: float) -> None:
+    def __init__(self, shape: tuple[int, int, int], variance: float) -> None:
+        super().__init__(shape)
         self.variance = variance
 
     def log_prob(self, parameters: Tensor, x: Tensor) -> Tensor:
@@ -98,19 +96,12 @@ class LinearGaussian:
         log_var = -precision.log() + 2.0 * math.log(scale)
         encoder = LinearEncoder(weight, shift - weight @ self.bias, log_var)
         decoder = LinearDecoder(self.weight, self.bias, self.shape)
-        return VAE(encoder, decoder, FixedGaussian(self.variance), StandardNormal()).requires_grad_(requires_grad=False)
+        return VAE(
+            encoder, decoder, FixedGaussian(self.shape, self.variance), StandardNormal(len(log_var))
+        ).requires_grad_(requires_grad=False)
 
 
 @pytest.fixture(scope="session")
 def linear_gaussian() -> LinearGaussian:
     """The model whose every quantity is known."""
     return LinearGaussian()
-
-
-@pytest.fixture
-def own_signals() -> Iterator[None]:
-    """The command line installs handlers; the tests' process gets its own back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)

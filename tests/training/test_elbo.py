@@ -15,7 +15,7 @@ from training.distributions.likelihoods.bernoulli import Bernoulli
 from training.distributions.priors.standard_normal import StandardNormal
 from training.models.vae import VAE
 from training.networks.mlp import Mlp
-from training.objectives.elbo import elbo, importance_log_likelihood, importance_weighted, monte_carlo_elbo
+from training.objectives.elbo import importance_log_likelihood, importance_weighted, monte_carlo_elbo
 
 if TYPE_CHECKING:
     from tests.training.conftest import LinearGaussian
@@ -32,7 +32,7 @@ def sigma_points(n: int, d: int = 2) -> Tensor:
 def test_elbo_of_the_exact_posterior_is_log_p_x(linear_gaussian: LinearGaussian) -> None:
     """With q(z|x) = p(z|x) the bound is tight."""
     x = linear_gaussian.x(20)
-    found = elbo(linear_gaussian.vae(), x, sigma_points(20)).elbo
+    found = linear_gaussian.vae().bound(x, sigma_points(20)).elbo
     torch.testing.assert_close(found.double(), linear_gaussian.log_prob(x), atol=2e-4, rtol=0)
 
 
@@ -44,13 +44,13 @@ def test_elbo_is_below_log_p_x_by_the_posterior_s_kl(
     x = linear_gaussian.x(20)
     exact = linear_gaussian.posterior(x)
     gap = kl_divergence(Normal(exact.loc + shift, scale * exact.scale), exact).sum(1)
-    bound = elbo(linear_gaussian.vae(shift, scale), x, sigma_points(20)).elbo
+    bound = linear_gaussian.vae(shift, scale).bound(x, sigma_points(20)).elbo
     torch.testing.assert_close(linear_gaussian.log_prob(x) - bound.double(), gap, atol=5e-4, rtol=1e-4)
 
 
 def test_bound_is_likelihood_less_kl_one_figure_an_image(linear_gaussian: LinearGaussian) -> None:
     """Terms are (n,), whatever the number of draws; elbo is their difference."""
-    bound = elbo(linear_gaussian.vae(), linear_gaussian.x(5), torch.randn(3, 5, 2))
+    bound = linear_gaussian.vae().bound(linear_gaussian.x(5), torch.randn(3, 5, 2))
     assert bound.log_likelihood.shape == bound.kl.shape == (5,)
     assert torch.equal(bound.elbo, bound.log_likelihood - bound.kl)
 
@@ -59,8 +59,8 @@ def test_draws_are_averaged(linear_gaussian: LinearGaussian) -> None:
     """The estimate with L draws is the mean of the L estimates with one."""
     model, x = linear_gaussian.vae(0.3, 1.4), linear_gaussian.x(4)
     eps = torch.randn(6, 4, 2, generator=torch.Generator().manual_seed(1))
-    singles = torch.stack([elbo(model, x, one[None]).elbo for one in eps])
-    torch.testing.assert_close(elbo(model, x, eps).elbo, singles.mean(0))
+    singles = torch.stack([model.bound(x, one[None]).elbo for one in eps])
+    torch.testing.assert_close(model.bound(x, eps).elbo, singles.mean(0))
 
 
 class Objective(nn.Module):
@@ -100,7 +100,7 @@ def exact_gradient(model: LinearGaussian, x: Tensor, mean: Tensor, variance: Ten
     }
 
 
-ESTIMATORS = {"A": monte_carlo_elbo, "B": elbo}
+ESTIMATORS = {"A": monte_carlo_elbo, "B": VAE.bound}
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -152,7 +152,7 @@ def test_estimator_a_s_value_has_the_bound_s_mean(linear_gaussian: LinearGaussia
     model, x = linear_gaussian.vae(0.4, 1.6), linear_gaussian.x(1)
     eps = torch.randn(1, 50_000, 2, generator=torch.Generator().manual_seed(7))
     rows = x.expand(50_000, -1, -1, -1)
-    both = torch.stack([estimate(model, rows, eps).elbo for estimate in (elbo, monte_carlo_elbo)]).double()
+    both = torch.stack([estimate(model, rows, eps).elbo for estimate in (VAE.bound, monte_carlo_elbo)]).double()
     standard_error = float((both[0] - both[1]).std()) / math.sqrt(50_000)
     assert abs(float((both[0] - both[1]).mean())) < 4.0 * standard_error
 
@@ -183,7 +183,7 @@ def test_doubly_reparameterised_gradients_are_unbiased(linear_gaussian: LinearGa
 def test_grey_levels_have_no_importance_weighted_likelihood() -> None:
     """Under Bernoulli pixels the evaluator refuses it, and takes black and white."""
     mlp = Mlp(architecture="mlp", hidden=(4,))
-    vae = VAE(mlp.encoder((1, 2, 3), 2), mlp.decoder(2, (1, 2, 3)), Bernoulli(), StandardNormal())
+    vae = VAE(mlp.encoder((1, 2, 3), 2), mlp.decoder(2, (1, 2, 3)), Bernoulli((1, 2, 3)), StandardNormal(2))
     x = torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0, 0.0]).reshape(1, 1, 2, 3)
     assert bool(importance_log_likelihood(vae, x, torch.zeros(1, 1, 2)).isfinite())
     with pytest.raises(ValueError, match="binarise"):
@@ -222,5 +222,5 @@ def test_importance_bound_grows_with_the_samples(linear_gaussian: LinearGaussian
         for k in (1, 5, 50)
     ]
     exact = float(linear_gaussian.log_prob(x))
-    assert means[0] == pytest.approx(float(elbo(model, x, sigma_points(1)).elbo), abs=0.1)
+    assert means[0] == pytest.approx(float(model.bound(x, sigma_points(1)).elbo), abs=0.1)
     assert means[0] < means[1] < means[2] < exact + 0.01

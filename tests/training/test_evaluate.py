@@ -122,7 +122,7 @@ def test_grey_images_have_no_nll(tmp_path: Path) -> None:
     """A grey level has no probability under a Bernoulli pixel: only the bound is reported, and it says so."""
     mlp = Mlp(architecture="mlp", hidden=(6,))
     torch.manual_seed(1)
-    vae = VAE(mlp.encoder((1, 2, 3), 2), mlp.decoder(2, (1, 2, 3)), Bernoulli(), StandardNormal())
+    vae = VAE(mlp.encoder((1, 2, 3), 2), mlp.decoder(2, (1, 2, 3)), Bernoulli((1, 2, 3)), StandardNormal(2))
     images = torch.randint(0, 256, (120, 1, 2, 3), generator=torch.Generator().manual_seed(2)).to(torch.uint8)
     found = likelihood(vae, images, 50, 1, tmp_path / "evaluation.pt", dynamic=False)
     assert found["binarisation"] == "none (grey levels)"
@@ -140,7 +140,7 @@ def test_decibels_of_corrupted_images_are_those_of_the_noise() -> None:
     """Of noise on middle grey, which no end of the scale cuts, PSNR is -20 log10(sigma): 33.98, 26.02 and 20 dB."""
     mlp = Mlp(architecture="mlp", hidden=(6,))
     torch.manual_seed(1)
-    vae = VAE(mlp.encoder((1, 16, 16), 2), mlp.decoder(2, (1, 16, 16)), Bernoulli(), StandardNormal())
+    vae = VAE(mlp.encoder((1, 16, 16), 2), mlp.decoder(2, (1, 16, 16)), Bernoulli((1, 16, 16)), StandardNormal(2))
     planes, families = 2 + len(FAMILIES), len(FAMILIES)
     correction = UNetSettings(channels=(4,)).network(2 + planes, 2, (16, 16))
     recognition = Recognition(mlp.encoder((planes, 16, 16), 2), mlp.encoder((2, 16, 16), families), correction)

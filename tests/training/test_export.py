@@ -64,8 +64,8 @@ def graphs_of(architecture: Architecture, shape: tuple[int, int, int], *, restor
     vae = VAE(
         architecture.encoder(shape, LATENT_DIM),
         architecture.decoder(LATENT_DIM, shape),
-        Bernoulli(),
-        RealNvp(LATENT_DIM, 2, 5) if restores else StandardNormal(),
+        Bernoulli(shape),
+        RealNvp(LATENT_DIM, 2, 5) if restores else StandardNormal(LATENT_DIM),
     )
     planes = 2 * channels + len(FAMILIES)
     recognition = Recognition(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,17 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, Normal
 
-from experiments.paper import full_vb as experiment
 from training.config import Optimisation
 from training.data import as_float
-from training.distributions.gaussian import LOG_2_PI, DiagonalGaussian
+from training.distributions.gaussian import LOG_2_PI
+from training.distributions.interface import Likelihood
 from training.distributions.likelihoods.bernoulli import Bernoulli
 from training.distributions.priors.standard_normal import StandardNormal
 from training.loop.trainer import Stage, train
-from training.models.vae import VAE
+from training.models.vae import VAE, Bound
 from training.networks.conv import Conv
 from training.networks.mlp import Mlp
-from training.objectives.elbo import Bound, elbo
 from training.objectives.full_vb import Evidence, FullVb, evidence_bound, full_vb_bound, full_vb_objective, map_bound
 
 SIZE, PIXELS = 40, 6
@@ -34,10 +32,9 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-class Pixels:
+class Pixels(Likelihood):
     """p(x|z) = N(parameters, variance)."""
 
-    binary = eight_bit = False
     variance = 0.5
 
     def log_prob(self, parameters: Tensor, x: Tensor) -> Tensor:
@@ -102,7 +99,7 @@ class Conjugate:
     def module(self) -> FullVb:
         """Untrained."""
         torch.manual_seed(0)
-        return FullVb(VAE(Recognition(), Design(self.a, self.w), Pixels(), StandardNormal()), 0.03)  # type: ignore[arg-type]
+        return FullVb(VAE(Recognition(), Design(self.a, self.w), Pixels(SHAPE), StandardNormal(2)), 0.03)
 
     def best(self) -> FullVb:
         """With the best factorised q, in closed form."""
@@ -128,7 +125,7 @@ def conjugate() -> Conjugate:
 
 def stage(module: FullVb, epochs: int) -> Stage:
     settings = Optimisation(epochs=epochs, batch_size=20, learning_rate=0.02, microbatches=4, warmup_steps=0)
-    return Stage("full-vb", module, full_vb_objective(SIZE, 2, dynamic=False), settings, 0, {})
+    return Stage("full-vb", module, full_vb_objective(SIZE, dynamic=False), settings, 0, {})
 
 
 def test_the_best_factorised_posterior_has_the_bound_it_must(conjugate: Conjugate) -> None:
@@ -156,7 +153,7 @@ def mlp() -> FullVb:
     """An ordinary VAE with theta as uncertain as not."""
     torch.manual_seed(1)
     network = Mlp(architecture="mlp", hidden=(7,))
-    vae = VAE(network.encoder(SHAPE, 2), network.decoder(2, SHAPE), Bernoulli(), StandardNormal())
+    vae = VAE(network.encoder(SHAPE, 2), network.decoder(2, SHAPE), Bernoulli(SHAPE), StandardNormal(2))
     module = FullVb(vae)
     nn.init.normal_(module.log_var, -1.0, 0.5)
     return module
@@ -165,7 +162,7 @@ def mlp() -> FullVb:
 def conv() -> FullVb:
     torch.manual_seed(1)
     network = Conv(architecture="conv", channels=(4, 4), head=4)
-    vae = VAE(network.encoder((1, 8, 8), 2), network.decoder(2, (1, 8, 8)), Bernoulli(), StandardNormal())
+    vae = VAE(network.encoder((1, 8, 8), 2), network.decoder(2, (1, 8, 8)), Bernoulli((1, 8, 8)), StandardNormal(2))
     return FullVb(vae, 0.3)
 
 
@@ -194,7 +191,7 @@ def test_the_closed_form_kl_is_the_monte_carlo_one() -> None:
     """What the bound takes off for theta, times the number of images, is E[log q(theta) - log p(theta)]."""
     module, (x, eps) = mlp(), batch(1)
     zeta = torch.randn(module.log_var.shape, generator=seeded(5))
-    share = (full_vb_bound(module, x, eps, zeta, SIZE).kl - elbo(module.vae, x, eps).kl).detach()
+    share = (full_vb_bound(module, x, eps, zeta, SIZE).kl - module.vae.bound(x, eps).kl).detach()
     mean, std = module.posterior.mean.detach(), (0.5 * module.log_var).exp().detach()
     theta = mean + std * torch.randn(20_000, len(mean), generator=seeded(6))
     ratio = (Normal(mean, std).log_prob(theta) - Normal(0.0, 1.0).log_prob(theta)).sum(1)
@@ -209,7 +206,7 @@ def test_minibatches_estimate_the_bound_of_all_images() -> None:
     zeta = torch.randn(module.log_var.shape, generator=seeded(5))
     parts = zip(x.split(8), eps.split(8, 1), strict=True)
     estimates = [SIZE * full_vb_bound(module, part, noise, zeta, SIZE).elbo.mean() for part, noise in parts]
-    all_images = elbo(module.at(zeta), x, eps).elbo.sum() - module.posterior.kl_from_standard_normal()
+    all_images = module.at(zeta).bound(x, eps).elbo.sum() - module.posterior.kl_from_standard_normal()
     torch.testing.assert_close(torch.stack(estimates).mean(), all_images)
     assert float(torch.stack(estimates).detach().std()) > 0.1
 
@@ -222,7 +219,7 @@ def test_map_is_the_limit_of_a_certain_posterior() -> None:
     zeta = torch.ones_like(module.log_var)
     full = torch.autograd.grad(full_vb_bound(module, x, eps, zeta, SIZE).elbo.mean(), parameters)
     point = torch.autograd.grad(map_bound(module.vae, x, eps, SIZE).elbo.mean(), parameters)
-    plain = torch.autograd.grad(elbo(module.vae, x, eps).elbo.mean(), parameters)
+    plain = torch.autograd.grad(module.vae.bound(x, eps).elbo.mean(), parameters)
     for mine, theirs, without, parameter in zip(full, point, plain, parameters, strict=True):
         torch.testing.assert_close(mine, theirs)
         torch.testing.assert_close(theirs, without - parameter / SIZE)
@@ -246,54 +243,3 @@ def test_an_interrupted_run_is_resumed_bit_for_bit(conjugate: Conjugate, tmp_pat
     for part in ("module", "averaged"):
         assert all(torch.equal(value, two[part][key]) for key, value in one[part].items())
     assert float(one["module"]["log_var"].std()) > 0.0
-
-
-class Known(nn.Module):
-    """A decoder that knows no z: the same logit everywhere."""
-
-    def __init__(self, logit: float) -> None:
-        super().__init__()
-        self.logit = nn.Parameter(torch.full(SHAPE, logit))
-
-    def forward(self, z: Tensor) -> Tensor:
-        """(n, d) -> (n, 1, 2, 3)."""
-        return self.logit.expand(len(z), *SHAPE)
-
-
-class Ignorant(nn.Module):
-    """q(z|x) = p(z)."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Zeros."""
-        posterior = DiagonalGaussian(torch.zeros(len(x), 2), torch.zeros(len(x), 2))
-        return posterior.mean, posterior.log_var
-
-
-def test_the_predictive_average_is_of_probabilities() -> None:
-    """Of two models that ignore z it is log((p1 + p2) / 2), while the bound is the mean of the logarithms."""
-    models = [VAE(Ignorant(), Known(logit), Bernoulli(), StandardNormal()) for logit in (-1.0, 2.0)]
-    x, _ = batch(9)
-    found = experiment.score(models, x)
-    ones = x.flatten(1).sum(1).double()
-    p = torch.sigmoid(torch.tensor([-1.0, 2.0], dtype=torch.float64))
-    logs = torch.stack([ones * each.log() + (PIXELS - ones) * (1 - each).log() for each in p])
-    torch.testing.assert_close(found[1], logs.exp().mean(0).log(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found[0], logs.mean(0), rtol=1e-5, atol=1e-5)
-
-
-def test_the_experiment_reports_every_estimate(tmp_path: Path) -> None:
-    """Of three curves: four estimates, the difference from MAP at the end, a picture; and the same again, untrained."""
-    grey = torch.randint(0, 256, (30, 1, 28, 28), generator=seeded(1)).to(torch.uint8)
-    images = experiment.Images(grey, (grey[:20] > 127).float(), (grey[24:] > 127).float())
-    chosen = [curve for curve in experiment.CURVES if curve.latent_dim == 5]
-    experiment.repeat(chosen, images, tmp_path, tmp_path / "out", 90)
-    written = (tmp_path / "out" / "appendix_f.csv").read_text()
-    rows = {row["estimate"]: row for row in csv.DictReader(written.splitlines())}
-    assert rows.keys() == experiment.ESTIMATES.keys()
-    mine, theirs = (float(rows[name]["test_log_likelihood"]) for name in ("full-vb-draws", "map"))
-    assert float(rows["full-vb-draws"]["over_map"]) == pytest.approx(mine - theirs, abs=0.01)
-    assert rows["map"]["over_map"] == rows["map"]["evidence_bound"] == ""
-    assert float(rows["full-vb-draws"]["evidence_bound"]) < 0.0
-    assert (tmp_path / "out" / "appendix_f.png").read_bytes().startswith(b"\x89PNG")
-    experiment.repeat(chosen, images, tmp_path, tmp_path / "out", 90)
-    assert (tmp_path / "out" / "appendix_f.csv").read_text() == written

@@ -28,15 +28,15 @@ def logits(seed: int = 0) -> Tensor:
 
 def test_bernoulli_normalises() -> None:
     """The probabilities of all binary images sum to 1."""
-    total = Bernoulli().log_prob(logits().expand(256, *SHAPE), binary_images()).double().exp().sum()
+    total = Bernoulli(SHAPE).log_prob(logits().expand(256, *SHAPE), binary_images()).double().exp().sum()
     assert float(total) == pytest.approx(1.0, abs=1e-5)
 
 
 def test_bernoulli_mean_is_the_expected_image() -> None:
     """E[x|z] is the mean of all binary images, each with its probability."""
     images = binary_images()
-    probability = Bernoulli().log_prob(logits().expand(256, *SHAPE), images).exp()
-    torch.testing.assert_close(Bernoulli().mean(logits()), (probability[:, None, None, None] * images).sum(0))
+    probability = Bernoulli(SHAPE).log_prob(logits().expand(256, *SHAPE), images).exp()
+    torch.testing.assert_close(Bernoulli(SHAPE).mean(logits()), (probability[:, None, None, None] * images).sum(0))
 
 
 def test_grey_level_gives_the_expectation_over_binarisations() -> None:
@@ -44,29 +44,29 @@ def test_grey_level_gives_the_expectation_over_binarisations() -> None:
     grey = torch.rand(SHAPE, generator=torch.Generator().manual_seed(1))
     images = binary_images()
     chances = torch.where(images > 0.0, grey, 1.0 - grey).flatten(1).prod(1)
-    expected = (chances * Bernoulli().log_prob(logits().expand(256, *SHAPE), images)).sum()
-    torch.testing.assert_close(Bernoulli().log_prob(logits(), grey), expected)
+    expected = (chances * Bernoulli(SHAPE).log_prob(logits().expand(256, *SHAPE), images)).sum()
+    torch.testing.assert_close(Bernoulli(SHAPE).log_prob(logits(), grey), expected)
 
 
 def test_fair_coins_cost_log_2_a_pixel() -> None:
     """With every logit 0, any image has probability 2^-8."""
-    found = Bernoulli().log_prob(torch.zeros(256, *SHAPE), binary_images())
+    found = Bernoulli(SHAPE).log_prob(torch.zeros(256, *SHAPE), binary_images())
     torch.testing.assert_close(found, torch.full((256,), -8.0 * 0.6931471805599453))
 
 
 def test_certain_decoder_stays_finite() -> None:
     """A logit of 1,000 costs 0 nats where it is right and 1,000 where it is wrong, never infinity."""
     certain = torch.full((1, 1, 1, 1), 1000.0)
-    assert Bernoulli().log_prob(certain, torch.ones(1, 1, 1, 1)).tolist() == [0.0]
-    assert Bernoulli().log_prob(certain, torch.zeros(1, 1, 1, 1)).tolist() == [-1000.0]
+    assert Bernoulli(SHAPE).log_prob(certain, torch.ones(1, 1, 1, 1)).tolist() == [0.0]
+    assert Bernoulli(SHAPE).log_prob(certain, torch.zeros(1, 1, 1, 1)).tolist() == [-1000.0]
 
 
 def test_draws_broadcast_against_images() -> None:
     """(L, n, c, h, w) parameters and (n, c, h, w) images give (L, n)."""
     parameters, x = torch.randn(3, 5, *SHAPE), torch.rand(5, *SHAPE)
-    found = Bernoulli().log_prob(parameters, x)
+    found = Bernoulli(SHAPE).log_prob(parameters, x)
     assert found.shape == (3, 5)
-    torch.testing.assert_close(found[1, 2], Bernoulli().log_prob(parameters[1, 2], x[2]))
+    torch.testing.assert_close(found[1, 2], Bernoulli(SHAPE).log_prob(parameters[1, 2], x[2]))
 
 
 @pytest.mark.parametrize("log_scale", [-7.0, -5.0, -3.0, -1.0, 1.0])

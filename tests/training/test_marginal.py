@@ -113,7 +113,7 @@ def test_a_chain_that_never_moved_spoils_no_other() -> None:
 def test_what_has_no_probability_and_what_is_too_little_are_refused() -> None:
     """Grey levels under Bernoulli pixels; as many draws as would not fix a covariance."""
     mlp = Mlp(architecture="mlp", hidden=(4,))
-    vae = VAE(mlp.encoder((1, 2, 3), 2), mlp.decoder(2, (1, 2, 3)), Bernoulli(), StandardNormal())
+    vae = VAE(mlp.encoder((1, 2, 3), 2), mlp.decoder(2, (1, 2, 3)), Bernoulli((1, 2, 3)), StandardNormal(2))
     x = torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0, 0.0]).reshape(1, 1, 2, 3)
     start = torch.zeros(1, 2)
     assert bool(reciprocal_log_likelihood(vae, x, start, generator()).isfinite())

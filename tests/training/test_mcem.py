@@ -52,7 +52,7 @@ def test_it_raises_log_p_x_to_the_maximum(latent_dim: int) -> None:
     x, vae = known.x(500), perturbed(known)
     best, before = greatest_log_likelihood(known, x), log_likelihood(vae, known, x)
     em = MonteCarloEm(vae, generator(2), learning_rate=0.2)
-    chains, order = em.start(500, latent_dim), generator(3)
+    chains, order = em.start(500), generator(3)
     for _ in range(150):
         rows = torch.randint(500, (100,), generator=order)
         chains[rows] = em.step(x[rows], chains[rows]).z
@@ -66,7 +66,7 @@ def test_chains_may_begin_anew(linear_gaussian: LinearGaussian) -> None:
     x, vae = linear_gaussian.x(100), perturbed(linear_gaussian)
     em = MonteCarloEm(vae, generator(2), learning_rate=0.3, transitions=20)
     for _ in range(50):
-        em.step(x, em.start(100, 2))
+        em.step(x, em.start(100))
     assert log_likelihood(vae, linear_gaussian, x) > greatest_log_likelihood(linear_gaussian, x) - 0.2
 
 
@@ -76,7 +76,7 @@ def test_chains_have_the_exact_posterior_s_moments() -> None:
     x = known.x(4)
     em = MonteCarloEm(perturbed(known), generator(4), weight_updates=0)
     em.model = known.vae()
-    z = em.start(4 * each, 3)
+    z = em.start(4 * each)
     for _ in range(30):
         z = em.step(x.repeat_interleave(each, 0), z).z
     exact, found = known.posterior(x), z.double().unflatten(0, (4, each))
@@ -88,7 +88,7 @@ def test_acceptance_comes_to_nine_in_ten(linear_gaussian: LinearGaussian) -> Non
     """From a step ten times too short, and while the weights move."""
     x = linear_gaussian.x(200)
     em = MonteCarloEm(perturbed(linear_gaussian), generator(5), step_size=0.01)
-    z, acceptance = em.start(200, 2), []
+    z, acceptance = em.start(200), []
     for _ in range(100):
         step = em.step(x, z)
         z = step.z
@@ -105,7 +105,7 @@ def test_a_step_is_one_trajectory_and_five_updates_of_the_generative_model(linea
     for name in ("encoder", "decoder"):
         getattr(vae, name).register_forward_hook(lambda *_, name=name: runs.update({name: runs[name] + 1}))
     em = MonteCarloEm(vae, generator(6))
-    x, z = linear_gaussian.x(10), em.start(10, 2)
+    x, z = linear_gaussian.x(10), em.start(10)
     step = em.step(x, z)
     assert runs == {"encoder": 0, "decoder": 11 + 5}
     assert step.z.shape == (10, 2)
@@ -121,7 +121,7 @@ def test_log_joint_is_the_chains_before_the_weights_moved(linear_gaussian: Linea
     vae = linear_gaussian.vae()
     vae.decoder.requires_grad_()
     em = MonteCarloEm(vae, generator(7), weight_updates=0)
-    step = em.step(x, em.start(20, 2))
+    step = em.step(x, em.start(20))
     expected = linear_gaussian.log_prob(x) + linear_gaussian.posterior(x).log_prob(step.z.double()).sum(1)
     torch.testing.assert_close(step.log_joint.double(), expected, atol=1e-3, rtol=0)
 
@@ -133,7 +133,7 @@ def test_the_prior_is_on_weights_alone(linear_gaussian: LinearGaussian) -> None:
     for weight_decay in (0.0, 1e6):
         vae = perturbed(linear_gaussian)
         em = MonteCarloEm(vae, generator(8), learning_rate=1e-3, weight_decay=weight_decay, weight_updates=1)
-        em.step(x, em.start(50, 2))
+        em.step(x, em.start(50))
         moved.append(vae.decoder)
     assert torch.equal(moved[0].bias, moved[1].bias)  # type: ignore[arg-type]
     assert not torch.equal(moved[0].bias, before.bias)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from torch.distributions import Categorical as Choice
 from torch.distributions import Independent, MixtureSameFamily, Normal
 
 from training.distributions.gaussian import DiagonalGaussian
-from training.distributions.priors.learned import LearnedPrior
+from training.distributions.interface import Prior
 from training.distributions.priors.realnvp import RealNvp
 from training.distributions.priors.vamp import Vamp
 
@@ -49,14 +49,14 @@ PRIORS = {"realnvp": realnvp, "vamp": vamp, "frozen vamp": lambda: vamp().frozen
 
 
 @pytest.fixture(params=PRIORS)
-def prior(request: pytest.FixtureRequest) -> LearnedPrior:
+def prior(request: pytest.FixtureRequest) -> Prior:
     """Every learned prior in two dimensions, with weights that make it far from N(0, I)."""
-    made: LearnedPrior = PRIORS[request.param]()
+    made: Prior = PRIORS[request.param]()
     return made
 
 
 @torch.no_grad()
-def test_the_density_sums_to_one(prior: LearnedPrior) -> None:
+def test_the_density_sums_to_one(prior: Prior) -> None:
     """Over a grid that holds nearly all of it."""
     z = torch.cartesian_prod(GRID, GRID).unflatten(0, (len(GRID), len(GRID)))
     mass = prior.log_prob(z).double().exp().sum() * (GRID[1] - GRID[0]) ** 2
@@ -64,21 +64,21 @@ def test_the_density_sums_to_one(prior: LearnedPrior) -> None:
 
 
 @torch.no_grad()
-def test_draws_follow_the_density(prior: LearnedPrior) -> None:
+def test_draws_follow_the_density(prior: Prior) -> None:
     """Mean and covariance of 200,000 draws are those of the density on the grid."""
     z = torch.cartesian_prod(GRID, GRID).double()
     weights = prior.log_prob(z.float()).double().exp()
     weights /= weights.sum()
     mean = weights @ z
     covariance = (z - mean).T @ ((z - mean) * weights[:, None])
-    draws = prior.draw(torch.randn(200_000, prior.noise_dim, generator=torch.Generator().manual_seed(3))).double()
+    draws = prior.draw(torch.randn(200_000, *prior.noise_shape, generator=torch.Generator().manual_seed(3))).double()
     error = 4.0 * (draws.var(0) / len(draws)).sqrt()
     assert bool(((draws.mean(0) - mean).abs() < error).all())
     torch.testing.assert_close(draws.T.cov(), covariance, atol=0.05, rtol=0.03)
 
 
 @torch.no_grad()
-def test_the_kl_at_draws_is_the_integral(prior: LearnedPrior) -> None:
+def test_the_kl_at_draws_is_the_integral(prior: Prior) -> None:
     """Averaged over many draws, KL(q || p) by quadrature."""
     posterior = DiagonalGaussian(torch.tensor([[0.4, -0.7]]), torch.tensor([[-0.5, 0.3]]))
     z = torch.cartesian_prod(GRID, GRID)

@@ -32,7 +32,7 @@ def module() -> Refinement:
     """A decoder of one hidden layer."""
     torch.manual_seed(2)
     decoder = nn.Sequential(nn.Linear(D, 8), nn.Tanh(), nn.Linear(8, math.prod(SHAPE)), nn.Unflatten(1, SHAPE))
-    vae = Exact(nn.Identity(), decoder, Bernoulli(), StandardNormal())
+    vae = Exact(nn.Identity(), decoder, Bernoulli(SHAPE), StandardNormal(D))
     for parameter in vae.parameters():
         nn.init.normal_(parameter, std=0.5)
     fusion = Fusion()
@@ -90,7 +90,7 @@ def test_it_is_a_bound_on_log_p_of_what_is_seen() -> None:
     """One latent, so that log p(y) is a sum over a grid: below it at any q, close to it at the best one."""
     torch.manual_seed(1)
     decoder = nn.Sequential(nn.Linear(1, math.prod(SHAPE)), nn.Unflatten(1, SHAPE))
-    vae = VAE(nn.Identity(), decoder, Bernoulli(), StandardNormal())
+    vae = VAE(nn.Identity(), decoder, Bernoulli(SHAPE), StandardNormal(1))
     module = Refinement(vae, Fusion()).eval().requires_grad_(False)
     level, (rows, columns) = torch.tensor([[0.3, 0.0, 0.0, 0.0]]), operators(1)
     z = torch.tensor([[0.7]])

@@ -274,7 +274,7 @@ class Says(nn.Module):
 
 def fitted(logits: Tensor, x: Tensor) -> tuple[Recognition, VAE]:
     """A fusion and a correction of two numbers, fitted on x to a decoder that always says `logits`."""
-    vae = VAE(Constant(), Says(logits), Bernoulli(), StandardNormal())
+    vae = VAE(Constant(), Says(logits), Bernoulli(x.shape[1:]), StandardNormal(2))
     said = nn.Parameter(torch.zeros(2, 1, 1))
     recognition = Recognition(Constant(), Constant(), Says(said))
     optimiser = torch.optim.Adam(recognition.parameters(), 0.02)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from training.distributions.interface import Likelihood, Prior
 from training.distributions.likelihoods.bernoulli import Bernoulli
 from training.distributions.likelihoods.discretised_logistic import DiscretisedLogistic
 from training.distributions.likelihoods.gaussian import GaussianWithOutliers
@@ -18,9 +19,9 @@ from training.distributions.priors.standard_normal import StandardNormal
 from training.distributions.priors.vamp import Vamp
 from training.evaluation.scoring import DRAWS, HELD_OUT, ElboGradient, LogJoint, bound_at_draws, held_out
 from training.export.export import Exportable, to_onnx
-from training.models.vae import VAE, Likelihood, Prior
+from training.models.vae import VAE
 from training.networks.mlp import Mlp
-from training.objectives.elbo import elbo, importance_log_likelihood
+from training.objectives.elbo import importance_log_likelihood
 
 if TYPE_CHECKING:
     from tests.training.conftest import LinearGaussian
@@ -34,7 +35,7 @@ def tiny(likelihood: Likelihood, prior: str = "standard_normal") -> VAE:
     mlp = Mlp(architecture="mlp", hidden=(8,), activation="silu")
     encoder = mlp.encoder(SHAPE, D)
     priors: dict[str, Prior] = {
-        "standard_normal": StandardNormal(),
+        "standard_normal": StandardNormal(D),
         "realnvp": RealNvp(D, 2, 8),
         "vamp": Vamp(D, SHAPE, encoder, 5),
     }
@@ -45,7 +46,7 @@ def tiny(likelihood: Likelihood, prior: str = "standard_normal") -> VAE:
 
 
 LIKELIHOODS = {
-    "bernoulli": Bernoulli(),
+    "bernoulli": Bernoulli(SHAPE),
     "gaussian": GaussianWithOutliers(SHAPE, 1 / 256),
     "discretised_logistic": DiscretisedLogistic(SHAPE),
 }
@@ -114,7 +115,7 @@ def test_a_pixel_that_is_all_but_certain_has_a_finite_likelihood() -> None:
         def forward(self, z: Tensor) -> Tensor:
             return (300.0 * z).reshape(-1, 1, 1, 2)
 
-    vae = VAE(nn.Identity(), Sure(), Bernoulli(), StandardNormal())
+    vae = VAE(nn.Identity(), Sure(), Bernoulli((1, 1, 2)), StandardNormal(2))
     module, z = LogJoint(vae), torch.tensor([[-1.0, 1.0], [1.0, -1.0]])
     x = torch.tensor([0.0, 1.0]).reshape(1, 1, 1, 2).repeat(2, 1, 1, 1)
     graph = Exportable(module, (x, z), ("x", "z"), ("log_likelihood", "log_prior"))
@@ -128,7 +129,7 @@ def test_the_bound_at_draws_is_the_trainers(linear_gaussian: LinearGaussian) -> 
     x = linear_gaussian.x(20)
     eps = torch.randn(4000, 20, 2, generator=torch.Generator().manual_seed(3))
     for vae in (linear_gaussian.vae(), linear_gaussian.vae(shift=0.2, scale=1.3)):
-        torch.testing.assert_close(bound_at_draws(vae, x, eps).elbo, elbo(vae, x, eps).elbo, rtol=0, atol=0.15)
+        torch.testing.assert_close(bound_at_draws(vae, x, eps).elbo, vae.bound(x, eps).elbo, rtol=0, atol=0.15)
     exact = linear_gaussian.log_prob(x).float()
     torch.testing.assert_close(bound_at_draws(linear_gaussian.vae(), x, eps).elbo, exact, rtol=0, atol=0.15)
     torch.testing.assert_close(importance_log_likelihood(linear_gaussian.vae(), x, eps[:5]), exact, rtol=0, atol=1e-3)
@@ -158,5 +159,5 @@ def test_percentiles_are_those_of_the_held_out_images(linear_gaussian: LinearGau
 )
 def test_binarisation_is_that_of_training(levels: int, dynamic: bool, binarisation: str) -> None:
     """Bernoulli pixels drawn anew, black and white from the start, or trained on grey levels."""
-    found = held_out(tiny(Bernoulli()), pictures(20, levels), 1, dynamic=dynamic)
+    found = held_out(tiny(Bernoulli(SHAPE)), pictures(20, levels), 1, dynamic=dynamic)
     assert (found.binary, found.binarisation, found.images) == (True, binarisation, 20)

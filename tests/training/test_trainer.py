@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from tqdm import tqdm
 
 from training.config import Run, load
 from training.errors import CheckpointError, DiskError, DivergedError
@@ -26,8 +27,8 @@ from training.loop.randomness import keyed_generator
 from training.loop.stages import trained_vae, vae_stage
 from training.loop.trainer import AVERAGED_STEPS, Stage, computes_bfloat16, train
 from training.loop.validation import HeldOut
+from training.models.vae import Bound
 from training.networks.mlp import Mlp
-from training.objectives.elbo import Bound, elbo
 
 CPU = torch.device("cpu")
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
@@ -241,7 +242,7 @@ def test_microbatches_add_up_to_the_minibatch(images: Tensor, tmp_path: Path) ->
         begun = stage(microbatches=count)
 
         def objective(module: Any, images: Tensor, _: torch.Generator) -> Bound:
-            return elbo(module, images / 255.0, torch.zeros(1, len(images), 2))
+            return module.bound(images / 255.0, torch.zeros(1, len(images), 2))
 
         train(dataclasses.replace(begun, objective=objective), images, tmp_path / str(count))
         ends[count] = torch.cat([p.detach().flatten() for p in begun.module.parameters()])
@@ -256,7 +257,7 @@ def test_microbatches_have_noise_of_their_own(images: Tensor, tmp_path: Path) ->
 
     def objective(module: Any, images: Tensor, generator: torch.Generator) -> Bound:
         seen.append(float(torch.rand(1, generator=generator)))
-        return elbo(module, images / 255.0, torch.zeros(1, len(images), 2))
+        return module.bound(images / 255.0, torch.zeros(1, len(images), 2))
 
     train(dataclasses.replace(begun, objective=objective), images, tmp_path)
     assert len(seen) == len(set(seen)) == 14
@@ -588,6 +589,6 @@ def test_the_bound_is_shown_from_the_first_steps(images: Tensor, tmp_path: Path)
         return bound
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.tqdm, "set_postfix", lambda _, values, **__: shown.append(values["ELBO"]))
+        patch.setattr(tqdm, "set_postfix", lambda _, values, **__: shown.append(values["ELBO"]))
         train(failing(stage(epochs=1), 1, slow), images, tmp_path)
     assert len(shown) >= 2

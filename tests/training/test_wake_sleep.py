@@ -19,9 +19,8 @@ from training.distributions.priors.realnvp import RealNvp
 from training.distributions.priors.standard_normal import StandardNormal
 from training.distributions.priors.vamp import Vamp
 from training.loop.trainer import Stage, train
-from training.models.vae import VAE
+from training.models.vae import VAE, Bound
 from training.networks.mlp import Mlp
-from training.objectives.elbo import Bound, elbo
 from training.objectives.wake_sleep import wake_sleep
 
 SHAPE = (1, 2, 3)
@@ -34,7 +33,7 @@ def generator(seed: int = 0) -> torch.Generator:
 def small_vae() -> VAE:
     torch.manual_seed(1)
     mlp = Mlp(architecture="mlp", hidden=(4,))
-    vae = VAE(mlp.encoder(SHAPE, 2), mlp.decoder(2, SHAPE), Bernoulli(), StandardNormal())
+    vae = VAE(mlp.encoder(SHAPE, 2), mlp.decoder(2, SHAPE), Bernoulli(SHAPE), StandardNormal(2))
     for parameter in vae.parameters():
         torch.nn.init.normal_(parameter, std=0.7)
     return vae
@@ -99,7 +98,7 @@ def sleep_by_hand(vae: VAE, z: Tensor, x: Tensor) -> dict[str, Tensor]:
 
 def test_value_is_the_bound_s(vae: VAE, x: Tensor, eps: Tensor) -> None:
     """Both terms, one figure an image."""
-    found, expected = wake_sleep(vae, x, eps, generator()), elbo(vae, x, eps)
+    found, expected = wake_sleep(vae, x, eps, generator()), vae.bound(x, eps)
     torch.testing.assert_close(found.log_likelihood, expected.log_likelihood)
     torch.testing.assert_close(found.kl, expected.kl)
 
@@ -168,7 +167,7 @@ def test_dreams_are_draws_of_the_likelihood() -> None:
     mixed_mean = 0.5 * mean + 0.25
     second_moment = 0.5 * (gaussian.std().flatten().square() + mean.square()) + 0.5 / 3
     cases = [
-        (Bernoulli(), mean, mean * (1 - mean)),
+        (Bernoulli((1, 1, 2)), mean, mean * (1 - mean)),
         (gaussian, mean, gaussian.std().flatten().square()),
         (mixed, mixed_mean, second_moment - mixed_mean.square()),
         (logistic, level_mean, (weights * (levels - level_mean).square()).sum(0)),
@@ -187,7 +186,7 @@ def test_it_raises_the_bound_of_digits_in_the_trainer(tmp_path: Path) -> None:
     images = Digits(dataset="digits").load(tmp_path).train
     torch.manual_seed(0)
     mlp = Mlp(architecture="mlp", hidden=(64,))
-    vae = VAE(mlp.encoder((1, 8, 8), 3), mlp.decoder(3, (1, 8, 8)), Bernoulli(), StandardNormal())
+    vae = VAE(mlp.encoder((1, 8, 8), 3), mlp.decoder(3, (1, 8, 8)), Bernoulli((1, 8, 8)), StandardNormal(3))
 
     def objective(model: VAE, images: Tensor, randomness: torch.Generator) -> Bound:
         eps = torch.randn(1, len(images), 3, generator=randomness)

@@ -1,4 +1,4 @@
-"""Data sets by name; a new one is one file and one name here. The table `[data]` of a run's TOML is one of these."""
+"""Data sets by name, the table `[data]` of a run's TOML. A new one takes one file and one name here."""
 
 from __future__ import annotations
 

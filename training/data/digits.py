@@ -1,30 +1,30 @@
-"""scikit-learn's bundled 8 x 8 digits: no file, no download; for tests and first steps."""
+"""The 8 x 8 digits bundled with scikit-learn: no file, no download; for tests and first steps."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
-from training.data.images import ImageSet, Share, split_off, to_uint8
-from training.strict import Strict
+from training.data.images import DatasetSettings, ImageSet, Share, split_off, to_uint8
 
 
-class Digits(Strict):
+class Digits(DatasetSettings):
     """1,797 images of 8 x 8 with 17 grey levels, split at random by `seed`."""
 
+    stochastic: ClassVar[bool] = True
     dataset: Literal["digits"]
-    """Those of scikit-learn."""
+    """The digits of scikit-learn."""
     validation: Share = 0.1
-    """Share of the images, of those that are not for testing."""
+    """Share of the images for validation, of those that are not for testing."""
     test: Share = 0.2
-    """Share of all images."""
+    """Share of all images for testing."""
     seed: int = 0
-    """Of the splits."""
+    """Seed of the splits."""
 
     def load(self, root: Path) -> ImageSet:  # noqa: ARG002  # as every data set
-        """The three splits; `root` is not read."""
+        """Load the three splits; `root` is not read."""
         from sklearn.datasets import load_digits  # noqa: PLC0415  # takes longer to import than torch
 
         values, _ = load_digits(return_X_y=True)

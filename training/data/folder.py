@@ -18,15 +18,15 @@ from tqdm import tqdm
 
 from service.contract.images import DECODER_ERRORS, WHITE, fit, to_array
 from service.contract.manifest import digest
-from training.data.images import ImageSet, Share, split_off, to_uint8
+from training.data.images import DatasetSettings, ImageSet, Share, split_off, to_uint8
 from training.errors import DataError
-from training.loop.progress import tell
-from training.strict import Positive, Strict
+from training.progress import tell
+from training.strict import Positive
 
 FORMATS = (
     "AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "PSD", "QOI", "TIFF", "WEBP",
 )  # fmt: skip
-"""What is read. Pillow's other decoders take files that are no pictures, or files by their suffix alone."""
+"""Formats that are read. Pillow's other decoders accept files that are no pictures, or go by the suffix alone."""
 SEQUENCES = {"AVIF", "GIF", "PNG", "TIFF", "WEBP"}
 """Formats whose frames are images; the further ones of a JPEG are previews, those of a PSD layers."""
 SUFFIXES = {
@@ -38,49 +38,50 @@ SIGNATURE = re.compile(
     rb"|\0\0\0\x0c(jP  |JXL )|....ftyp(avi[fs]|he[iv][a-z]|mif1|msf1)",
     re.DOTALL,
 )
-"""How a file begins that must be an image, whatever its suffix."""
+"""First bytes of files that must be images, whatever their suffix."""
 HIDDEN = {"__macosx", "desktop.ini", "thumbs.db"}
 CHANNELS = {"L": 1, "RGB": 3}
 LEAST = 3  # one file a split
 NAMED = 20  # bad files, in one message
 
 
-class Folder(Strict):
+class Folder(DatasetSettings):
     """Every image below the directory, brought to one size and mode.
 
-    Files are read by content, whatever their suffix; links are followed, hidden files and folders left out. Of images
-    that are equal at that size the first is kept, so that none is in two splits.
+    Files are recognised by content, whatever their suffix; links are followed, hidden files and folders left out. Of
+    images that are equal at that size the first is kept, so that none is in two splits.
 
-    Transparent pixels are laid on black. A float image must lie in [0, 1]; 32-bit integer grey is refused.
+    Transparent pixels are blended with black. A float image must lie in [0, 1]; 32-bit integer grey is refused.
     """
 
     dataset: Literal["folder"]
     """Every image below `--data`."""
     height: Positive
-    """Pixels to which every image is brought."""
+    """Height of every image in pixels."""
     width: Positive
-    """Likewise."""
+    """Width of every image in pixels."""
     mode: Literal["L", "RGB"] = "RGB"
     """Grey or colour."""
     fit: Literal["crop", "pad", "resize"] = "crop"
-    """`crop` fills the size and cuts what stands out, `pad` keeps all and fills with black, `resize` stretches."""
+    """`crop` fills the size and cuts off the rest, `pad` keeps the whole image on black, `resize` stretches it."""
     frames: Literal["first", "all"] = "first"
-    """Of each file the first page or frame, or all, which stay in one split."""
+    """Of each file the first page or frame, or all of them, in one split."""
     bits: Annotated[int, Field(ge=1, le=16)] = 16
-    """16-bit grey is divided by 2^bits - 1, except in PGM and JPEG 2000, which name their own white."""
+    """16-bit grey is divided by 2^bits - 1, except in PGM and JPEG 2000, whose files name their white."""
     on_error: Literal["stop", "skip"] = "stop"
-    """`skip` leaves out what looks like an image and cannot be read."""
+    """Whether an image that cannot be read stops the run or is left out."""
     validation: Share = 0.05
-    """Share of the files with images, of those that are not for testing."""
+    """Share of the files for validation, of those that are not for testing."""
     test: Share = 0.1
-    """Share of all files with images."""
+    """Share of all files with images for testing."""
     seed: int = 0
-    """Of the splits."""
+    """Seed of the splits."""
 
     def load(self, root: Path) -> ImageSet:
-        """The three splits, at random by `seed`; writes a line on what was read to standard error.
+        """Load the three splits, at random by `seed`, and report the number of images on standard error.
 
-        Raises: DataError for a missing directory, too few images, and files that cannot be read, all in one message.
+        Raises:
+            DataError: The directory is missing, or has too few images or unreadable ones; one message names them all.
         """
         if not root.is_dir():
             raise DataError(f"{root} is not a directory; --data must name a directory of images")
@@ -103,9 +104,10 @@ class Folder(Strict):
         return self._split(found)
 
     def _images(self, path: Path) -> list[NDArray[np.uint8]] | None:
-        """The images of one file; None where it does not look like an image.
+        """Read the images of one file; None where it is no image.
 
-        Raises: DataError with the reason alone.
+        Raises:
+            DataError: An image cannot be read; the message is the reason alone.
         """
         file = _opened(path)
         if file is None:
@@ -127,7 +129,7 @@ class Folder(Strict):
         return to_uint8(fit(checked[None], (self.height, self.width), self.fit)[0], "it")
 
     def _split(self, found: _Found) -> ImageSet:
-        """At random by file."""
+        """Split at random by file."""
         images = np.frombuffer(found.pixels, np.uint8).reshape(-1, CHANNELS[self.mode], self.height, self.width)
         rest, test = split_off(torch.arange(found.files), self.test, self.seed)
         parts = (*split_off(rest, self.validation, self.seed), test)
@@ -140,7 +142,7 @@ class Folder(Strict):
 
 @dataclass
 class _Found:
-    """What a directory holds, as far as it is read."""
+    """The images of a directory that have been read so far, and the files that were not."""
 
     pixels: bytearray = field(default_factory=bytearray)
     owners: list[int] = field(default_factory=list)
@@ -152,7 +154,7 @@ class _Found:
     others: int = 0
 
     def add(self, images: list[NDArray[np.uint8]] | None) -> None:
-        """The images of one more file, those left out that are there already."""
+        """Add the images of one more file, without duplicates."""
         if images is None:
             self.others += 1
             return
@@ -168,7 +170,7 @@ class _Found:
         self.files += len(self.owners) > before
 
     def refuse(self, path: Path, reason: str) -> None:
-        """One more that cannot be read."""
+        """Count one more file that cannot be read."""
         self.bad.append(" ".join(f"{path} ({reason})".split()))
 
     def named(self) -> str:
@@ -177,7 +179,7 @@ class _Found:
         return f"{_count(len(self.bad), 'bad file')}: {'; '.join(self.bad[:NAMED] + more)}"
 
     def __str__(self) -> str:
-        """The counts, for people."""
+        """The counts in words."""
         counts = {"duplicate": self.duplicates, "bad file": len(self.bad), "other file": self.others}
         *most, last = ["", *(_count(n, noun) for noun, n in counts.items() if n)]
         left_out = " and ".join(part for part in (", ".join(most[1:]), last) if part)
@@ -185,9 +187,9 @@ class _Found:
 
 
 def _files(root: Path, refuse: Callable[[Path, str], None]) -> list[Path]:
-    """Every file below that is not hidden, sorted; a folder to which several links lead is read once."""
+    """Every file below `root` that is not hidden, sorted; a folder with several links to it is read once."""
     found, tops, seen = [], [root], set()
-    for top in tops:  # which links to folders prolong
+    for top in tops:  # grows by links to folders
         for name, folders, names in os.walk(top, onerror=lambda error: refuse(Path(error.filename), _reason(error))):
             folder = Path(name)
             if folder.resolve() in seen:
@@ -216,7 +218,7 @@ def _opened(path: Path) -> Image.Image | None:
 
 
 def _is_image(path: Path) -> bool:
-    """Whether a file that cannot be opened as an image should be one, by suffix or content."""
+    """Whether a file that cannot be opened is an image by its suffix or first bytes."""
     if path.suffix.lower() in SUFFIXES:
         return True
     try:

@@ -1,4 +1,4 @@
-"""Frey Face: 1,965 grey frames of one face, 28 x 20, in the form in which Sam Roweis published them."""
+"""Frey Face: 1,965 grey frames of one face, 28 x 20, in the file that Sam Roweis published."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ import torch
 from scipy.io import loadmat
 from torch import Tensor
 
-from training.data.images import ImageSet
+from training.data.images import DatasetSettings, ImageSet
 from training.errors import DataError
-from training.strict import Strict
 
 FILE = "frey_rawface.mat"
 FRAMES = 1965
 SIZES = {"author": (1600, 0, 365), "random": (1565, 200, 200), "contiguous": (1565, 200, 200)}
 
 
-class Frey(Strict):
-    """Split by `split`, by `seed` where it is random.
+class Frey(DatasetSettings):
+    """Frey Face with one of three splits.
 
     `author`: shuffled, 1,600 to train, the other 365 both validation and test, as the paper's first author did.
-    `random`: shuffled, 1,565, 200 and 200. Both leak: it is a video, and a test frame's neighbours are trained on.
-    `contiguous`: the same sizes in the order of the film, so that only the borders do.
+    `random`: shuffled, 1,565, 200 and 200. Both leak: the frames are a film, and a test frame's neighbours are trained
+    on. `contiguous`: the same sizes in the order of the film, so that only the frames at the borders leak.
     """
 
     dataset: Literal["frey"]
     """Frey Face."""
     split: Literal["author", "random", "contiguous"] = "contiguous"
-    """Which frames are for what."""
+    """Which frames are in which split."""
     seed: int = 0
-    """Of the random splits."""
+    """Seed of the random splits."""
 
     def load(self, root: Path) -> ImageSet:
         """Read DIR/frey_rawface.mat or DIR/freyfaces/frey_rawface.mat.
 
-        Raises: DataError where it is missing or is something else.
+        Raises:
+            DataError: The file is missing or is not the original.
         """
         frames = read_frames(root)
         if self.split != "contiguous":
@@ -47,7 +47,7 @@ class Frey(Strict):
 
 
 def read_frames(root: Path) -> Tensor:
-    """All frames in their order, uint8 (1965, 1, 28, 20)."""
+    """Read all frames in their order, uint8 (1965, 1, 28, 20)."""
     path = next((p for p in (root / FILE, root / "freyfaces" / FILE) if p.is_file()), None)
     if path is None:
         raise DataError(f"no {FILE} in {root} or {root / 'freyfaces'}; no licence lets us fetch it, place it there")

@@ -1,9 +1,9 @@
-"""Images in memory: one uint8 tensor a split, indexed by the training loop."""
+"""Images in memory: one uint8 tensor a split."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -11,10 +11,21 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
+from training.distributions.interface import Support
 from training.errors import DataError
+from training.strict import Strict
 
 Share = Annotated[float, Field(gt=0, lt=1)]
-"""The part of a data set that a split takes."""
+"""Share of a data set in a split."""
+
+
+class DatasetSettings(Strict):
+    """A data set; its `load(root)` reads the three splits of an `ImageSet` from the folder `--data`."""
+
+    support: ClassVar[Support] = Support.EIGHT_BIT
+    """Values of a pixel in [0, 1]."""
+    stochastic: ClassVar[bool] = False
+    """Whether a grey level is the probability that the pixel is white, as for handwritten digits."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +50,15 @@ class ImageSet:
         return channels, height, width
 
     def to(self, device: torch.device) -> ImageSet:
-        """The same images, there."""
+        """The same images on a device."""
         return ImageSet(*(split.to(device) for split in (self.train, self.validation, self.test)))
 
 
 def to_uint8(values: NDArray[np.floating], source: str) -> NDArray[np.uint8]:
-    """Grey levels in [0, 1] to 0..255.
+    """Convert grey levels in [0, 1] to 0..255.
 
-    Raises: DataError, naming `source`, where a value is outside [0, 1] or not a number.
+    Raises:
+        DataError: A value is outside [0, 1] or not a number; the message names `source`.
     """
     low, high = values.min(), values.max()
     if not (low >= 0.0 and high <= 1.0):
@@ -55,7 +67,7 @@ def to_uint8(values: NDArray[np.floating], source: str) -> NDArray[np.uint8]:
 
 
 def split_off(images: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """(rest, part): a seeded random part of at least one image, in the order of the file."""
+    """Split off a seeded random part of at least one image: (rest, part), each in the order of the file."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     size = max(1, round(fraction * len(images)))
     part, rest = order[:size].sort().values, order[size:].sort().values
@@ -63,11 +75,11 @@ def split_off(images: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tenso
 
 
 def as_float(images: Tensor) -> Tensor:
-    """uint8 to float32 in [0, 1]."""
+    """Convert uint8 to float32 in [0, 1]."""
     return images.float() / 255.0
 
 
 def binarise(images: Tensor, generator: torch.Generator) -> Tensor:
-    """A fresh draw of Bernoulli(images / 255) for every pixel, exact: P(r < x) = x / 255 for r uniform on 0..254."""
+    """Draw Bernoulli(images / 255) for every pixel, exactly: P(r < x) = x / 255 for r uniform on 0..254."""
     r = torch.empty_like(images).random_(0, 255, generator=generator)
     return (r < images).float()

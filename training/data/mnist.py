@@ -6,7 +6,7 @@ import gzip
 import hashlib
 import zlib
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import httpx
 import numpy as np
@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from training.data.images import ImageSet
+from training.data.images import DatasetSettings, ImageSet
 from training.errors import DataError
-from training.strict import Strict
 
 # md5 of the uncompressed original files.
 MD5 = {
@@ -27,18 +26,20 @@ MIRROR = "https://ossci-datasets.s3.amazonaws.com/mnist"
 HEADER = 16
 
 
-class Mnist(Strict):
-    """60,000 and 10,000 images of 28 x 28; the last `validation` training images are held out."""
+class Mnist(DatasetSettings):
+    """60,000 training and 10,000 test images of 28 x 28; the last `validation` training images are for validation."""
 
+    stochastic: ClassVar[bool] = True
     dataset: Literal["mnist"]
     """MNIST."""
     validation: int = 2000
-    """Training images that are held out."""
+    """Number of training images for validation, the last ones."""
 
     def load(self, root: Path) -> ImageSet:
         """Read DIR/*-ubyte[.gz] or DIR/mnist/*-ubyte[.gz].
 
-        Raises: DataError where a file is missing or is not the original.
+        Raises:
+            DataError: A file is missing or is not the original.
         """
         images = read_images(root, "train-images-idx3-ubyte")
         if not 0 < self.validation < len(images):
@@ -48,7 +49,7 @@ class Mnist(Strict):
 
 
 def read_images(root: Path, name: str) -> Tensor:
-    """One IDX file as uint8 (n, 1, 28, 28), checked against the original's md5."""
+    """Read one IDX file as uint8 (n, 1, 28, 28), checked against the original's md5."""
     for path in (folder / (name + suffix) for folder in (root, root / "mnist") for suffix in ("", ".gz")):
         if path.is_file():
             return _parse(path, MD5[name])
@@ -71,9 +72,10 @@ def _parse(path: Path, md5: str) -> Tensor:
 
 
 def download(root: Path) -> None:
-    """Fetch the two image files into root/mnist, checked; files already there and whole are kept.
+    """Fetch the two image files into root/mnist and check them; whole files that are already there are kept.
 
-    Raises: DataError where the mirror cannot be reached or sends something else.
+    Raises:
+        DataError: The mirror cannot be reached or sends something else.
     """
     folder = root / "mnist"
     folder.mkdir(parents=True, exist_ok=True)

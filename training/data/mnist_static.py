@@ -1,31 +1,33 @@
-"""The static binarised MNIST of the density-estimation literature: one draw, fixed for ever."""
+"""The static binarised MNIST of the density-estimation literature: one binarisation, drawn once for all."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 
-from training.data.images import ImageSet
+from training.data.images import DatasetSettings, ImageSet
+from training.distributions.interface import Support
 from training.errors import DataError
-from training.strict import Strict
 
 FILE = "binarized_mnist.npz"
 SIZES = {"train": 50_000, "valid": 10_000, "test": 10_000}
 
 
-class MnistStatic(Strict):
+class MnistStatic(DatasetSettings):
     """50,000, 10,000 and 10,000 images of 28 x 28, black or white (Salakhutdinov and Murray; Larochelle's split)."""
 
+    support: ClassVar[Support] = Support.BINARY
     dataset: Literal["mnist_static"]
     """Static binarised MNIST."""
 
     def load(self, root: Path) -> ImageSet:
         """Read DIR/binarized_mnist.npz or DIR/mnist_static/binarized_mnist.npz.
 
-        Raises: DataError where it is missing or is something else.
+        Raises:
+            DataError: The file is missing or is not the original.
         """
         path = next((p for p in (root / FILE, root / "mnist_static" / FILE) if p.is_file()), None)
         if path is None:

@@ -1,4 +1,4 @@
-"""The diagonal Gaussian, written once: posterior, and what is reparameterised."""
+"""The diagonal Gaussian."""
 
 from __future__ import annotations
 
@@ -20,23 +20,29 @@ class DiagonalGaussian(NamedTuple):
     def draw(self, eps: Tensor) -> Tensor:
         """z = mean + std * eps for eps ~ N(0, I), differentiable in both parameters.
 
-        Shapes: eps (..., d), broadcast against the parameters.
+        Args:
+            eps: (..., d), broadcast against the parameters.
+
         Source: Kingma and Welling (2013), section 2.4.
         """
         return self.mean + torch.exp(0.5 * self.log_var) * eps
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """log N(z; mean, diag(exp(log_var))) in nats, summed over the last axis."""
+        """Log N(z; mean, diag(exp(log_var))) in nats, summed over the last axis."""
         square = (z - self.mean).square() * torch.exp(-self.log_var)
         return -0.5 * (square + self.log_var + LOG_2_PI).sum(-1)
 
     def entropy(self) -> Tensor:
-        """-E[log q(z)] in nats, closed form, summed over the last axis."""
+        """Return -E[log q(z)] in nats, in closed form, summed over the last axis."""
         return 0.5 * (self.log_var + 1.0 + LOG_2_PI).sum(-1)
 
     def kl_from_standard_normal(self) -> Tensor:
-        """KL(N(mean, std^2) || N(0, I)) in nats, closed form, summed over the last axis.
+        """KL(N(mean, std^2) || N(0, I)) in nats, in closed form, summed over the last axis.
 
         Source: Kingma and Welling (2013), appendix B.
         """
         return 0.5 * (self.mean.square() + self.log_var.exp() - 1.0 - self.log_var).sum(-1)
+
+    def detach(self) -> DiagonalGaussian:
+        """The same distribution without gradients in its parameters."""
+        return DiagonalGaussian(self.mean.detach(), self.log_var.detach())

@@ -1,4 +1,4 @@
-"""What a trained model is worth, in nats per image with standard errors, and in decibels after corruption."""
+"""Evaluation of a trained model: nats per image with standard errors, and decibels after restoration."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from tqdm import tqdm
 
 from service.contract.manifest import digest
 from training.data import as_float, binarise
+from training.distributions.interface import Support
 from training.errors import CheckpointError
-from training.loop.progress import tell, warn
+from training.loop.checkpoint import read_checkpoint, write_checkpoint
 from training.loop.randomness import keyed_generator
-from training.loop.trainer import read_checkpoint, write_checkpoint
 from training.models.restoration import FAMILIES, Observation, Recognition, corrupt
 from training.models.vae import VAE
-from training.objectives.elbo import elbo, importance_log_likelihood
+from training.objectives.elbo import importance_log_likelihood
+from training.progress import tell, warn
 
-BLOCK = 100  # images scored between two looks at the clock
+BLOCK = 100  # images scored between two updates of the partial result
 DECODES = {"cpu": 200, "cuda": 20_000}
-"""Rows decoded at once: as many as leave what a layer makes of them in a CPU's cache, or as keep a GPU busy."""
+"""Rows decoded at once: few enough for a layer's output to fit a CPU's cache, or enough to keep a GPU busy."""
 RESTORED = 200  # test images that are corrupted and restored
 CHECKED_LEVELS = {
     "gaussian": (0.02, 0.05, 0.1, 0.25, 0.5, 0.6),
@@ -38,11 +39,20 @@ CHECKED_LEVELS = {
 def likelihood(
     model: VAE, images: Tensor, draws: int, seed: int, partial: Path, dynamic: bool
 ) -> dict[str, float | int | str]:
-    """Test ELBO and importance-sampled log p(x) in nats per image, with standard errors over images.
+    """Estimate test ELBO and importance-sampled log p(x) in nats per image, with standard errors over images.
 
-    `images` uint8 (n, c, h, w), binarised by `seed` (dynamic) or left grey. Under Bernoulli pixels a grey level has no
-    probability, so of grey images there is only the ELBO: an importance-weighted "likelihood" of them would be none.
-    Progress is kept in `partial`, so that an interrupted evaluation goes on where it was.
+    Under Bernoulli pixels a grey level has no probability, so grey images get the ELBO alone.
+
+    Args:
+        model: The VAE.
+        images: uint8 (n, c, h, w).
+        draws: Importance samples an image.
+        seed: Of binarisation and draws.
+        partial: File of the finished blocks, from which an interrupted evaluation goes on.
+        dynamic: Binarise the images by `seed`; otherwise they stay grey.
+
+    Returns:
+        Figures by name, as in the manifest's `quality`.
     """
     identity = {
         "draws": draws,
@@ -64,7 +74,7 @@ def likelihood(
         write_checkpoint(partial, {"identity": identity, "columns": columns})
     kind = "dynamic" if dynamic else "none (grey levels)" if is_grey(images) else "static"
     summary = _summary(torch.cat(columns, 1), draws, seed, kind)
-    if model.likelihood.eight_bit:
+    if model.likelihood.support is Support.EIGHT_BIT:
         pixels = images[0].numel()
         summary["test_elbo_bits_per_dim"] = bits_per_dim(-float(summary["test_elbo_nats"]), pixels)
         summary["test_nll_bits_per_dim"] = bits_per_dim(float(summary["test_nll_nats"]), pixels)
@@ -72,21 +82,19 @@ def likelihood(
 
 
 def _score(model: VAE, images: Tensor, draws: int, generator: torch.Generator, dynamic: bool) -> Tensor:
-    """(2, n): ELBO with one draw, importance-weighted bound with `draws`; grey images have only the first."""
+    """ELBO with one draw and importance-weighted bound with `draws`, (2, n); nan for the second of grey images."""
     x = binarise(images, generator) if dynamic else as_float(images)
-    latent_dim = model.posterior(x[:1]).mean.shape[1]
-
-    def noise(k: int, rows: int) -> Tensor:
-        return torch.randn(k, rows, latent_dim, generator=generator, device=x.device)
-
-    bound = elbo(model, x, noise(1, len(x))).elbo
-    if model.likelihood.binary and is_grey(images) and not dynamic:
+    bound = model.bound(x, model.noise(1, len(x), generator)).elbo
+    if model.likelihood.support is Support.BINARY and is_grey(images) and not dynamic:
         return torch.stack([bound, torch.full_like(bound, math.nan)])
     most = DECODES[x.device.type]
     rows = max(1, most // draws)
     scores = [
         torch.stack(
-            [importance_log_likelihood(model, part, noise(k, len(part))) + math.log(k) for k in _chunks(draws, most)]
+            [
+                importance_log_likelihood(model, part, model.noise(k, len(part), generator)) + math.log(k)
+                for k in _chunks(draws, most)
+            ]
         )
         for part in x.split(rows)
     ]
@@ -124,7 +132,7 @@ def _summary(columns: Tensor, draws: int, seed: int, binarisation: str) -> dict[
 
 
 def bits_per_dim(nats: float, dimensions: int) -> float:
-    """A negative log probability of an 8-bit image in bits a pixel and channel."""
+    """Convert the negative log probability of an 8-bit image to bits a pixel and channel."""
     return round(nats / (dimensions * math.log(2.0)), 4)
 
 
@@ -144,10 +152,18 @@ def _fingerprint(model: VAE) -> float:
 def restoration(
     vae: VAE, recognition: Recognition, images: Tensor, seed: int
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Mean PSNR in dB (data range 1) of seeded test images before and after, by family and level.
+    """Measure restoration of seeded test images by noise family and level.
 
-    The noisy image is cut to [0, 1] first, which only helps it. Also `worse`: the share of images whose error grew;
-    `auto_db`: the PSNR when the level has to be estimated; `level_error`: the mean of |log(estimate / level)|.
+    Args:
+        vae: The VAE.
+        recognition: The recognition model of corrupted images.
+        images: uint8 (n, c, h, w), of which at most 200 are used.
+        seed: Of the choice and of the noise.
+
+    Returns:
+        By family and level, with data range 1: `noisy_db`, the mean PSNR of the noisy image clipped to [0, 1];
+        `restored_db`, after restoration at the known level; `auto_db`, at the estimated level; `worse`, the share of
+        images whose error grew; `level_error`, the mean of |log(estimate / level)|.
     """
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:RESTORED]
     x = as_float(images[order.to(images.device)])
@@ -171,7 +187,7 @@ def restoration(
 
 
 def report(table: dict[str, dict[str, dict[str, float]]]) -> None:
-    """Say on standard error what `restoration` found, by family; warn where it is no better than doing nothing."""
+    """Report the result of `restoration` by family on standard error; warn where it gains nothing."""
     for family, rows in table.items():
         gain = mean(row["auto_db"] - row["noisy_db"] for row in rows.values())
         error = mean(row["level_error"] for row in rows.values())

@@ -1,4 +1,4 @@
-"""How good restored images and scores are: PSNR, SSIM, coverage, AUROC."""
+"""Quality of restored images: PSNR, SSIM, coverage of their standard deviations."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from numpy.typing import NDArray
 from training.extras import needed
 
 MOST_DB = 60.0
-"""An image restored that well need not get better; without a limit one exact answer would make a mean infinite."""
+"""Limit of an image's PSNR in dB, because one exact answer would make a mean infinite."""
 DEVIATIONS = 1.645
-"""From the mean to either end of a normal's central 90 %."""
+"""Half the width of a normal's central 90 %, in standard deviations."""
 LEAST_STD = 0.01
-"""Pixels whose posterior standard deviation is smaller, two and a half grey levels, are taken as known."""
+"""Pixels with a smaller posterior standard deviation (two and a half grey levels) count as known."""
 
 
 def psnr(restored: NDArray[Any], x: NDArray[Any], where: NDArray[Any] | None = None) -> NDArray[np.float64]:
-    """Peak signal-to-noise ratio in dB for data in [0, 1], an image (n,); only of the pixels `where` is not 0."""
+    """Peak signal-to-noise ratio in dB for data in [0, 1] of each image, (n,); `where` selects pixels."""
     square = np.square(restored.astype(np.float64) - x)
     weight = np.ones_like(square) if where is None else where
     error = (square * weight).sum((1, 2, 3)) / weight.sum((1, 2, 3))
@@ -26,9 +26,11 @@ def psnr(restored: NDArray[Any], x: NDArray[Any], where: NDArray[Any] | None = N
 
 
 def ssim(restored: NDArray[Any], x: NDArray[Any]) -> NDArray[np.float64]:
-    """Structural similarity of each image (n,), data range 1, a uniform window of 7 x 7, channels averaged.
+    """Structural similarity of each image, (n,): data range 1, a uniform window of 7 x 7, channels averaged.
 
-    Raises: DependencyError without scikit-image.
+    Raises:
+        DependencyError: scikit-image is not installed.
+
     Source: Wang, Bovik, Sheikh and Simoncelli (2004), equation 13.
     """
     similarity = needed("skimage.metrics").structural_similarity
@@ -37,18 +39,7 @@ def ssim(restored: NDArray[Any], x: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def coverage(mean: NDArray[Any], std: NDArray[Any], x: NDArray[Any], where: NDArray[Any] | None = None) -> float:
-    """The share of pixels within mean +- 1.645 std, of those that are not known; not a number where all are."""
+    """The share of pixels within mean +- 1.645 std, among those that are not known; nan where all are known."""
     uncertain = std > LEAST_STD if where is None else (std > LEAST_STD) & (where > 0)
     inside = np.abs(x - mean) <= DEVIATIONS * std
     return float(inside[uncertain].mean()) if uncertain.any() else float("nan")
-
-
-def auroc(inside: NDArray[Any], outside: NDArray[Any]) -> float:
-    """P(an inlier's score is above an outlier's), ties counting half: 1 separates them, 0.5 is chance.
-
-    Source: Hanley and McNeil (1982), the Wilcoxon statistic.
-    """
-    from scipy.stats import rankdata  # noqa: PLC0415  # slow to import, and one command needs it
-
-    ranks = rankdata(np.concatenate([inside, outside]))[: len(inside)].sum()
-    return float((ranks - len(inside) * (len(inside) + 1) / 2) / (len(inside) * len(outside)))

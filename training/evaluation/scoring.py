@@ -10,50 +10,58 @@ from torch import Tensor, nn
 from service.contract.manifest import Scoring
 from training.data import as_float, binarise
 from training.distributions.gaussian import DiagonalGaussian
-from training.distributions.priors.learned import LearnedPrior
+from training.distributions.interface import Support
 from training.evaluation.evaluate import is_grey
 from training.loop.randomness import keyed_generator
-from training.models.vae import VAE
-from training.objectives.elbo import Bound
+from training.models.vae import VAE, Bound
 
 DRAWS = 16
-"""As many as the service takes unless it is told otherwise."""
+"""Draws an image, the default of the service's `score`."""
 HELD_OUT = 2000
-"""Validation images that are scored: enough for each percentile to lie within one or two of where it should."""
+"""Validation images that are scored: enough for an error of one or two percentiles."""
 ROWS = 200
 
 
 class LogJoint(nn.Module):
     """x, z -> log p(x|z) and log p(z) in nats.
 
-    Densities are computed in double: in float, the last bit of onnxruntime's logarithms and sums hangs on how many
-    rows there are.
+    Densities are computed in double: in float, the last bit of onnxruntime's logarithms and sums depends on the number
+    of rows.
     """
 
     def __init__(self, vae: VAE) -> None:
         super().__init__()
-        prior = vae.prior.frozen() if isinstance(vae.prior, LearnedPrior) else vae.prior
         self.decoder, self.likelihood = vae.decoder, vae.likelihood
-        self.prior = deepcopy(prior).double()  # type: ignore[attr-defined]  # a module
+        self.prior = deepcopy(vae.prior.frozen()).double()
 
     def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """(n, c, h, w), (n, d) -> (n,), (n,)."""
+        """x (n, c, h, w), z (n, d) -> log p(x|z) and log p(z), (n,) each."""
         return self.log_likelihood(x, z).float(), self.prior.log_prob(z.double()).float()
 
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
-        """log p(x|z) in double."""
+        """Log p(x|z) in double: x (n, c, h, w), z (n, d) -> (n,)."""
         return self.likelihood.log_prob(self.decoder(z).double(), x.double())
 
 
 class ElboGradient(nn.Module):
-    """One draw's ELBO under any diagonal Gaussian q(z), and its gradient in q's parameters."""
+    """The ELBO at one draw of any diagonal Gaussian q(z), and its gradient in q's parameters."""
 
     def __init__(self, vae: VAE) -> None:
         super().__init__()
         self.joint = LogJoint(vae)
 
     def forward(self, mean: Tensor, log_var: Tensor, eps: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """elbo (n,) and the gradients (n, d), (n, d) for mean, log_var and eps (n, d) and x (n, c, h, w)."""
+        """Compute the ELBO at z = mean + std eps, and its gradients.
+
+        Args:
+            mean: (n, d).
+            log_var: (n, d).
+            eps: Draws of N(0, I), (n, d).
+            x: (n, c, h, w).
+
+        Returns:
+            The ELBO (n,) in nats, and its gradients in mean and log_var, (n, d) each.
+        """
         with torch.enable_grad():
             mean, log_var = (part.detach().requires_grad_() for part in (mean, log_var))
             q = DiagonalGaussian(mean.double(), log_var.double())
@@ -64,9 +72,16 @@ class ElboGradient(nn.Module):
 
 
 def bound_at_draws(vae: VAE, x: Tensor, eps: Tensor) -> Bound:
-    """The ELBO as the service computes it: the entropy of q exact, log p(x|z) and log p(z) the means over the draws.
+    """Estimate the ELBO as the service does: q's entropy in closed form, log p(x|z) and log p(z) as means over draws.
 
-    Shapes: x (n, c, h, w); eps (L, n, d).
+    Args:
+        vae: The VAE.
+        x: (n, c, h, w).
+        eps: Draws of N(0, I), (L, n, d).
+
+    Returns:
+        The bound's terms, (n,) each.
+
     Source: Kingma and Welling (2013), equation 6, with the part of it that has a closed form in that form.
     """
     posterior = vae.posterior(x)
@@ -77,23 +92,27 @@ def bound_at_draws(vae: VAE, x: Tensor, eps: Tensor) -> Bound:
 
 @torch.inference_mode()
 def held_out(vae: VAE, images: Tensor, seed: int, *, dynamic: bool) -> Scoring:
-    """What is known of the ELBO of at most 2,000 seeded images (n, c, h, w) uint8 that the model was not trained on.
+    """Percentiles of the ELBO of at most 2,000 images that the model was not trained on.
 
-    dynamic: whether training binarised them. Images that are black and white already count as binarised.
+    Args:
+        vae: The VAE.
+        images: uint8 (n, c, h, w).
+        seed: Of the choice, the binarisation and the draws.
+        dynamic: Whether training binarised images. Black and white images count as binarised.
     """
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:HELD_OUT]
     images = images[order.to(images.device)]
     generator = keyed_generator(images.device, seed, 6)
     x = binarise(images, generator) if dynamic else as_float(images)
-    latent_dim = vae.posterior(x[:1]).mean.shape[1]
     elbo = [
-        bound_at_draws(vae, rows, torch.randn(DRAWS, len(rows), latent_dim, generator=generator, device=x.device)).elbo
+        bound_at_draws(vae, rows, vae.noise(DRAWS, len(rows), generator)).elbo
         for rows in x.split(max(1, ROWS // DRAWS))
     ]
     percentiles = torch.quantile(torch.cat(elbo).double(), torch.linspace(0.0, 1.0, 101, device=x.device).double())
-    bits = vae.likelihood.binary and (dynamic or not is_grey(images))
+    binary = vae.likelihood.support is Support.BINARY
+    bits = binary and (dynamic or not is_grey(images))
     return Scoring(
-        binary=vae.likelihood.binary,
+        binary=binary,
         binarisation="sample" if bits else "none",
         elbo_percentiles_nats=[round(value, 3) for value in percentiles.tolist()],
         images=len(images),

@@ -1,4 +1,4 @@
-"""A service asked over HTTP: one that runs already, or `python -m service` started for as long as it is needed."""
+"""A client of a service over HTTP: a running one, or `python -m service` started for the duration."""
 
 from __future__ import annotations
 
@@ -34,22 +34,23 @@ NPY = "application/x-npy"
 
 
 class Answer(NamedTuple):
-    """What came back: arrays by name, a row a row, and the level of the noise (n,) where one is told."""
+    """Output arrays by name, (n, ...) each, and the noise level (n,) where the service estimated one."""
 
     outputs: dict[str, Pixels]
     level: NDArray[np.float64] | None
 
 
 class Client:
-    """What the experiments ask of a service."""
+    """The requests of calibration and experiments."""
 
     def __init__(self, http: httpx.Client) -> None:
         self._http = http
 
     def await_ready(self) -> None:
-        """Until every model is warmed.
+        """Wait until every model is warm.
 
-        Raises: ServiceError where that takes longer than a minute.
+        Raises:
+            ServiceError: It takes longer than a minute.
         """
         end, said = time.monotonic() + READY_S, ""
         while time.monotonic() < end:
@@ -65,14 +66,23 @@ class Client:
         raise ServiceError(f"no service is ready at {self._http.base_url} ({said}); start one, or leave --url out")
 
     def models(self) -> list[dict[str, Any]]:
-        """What is said of every model, at its latest version."""
+        """The description of every model at its latest version."""
         names = [one["model"] for one in self._checked(self._http.get("/v1/models")).json()["models"]]
         return [self._checked(self._http.get(f"/v1/models/{name}")).json() for name in names]
 
     def images(self, model: str, operation: str, rows: Pixels, mask: Pixels | None = None, **options: object) -> Answer:
-        """The answer to rows (n, c, h, w), sent and received as .npy, `ROWS` a request; a mask goes along in a form.
+        """Run an operation on rows, sent and received as .npy, `ROWS` a request.
 
-        Raises: RefusedError with the service's own words; ServiceError where it does not answer.
+        Args:
+            model: Its name.
+            operation: The last part of the path.
+            rows: (n, c, h, w).
+            mask: Shaped like rows, 1 where a pixel is observed; sent in a form.
+            **options: Of the operation.
+
+        Raises:
+            RefusedError: The service refuses; the message is the problem's detail.
+            ServiceError: The service does not answer.
         """
         answers = [
             self._ask(model, operation, rows[k : k + ROWS], None if mask is None else mask[k : k + ROWS], options)
@@ -83,9 +93,10 @@ class Client:
         return Answer(outputs, np.concatenate(levels) if levels else None)
 
     def figures(self, model: str, operation: str, rows: Pixels, **options: object) -> dict[str, NDArray[np.float64]]:
-        """The lists of numbers of a JSON answer, a number a row.
+        """Run an operation whose JSON answer has a number a row, and return these lists by name, (n,) each.
 
-        Raises: as `images`.
+        Raises:
+            RefusedError, ServiceError: As `images`.
         """
         parts: list[dict[str, Any]] = []
         for k in range(0, len(rows), ROWS):
@@ -125,12 +136,12 @@ class Client:
 
 
 def offering(operation: str, names: str, told: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of the models that `Client.models` tells of, those that offer the operation and whose name fits the pattern."""
+    """Those of `Client.models` that offer the operation and whose name matches the pattern."""
     return [one for one in told if operation in one["operations"] and fnmatch(one["model"], names)]
 
 
 def npy(array: Pixels) -> bytes:
-    """As the service reads it."""
+    """Encode an array as a float32 .npy file."""
     file = io.BytesIO()
     np.save(file, np.ascontiguousarray(array, np.float32), allow_pickle=False)
     return file.getvalue()
@@ -138,15 +149,16 @@ def npy(array: Pixels) -> bytes:
 
 @contextmanager
 def served(url: str | None, models: Path) -> Iterator[Client]:
-    """A client of the service at `url` or, without one, of a service of `models` that is ended with the block.
+    """A client of the service at `url`, or, without one, of a service of `models` that ends with the block.
 
-    Raises: ServiceError where none comes to be ready.
+    Raises:
+        ServiceError: The service does not become ready.
     """
     if url is None:
         settings = {"VAE_MODELS": str(models.absolute()), "VAE_THREADS": "1", "VAE_TIMEOUT_S": str(ANSWER_S)}
         names = sorted(path.parts[-3] for path in models.glob(f"*/*/{FILE_NAME}"))
         if names:
-            settings["VAE_DEFAULT_MODEL"] = names[0]  # any: models are asked by their names
+            settings["VAE_DEFAULT_MODEL"] = names[0]  # any, because requests name their model
         with started(**settings) as (_, own), served(own, models) as client:
             yield client
         return
@@ -158,9 +170,10 @@ def served(url: str | None, models: Path) -> Iterator[Client]:
 
 @contextmanager
 def started(**settings: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """`python -m service` on a free port of loopback; gives the process and its URL, and ends it whatever happens.
+    """Start `python -m service` on a free port of loopback; yields the process and its URL, and always ends it.
 
-    Raises: ServiceError with its own words where it does not start.
+    Raises:
+        ServiceError: It does not start; the message ends with its standard error.
     """
     clean = {name: value for name, value in os.environ.items() if not name.startswith("VAE_")}
     with tempfile.TemporaryFile("w+") as errors:

@@ -32,7 +32,8 @@ from service.contract.manifest import (
     is_plain_name,
 )
 from training.distributions.gaussian import DiagonalGaussian
-from training.distributions.priors.learned import LearnedPrior
+from training.distributions.interface import Prior
+from training.distributions.priors.standard_normal import StandardNormal
 from training.errors import DiskError, ExportError
 from training.evaluation.scoring import ElboGradient, LogJoint
 from training.inference.refinement import Refinement, differentiated
@@ -79,12 +80,12 @@ class Decode(nn.Module):
 class Draw(nn.Module):
     """eps ~ N(0, I) -> z ~ p(z)."""
 
-    def __init__(self, prior: LearnedPrior) -> None:
+    def __init__(self, prior: Prior) -> None:
         super().__init__()
         self.prior = prior
 
     def forward(self, eps: Tensor) -> Tensor:
-        """(n, noise_dim) -> (n, d)."""
+        """(n, *noise_shape) -> (n, d)."""
         return self.prior.draw(eps)
 
 
@@ -129,9 +130,9 @@ def exportables(vae: VAE, recognition: Recognition | None, x: Tensor, seen: Obse
             gradients=True,
         ),
     }
-    if isinstance(vae.prior, LearnedPrior):
+    if not isinstance(vae.prior, StandardNormal):  # whose draws are the noise itself
         prior = vae.prior.frozen()
-        noise = torch.randn(len(x), prior.noise_dim, generator=torch.Generator().manual_seed(0))
+        noise = torch.randn(len(x), *prior.noise_shape, generator=torch.Generator().manual_seed(0))
         graphs["prior"] = Exportable(Draw(prior), (noise,), ("eps",), ("z",))
     if recognition is not None:
         fusion, x_mean = recognition.fusion, Decode(vae)(recognition.posterior(seen).mean)

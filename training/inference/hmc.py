@@ -1,4 +1,4 @@
-"""Hybrid (Hamiltonian) Monte Carlo: draws of a density that is known up to its constant, many chains at a time.
+"""Hybrid (Hamiltonian) Monte Carlo: draws of an unnormalised density, many chains at a time.
 
 Source: Duane et al. (1987); Neal (2011), "MCMC using Hamiltonian dynamics", section 3; Kingma and Welling (2013),
 appendix E, for the target of 90 % acceptance.
@@ -16,12 +16,12 @@ ACCEPTANCE = 0.9
 JITTER = 0.2
 GAIN = 2.0
 
-Density = Callable[[Tensor], Tensor]
-"""The log of an unnormalised density in nats, differentiable: z (n, d) -> (n,), each row by itself."""
+LogDensity = Callable[[Tensor], Tensor]
+"""The log of an unnormalised density in nats, differentiable: z (n, d) -> (n,), each row independently."""
 
 
 class State(NamedTuple):
-    """Where n chains stand: z (n, d), the log density there (n,) and its gradient (n, d); none carries a graph."""
+    """The state of n chains: z (n, d), the log density there (n,) and its gradient (n, d), without autograd graphs."""
 
     z: Tensor
     log_density: Tensor
@@ -29,7 +29,7 @@ class State(NamedTuple):
 
 
 class Transition(NamedTuple):
-    """The chains' new state, and the probability with which each chain's proposal was accepted (n,)."""
+    """The chains' new state, and the acceptance probability of each chain's proposal, (n,)."""
 
     state: State
     acceptance: Tensor
@@ -44,8 +44,8 @@ class Draws(NamedTuple):
     step_size: Tensor
 
 
-def state_at(density: Density, z: Tensor) -> State:
-    """The state of chains at z (n, d); to be asked for again once the density has changed."""
+def state_at(density: LogDensity, z: Tensor) -> State:
+    """Evaluate the density at z (n, d); call it again after the density has changed."""
     with torch.enable_grad():
         z = z.detach().requires_grad_()
         log_density = density(z)
@@ -53,8 +53,10 @@ def state_at(density: Density, z: Tensor) -> State:
     return State(z.detach(), log_density.detach(), gradient)
 
 
-def leapfrog(density: Density, state: State, velocity: Tensor, step_size: Tensor, steps: int) -> tuple[State, Tensor]:
-    """Hamilton's equations for unit masses, `steps` of `step_size` (n, 1): reversible, and volumes are kept.
+def leapfrog(
+    density: LogDensity, state: State, velocity: Tensor, step_size: Tensor, steps: int
+) -> tuple[State, Tensor]:
+    """Integrate Hamilton's equations for unit masses by `steps` of `step_size` (n, 1); reversible, volume-preserving.
 
     Source: Neal (2011), section 2.3, equations 2.28 to 2.30.
     """
@@ -66,12 +68,20 @@ def leapfrog(density: Density, state: State, velocity: Tensor, step_size: Tensor
 
 
 def transition(
-    density: Density, state: State, step_size: Tensor, leapfrog_steps: int, generator: torch.Generator
+    density: LogDensity, state: State, step_size: Tensor, leapfrog_steps: int, generator: torch.Generator
 ) -> Transition:
-    """One step of every chain, which leaves the density invariant; a proposal of no finite density is refused.
+    """Take one step of every chain, which leaves the density invariant; proposals without finite density are rejected.
 
-    `step_size` is () or (n,). Each chain's is varied by up to a fifth, at random: a trajectory of fixed length can come
-    round to where it began, every time.
+    Each chain's step size varies by up to a fifth, at random: a trajectory of fixed length can return to its start,
+    every time.
+
+    Args:
+        density: The target.
+        state: Where the chains are.
+        step_size: () or (n,).
+        leapfrog_steps: Of the trajectory.
+        generator: Of velocities, step sizes and acceptance.
+
     Source: Neal (2011), section 3.2, and 4.2 for the variation.
     """
     noise = {"generator": generator, "device": state.z.device, "dtype": state.z.dtype}
@@ -90,11 +100,11 @@ def transition(
 
 
 def tuned(step_size: Tensor, acceptance: Tensor, gain: float = GAIN) -> Tensor:
-    """A step size nearer to 90 % acceptance: longer above it, shorter below, by exp(gain (acceptance - 0.9)).
+    """Move the step size towards 90 % acceptance: multiply it by exp(gain (acceptance - 0.9)).
 
-    One a chain (n,) follows its own acceptance, a common one () the chains' mean. It goes by probabilities, not by
-    whether a proposal happened to be accepted, and comes to rest: the author's code multiplies or divides by up to 1.25
-    for ever.
+    A step size (n,) uses each chain's own acceptance, a common one () the mean. It uses probabilities, not whether a
+    proposal was accepted, so it converges; the author's code multiplies or divides by up to 1.25 for ever.
+
     Source: Kingma and Welling (2013), appendix E; Andrieu and Thoms (2008), "A tutorial on adaptive MCMC".
     """
     found = acceptance.mean() if step_size.ndim == 0 else acceptance
@@ -102,7 +112,7 @@ def tuned(step_size: Tensor, acceptance: Tensor, gain: float = GAIN) -> Tensor:
 
 
 def sample(
-    density: Density,
+    density: LogDensity,
     start: Tensor,
     draws: int,
     generator: torch.Generator,
@@ -111,10 +121,10 @@ def sample(
     step_size: float = 0.1,
     burn_in: int = 100,
 ) -> Draws:
-    """`draws` states of the chains that begin at `start` (n, d), one after each transition.
+    """Run chains from `start` (n, d) and return `draws` of their states, one after each transition.
 
-    Each chain has a step size of its own, tuned over `burn_in` transitions, in their second half ever more gently, and
-    then left alone, since a step size that goes on following the chain would bias the draws.
+    Each chain has its own step size, tuned over `burn_in` transitions with a gain that falls in their second half. Then
+    it is constant, because a step size that depends on the chain's past would bias the draws.
     """
     state, steps = state_at(density, start), torch.full_like(start[:, 0], step_size)
     for t in range(burn_in):

@@ -1,10 +1,11 @@
-"""Monte Carlo EM: no recognition model; z is drawn from the posterior itself by Hybrid Monte Carlo.
+"""Monte Carlo EM without an encoder: z is drawn from the posterior itself by Hybrid Monte Carlo.
 
 Source: Kingma and Welling (2013), appendix E; Wei and Tanner (1990), for Monte Carlo EM.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +16,9 @@ from training.models.vae import VAE
 
 
 class Step(NamedTuple):
-    """The chains' new state z (n, d), log p(x, z) there in nats before the weights moved (n,), and how they got there.
+    """One round: the chains' new state z (n, d), and log p(x, z) there in nats under the weights before it, (n,).
 
-    `acceptance` is the last transition's mean probability; `step_size` what the next one begins with.
+    `acceptance` is the last transition's mean probability; `step_size` that of the next one.
     """
 
     z: Tensor
@@ -27,11 +28,11 @@ class Step(NamedTuple):
 
 
 class MonteCarloEm:
-    """Trains p(z) p(x|z) of a VAE, whose encoder is never asked, with Adagrad.
+    """Trains p(z) p(x|z) of a VAE with Adagrad; the encoder is not used.
 
-    The caller keeps the chains, so that they may persist: one for each training image, drawn at first by `start`,
-    `chains[rows] = em.step(x[rows], chains[rows]).z`; or fresh ones every time, which want some 20 `transitions` (on a
-    linear model of two latents 5 left log p(x) 0.3 nats below its maximum, 20 left it 0.03 below).
+    The caller keeps the chains. They may persist: one for each training image, drawn at first by `start`,
+    `chains[rows] = em.step(x[rows], chains[rows]).z`. Or they may be new every time, which takes about 20 `transitions`
+    (on a linear model of two latents 5 left log p(x) 0.3 nats below its maximum, 20 left it 0.03 below).
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class MonteCarloEm:
         weight_updates: int = 5,
         step_size: float = 0.1,
     ) -> None:
-        """`weight_decay` of 1/N is the source's prior N(0, I) on the weights, N training images; biases have none."""
+        """Prepare the updates; a `weight_decay` of 1/N is the source's prior N(0, I) on the weights of N images."""
         self.model, self.generator = model, generator
         self.leapfrog_steps, self.transitions, self.weight_updates = leapfrog_steps, transitions, weight_updates
         self.step_size = torch.tensor(step_size, device=generator.device)
@@ -57,37 +58,31 @@ class MonteCarloEm:
         ]
         self.optimiser = torch.optim.Adagrad(groups, lr=learning_rate, fused=True)
 
-    def start(self, rows: int, latent_dim: int) -> Tensor:
-        """Where chains may begin: N(0, I), (rows, latent_dim)."""
-        return torch.randn(rows, latent_dim, generator=self.generator, device=self.generator.device)
+    def start(self, rows: int) -> Tensor:
+        """Draws of N(0, I) at which chains may begin, (rows, *latent_shape)."""
+        return self.model.noise(1, rows, self.generator)[0]
 
     def step(self, x: Tensor, z: Tensor) -> Step:
-        """One round for a minibatch x (n, c, h, w) whose chains stand at z (n, d): the E step, then the M step."""
+        """Run the E step, then the M step, of a minibatch x (n, c, h, w) with chains at z (n, d)."""
         moved = self._sample(x, z)
         for _ in range(self.weight_updates):
-            loss = -self._log_joint(x, moved.state.z).mean()
+            loss = -self.model.log_joint(x, moved.state.z).mean()
             self.optimiser.zero_grad()
             loss.backward()
             self.optimiser.step()
         return Step(moved.state.z, moved.state.log_density, float(moved.acceptance.mean()), float(self.step_size))
 
     def _sample(self, x: Tensor, z: Tensor) -> hmc.Transition:
-        """Transitions towards p(z|x), the step size following 90 % acceptance as the weights change."""
-
-        def density(z: Tensor) -> Tensor:
-            return self._log_joint(x, z)
-
+        """Take transitions towards p(z|x); the step size is tuned to 90 % acceptance as the weights change."""
+        density = partial(self.model.log_joint, x)
         state = hmc.state_at(density, z)
         for _ in range(self.transitions):
             state, acceptance = hmc.transition(density, state, self.step_size, self.leapfrog_steps, self.generator)
             self.step_size = hmc.tuned(self.step_size, acceptance)
         return hmc.Transition(state, acceptance)
 
-    def _log_joint(self, x: Tensor, z: Tensor) -> Tensor:
-        return self.model.likelihood.log_prob(self.model.decode(z), x) + self.model.prior.log_prob(z)
-
 
 def generative_parameters(model: VAE) -> list[nn.Parameter]:
-    """Those of p(x|z) and p(z), and none of q(z|x)."""
+    """The parameters of p(x|z) and p(z), and none of q(z|x)."""
     parts = (model.decoder, model.likelihood, model.prior)
     return [p for part in parts if isinstance(part, nn.Module) for p in part.parameters() if p.requires_grad]

@@ -91,7 +91,7 @@ class Refinement(nn.Module):
         )
         z = of_z.draw(eps[:, :d])
         drawn = _moved(level, unknown * of_level.draw(eps[:, d:]))
-        x_mean = self.vae.likelihood.mean(self.vae.decode(z))
+        x_mean = self.vae.x_mean(z)
         variance, logit = self.fusion.pixel_prior(x_mean, level.clamp(min=JUDGED_AT))
         seen, seen_variance = _through(rows, columns, x_mean), _through(rows.square(), columns.square(), variance)
         density = observation_density(seen, seen_variance, logit, y, drawn, self.fusion.extremes)

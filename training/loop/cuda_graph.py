@@ -1,4 +1,4 @@
-"""A step recorded as one CUDA graph and launched as a whole: Python launches small kernels slower than they run."""
+"""Records a step as one CUDA graph: launching small kernels one by one from Python is slower than running them."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ import torch
 
 Answer = TypeVar("Answer")
 WARM_UP = 3
-"""Calls that run as they are before the recording: libraries choose their kernels, gradients and states come to be."""
+"""Plain calls before the recording, in which libraries choose kernels and gradients and optimiser state are created."""
 
 
 class Replay(Generic[Answer]):
-    """A function without arguments, run as it is for `WARM_UP` calls, then recorded once and replayed.
+    """Runs a function without arguments plainly for `WARM_UP` calls, then records it once and replays it.
 
-    What changes from call to call must lie in tensors that the function reads, or in one of `generators`, which may be
-    seeded anew between calls; it must never wait for the device. Its answer, like all that it writes, lies in the same
-    memory after every call, so copy what is to outlast the next.
+    Everything that changes from call to call must be in tensors that the function reads, or in one of `generators`,
+    which may be seeded anew between calls. The function must never wait for the device. Its result is in the same
+    memory after every call: copy it to keep it.
     """
 
     def __init__(self, function: Callable[[], Answer], generators: Iterable[torch.Generator] = ()) -> None:
         self.function, self.calls = function, 0
-        # What is recorded on one stream cannot wait for gradients that were made on another.
+        # A recording on one stream cannot wait for gradients that were made on another.
         self.stream = torch.cuda.Stream()
         self.graph = torch.cuda.CUDAGraph()
         for generator in generators:
             self.graph.register_generator_state(generator)
 
     def __call__(self) -> Answer:
-        """The function's answer."""
+        """Run the function and return its result."""
         self.calls += 1
         if self.calls <= WARM_UP:
             self.stream.wait_stream(torch.cuda.current_stream())

@@ -1,4 +1,4 @@
-"""Optimisers by name: Adam, the paper's Adagrad, and Muon for weight matrices with Adam for all else."""
+"""Optimisers by name: Adam, the paper's Adagrad, and Muon for weight matrices with Adam for all other parameters."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 MOMENTUM = 0.95
 LEAST_SIDE = 5
-"""A weight with fewer rows or columns than this is no matrix worth orthogonalising: first and last convolutions."""
+"""Weights with fewer rows or columns than this, such as first and last convolutions, are trained by Adam."""
 
 
 def build(settings: Optimisation, parameters: Iterable[nn.Parameter], *, capturable: bool = False) -> list[Optimizer]:
-    """The optimisers that share out the parameters, as `settings.optimiser` says.
+    """Make the optimisers of `settings.optimiser`; each parameter belongs to one of them.
 
-    With `capturable`, which wants CUDA, learning rates are tensors that a step reads, so that steps can be replayed;
-    Adagrad's stay numbers.
+    Args:
+        settings: Which optimiser, and its learning rates.
+        parameters: What they train.
+        capturable: Make learning rates tensors that a CUDA graph reads, so that steps can be replayed; needs CUDA.
+            Adagrad's stay numbers.
     """
     parameters = list(parameters)
     # fused: one kernel a step instead of one an operation and parameter.
@@ -48,7 +51,7 @@ def build(settings: Optimisation, parameters: Iterable[nn.Parameter], *, captura
 
 
 class Muon(Optimizer):
-    """Momentum whose step is made nearly orthogonal: every direction of a weight matrix moves as far.
+    """Momentum with nearly orthogonal steps: every direction of a weight matrix moves equally far.
 
     A convolution's weight (out, in, kh, kw) counts as the matrix (out, in kh kw); torch's own Muon takes none.
     Source: Jordan et al. (2024), "Muon: an optimizer for hidden layers in neural networks".
@@ -59,7 +62,7 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, _closure: Any = None) -> None:  # type: ignore[override]
-        """One step along the gradients that `backward` left; matrices of one size are made orthogonal together."""
+        """Take one step along the stored gradients; matrices of one size are orthogonalised together."""
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             gradients = [p.grad for p in parameters]
@@ -80,9 +83,15 @@ class Muon(Optimizer):
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
-    """About U V^T for each M = U S V^T: singular values between 0.7 and 1.2, by a quintic Newton-Schulz iteration.
+    """Approximate U V^T for each M = U S V^T by a quintic Newton-Schulz iteration.
 
-    Shapes: (k, m, n), as the answer.
+    Singular values come out between 0.7 and 1.2.
+
+    Args:
+        matrices: (k, m, n).
+
+    Returns:
+        The same shape.
     """
     a, b, c = NEWTON_SCHULZ
     wide = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices

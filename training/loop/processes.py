@@ -1,4 +1,4 @@
-"""Data parallelism over the processes that torchrun starts; one process alone is the same with nothing to tell."""
+"""Data parallelism over the processes that torchrun starts; one process alone communicates with none."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this one shows progress and writes files."""
+        """Whether this process shows progress and writes files."""
         return self.rank == 0
 
     def parallel(self, module: nn.Module) -> nn.Module:
@@ -30,11 +30,11 @@ class Processes:
         return module if self.size == 1 else DistributedDataParallel(module)
 
     def alone(self, module: nn.Module) -> AbstractContextManager[Any]:
-        """Gradients are added up here without telling the others yet."""
+        """A context in which gradients are accumulated without synchronising them."""
         return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is up in some process."""
+        """Whether the flag is true in any process."""
         return flag if self.size == 1 else bool(self.mean(torch.tensor(float(flag))) > 0)
 
     def mean(self, value: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class Processes:
         return total / self.size
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Wait until every process has called this."""
         if self.size > 1:
             distributed.barrier()
 
@@ -60,7 +60,7 @@ ALONE = Processes()
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Processes]:
-    """As torchrun says in the environment: gloo between CPUs, nccl between GPUs, one GPU a process of this machine."""
+    """Join the processes named in torchrun's environment: gloo for CPUs, nccl for GPUs, one GPU a process."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield ALONE

@@ -1,4 +1,4 @@
-"""Random numbers that are a function of a key."""
+"""Seeded random numbers that are a function of a key."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def keyed_generator(device: torch.device, *key: int) -> torch.Generator:
-    """Randomness that is a function of its key alone, so that a resumed run draws what an unbroken one would have."""
+    """A generator whose draws depend on the key alone, so that a resumed run draws the same numbers."""
     return torch.Generator(device).manual_seed(mixed(*key))
 
 
 def mixed(*key: int) -> int:
-    """A seed that is another for every key."""
+    """A seed that differs between keys."""
     seed = 0
     for part in key:
         seed = (seed * 6364136223846793005 + part + 1442695040888963407) % 2**63
@@ -20,6 +20,6 @@ def mixed(*key: int) -> int:
 
 
 def row_order(images: Tensor, *key: int) -> Tensor:
-    """The rows of `images` in random order, (n,), on their device; a function of their number and the key."""
+    """Row indices of `images` in random order, (n,), on their device; a function of their number and the key."""
     order = torch.randperm(len(images), generator=keyed_generator(torch.device("cpu"), *key))
     return order.to(images.device)

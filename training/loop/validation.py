@@ -1,4 +1,4 @@
-"""The bound on held-out images: measured after every epoch, and by it the weights that a stage keeps."""
+"""The bound on held-out images: measured after every epoch; it decides which weights a stage keeps."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from training.loop.progress import tell, warn
 from training.loop.randomness import keyed_generator, row_order
-from training.objectives.elbo import Bound
+from training.models.vae import Bound
+from training.progress import tell, warn
 
 SHARE = 0.1
-"""Held-out images that are scored, as a share of the training images; at least a minibatch."""
+"""Number of held-out images that are scored, as a share of the training images; at least a minibatch."""
 PATIENCE, LEAST_PATIENCE = 0.1, 3
-"""Share of the epochs, and their least number, after which a bound that has not risen is reported."""
+"""A bound that has not risen for this share of the epochs, and at least this number of them, is reported."""
 GAP, ERRORS = 0.05, 3.0
-"""Share of a bound, and standard errors, by which another must be lower to be reported."""
+"""A bound is reported as worse than another if it is lower by this share and by this many standard errors."""
 LEAST_KL = 1.0
-"""Nats below which the latents are reported to say nothing of the image."""
+"""A KL below this number of nats is reported: the latents then hold almost no information about the image."""
 
 
 class Score(NamedTuple):
@@ -30,20 +30,20 @@ class Score(NamedTuple):
     kl: float
 
     def beats(self, other: Score) -> bool:
-        """Whether the other is lower by more than chance, and enough to matter."""
+        """Whether the other is lower by more than chance and by a relevant amount."""
         return self.elbo - other.elbo > max(GAP * abs(self.elbo), ERRORS * math.hypot(self.error, other.error))
 
 
 class HeldOut:
-    """Held-out images of one stage, and the best bound that has been measured on them."""
+    """Held-out images of one stage, and the best bound so far on them."""
 
     def __init__(self, stage: Any, images: Tensor, train: Tensor, batch_size: int) -> None:
-        """Of the held-out `images`, as many as are worth their time are taken.
+        """Take as many of the held-out `images` as are worth the time.
 
         Args:
             stage: The `trainer.Stage`.
             images: uint8 (n, c, h, w).
-            train: The training images, of which as many are scored at the end.
+            train: The training images; as many of them are scored at the end.
             batch_size: Of the training.
         """
         self.images = images[: max(batch_size, int(SHARE * len(train)))]
@@ -53,7 +53,7 @@ class HeldOut:
 
     @torch.no_grad()
     def score(self, module: nn.Module, images: Tensor) -> Score:
-        """The bound of a module with noise that is the same at every call, and finite or minus infinity."""
+        """Estimate the module's bound with the same noise at every call; a bound that is not finite counts as -inf."""
         generator = keyed_generator(images.device, self._stage.seed, 13)
         bounds = [self._stage.objective(module, part, generator) for part in images.split(self._batch_size)]
         whole = Bound(*(torch.cat(terms).double() for terms in zip(*bounds, strict=True)))
@@ -63,7 +63,7 @@ class HeldOut:
         return Score(float(whole.elbo.mean()), error, float(whole.kl.mean()))
 
     def after_epoch(self, module: nn.Module, epoch: int, epochs: int) -> float:
-        """The bound after an epoch; says so once where it has stopped rising."""
+        """Measure the bound after an epoch; report once when it has stopped rising."""
         self.elbo = self.score(module, self.images).elbo
         if self.elbo > self.best:
             self.best, self.best_epoch = self.elbo, epoch
@@ -75,7 +75,7 @@ class HeldOut:
         return self.elbo
 
     def choose(self, averaged: nn.Module, last: nn.Module, trained: float) -> str:
-        """The better of two modules by their held-out bound; says how good it is, and warns where it is not.
+        """Choose the better of two modules by their held-out bound, report that bound, and warn of problems.
 
         Args:
             averaged: With the moving average of the weights.

@@ -19,8 +19,7 @@ from torch.nn import functional
 
 from service.contract.corruption import LEAST_VARIANCE, Operator, operator_of
 from training.distributions.gaussian import DiagonalGaussian
-from training.models.vae import VAE
-from training.objectives.elbo import Bound, bound_under
+from training.models.vae import VAE, Bound
 
 FAMILIES = ("gaussian", "salt-and-pepper", "masking", "poisson")
 """Noise families in the order of the level's columns: standard deviation, share of flipped, share of zeroed pixels,
@@ -274,7 +273,7 @@ class Recognition(nn.Module):
 
     def restored(self, vae: VAE, seen: Observation) -> tuple[Tensor, Tensor]:
         """E[x | y] and Var[x | y] (n, c, h, w): the decoder at the posterior's mean, fused and corrected."""
-        x_mean = vae.likelihood.mean(vae.decode(self.posterior(seen).mean))
+        x_mean = vae.x_mean(self.posterior(seen).mean)
         restored: tuple[Tensor, Tensor] = self.correction(*self.fusion(x_mean, *seen), *seen)
         return restored
 
@@ -316,13 +315,13 @@ def restoration_bound(recognition: Recognition, vae: VAE, x: Tensor, seen: Obser
     Source: Im et al. (2015), "Denoising criterion for variational auto-encoding framework", equation 5.
     """
     posterior = recognition.posterior(seen)
-    bound = bound_under(vae, posterior, x, eps)
+    bound = vae.bound(x, eps, posterior)
     present = seen.level > 0
     log_level = torch.where(present, seen.level, 1.0).log()
     estimate = recognition.log_level(seen.y, seen.mask)
     per_column = DiagonalGaussian(estimate.mean[..., None], estimate.log_var[..., None])
     level_log_prob = (per_column.log_prob(log_level[..., None]) * present).sum(1)
-    x_mean = vae.likelihood.mean(vae.decode(posterior.mean))
+    x_mean = vae.x_mean(posterior.mean)
     fused, fused_variance = recognition.fusion(x_mean, *seen)
     restored, variance = recognition.correction(fused, fused_variance, *seen)
     log_error = _log_error(fused, x) + _log_error(restored, x)

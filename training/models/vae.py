@@ -1,59 +1,41 @@
-"""The variational auto-encoder: q(z|x), p(z) and p(x|z) as separate, named things."""
+"""The variational auto-encoder: q(z|x), p(z) and p(x|z), and the bound that they make."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from training.distributions.gaussian import DiagonalGaussian
+from training.distributions.interface import Likelihood, Prior
 
 
-class Likelihood(Protocol):
-    """p(x|z), given what the decoder puts out; a module, since it may have parameters of its own."""
+class Bound(NamedTuple):
+    """The two terms of the evidence lower bound in nats per example, each (n,)."""
 
-    binary: bool
-    """Whether only images of 0 and 1 have a probability."""
-    eight_bit: bool
-    """Whether it gives every grey level a probability, so that bits per dimension mean something."""
-
-    def log_prob(self, parameters: Tensor, x: Tensor) -> Tensor:
-        """log p(x|z) in nats: (..., c, h, w) -> (...)."""
-
-    def mean(self, parameters: Tensor) -> Tensor:
-        """E[x|z], shaped like x."""
-
-    def draw(self, parameters: Tensor, generator: torch.Generator) -> Tensor:
-        """x ~ p(x|z), shaped like `parameters`, in [0, 1]."""
-
-    def dream(self, parameters: Tensor, generator: torch.Generator) -> Tensor:
-        """The draw that wake-sleep's recognition model learns from."""
-
-
-class Prior(Protocol):
-    """p(z); a module, since it may have parameters."""
-
-    of_recognition: bool
-    """Whether it is made of the recognition model."""
+    log_likelihood: Tensor
+    kl: Tensor
 
     @property
-    def noise_dim(self) -> int | None:
-        """Width of the standard normal noise that `draw` takes; None where it is z's own."""
+    def elbo(self) -> Tensor:
+        """log_likelihood - kl <= log p(x) in expectation, (n,); larger is better."""
+        return self.log_likelihood - self.kl
 
-    def log_prob(self, z: Tensor) -> Tensor:
-        """log p(z) in nats: (..., d) -> (...)."""
 
-    def kl(self, posterior: DiagonalGaussian, z: Tensor) -> Tensor:
-        """KL(posterior || prior) in nats, exact or estimated at the posterior's draws z (L, n, d): (n, d) -> (n,)."""
+class NoiseShapes(NamedTuple):
+    """Shapes of the standard normal noise that one example takes."""
 
-    def draw(self, eps: Tensor) -> Tensor:
-        """z ~ p(z) for eps ~ N(0, I): (n, noise_dim) -> (n, d)."""
+    posterior: tuple[int, ...]
+    """For one draw of q(z|x)."""
+    prior: tuple[int, ...]
+    """For one draw of p(z)."""
 
 
 class VAE(nn.Module):
-    """A recognition model q(z|x), a generative model p(z) p(x|z).
+    """An encoder q(z|x), and a generative model p(z) p(x|z) of a decoder, a likelihood and a prior.
 
+    What depends on the kind of posterior and on the shape of z is in this class: callers pass noise and get terms.
     Source: Kingma and Welling (2013), section 3.
     """
 
@@ -64,12 +46,61 @@ class VAE(nn.Module):
         self.likelihood = likelihood
         self.prior = prior
 
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Of one z."""
+        return self.prior.event_shape
+
+    @property
+    def noise_shapes(self) -> NoiseShapes:
+        """Shapes of the noise that `bound` and `sample` take for one example."""
+        return NoiseShapes(self.latent_shape, self.prior.noise_shape)
+
+    def noise(self, draws: int, rows: int, generator: torch.Generator) -> Tensor:
+        """Standard normal noise for draws of q(z|x), on the generator's device: (draws, rows, *latent_shape)."""
+        shape = self.noise_shapes.posterior
+        return torch.randn(draws, rows, *shape, generator=generator, device=generator.device)
+
     def posterior(self, x: Tensor) -> DiagonalGaussian:
         """q(z|x): x (n, c, h, w) -> mean and log_var (n, d), in float32."""
         mean, log_var = self.encoder(x)
         return DiagonalGaussian(mean.float(), log_var.float())
 
     def decode(self, z: Tensor) -> Tensor:
-        """Parameters of p(x|z): z (..., d) -> (..., c, h, w), in float32."""
-        flat: Tensor = self.decoder(z.flatten(0, -2)).float()
-        return flat.unflatten(0, z.shape[:-1])
+        """Parameters of p(x|z): z (..., *latent_shape) -> (..., c, h, w), in float32."""
+        axes = len(self.latent_shape)
+        flat: Tensor = self.decoder(z.flatten(0, -axes - 1)).float()
+        return flat.unflatten(0, z.shape[:-axes])
+
+    def x_mean(self, z: Tensor) -> Tensor:
+        """E[x|z]: z (..., *latent_shape) -> (..., c, h, w), in [0, 1]."""
+        return self.likelihood.mean(self.decode(z))
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """E[x|z] at the mean of q(z|x): (n, c, h, w) -> the same shape."""
+        return self.x_mean(self.posterior(x).mean)
+
+    def sample(self, eps: Tensor) -> Tensor:
+        """E[x|z] at draws of the prior: eps (n, *noise_shapes.prior), draws of N(0, I) -> (n, c, h, w)."""
+        return self.x_mean(self.prior.draw(eps))
+
+    def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
+        """Log p(x, z) in nats: x (n, c, h, w), z (..., n, *latent_shape) -> (..., n)."""
+        return self.likelihood.log_prob(self.decode(z), x) + self.prior.log_prob(z)
+
+    def bound(self, x: Tensor, eps: Tensor, posterior: DiagonalGaussian | None = None) -> Bound:
+        """Estimate the bound on log p(x), with the KL in closed form where it has one, differentiable in both networks.
+
+        Args:
+            x: (n, c, h, w).
+            eps: Draws of N(0, I), (L, n, *noise_shapes.posterior).
+            posterior: Instead of q(z|x), for example q(z | a corrupted x).
+
+        Returns:
+            The bound's terms, (n,) each.
+
+        Source: Kingma and Welling (2013), equation 7 (estimator B) and equation 10.
+        """
+        q = self.posterior(x) if posterior is None else posterior
+        z = q.draw(eps)
+        return Bound(self.likelihood.log_prob(self.decode(z), x).mean(0), self.prior.kl(q, z))

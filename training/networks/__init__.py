@@ -1,4 +1,4 @@
-"""Architectures by name; a new one is one file and one name here."""
+"""Architectures by name. A new one takes one file and one name here."""
 
 from __future__ import annotations
 

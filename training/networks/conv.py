@@ -15,15 +15,15 @@ from training.strict import Positive, Strict, Widths
 
 
 class Conv(Strict):
-    """One entry of `channels` a level, finest first; every level halves height and width, rounding up.
+    """Residual convolutions, each level at half the height and width of the one before, rounding up.
 
-    `blocks` residual blocks a level; `head` channels at full size before the last convolution.
+    Encoder and decoder have the same levels.
     """
 
     architecture: Literal["conv"]
     """Residual convolutions."""
     channels: Widths = (24, 48)
-    """A number a level, finest first; each level halves height and width."""
+    """Channels of each level, finest first; each level halves height and width."""
     blocks: Annotated[int, Field(ge=0)] = 1
     """Residual blocks a level."""
     head: Positive = 12
@@ -61,7 +61,7 @@ class Conv(Strict):
 
 
 class Residual(nn.Module):
-    """x + f(x), f two 3 x 3 convolutions behind activations; the second starts at 0, so the block starts as x."""
+    """x + f(x), f two 3 x 3 convolutions after activations; the second starts at 0, so f starts at 0."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Residual(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the size by sub-pixel convolution, then cropped to `size`.
+    """Doubles height and width by sub-pixel convolution, then crops to `size`.
 
     Source: Shi et al. (2016), section 3.2.
     """

@@ -14,7 +14,7 @@ ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "softplus": nn.Softplus, "silu"
 
 
 class Mlp(Strict):
-    """Hidden layers of the given widths, encoder first; the decoder runs through them backwards.
+    """Hidden layers of the given widths in the encoder, and of the reversed widths in the decoder.
 
     Source: Kingma and Welling (2013), appendix C.
     """
@@ -22,9 +22,9 @@ class Mlp(Strict):
     architecture: Literal["mlp"]
     """Fully connected layers."""
     hidden: Widths = (500,)
-    """Widths of the hidden layers, the encoder's first one first."""
+    """Widths of the encoder's hidden layers, first one first."""
     activation: Literal["tanh", "relu", "softplus", "silu"] = "tanh"
-    """Between layers."""
+    """Activation of the hidden layers."""
 
     def encoder(self, shape: tuple[int, int, int], latent_dim: int) -> nn.Module:
         """x (n, *shape) -> mean, log_var (n, latent_dim)."""
@@ -42,7 +42,7 @@ class Mlp(Strict):
 
 
 class MlpEncoder(nn.Module):
-    """A body and a head for mean and log_var; log_var starts at 0, so q(z|x) starts at unit variance."""
+    """A body with linear heads for mean and log_var; log_var starts at 0, so q(z|x) starts with unit variance."""
 
     def __init__(self, body: nn.Module, width: int, latent_dim: int) -> None:
         super().__init__()

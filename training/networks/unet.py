@@ -1,4 +1,4 @@
-"""An image to planes of the same size: a residual U-Net."""
+"""A residual U-Net: an image to planes of the same size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class UNetSettings(Strict):
     """A U-Net of residual blocks."""
 
     channels: Widths = (16, 32)
-    """A number a level, full size first."""
+    """Channels of each level, full size first."""
     blocks: Positive = 1
     """Residual blocks a level."""
 
@@ -26,9 +26,10 @@ class UNetSettings(Strict):
 
 
 class UNet(nn.Module):
-    """One entry of `channels` a level, finest first, the first at full size; every further one halves height and width.
+    """Residual blocks at full size and at each halved size, on the way down and on the way up.
 
-    `blocks` residual blocks a level on the way down, as many on the way up. What it gives starts at 0.
+    `channels` has one entry a level, full size first; `blocks` is the number of blocks a level and way. The output
+    starts at 0.
     Source: Ronneberger et al. (2015), figure 1, with sums in place of concatenation.
     """
 

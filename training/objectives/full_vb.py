@@ -14,19 +14,18 @@ from torch.func import functional_call
 
 from training.data import as_float, binarise
 from training.distributions.gaussian import DiagonalGaussian
-from training.loop.trainer import Objective
-from training.models.vae import VAE
-from training.objectives.elbo import Bound, elbo
+from training.models.vae import VAE, Bound
+from training.objectives.elbo import Objective
 
 INITIAL_STD = 0.05
-"""Of every parameter: some of the spread with which torch begins a layer's weights, so that the means can learn."""
+"""Initial standard deviation of every parameter, below the spread of torch's initial weights: the means can learn."""
 
 
 class FullVb(nn.Module):
     """A VAE under q(theta) = N(mean, diag(exp(log_var))) and p(theta) = N(0, I), theta the decoder's parameters.
 
-    Their means are the parameters of `vae.decoder` themselves, so `vae` is the model at the posterior's mean, and any
-    architecture will do. What the likelihood and the prior of z learn stays a point estimate, as the encoder does.
+    The means are the parameters of `vae.decoder` themselves, so `vae` is the model at the posterior's mean, for any
+    architecture. The parameters of encoder, likelihood and prior of z are point estimates.
     """
 
     def __init__(self, vae: VAE, initial_std: float = INITIAL_STD) -> None:
@@ -39,7 +38,7 @@ class FullVb(nn.Module):
 
     @property
     def posterior(self) -> DiagonalGaussian:
-        """q(theta), every parameter of the decoder in one row: (P,)."""
+        """q(theta) over the decoder's parameters in one row, (P,)."""
         return DiagonalGaussian(torch.cat([p.flatten() for p in self.vae.decoder.parameters()]), self.log_var)
 
     def at(self, zeta: Tensor) -> VAE:
@@ -56,47 +55,62 @@ class FullVb(nn.Module):
 
 
 class _DecoderAt(nn.Module):
-    """A decoder with other parameters than its own."""
+    """A decoder with given parameters in place of its own."""
 
     def __init__(self, decoder: nn.Module, theta: dict[str, Tensor]) -> None:
         super().__init__()
         self.decoder, self.theta = decoder, theta
 
     def forward(self, z: Tensor) -> Tensor:
-        """What the decoder gives with them."""
+        """Decode z (n, d) -> (n, c, h, w)."""
         found: Tensor = functional_call(self.decoder, self.theta, (z,))
         return found
 
 
 def full_vb_bound(module: FullVb, x: Tensor, eps: Tensor, zeta: Tensor, size: int) -> Bound:
-    """Estimate a minibatch's share of the bound on the log evidence of `size` images, differentiable in everything.
+    """Estimate a minibatch's share of the bound on the log evidence of `size` images, differentiable in all parameters.
 
-    An image's share of KL(q(theta) || p(theta)), in closed form, is in `kl`; so `size` times the mean of the bound is
-    the estimate of equation 24, and the trainer's loss is that divided by -size.
-    Shapes: x (n, c, h, w); eps (L, n, d) and zeta (P,), draws of N(0, I); the answer's terms (n,).
+    The term `kl` contains an image's share of KL(q(theta) || p(theta)), in closed form. So `size` times the mean of the
+    bound is the estimate of equation 24, and the trainer's loss is that divided by -size.
+
+    Args:
+        module: The VAE under q(theta).
+        x: (n, c, h, w).
+        eps: Draws of N(0, I), (L, n, d).
+        zeta: A draw of N(0, I), (P,).
+        size: Number of training images.
+
+    Returns:
+        The bound's terms, (n,) each.
+
     Source: Kingma and Welling (2013), equation 24 and algorithm 2, there with L = 1.
     """
-    bound = elbo(module.at(zeta), x, eps)
+    bound = module.at(zeta).bound(x, eps)
     return Bound(bound.log_likelihood, bound.kl + module.posterior.kl_from_standard_normal() / size)
 
 
 def map_bound(vae: VAE, x: Tensor, eps: Tensor, size: int) -> Bound:
-    """The same with a point in place of q(theta): MAP. `kl` has an image's share of -log p(theta), but its constant."""
-    bound = elbo(vae, x, eps)
+    """Estimate the same for a point theta (MAP); `kl` contains -log p(theta) / size without its constant."""
+    bound = vae.bound(x, eps)
     square = sum((p.square().sum() for p in vae.decoder.parameters()), start=x.new_zeros(()))
     return Bound(bound.log_likelihood, bound.kl + 0.5 * square / size)
 
 
-def full_vb_objective(size: int, latent_dim: int, *, draws: int = 1, dynamic: bool = True) -> Objective:
-    """What the trainer raises: a draw of theta a minibatch, or with `microbatches` one for each of its parts.
+def full_vb_objective(size: int, *, draws: int = 1, dynamic: bool = True) -> Objective:
+    """Make the trainer's objective, with one draw of theta a minibatch, or a microbatch.
 
-    The trainer's own `weight_prior` and `free_nats` must be off: the first would count p(theta) twice, the second
-    would count the share of KL(q(theta) || p(theta)) as the latents'.
+    The trainer's own `weight_prior` and `free_nats` must be off: the first would count p(theta) twice, the second would
+    count the share of KL(q(theta) || p(theta)) as the latents'.
+
+    Args:
+        size: Number of training images.
+        draws: Draws of z an image, L.
+        dynamic: Whether the images are binarised anew every time they are seen.
     """
 
     def objective(module: FullVb, images: Tensor, generator: torch.Generator) -> Bound:
         x = binarise(images, generator) if dynamic else as_float(images)
-        eps = torch.randn(draws, len(x), latent_dim, generator=generator, device=x.device)
+        eps = module.vae.noise(draws, len(x), generator)
         zeta = torch.randn(module.log_var.shape, generator=generator, device=x.device)
         return full_vb_bound(module, x, eps, zeta, size)
 
@@ -112,12 +126,17 @@ class Evidence(NamedTuple):
 
 @torch.no_grad()
 def evidence_bound(module: FullVb, x: Tensor, draws: int, generator: torch.Generator) -> Evidence:
-    """Estimate the bound on log p(x_1, ..., x_N), theta and z integrated out, from `draws` of theta, two or more.
+    """Estimate the bound on log p(x_1, ..., x_N), theta and z integrated out.
+
+    Args:
+        module: The VAE under q(theta).
+        x: All training images, (N, c, h, w).
+        draws: Draws of theta, two or more.
+        generator: Of theta and z.
 
     Source: Kingma and Welling (2013), equation 18.
     """
-    latent_dim = module.vae.posterior(x[:1]).mean.shape[1]
-    eps = (torch.randn(1, len(x), latent_dim, generator=generator, device=x.device) for _ in range(draws))
-    sums = torch.stack([elbo(module.draw(generator), x, noise).elbo.double().sum() for noise in eps])
+    eps = (module.vae.noise(1, len(x), generator) for _ in range(draws))
+    sums = torch.stack([module.draw(generator).bound(x, noise).elbo.double().sum() for noise in eps])
     kl = float(module.posterior.kl_from_standard_normal())
     return Evidence(float(sums.mean()) - kl, float(sums.std()) / math.sqrt(draws))

@@ -1,4 +1,4 @@
-"""Wake-sleep: each of the two networks learns from what the other makes.
+"""Wake-sleep: each of the two networks learns from the output of the other.
 
 Source: Hinton, Dayan, Frey and Neal (1995), "The wake-sleep algorithm for unsupervised neural networks".
 """
@@ -8,34 +8,44 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from training.models.vae import VAE
-from training.objectives.elbo import Bound
+from training.models.vae import VAE, Bound
 
 
 def wake_sleep(model: VAE, x: Tensor, eps: Tensor, generator: torch.Generator) -> Bound:
-    """The bound's value with wake-sleep's gradient, which is not that value's slope.
+    """Return the bound's value with the gradient of wake-sleep, which is not the gradient of that value.
 
-    Wake: log p(x, z) by the generative model's parameters alone, z ~ q(z|x). Sleep: log q(z|x) by the recognition
-    model's alone, z ~ p(z), x a dream of p(x|z), as many as images. All of the gradient is log_likelihood's, none kl's,
-    so that a trainer's free nats and warm-up of the KL leave it as it is.
-    Shapes: x (n, c, h, w); eps (L, n, d), draws of N(0, I) for the wake phase; the answer's terms (n,).
-    Raises: ValueError for a prior made of the recognition model.
+    The wake phase raises log p(x, z) by the generative model's parameters alone, z ~ q(z|x). The sleep phase raises
+    log q(z|x) by the encoder's parameters alone, z ~ p(z) and x ~ p(x|z), one such pair an image. All of the gradient
+    is in the term log_likelihood, none in kl, so free nats and a warm-up of the KL do not change it.
+
+    Args:
+        model: The VAE.
+        x: (n, c, h, w).
+        eps: Draws of N(0, I) for the wake phase, (L, n, *noise_shapes.posterior).
+        generator: Draws of the sleep phase.
+
+    Returns:
+        The bound's terms, (n,) each.
+
+    Raises:
+        ValueError: The prior contains the encoder, so the two sets of parameters are not disjoint.
     """
     with torch.no_grad():
         posterior = model.posterior(x)
         z = posterior.draw(eps)
         kl = model.prior.kl(posterior, z)
     log_likelihood = model.likelihood.log_prob(model.decode(z), x).mean(0)
-    asides = model.prior.log_prob(z).mean(0) + _sleep(model, eps, generator)
+    asides = model.prior.log_prob(z).mean(0) + _sleep(model, len(x), generator)
     return Bound(log_likelihood + asides - asides.detach(), kl)
 
 
-def _sleep(model: VAE, eps: Tensor, generator: torch.Generator) -> Tensor:
-    """log q(z|x) of one dream an image, (n,); nothing of it reaches the generative model."""
-    prior, (rows, dim) = model.prior, eps.shape[1:]
-    if prior.of_recognition:
-        raise ValueError(f"wake-sleep cannot train {type(prior).__name__}; take standard_normal or realnvp as prior")
+def _sleep(model: VAE, rows: int, generator: torch.Generator) -> Tensor:
+    """Log q(z|x) of `rows` draws of p(x, z), (rows,), without a gradient in the generative model."""
+    if model.prior.uses_encoder:
+        name = type(model.prior).__name__
+        raise ValueError(f"wake-sleep cannot train {name}; take standard_normal or realnvp as prior")
     with torch.no_grad():
-        z = prior.draw(torch.randn(rows, prior.noise_dim or dim, generator=generator, device=eps.device))
+        eps = torch.randn(rows, *model.noise_shapes.prior, generator=generator, device=generator.device)
+        z = model.prior.draw(eps)
         x = model.likelihood.dream(model.decode(z), generator)
     return model.posterior(x).log_prob(z)

@@ -1,4 +1,4 @@
-"""Likelihoods p(x|z) by name; a new one is one file and one name here."""
+"""Likelihoods p(x|z) by name. A new one takes one file and one name here."""
 
 from __future__ import annotations
 
@@ -10,5 +10,7 @@ from training.distributions.likelihoods.bernoulli import BernoulliSettings
 from training.distributions.likelihoods.discretised_logistic import DiscretisedLogisticSettings
 from training.distributions.likelihoods.gaussian import GaussianSettings
 
-Settings = BernoulliSettings | DiscretisedLogisticSettings | GaussianSettings
-Likelihood = Annotated[Settings, Field(discriminator="likelihood")]
+LikelihoodSettings = Annotated[
+    BernoulliSettings | DiscretisedLogisticSettings | GaussianSettings, Field(discriminator="likelihood")
+]
+"""The table `[model.likelihood]` of a run's TOML."""

@@ -1,4 +1,4 @@
-"""Priors p(z) by name; a new one is one file and one name here."""
+"""Priors p(z) by name. A new one takes one file and one name here."""
 
 from __future__ import annotations
 
@@ -10,4 +10,5 @@ from training.distributions.priors.realnvp import RealNvpSettings
 from training.distributions.priors.standard_normal import StandardNormalSettings
 from training.distributions.priors.vamp import VampSettings
 
-Prior = Annotated[StandardNormalSettings | RealNvpSettings | VampSettings, Field(discriminator="prior")]
+PriorSettings = Annotated[StandardNormalSettings | RealNvpSettings | VampSettings, Field(discriminator="prior")]
+"""The table `[model.prior]` of a run's TOML."""

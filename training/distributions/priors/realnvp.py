@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from training.distributions.gaussian import LOG_2_PI
-from training.distributions.priors.learned import LearnedPrior
+from training.distributions.interface import Prior
 from training.strict import Positive, Strict
 
 LARGEST_LOG_SCALE = 2.0
@@ -29,25 +29,25 @@ class RealNvpSettings(Strict):
     """Of the two hidden layers of each."""
 
     def build(self, latent_dim: int, _shape: tuple[int, int, int], _encoder: nn.Module) -> RealNvp:
-        """The density over (..., latent_dim).
+        """The density of z (..., latent_dim).
 
-        Raises: ValueError for fewer than two dimensions, which leave nothing to condition on.
+        Raises:
+            ValueError: Fewer than two dimensions leave nothing to condition on.
         """
         return RealNvp(latent_dim, self.couplings, self.width)
 
 
-class RealNvp(LearnedPrior):
-    """z -> u by couplings that leave alternate halves as they are; u ~ N(0, I). It starts as the identity."""
+class RealNvp(Prior):
+    """z -> u by couplings that keep alternate halves unchanged; u ~ N(0, I). It starts as the identity."""
 
     def __init__(self, latent_dim: int, couplings: int, width: int) -> None:
-        super().__init__()
+        super().__init__((latent_dim,))
         if latent_dim < 2:
             raise ValueError("a coupling flow needs at least 2 latent dimensions; use the standard normal prior")
-        self.noise_dim = latent_dim
         self.couplings = nn.ModuleList(Coupling(latent_dim, width, odd=k % 2 == 1) for k in range(couplings))
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """log p(z) = log N(u; 0, I) + log |du/dz|, in nats: (..., d) -> (...)."""
+        """Log p(z) = log N(u; 0, I) + log |du/dz|, in nats: (..., d) -> (...)."""
         u, log_scales = z, torch.zeros_like(z[..., 0])
         for coupling in self.couplings:
             u, log_scale = coupling(u)
@@ -63,9 +63,9 @@ class RealNvp(LearnedPrior):
 
 
 class Coupling(nn.Module):
-    """One half is scaled and shifted by what a network makes of the other half.
+    """Scales and shifts one half of z; a network of the other half gives scale and shift.
 
-    Halves are taken alternately (even and odd places), so no dimension is left alone by all couplings.
+    The halves are the even and the odd places; couplings alternate between them, so every dimension is changed.
     """
 
     def __init__(self, latent_dim: int, width: int, *, odd: bool) -> None:

@@ -7,6 +7,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from training.distributions.gaussian import LOG_2_PI, DiagonalGaussian
+from training.distributions.interface import Prior
 from training.strict import Strict
 
 
@@ -16,25 +17,25 @@ class StandardNormalSettings(Strict):
     prior: Literal["standard_normal"] = "standard_normal"
     """N(0, I)."""
 
-    def build(self, _latent_dim: int, _shape: tuple[int, int, int], _encoder: nn.Module) -> StandardNormal:
-        """The density; it needs no dimension."""
-        return StandardNormal()
+    def build(self, latent_dim: int, _shape: tuple[int, int, int], _encoder: nn.Module) -> StandardNormal:
+        """The density of z (..., latent_dim)."""
+        return StandardNormal(latent_dim)
 
 
-class StandardNormal(nn.Module):
+class StandardNormal(Prior):
     """N(0, I), with a KL in closed form."""
 
-    noise_dim = None
-    of_recognition = False
+    def __init__(self, latent_dim: int) -> None:
+        super().__init__((latent_dim,))
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """log N(z; 0, I) in nats: (..., d) -> (...)."""
+        """Log N(z; 0, I) in nats: (..., d) -> (...)."""
         return -0.5 * (z.square() + LOG_2_PI).sum(-1)
 
     def draw(self, eps: Tensor) -> Tensor:
         """The noise itself: (n, d) -> (n, d)."""
         return eps
 
-    def kl(self, posterior: DiagonalGaussian, z: Tensor) -> Tensor:  # noqa: ARG002  # the draws of other priors
-        """KL(posterior || prior) in nats, closed form: (n, d) -> (n,)."""
+    def kl(self, posterior: DiagonalGaussian, z: Tensor) -> Tensor:  # noqa: ARG002  # only other priors need draws
+        """KL(posterior || prior) in nats, in closed form: (n, d) -> (n,)."""
         return posterior.kl_from_standard_normal()

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from experiments.__main__ import main
-from experiments.comparisons.separate import OWN, SCORES, Plan, figures, kinds, page, rotated, sheared
+from experiments.comparisons.separate import OWN, SCORES, SeparateOptions, auroc, figures, kinds, page, rotated, sheared
 from service.api.v1.routes import OPERATIONS
 
 pytestmark = pytest.mark.usefixtures("own_signals")
 
 
-def plan(data: Path) -> Plan:
-    return Plan(data, None, data)
+def plan(data: Path) -> SeparateOptions:
+    return SeparateOptions(data, None, data)
 
 
 def test_other_pictures_are_what_they_are_called(tmp_path: Path) -> None:
@@ -49,6 +49,17 @@ def test_turned_and_sheared_by_hand() -> None:
     slanted = sheared(line)[0, 0]
     np.testing.assert_array_equal(slanted[4], line[0, 0, 4])
     assert [int(slanted[row].argmax()) for row in (0, 2, 6, 8)] == [6, 5, 3, 2]
+
+
+def test_auroc_is_the_share_of_pairs_in_order() -> None:
+    """All, none and half of them; against all pairs counted one by one, with ties."""
+    assert auroc(np.array([2.0, 3.0]), np.array([0.0, 1.0, 1.5])) == 1.0
+    assert auroc(np.array([-2.0]), np.array([0.0, 1.0])) == 0.0
+    assert auroc(np.ones(3), np.ones(4)) == 0.5
+    generator = np.random.default_rng(1)
+    inside, outside = generator.integers(0, 9, 50), generator.integers(2, 12, 70)
+    pairs = [(a > b) + 0.5 * (a == b) for a in inside for b in outside]
+    assert auroc(inside, outside) == pytest.approx(np.mean(pairs))
 
 
 def test_the_table_says_how_well_each_kind_is_told_apart(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_points_are_evenly_spaced_on_a_logarithmic_scale() -> None:
 def test_a_sheet_is_read_row_by_row() -> None:
     """Each latent's image stands where the grid has it."""
     mlp = Mlp(architecture="mlp", hidden=(5,))
-    vae = VAE(mlp.encoder((1, 3, 2), 2), mlp.decoder(2, (1, 3, 2)), Bernoulli(), StandardNormal())
+    vae = VAE(mlp.encoder((1, 3, 2), 2), mlp.decoder(2, (1, 3, 2)), Bernoulli((1, 3, 2)), StandardNormal(2))
     z = samples.grid(4)
     found = samples.sheet(vae, z, 4)
     assert found.shape == (1, 1, 4 * 3, 4 * 2)

@@ -1,4 +1,4 @@
-"""Lines on standard error, beside any progress bar."""
+"""Lines on standard error that do not break the progress bar."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ def tell(text: str) -> None:
 
 
 def warn(text: str) -> None:
-    """Write one line that asks for something to be done."""
+    """Write one line that names a problem and its fix."""
     tell(f"warning: {text}")
