@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import logging.config
 import os
 import select
-import stat
-import sys
 from collections import deque
 from typing import Any, Literal
 
@@ -24,8 +21,6 @@ KEPT_BYTES = 2**20
 """Bytes of the log that are buffered while its reader is slow; further records are dropped and counted."""
 FLUSH_S = 1.0
 """How long an ending process waits for the reader of its log."""
-STANDARD = (1, 2)
-"""File descriptors of standard output and standard error."""
 
 
 def configure(form: Format) -> None:
@@ -152,43 +147,6 @@ class Output(logging.Handler):
 def outputs() -> list[Output]:
     """Return the handlers of this kind on the root logger."""
     return [handler for handler in logging.getLogger().handlers if isinstance(handler, Output)]
-
-
-def prepare_standard_streams() -> None:
-    """Make sure that standard input, output and error are open, and that writing to them never blocks.
-
-    If one is closed, the next socket would get its number, and a caller would receive the log. A write for which the
-    reader of a pipe, socket or terminal has no room fails at once, even from a C library. Pipes and terminals are
-    reopened for this, since the flag is shared by all programs that have the same one open.
-    """
-    for descriptor in (0, *STANDARD):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            null = os.open(os.devnull, os.O_RDWR)
-            if null != descriptor:
-                os.dup2(null, descriptor)
-                os.close(null)
-            os.set_inheritable(descriptor, True)
-    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
-    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
-    for descriptor in STANDARD:
-        mode = os.fstat(descriptor).st_mode
-        if stat.S_ISSOCK(mode):
-            os.set_blocking(descriptor, False)
-        elif stat.S_ISFIFO(mode) or os.isatty(descriptor):
-            _reopen_nonblocking(descriptor)
-
-
-def _reopen_nonblocking(descriptor: int) -> None:
-    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL) & (os.O_ACCMODE | os.O_APPEND)
-    try:
-        own = os.open(f"/proc/self/fd/{descriptor}", flags | os.O_NONBLOCK | os.O_NOCTTY)
-    except OSError:  # it belongs to another user, or there is no /proc
-        os.set_blocking(descriptor, False)
-        return
-    os.dup2(own, descriptor)
-    os.close(own)
 
 
 class RequestFields(logging.Filter):

@@ -45,7 +45,7 @@ class Place(NamedTuple):
     offset: int
 
 
-class Counts:
+class CallCounts:
     """Counts of one worker, added to those of the others. A full set drops the counter whose window ends first.
 
     Args:
