@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from service import process
 from service.app import create_app
 from service.errors import StartError
-from service.observability.logs import FLUSH_S, Format, configure, outputs, prepare_standard_streams
+from service.observability.logs import FLUSH_S, Format, configure, outputs
 from service.repository.remote import local_copy
 from service.repository.repository import default_model
 from service.repository.selection import Selection
@@ -33,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     # Until the supervisor has its own handler: the first process of a container ignores signals without one.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    prepare_standard_streams()
+    process.prepare_standard_streams()
     ignored = forget_kubernetes()
     try:
         settings = read_settings(sys.argv[1:] if arguments is None else arguments)

@@ -1,4 +1,4 @@
-"""Process-wide switches: garbage collection, memory, threads, signals, logging and limits of the whole process.
+"""Process-wide switches: garbage collection, memory, threads, signals, standard streams, logging and limits.
 
 Imports nothing of the service, so that every package may call it. Linux has all of these switches; where another system
 lacks one, that function does nothing.
@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import fcntl
 import gc
 import logging
 import os
 import resource
 import signal
+import stat
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -23,6 +25,8 @@ SWITCH_INTERVAL_S = 3e-4
 """Python's default of 5 ms leaves the event loop idle for a fifth of the time while another thread computes."""
 M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES = -3, 2**21
 PR_SET_PDEATHSIG = 1
+STANDARD = (1, 2)
+"""File descriptors of standard output and standard error."""
 HIGHEST_OOM_SCORE = "1000"
 """When memory runs out, the kernel kills this process before the one that serves."""
 MIN_FREE_BYTES = 256 * 2**20
@@ -82,6 +86,43 @@ def dump_stacks_on(number: signal.Signals) -> None:
     """Write the stacks of all threads to standard error on this signal and on a crash, without the interpreter."""
     faulthandler.enable(2)
     faulthandler.register(number, 2)
+
+
+def prepare_standard_streams() -> None:
+    """Make sure that standard input, output and error are open, and that writing to them never blocks.
+
+    If one is closed, the next socket would get its number, and a caller would receive the log. A write for which the
+    reader of a pipe, socket or terminal has no room fails at once, even from a C library. Pipes and terminals are
+    reopened for this, since the flag is shared by all programs that have the same one open.
+    """
+    for descriptor in (0, *STANDARD):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != descriptor:
+                os.dup2(null, descriptor)
+                os.close(null)
+            os.set_inheritable(descriptor, True)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+    for descriptor in STANDARD:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISSOCK(mode):
+            os.set_blocking(descriptor, False)
+        elif stat.S_ISFIFO(mode) or os.isatty(descriptor):
+            _reopen_nonblocking(descriptor)
+
+
+def _reopen_nonblocking(descriptor: int) -> None:
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL) & (os.O_ACCMODE | os.O_APPEND)
+    try:
+        own = os.open(f"/proc/self/fd/{descriptor}", flags | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError:  # it belongs to another user, or there is no /proc
+        os.set_blocking(descriptor, False)
+        return
+    os.dup2(own, descriptor)
+    os.close(own)
 
 
 def block_signals(numbers: Iterable[signal.Signals]) -> None:

@@ -1,4 +1,4 @@
-"""Settings: environment variables with the prefix VAE_, or flags of `python -m service`; a typo is an error."""
+"""Settings: environment variables with the prefix VAE_, or flags of `python -m service`. Unknown names are errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 from service.errors import StartError
 
 PREFIX = "VAE_"
-NOT_OURS = {"VAE_DATA"}  # where the tests find real data; often set in the same shell
+OTHER_VARIABLES = {"VAE_DATA"}  # the tests' data folder, often set in the same shell
 _NUMBER = r"\d{1,5}"
 _ADDRESS = r"[\d.]+|[\da-f:]+"
 _URL = r"(?:tcp|udp|sctp)://(?:[\d.]+|\[[\da-f:]+\]):\d{1,5}"
@@ -37,8 +37,8 @@ KUBERNETES = tuple(
 
 PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9_~-][A-Za-z0-9_.~-]*){1,8}", re.ASCII).fullmatch
 HOST_PATTERN = re.compile(r"\*|(\*\.)?[\w-]+(\.[\w-]+)*", re.ASCII).fullmatch
-OWN = {"docs", "health", "metrics", "openapi.json", "v1"}
-"""Where paths of the service begin."""
+OWN_PATHS = {"docs", "health", "metrics", "openapi.json", "v1"}
+"""First parts of the service's own paths."""
 
 
 def _rate(value: str) -> str:
@@ -64,8 +64,8 @@ def _root_path(value: str) -> str:
 
 
 def is_prefix(path: str) -> bool:
-    """Whether a proxy may serve the service under this path: plain, and not to be taken for one of its own paths."""
-    return bool(PLAIN_PATH(path)) and path.split("/", 2)[1] not in OWN
+    """Return whether a proxy may serve the service under this path: plain, and not a path of the service itself."""
+    return bool(PLAIN_PATH(path)) and path.split("/", 2)[1] not in OWN_PATHS
 
 
 def _hosts(value: str) -> str:
@@ -83,7 +83,7 @@ def _versions(value: str) -> str:
 
 
 def _located(value: Any) -> Any:
-    """A URL as it is, anything else as a path."""
+    """Convert to a path, unless it is a URL."""
     return Path(value) if isinstance(value, str) and "://" not in value else value
 
 
@@ -97,7 +97,7 @@ Location = Annotated[Path | str, BeforeValidator(_located)]
 
 
 class Settings(BaseSettings):
-    """Everything an operator may set. VAE_MAX_ROWS sets max_rows, and so on."""
+    """All settings of the service. The variable VAE_MAX_ROWS sets `max_rows`, and so on."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX, frozen=True, extra="forbid", cli_prog_name="vae-serve", cli_kebab_case=True,
@@ -105,142 +105,150 @@ class Settings(BaseSettings):
     )  # fmt: skip
 
     models: Location = Path("models")
-    """The model repository: <name>/<version>/manifest.json in a folder, or at a URL that fsspec opens (s3://bucket/x)."""
+    """The model repository, with <name>/<version>/manifest.json: a folder, or a URL for fsspec such as
+    s3://bucket/x."""
     models_options: dict[str, Any] = {}
-    """Of the file system behind such a URL, in JSON: {"endpoint_url": "..."} names another store than Amazon's."""
+    """Options of fsspec for a URL in VAE_MODELS, in JSON: {"endpoint_url": "..."} names an S3 store other than
+    Amazon's."""
     cache: str = ""
-    """Where models from a URL are kept; empty is a folder of this user's in the temporary folder."""
+    """Folder for models from a URL; empty is a folder of this user in the temporary folder."""
     default_model: str = ""
-    """The model that /v1/<operation> means; empty is the only one, or the one that the file `default` beside the models
-    names."""
+    """The model of /v1/<operation>; empty is the only model, or the one named in the file `default` beside the
+    models."""
     versions: Versions = "all"
-    """Versions that are served: `all`, `latest`, or a list such as `mnist:2,mnist:3,mnist-2d:latest`; models that a
-    list does not name are not served. Requests that name no version get the latest that is served."""
+    """Versions to serve: `all`, `latest`, or a list such as `mnist:2,mnist:3,mnist-2d:latest`. Models that a list does
+    not name are not served. Requests that name no version use the latest served one."""
     model_control: bool | Literal["anonymous"] = False
-    """Whether models may be loaded and unloaded over HTTP: `true` by API keys with the right `control`, `anonymous` by
-    whoever may call, where no keys are asked for."""
+    """Who may load and unload models over HTTP: with `true`, API keys with the right `control`; with `anonymous`, every
+    caller if no keys are required."""
     poll_s: Annotated[float, Field(ge=0)] = 0.0
-    """How often the folder is looked through for new versions; 0 is never."""
+    """Interval at which the folder is searched for new versions; 0 is never."""
     load_limit_s: Annotated[float, Field(gt=0, le=3600)] = 60.0
-    """How long opening and replaying one version may take before it is refused."""
+    """Longest time to open and replay one version; a slower one is refused."""
     load_memory_bytes: Annotated[int, Field(ge=2**26)] = 4 * 2**30
-    """Memory that opening one version may take before it is refused; never more than is free."""
+    """Maximum memory to open one version, and never more than is free; a larger one is refused."""
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """Port to listen on; 0 takes a free one."""
     unix_socket: str = ""
-    """Path of a unix socket to listen on, with mode 0660. A file that nobody listens on is replaced, and the file is
-    removed at the end. The port is then bound only where VAE_PORT is set too."""
+    """Path of a unix socket to listen on, with mode 0660. An unused socket file is replaced, and the file is removed at
+    the end. The port is then bound only if VAE_PORT is set too."""
     execution_provider: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where models run; `auto` is CUDA where this onnxruntime has it, else the CPU."""
+    """Where models run; `auto` is CUDA if this onnxruntime has it, else the CPU."""
     workers: Annotated[int, Field(ge=1, le=256)] = 1
-    """Processes that serve; each has its own models and batches. One that dies is replaced, also where there is one."""
+    """Worker processes; each has its own models and batches. A worker that ends is replaced, even a single one."""
     threads: Annotated[int, Field(ge=0)] = 0
-    """Threads a model may use; 0 shares the CPUs of this machine, or of the container's quota, among the workers."""
+    """Threads of a model; 0 divides the CPUs of this machine, or of the container's quota, among the workers."""
     max_rows: Annotated[int, Field(ge=1)] = 64
-    """Rows in one batch."""
+    """Maximum rows in one batch."""
     queue_rows: Annotated[int, Field(ge=1)] = 4096
-    """Rows that may wait, a request of many batches counting as one; above it requests are answered 503."""
+    """Maximum rows in the queue, where a request of several batches counts as one row; beyond it requests get 503."""
     linger_ms: Annotated[float, Field(ge=0, le=1000)] = 0.0
-    """How long the first row waits for company; 0 is never, and usually best."""
+    """How long the first row of a batch waits for further rows; 0 is usually best."""
     inline_us: Annotated[float, Field(ge=0)] = 2000.0
-    """Batches that cost less than this many microseconds run in the event loop, the others in a thread."""
+    """Batches that take less than this many microseconds run in the event loop, others in a thread."""
     timeout_s: Annotated[float, Field(gt=0)] = 30.0
-    """How long a request may wait before it is answered 504; X-Timeout-Ms can only shorten it."""
+    """Longest time to answer a request, after which it gets 504; X-Timeout-Ms can only shorten it."""
     batch_limit_s: Annotated[float, Field(gt=0)] = 60.0
-    """A batch that takes longer is stuck: its callers are answered 500, readiness turns false, and the worker ends and
-    is replaced."""
+    """Longest time of a batch. After it the callers get 500, readiness turns false, and the worker is replaced."""
     loop_limit_s: Annotated[float, Field(gt=0)] = 10.0
-    """A worker whose event loop stands still for longer is killed and replaced; its stacks are logged."""
+    """Longest time that an event loop may be blocked. After it the worker's stacks are logged and it is replaced."""
     drain_s: Annotated[float, Field(ge=0)] = 2.0
-    """How long requests are still accepted after SIGTERM, while readiness is false and balancers turn away."""
+    """How long requests are still accepted after SIGTERM, while readiness is false and load balancers stop sending."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 64 * 2**20
-    """Size of a request's body."""
+    """Maximum bytes in the body of a request."""
     max_json_bytes: Annotated[int, Field(ge=1024)] = 8 * 2**20
-    """Size of a JSON body, which holds up all other requests of its worker while it is parsed; binary forms do not."""
+    """Maximum bytes in a JSON body. Parsing JSON blocks the other requests of a worker; binary formats do not."""
     max_request_rows: Annotated[int, Field(ge=1)] = 16384
-    """Rows in one request, sampled rows included; those above max_rows are run in several batches."""
+    """Maximum rows in one request, including sampled rows; more than VAE_MAX_ROWS run in several batches."""
     max_draws: Annotated[int, Field(ge=1)] = 64
-    """Posterior draws a row may ask for."""
+    """Maximum posterior draws a row."""
     max_pixels: Annotated[int, Field(ge=1, le=89_478_485)] = 16 * 2**20
-    """Pixels in the PNG, JPEG and WebP files of one request, checked before they are decoded."""
+    """Maximum pixels in the image files of one request, checked before they are decoded."""
     memory_bytes: Annotated[int, Field(ge=2**20)] = 512 * 2**20
-    """What the requests under way may take together in each worker, by an estimate of bodies, rows and answers: one
-    that alone needs more is answered 413, one that others leave no room for 503."""
+    """Maximum memory of all requests under way in a worker, estimated from bodies, rows and answers. A request that
+    needs more on its own gets 413; one that must wait for others gets 503."""
     max_url_bytes: Annotated[int, Field(ge=256)] = 8192
-    """Path and query of a request."""
+    """Maximum bytes in the path and query of a request."""
     max_header_bytes: Annotated[int, Field(ge=1024)] = 32768
-    """Names and values of a request's headers, all together."""
+    """Maximum bytes in the names and values of all headers of a request."""
     max_headers: Annotated[int, Field(ge=8)] = 100
-    """Headers in one request."""
+    """Maximum headers in a request."""
     max_connections: Annotated[int, Field(ge=1)] = 4096
-    """Open connections of each worker; those above it are answered for health alone, anything else with 503."""
+    """Maximum open connections of each worker; further ones are answered for health checks only, and with 503
+    otherwise."""
     max_connections_per_address: Annotated[int, Field(ge=0, le=65535)] = 0
-    """Open connections of one client address, over all workers; 0 is any number. An IPv6 network of 64 bits counts as
+    """Maximum open connections of one client address, over all workers; 0 is any number. An IPv6 /64 network counts as
     one address, and trusted proxies are not counted."""
     head_timeout_s: Annotated[float, Field(gt=0)] = 10.0
-    """How long a connection may take to send its first request's line and headers, or those of one it has begun."""
+    """Longest time to send the request line and headers, from the start of the connection or of a later request."""
     body_timeout_s: Annotated[float, Field(gt=0)] = 120.0
-    """How long a body may take to arrive."""
+    """Longest time to send a body."""
     answer_timeout_s: Annotated[float, Field(gt=0)] = 30.0
-    """How long a caller may read nothing of an answer before the connection is cut."""
+    """How long a caller may read nothing of an answer before its connection is closed."""
     keep_alive_s: Annotated[float, Field(gt=0)] = 5.0
-    """How long a connection may be idle between requests; behind a proxy, longer than the proxy keeps it."""
+    """How long a connection may be idle between requests. Behind a proxy, set it above the proxy's own limit."""
     api_keys: str = ""
-    """File of API keys, read again when it changes; empty asks nobody for one."""
+    """File of API keys, read again when it changes; if empty, no key is required."""
     allow_anonymous: bool = False
-    """Whether an address that other machines can reach may be served without API keys; control stays closed."""
+    """Whether to serve without API keys on an address that other machines can reach. Loading models stays forbidden."""
     anonymous_rate: Rate = ""
-    """Without API keys, how often each client address may call, as in `100/minute` or `5/second,1000/hour`."""
+    """Without API keys, the rate limit of each client address, as in `100/minute` or `5/second,1000/hour`."""
     anonymous_concurrency: Annotated[int, Field(ge=0)] = 0
-    """Without API keys, calls of a client address at the same time; 0 is any number."""
+    """Without API keys, maximum concurrent calls of each client address; 0 is any number."""
     open_rate: Rate = "30/second"
-    """Without a known API key, how often each client address may ask for /docs, /openapi.json and /metrics, and how
-    often it may be told that its key is not known; empty is any number."""
+    """Without a known API key, the rate limit of each client address for /docs, /openapi.json and /metrics, and for
+    answers that refuse a key; empty is no limit."""
     allowed_hosts: Hosts = ""
-    """Names in the Host header, with commas, that are answered besides localhost, IP addresses and this machine's own:
-    `vae.example`, `*.example`, or `*` for any. Requests with a known API key or from a trusted proxy may have any."""
+    """Accepted names in the Host header, separated by commas, besides localhost, IP addresses and this machine's name:
+    `vae.example`, `*.example`, or `*` for any. Requests with a known API key or from a trusted proxy may use any
+    name."""
     docs: bool = True
-    """Whether /docs and /openapi.json are served, to anybody."""
+    """Whether to serve /docs and /openapi.json, which need no key."""
     ops_port: Annotated[int, Field(ge=0, le=65535)] | None = None
-    """Port for /health and /metrics, which then leave the main one; 0 takes a free one."""
+    """Separate port for /health and /metrics, which are then absent from the main port; 0 takes a free one."""
     trusted_proxies: Proxies = ""
-    """Addresses or networks, with commas, whose X-Forwarded-For, -Proto and -Prefix are believed."""
+    """Addresses or networks of proxies, separated by commas, whose X-Forwarded-For, -Proto and -Prefix are trusted."""
     root_path: RootPath = ""
     """Path under which a proxy serves this service, as in `/vae`, whether the proxy removes it or not."""
     cors_origins: str = ""
-    """Origins, with commas, whose pages may call from a browser; `*` is every one. Other pages cannot POST."""
+    """Origins, separated by commas, whose pages may call from a browser; `*` is every origin. Other pages cannot
+    POST."""
     tls_certificate: str = ""
     """PEM file of the certificate and its chain; empty serves plain HTTP."""
     tls_key: str = ""
-    """PEM file of the certificate's key; empty finds it in the certificate's file."""
+    """PEM file of the certificate's key; empty if the certificate's file contains it."""
     access_log: bool = False
-    """Whether every request is logged."""
+    """Whether to log every request."""
     log_format: Literal["text", "json"] = "text"
-    """How the log is written; `json` is one object a line, on standard output."""
+    """Format of the log; `json` is one object a line, on standard output."""
     tracing: bool = False
-    """Whether requests are traced by OpenTelemetry; OTEL_EXPORTER_OTLP_ENDPOINT names the collector."""
+    """Whether to trace requests with OpenTelemetry; OTEL_EXPORTER_OTLP_ENDPOINT names the collector."""
 
     @property
     def binds_port(self) -> bool:
-        """Whether `port` is listened on."""
+        """Whether the service listens on `port`."""
         return not self.unix_socket or "port" in self.model_fields_set
 
 
 def split(value: str) -> list[str]:
-    """What a setting names with commas between."""
+    """Split a setting at its commas."""
     return [name.strip() for name in value.split(",") if name.strip()]
 
 
 def read_settings(arguments: list[str] | None = None) -> Settings:
-    """Settings from the environment and, before it, from command-line flags (None reads no flags).
+    """Read the settings from command-line flags and the environment; a flag takes precedence.
 
-    Raises: StartError in one line for an unknown variable or a value that does not fit.
+    Args:
+        arguments: The flags; None reads the environment alone.
+
+    Raises:
+        StartError: A variable is unknown or a value is invalid; in one line.
     """
     forget_kubernetes()
     known = {PREFIX + name.upper() for name in Settings.model_fields}
-    for name in sorted(os.environ.keys() - known - NOT_OURS):
+    for name in sorted(os.environ.keys() - known - OTHER_VARIABLES):
         if name.startswith(PREFIX):
             near = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]}?" if near else f"; the settings are {', '.join(sorted(known))}"
@@ -249,18 +257,21 @@ def read_settings(arguments: list[str] | None = None) -> Settings:
         return Settings(_cli_parse_args=False if arguments is None else arguments)
     except ValidationError as error:
         problems = [f"{PREFIX}{'.'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in error.errors()]
-        raise StartError("; ".join(" ".join(said.split()) for said in problems)) from error
-    except (SettingsError, RecursionError) as error:  # RecursionError: brackets in brackets
+        raise StartError("; ".join(" ".join(problem.split()) for problem in problems)) from error
+    except (SettingsError, RecursionError) as error:  # RecursionError: deeply nested brackets
         cause = error.__cause__
         where = f" ({cause.msg} at character {cause.pos})" if isinstance(cause, json.JSONDecodeError) else ""
         raise StartError(f"{PREFIX}MODELS_OPTIONS is not JSON{where}; an example: {OPTIONS_EXAMPLE}") from error
 
 
 def forget_kubernetes() -> list[str]:
-    """Remove from the environment what Kubernetes has set for services, which is no setting of ours; gives the names.
+    """Remove variables that Kubernetes sets for services from the environment.
 
-    Name and value must both have Kubernetes' form, so that a misspelt setting is still an error. VAE_PORT=tcp://... is
-    such a variable, VAE_PORT=8000 is a setting.
+    Name and value must both have Kubernetes' form, so that a misspelt setting is still an error: VAE_PORT=tcp://... is
+    removed, VAE_PORT=8000 is a setting.
+
+    Returns:
+        The names of the removed variables.
     """
     found = [
         name

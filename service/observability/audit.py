@@ -1,4 +1,4 @@
-"""The audit log: a line for every load and unload that is asked for over HTTP, done or refused."""
+"""The audit log: one line for every request to load or unload a model."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ audit = logging.getLogger("service.audit")
 
 
 def record(scope: Scope, action: str, model: str, version: str, outcome: str) -> None:
-    """Log one line.
+    """Log one request to load or unload a model.
 
     Args:
-        scope: The request, which tells who asks: the name of the API key, or the address alone.
+        scope: The request, with the name of the API key, the address of the caller and the request id.
         action: `load` or `unload`.
-        model: As it was asked for.
-        version: As it was asked for; empty is the whole model.
-        outcome: `ok`, `partial` where some workers have not followed yet, or the problem's code.
+        model: Name in the request.
+        version: Version in the request; empty is the whole model.
+        outcome: `ok`, `partial` if some workers have not followed yet, or the problem's code.
     """
     client = scope["client"][0] if scope.get("client") else ""
     key = scope.get("key", "")

@@ -1,4 +1,4 @@
-"""Every metric, named once; and the Server-Timing header."""
+"""Prometheus metrics, and the Server-Timing header."""
 
 from __future__ import annotations
 
@@ -22,19 +22,22 @@ from service.observability.shared_values import SharedValues
 
 MEDIA_TYPE = CONTENT_TYPE_LATEST
 RESTART_REASONS = ("killed", "exited", "stuck", "not_started")
-"""Why a worker was replaced: by a signal, by itself, because its loop stood still, because it could not start."""
+"""Why a worker was replaced: killed by a signal, exited, event loop blocked, or unable to start."""
 FLUSH_S = 0.1
-"""How long a figure may be on its way to the metrics of another worker's answer."""
+"""Longest delay until a count is visible in the metrics of every worker."""
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Telemetry:
-    """Metrics of one application. Label values are bounded: models and operations that are served, codes of ours."""
+    """Metrics of one application. Label values are bounded: served models, operations, and the codes of our errors.
+
+    Args:
+        load: Returns the rows in the queue and the running batches; called at every flush.
+    """
 
     def __init__(self, load: Callable[[], tuple[int, int]]) -> None:
-        """load: rows that wait and batches that run, asked for at every flush."""
-        disable_created_metrics()  # a second series for each, that nobody asks for
+        disable_created_metrics()  # a second series for each metric, of no use here
         self.registry = CollectorRegistry()
         labels = ("model", "operation")
         self._requests = Counter(
@@ -45,35 +48,35 @@ class Telemetry:
         )
         self._rows = Counter("vae_rows", "Rows by outcome", (*labels, "outcome"), registry=self.registry)
         self._refused = Counter(
-            "vae_refused", "Calls turned away at the door, by the problem's code", ("code",), registry=self.registry
+            "vae_refused", "Calls refused by access control, by the problem's code", ("code",), registry=self.registry
         )
         self._queue = Histogram(
-            "vae_queue_seconds", "Wait before a batch, a part of a request each", labels, buckets=SECONDS,
+            "vae_queue_seconds", "Time in the queue, once for each part of a request", labels, buckets=SECONDS,
             registry=self.registry,
         )  # fmt: skip
         self._inference = Histogram(
             "vae_inference_seconds", "Time of a batch", labels, buckets=SECONDS, registry=self.registry
         )
         self._batch_rows = Histogram("vae_batch_rows", "Rows in a batch", labels, buckets=ROWS, registry=self.registry)
-        # In several processes the gauges of those that live are added up, as all counters are.
+        # Over several workers the gauges of the running ones are added up, as are all counters.
         live = partial(Gauge, registry=self.registry, multiprocess_mode="livesum")
-        self._queued = live("vae_queued_rows", "Rows that wait")
-        self._running = live("vae_running_batches", "Batches that are being computed")
-        # The fewest of all workers: one that lags behind shows.
+        self._queued = live("vae_queued_rows", "Rows in the queue")
+        self._running = live("vae_running_batches", "Running batches")
+        # The minimum over all workers, so that one that lags behind shows.
         self._ready = Gauge(
-            "vae_ready_versions", "Versions that are served", ("model",), registry=self.registry,
+            "vae_ready_versions", "Served versions", ("model",), registry=self.registry,
             multiprocess_mode="livemin",
         )  # fmt: skip
-        self._tasks = live("vae_tasks", "Tasks of the event loop: a request has one or two")
+        self._tasks = live("vae_tasks", "Tasks of the event loop; a request has one or two")
         restarts_counter(self.registry)
         if _shared is None or not _several:
-            ProcessCollector(registry=self.registry)  # memory, descriptors, processor time; of one process alone
+            ProcessCollector(registry=self.registry)  # memory, descriptors, processor time
         self._request_child = cache(self._requests.labels)
         self._rows_child = cache(self._rows.labels)
         self._batch_children = cache(
             lambda *values: [metric.labels(*values) for metric in (self._queue, self._inference, self._batch_rows)]
         )
-        self.changes = 0  # with every flush that added something
+        self.changes = 0  # counts the flushes that changed a metric
         self._load = load
         self._noted: list[Callable[[], None]] = []
         self._counted: dict[tuple[str, str, str], list[int]] = {}
@@ -90,7 +93,7 @@ class Telemetry:
             counted[1] += rows
 
     def refused(self, code: str) -> None:
-        """Count one call turned away before it was anybody's operation."""
+        """Count one call that access control refused."""
         self._note(self._refused.labels(code).inc)
 
     def batch(self, program: Any, rows: int, queue_s: list[float], inference_s: float) -> None:
@@ -98,12 +101,12 @@ class Telemetry:
         self._note(partial(self._add_batch, program.model, program.operation, rows, queue_s, inference_s))
 
     def ready(self, model: str, versions: int) -> None:
-        """How many versions of a model are served."""
+        """Set the number of served versions of a model."""
         self._ready.labels(model).set(versions)
         self.changes += 1
 
     def flush(self) -> None:
-        """Add up what was noted; callers' answers do not wait for it."""
+        """Apply the recorded changes, outside of any request."""
         self._flushing = False
         noted, self._noted = self._noted, []
         self.changes += bool(noted)
@@ -136,7 +139,7 @@ class Telemetry:
         batch_rows.observe(rows)
 
     def exposition(self) -> bytes:
-        """All metrics in Prometheus' text format, summed over the workers where there are several."""
+        """Return all metrics in Prometheus' text format, summed over the workers."""
         self.flush()
         if _shared is None:
             return generate_latest(self.registry)
@@ -148,18 +151,18 @@ class Telemetry:
 
 
 def server_timing(queue_s: float, inference_s: float | None) -> str:
-    """The Server-Timing header; durations in milliseconds, without what is not known yet."""
+    """Return the Server-Timing header, in milliseconds. inference_s is None while it is unknown."""
     inference = "" if inference_s is None else f", inference;dur={inference_s * 1e3:.3f}"
     return f"queue;dur={queue_s * 1e3:.3f}{inference}"
 
 
 def restarts_counter(registry: CollectorRegistry) -> Counter:
-    """Workers that were replaced. The supervisor counts; the workers show it."""
+    """Make the counter of replaced workers. The supervisor increments it; the workers expose it."""
     restarts = Counter(
-        "vae_worker_restarts", "Workers started again, by what ended the one before", ("reason",), registry=registry
+        "vae_worker_restarts", "Restarted workers, by why the previous one ended", ("reason",), registry=registry
     )
     for reason in RESTART_REASONS:
-        restarts.labels(reason)  # at 0, so that a rate sees the first one
+        restarts.labels(reason)  # at 0, so that a rate includes the first restart
     return restarts
 
 
@@ -168,10 +171,13 @@ _several = False
 
 
 def share(values: SharedValues, slot: int, *, several: bool) -> None:
-    """Keep the metrics that this process makes in shared memory, as the supervisor and its workers do.
+    """Keep the metrics of this process in shared memory.
 
-    several: whether there is more than one worker.
+    Args:
+        values: The shared memory.
+        slot: The slot of this process.
+        several: Whether there is more than one worker.
     """
-    global _shared, _several  # as prometheus_client keeps it, for a whole process
+    global _shared, _several  # prometheus_client keeps its value class for a whole process
     values.use(slot)
     _shared, _several = values, several

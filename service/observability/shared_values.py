@@ -1,8 +1,8 @@
-"""Metric values of several processes, in memory that they inherit from a common parent.
+"""Metric values of several processes, in memory inherited from their common parent.
 
-prometheus_client's own way is a file for each process, mapped into memory: on a full disk the process that writes to it
-is killed by SIGBUS, a damaged file breaks every exposition, and each restart leaves files behind. This memory needs no
-file. Its values outlive the process that wrote them, and the process that takes its slot counts on from there.
+prometheus_client itself maps a file for each process: on a full disk, writing to it kills the process with SIGBUS, a
+damaged file breaks every exposition, and each restart leaves files behind. This memory needs no file. Its values
+outlive the process that wrote them, and the next process in the same slot continues from them.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from prometheus_client import values as prometheus_values
 from prometheus_client.core import Metric
 
 VALUES = 2**14
-"""Values of one process; memory is taken only for those that are used."""
+"""Capacity of one process; the system provides memory only for the values in use."""
 KEY_BYTES = 256 * VALUES
 HEAD_BYTES = 64
 LENGTH_BYTES = 4
 SLOT_BYTES = HEAD_BYTES + 8 * VALUES + KEY_BYTES
 COUNT, LIVE = 0, 1
-"""Fields of a slot's head: how many values it has, and whether its process lives."""
+"""Fields of a slot's head: the number of its values, and whether its process runs."""
 
 log = logging.getLogger(__name__)
 
 
 class Key(NamedTuple):
-    """What a value is of. `mode` says how a gauge's values are combined: livesum or livemin."""
+    """Identifies a value. `mode` is how the values of a gauge are combined: livesum or livemin."""
 
     kind: str
     mode: str
@@ -43,10 +43,13 @@ class Key(NamedTuple):
 
 
 class Slot:
-    """The values of one process. They are appended, never removed."""
+    """The values of one process. Values are appended, never removed.
+
+    Args:
+        memory: SLOT_BYTES of shared memory: zeros, or as an earlier process left them.
+    """
 
     def __init__(self, memory: memoryview) -> None:
-        """memory: SLOT_BYTES of shared memory, zero or as an earlier process left them."""
         end = HEAD_BYTES + 8 * VALUES
         self.head, self.cells, self._keys = (
             memory[:HEAD_BYTES].cast("Q"),
@@ -58,7 +61,7 @@ class Slot:
         self._full = False
 
     def places(self) -> Mapping[Key, int]:
-        """Where each value is in `cells`; those that another process has added since included."""
+        """Return the index of every value in `cells`, including values that another process has added since."""
         while len(self._places) < min(self.head[COUNT], VALUES):
             start = self._end + LENGTH_BYTES
             end = start + int.from_bytes(self._keys[self._end : start], "little")
@@ -69,7 +72,7 @@ class Slot:
         return self._places
 
     def place(self, key: Key) -> int | None:
-        """Where its value is in `cells`; a new one at the end. None where there is no room."""
+        """Return the index of a value in `cells`, appending it if it is new; None if there is no room."""
         places = self.places()
         if key in places:
             return places[key]
@@ -88,27 +91,27 @@ class Slot:
 
 
 class SharedValues:
-    """A slot for each process, and a collector that adds them up. Made before the processes are forked."""
+    """A slot for each process, and a collector that combines them. Make it before the processes are forked."""
 
     def __init__(self, slots: int) -> None:
         memory = memoryview(mmap.mmap(-1, slots * SLOT_BYTES))
         self.slots = [Slot(memory[k * SLOT_BYTES : (k + 1) * SLOT_BYTES]) for k in range(slots)]
 
     def use(self, slot: int) -> None:
-        """Let the metrics that this process makes from now on keep their values in that slot."""
+        """Keep the values of all metrics that this process makes from now on in a slot."""
         own = self.slots[slot]
         for key, place in own.places().items():
             if key.kind == "gauge":
-                own.cells[place] = math.nan  # of the process before
+                own.cells[place] = math.nan  # a value of the previous process
         own.head[LIVE] = 1
         prometheus_values.ValueClass = _value_class(own)
 
     def died(self, slot: int) -> None:
-        """Leave out its gauges; its counters stay."""
+        """Leave out the gauges of an ended process; its counters stay."""
         self.slots[slot].head[LIVE] = 0
 
     def collect(self) -> Iterator[Metric]:
-        """Every metric, over all processes: counters and histograms added up, gauges of those that live combined."""
+        """Yield every metric: counters and histograms summed over all processes, gauges combined over running ones."""
         families: dict[str, Metric] = {}
         totals: dict[Key, float] = {}
         for slot in self.slots:
@@ -136,7 +139,7 @@ class SharedValues:
 
 
 def _by_bucket(item: tuple[Key, float]) -> tuple[str, str, tuple[tuple[str, str], ...], float]:
-    """Buckets of one histogram beside each other, the smallest first."""
+    """Sort key that puts the buckets of a histogram next to each other, the smallest first."""
     key = item[0]
     if key.sample.endswith("_bucket"):
         return key.family, key.sample, key.labels[:-1], float(key.labels[-1][1])
@@ -144,7 +147,7 @@ def _by_bucket(item: tuple[Key, float]) -> tuple[str, str, tuple[tuple[str, str]
 
 
 def _value_class(slot: Slot) -> type:
-    """What prometheus_client makes its values of: each is a cell of that slot."""
+    """Return the class of which prometheus_client makes its values: each is a cell of the slot."""
     lock = threading.Lock()
 
     class SharedValue:
@@ -180,9 +183,9 @@ def _value_class(slot: Slot) -> type:
             return float(self._cells[self._place])
 
         def set_exemplar(self, exemplar: Any) -> None:
-            """Not shared."""
+            """Do nothing: exemplars are not shared."""
 
         def get_exemplar(self) -> None:
-            """None, ever."""
+            """Return None: exemplars are not shared."""
 
     return SharedValue

@@ -1,6 +1,6 @@
-"""Traces by OpenTelemetry: FastAPI makes a span of every request; here it is named, and told where its time went.
+"""OpenTelemetry traces: names the span that FastAPI makes of every request, and adds spans for queue and batch.
 
-The SDK and its exporter are the extra `tracing`; they are set up by the standard variables OTEL_*.
+The SDK and its exporter are the extra `tracing`; the standard variables OTEL_* configure them.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ if TYPE_CHECKING:
 
 EXTRA = "pip install '.[tracing]' in the project's folder"
 SERVICE_NAME = "vae-service"
-"""Where OTEL_SERVICE_NAME says nothing."""
+"""Name of the service if OTEL_SERVICE_NAME is not set."""
 FLUSH_MS = 3000
-"""How long the end of the service may wait for the collector."""
+"""How long the ending service waits for the collector, in milliseconds."""
 
 
 def tracer_provider() -> TracerProvider:
-    """Makes spans and sends them by OTLP over HTTP, from a thread; where the collector is gone they are dropped.
+    """Make a provider that sends spans by OTLP over HTTP from a thread, and drops them if the collector is gone.
 
-    Raises: StartError without the extra.
+    Raises:
+        StartError: The extra is not installed.
     """
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter  # noqa: PLC0415
@@ -46,7 +47,7 @@ def tracer_provider() -> TracerProvider:
 
 
 def finish(provider: TracerProvider) -> None:
-    """Send what is left; a collector that does not answer is not waited for."""
+    """Send the remaining spans, without waiting long for the collector."""
     provider.force_flush(FLUSH_MS)
     provider.shutdown()
 
@@ -79,13 +80,13 @@ def traced(submit: Callable[..., Awaitable[Any]], provider: TracerProvider) -> C
 
 
 class Named:
-    """Names the span of an operation after its route, and tells what it was asked for."""
+    """ASGI middleware that names the span of an operation after its route, and adds what was requested."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request, or the application's start and stop."""
+        """Handle one request, or the lifespan of the application."""
 
         def naming(message: Message) -> Any:
             if message["type"] == "http.response.start":

@@ -1,1 +1,1 @@
-"""Who may call: API keys, rates, hosts, origins, proxies, headers."""
+"""Access control: API keys, rate limits, Host and Origin headers, trusted proxies, security headers."""

@@ -1,7 +1,7 @@
-"""Which names the service answers to: the protection against DNS rebinding.
+"""Accepted host names: protection against DNS rebinding.
 
-A web page can make its own name mean this machine's address. Its requests then count as same-origin in the browser, and
-only their Host header tells: it holds the page's name.
+The owner of a web page can make the page's name resolve to this machine. The browser then treats requests to this
+service as same-origin. Only their Host header, which holds the page's name, gives them away.
 """
 
 from __future__ import annotations
@@ -14,26 +14,29 @@ from collections.abc import Iterable
 from functools import cache, lru_cache
 
 HOST = re.compile(rb"(?:\[([0-9A-Fa-f:.]+)\]|([\w.-]+?)\.?)(?::\d*)?")
-"""An IPv6 address in brackets or a name, without the dot that may end it; then perhaps a port."""
-REMEMBERED = 1024
+"""An IPv6 address in brackets, or a name without its final dot; then an optional port."""
+MAX_CACHED = 1024
 
 
 class Hosts:
-    """Loopback names, IP addresses, the machine's own name, and the names that are allowed besides."""
+    """Accepted host names: localhost, IP addresses, the machine's own name, and further ones.
+
+    Args:
+        allowed: Further names: `vae.example`, `*.example` for every name below it, `*` for every name.
+    """
 
     def __init__(self, allowed: Iterable[str] = ()) -> None:
-        """allowed: `vae.example`, `*.example` for every name below it, `*` for every name."""
         names = {name.lower() for name in allowed}
         self._any = "*" in names
         self._suffixes = (".localhost", *(name[1:] for name in names if name.startswith("*.")))
         own = socket.gethostname().lower().rstrip(".")
         self._names = names | {"localhost", own, own.split(".")[0]}
-        self.allow = lru_cache(REMEMBERED)(self._allow)
-        # In a thread, because a name server that does not answer would hold up the start.
+        self.allow = lru_cache(MAX_CACHED)(self._allow)
+        # In a thread, because a name server that does not answer would delay the start.
         threading.Thread(target=lambda: self._add_full_name(own, _full_name()), daemon=True).start()
 
     def _allow(self, host: bytes) -> bool:
-        """Whether the value of a Host header is one of the names."""
+        """Return whether the value of a Host header is accepted."""
         found = HOST.fullmatch(host)
         if self._any or not found:
             return self._any
@@ -43,9 +46,9 @@ class Hosts:
         return name in self._names or name.endswith(self._suffixes) or _is_address(name)
 
     def _add_full_name(self, own: str, full: str) -> None:
-        """Add the machine's name with its domain.
+        """Accept the machine's name with its domain.
 
-        It must begin with the machine's name: the network that the machine is in chooses the rest.
+        The network chooses the full name, so it counts only if it begins with the machine's own name.
         """
         if full.startswith(f"{own}."):
             self._names |= {full}

@@ -1,4 +1,4 @@
-"""API keys: whose they are, what they allow and how often; read from a file, and again when it changes."""
+"""API keys with names, rights and limits, read from a file and again when it changes."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ CONTROL = "control"
 RIGHTS = (INFER, CONTROL)
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 HASHED = re.compile(r"sha256:([0-9a-fA-F]{64})")
-LEAST_CHARACTERS = 16
-LOOK_S = 1.0
-"""How often the file may be looked at."""
+MIN_CHARACTERS = 16
+CHECK_INTERVAL_S = 1.0
+"""Shortest interval between two checks of the file."""
 FORM = "a line is `name key-or-sha256:digest rights [rate=100/minute] [concurrency=4]`"
 
 
@@ -34,18 +34,18 @@ Stamp = tuple[int, int, int]
 
 
 class NoKeys(StartError):
-    """A file of keys without any."""
+    """The file holds no key."""
 
 
 class Limits(NamedTuple):
-    """How often a caller may call, and how many calls may run at the same time (0 is any number)."""
+    """Rate limits of a caller, and its maximum of concurrent calls (0 is any number)."""
 
     rates: tuple[RateLimitItem, ...] = ()
     concurrency: int = 0
 
 
 class Key(NamedTuple):
-    """A key is known by its SHA-256 digest alone."""
+    """An API key. Only its SHA-256 digest is kept."""
 
     name: str
     digest: bytes
@@ -54,19 +54,23 @@ class Key(NamedTuple):
 
 
 class Keyring:
-    """The keys of a file."""
+    """The API keys of a file. If the file holds none, since all were revoked, no caller is accepted.
+
+    Args:
+        path: The file.
+        clock: Time in seconds, which never goes back.
+
+    Raises:
+        StartError: A line cannot be read; the message names it.
+    """
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
-        """A file without keys, whose keys were all revoked, lets nobody in.
-
-        Raises: StartError naming the line that cannot be read.
-        """
         self._path = path
         self._clock = clock
         self._empty = False
         self._exposed = False
-        self._stamp = self._look_at()
-        self._looked = clock()
+        self._stamp = self._read_stamp()
+        self._checked = clock()
         self._keys: tuple[Key, ...] = ()
         try:
             self._keys = read_keys(path)
@@ -74,8 +78,8 @@ class Keyring:
             log.warning("no API key is valid: %s", error)
 
     def find(self, token: bytes) -> Key | None:
-        """The key, looked for in a time that does not tell which one it is."""
-        if self._clock() - self._looked >= LOOK_S:
+        """Return the key of a token, in a time that does not depend on which key it is; None if it is unknown."""
+        if self._clock() - self._checked >= CHECK_INTERVAL_S:
             self._reread()
         digest, found = hashlib.sha256(token).digest(), None
         for key in self._keys:
@@ -84,18 +88,18 @@ class Keyring:
         return found
 
     async def watch(self) -> None:
-        """Look at the file for as long as it runs, so that keys are revoked in time also where nobody calls."""
+        """Check the file until cancelled, so that keys are revoked in time even without requests."""
         while True:
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(CHECK_INTERVAL_S)
             self._reread()
 
     def _reread(self) -> None:
-        """Take the keys of a file that has changed; where it cannot be read the old ones stay.
+        """Read the keys if the file has changed. If it cannot be read, the old keys stay.
 
-        So they do where it is empty, as it is while somebody writes it, until the next look finds it empty again.
+        They also stay if the file is empty, as it is while it is written, until the next check finds it empty again.
         """
-        self._looked = self._clock()
-        stamp = self._look_at()
+        self._checked = self._clock()
+        stamp = self._read_stamp()
         if stamp == self._stamp and not self._empty:
             return
         self._stamp, was_empty, self._empty = stamp, self._empty, False
@@ -113,8 +117,8 @@ class Keyring:
                 self._keys = keys
                 log.warning("the API keys have changed: %s", ", ".join(key.name for key in keys))
 
-    def _look_at(self) -> Stamp | None:
-        """What changes with the file's content, also where a link is turned to another one. Warns of its mode."""
+    def _read_stamp(self) -> Stamp | None:
+        """Return what changes with the file's content or with the target of a link. Warns if others can access it."""
         try:
             found = self._path.stat()
         except OSError:
@@ -130,9 +134,11 @@ class Keyring:
 
 
 def read_keys(path: Path) -> tuple[Key, ...]:
-    """The keys of a file, a line each; empty lines and those that begin with # are skipped.
+    """Read the keys of a file, one a line. Empty lines and lines that begin with # are skipped.
 
-    Raises: StartError naming the line, never the key.
+    Raises:
+        NoKeys: The file holds none.
+        StartError: A line cannot be read; the message names the line, never the key.
     """
     try:
         lines = path.read_text().splitlines()
@@ -148,7 +154,7 @@ def read_keys(path: Path) -> tuple[Key, ...]:
         except ValueError as error:
             raise StartError(f"{path}, line {number}: {error}; {FORM}") from error
         if key.name in keys or key.digest in {other.digest for other in keys.values()}:
-            raise StartError(f"{path}, line {number}: the name or the key is there twice")
+            raise StartError(f"{path}, line {number}: the name or the key occurs twice")
         keys[key.name] = key
     if not keys:
         raise NoKeys(f"{path} holds no API key; {FORM}")
@@ -156,7 +162,7 @@ def read_keys(path: Path) -> tuple[Key, ...]:
 
 
 def _key(words: list[str]) -> Key:
-    """Raises: ValueError."""
+    """Read the words of a line; raises ValueError."""
     if len(words) < 3:
         raise ValueError("name, key or rights are missing")
     name, secret, rights, *limits = words
@@ -169,19 +175,19 @@ def _key(words: list[str]) -> Key:
 
 
 def _digest(secret: str) -> bytes:
-    """Raises: ValueError for a key that may be guessed."""
+    """Return the digest of a key; raises ValueError for a key that can be guessed."""
     hashed = HASHED.fullmatch(secret)
     if hashed:
         return bytes.fromhex(hashed[1])
     if secret.startswith("sha256:"):
         raise ValueError("sha256: wants 64 hexadecimal digits")
-    if len(secret) < LEAST_CHARACTERS:
-        raise ValueError(f"a key has at least {LEAST_CHARACTERS} characters; `openssl rand -hex 32` makes one")
+    if len(secret) < MIN_CHARACTERS:
+        raise ValueError(f"a key has at least {MIN_CHARACTERS} characters; `openssl rand -hex 32` makes one")
     return hashlib.sha256(secret.encode()).digest()
 
 
 def _limits(words: list[str]) -> Limits:
-    """Raises: ValueError."""
+    """Read `rate=` and `concurrency=`; raises ValueError."""
     named = dict(word.split("=", 1) for word in words if "=" in word)
     if len(named) != len(words) or named.keys() - {"rate", "concurrency"}:
         raise ValueError("limits are rate= and concurrency=, once each")
@@ -192,8 +198,9 @@ def _limits(words: list[str]) -> Limits:
 
 
 def limits_of(rate: str, concurrency: int) -> Limits:
-    """Limits as they are written in settings.
+    """Parse limits as they are written in settings, such as `5/second,100/minute`.
 
-    Raises: ValueError.
+    Raises:
+        ValueError: The rate cannot be read.
     """
     return Limits(tuple(parse_many(rate)) if rate else (), concurrency)

@@ -18,7 +18,7 @@ from service.security.hosts import Hosts
 from service.security.keys import CONTROL, INFER, Key, Keyring, Limits, limits_of
 from service.security.origins import ORIGIN, SAFE_METHODS, SITE, Origins
 from service.security.proxies import Proxies
-from service.security.rates import Counts
+from service.security.rates import CallCounts
 from service.settings import Settings, split
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def add_access_control(
         hosts=Hosts(split(settings.allowed_hosts)),
         origins=Origins(origins),
         proxies=Proxies(settings.trusted_proxies),
-        counts=Counts(shared_folder),
+        counts=CallCounts(shared_folder),
     )
     if origins:
         app.add_middleware(
@@ -111,7 +111,7 @@ class AccessControl:
         hosts: Hosts | None = None,
         origins: Origins | None = None,
         proxies: Proxies | None = None,
-        counts: Counts | None = None,
+        counts: CallCounts | None = None,
     ) -> None:
         self._app = app
         self._respond = respond
@@ -122,7 +122,7 @@ class AccessControl:
         self._hosts = hosts or Hosts()
         self._origins = origins or Origins()
         self._proxies = proxies or Proxies()
-        self._counts = counts or Counts()
+        self._counts = counts or CallCounts()
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Handle one request, or the lifespan of the application. Not a coroutine itself, which saves time."""

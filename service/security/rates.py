@@ -1,8 +1,8 @@
-"""How often callers call, and how many of their calls run: counted by all workers together, without a server or a lock.
+"""Counts of calls and of running calls by caller, over all workers, without a server or a lock.
 
-Each worker writes to a file of its own in the folder that the workers share, and adds up what the files of the others
-hold. Two workers that count at the same instant may both let the last call pass. A file is locked for as long as its
-worker lives: the worker that is started in the place of a dead one takes the file over.
+Each worker writes a file of its own in the shared folder and adds the counts in the files of the others. Two workers
+that count at the same instant may both accept the last allowed call. A worker locks its file as long as it runs; the
+worker that replaces a dead one takes over its file.
 """
 
 from __future__ import annotations
@@ -28,46 +28,54 @@ from service.errors import StartError
 WAYS = 8
 SETS = 1024
 SET = struct.Struct(f"<{WAYS}Q{WAYS}d{WAYS}I{WAYS}I")
-"""Counters with the same place: whose they are, when their windows end (never, for running calls; 0 is a free one),
-what was counted in these windows, and in those before."""
+"""A set of counters with the same place: digests of their names, ends of their windows (infinity for running calls, 0
+for a free counter), counts in these windows, and counts in the windows before."""
 SIZE = SETS * SET.size
-MOST = 2**32 - 1
-LOOK_S = 1.0
-"""How often a worker looks for files of new workers."""
-LEAST_S = 0.001
+MAX_COUNT = 2**32 - 1
+CHECK_INTERVAL_S = 1.0
+"""Interval at which a worker searches for files of new workers."""
+MIN_WAIT_S = 0.001
 FILE_NAME = "counts-{}"
 
 
 class Place(NamedTuple):
-    """Where a counter is: the digest of its name, and the offset of its set."""
+    """The place of a counter: the digest of its name, and the offset of its set."""
 
     digest: int
     offset: int
 
 
-class Counts:
-    """Counts of one worker, added to those of the others. A full set forgets the counter whose window ends first."""
+class CallCounts:
+    """Counts of one worker, added to those of the others. A full set drops the counter whose window ends first.
+
+    Args:
+        folder: Folder of all workers; None where there is one worker.
+        clock: Time in seconds, the same for all workers.
+
+    Raises:
+        StartError: The folder has no room.
+    """
 
     def __init__(self, folder: Path | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        """folder: the workers' (None: there is one worker). clock: the same for all of them.
-
-        Raises: StartError where the folder has no room.
-        """
         self._folder = folder
         self._clock = clock
         self._secret = folder.name.encode()[-64:] if folder else secrets.token_bytes()
         self._running: Counter[str] = Counter()
         self._others: dict[Path, tuple[BinaryIO, mmap.mmap]] = {}
-        self._look_at = 0.0
+        self._check_at = 0.0
         self._path: Path | None = None
         self._own: bytearray | mmap.mmap = bytearray(SIZE)
         if folder:
             self._path, self._own = _claim(folder)
 
     def hit(self, rate: RateLimitItem, caller: str) -> float:
-        """Count a call, in sliding windows. 0.0 if the rate allows it, else the seconds until it will.
+        """Count a call in a sliding window.
 
-        The window before counts by the part of it that is less than a window ago, as if its calls were evenly spread.
+        Calls of the window before count by the share of it that is less than one window ago, as if they were evenly
+        spread.
+
+        Returns:
+            0.0 if the rate allows the call; else the seconds until it will.
         """
         length = float(rate.get_expiry())
         now = self._clock()
@@ -77,17 +85,17 @@ class Counts:
         current, before = (sum(column) for column in zip(*counted, strict=True))
         if math.floor(before * (end - now) / length + current) >= rate.amount:
             if current < rate.amount:
-                return max(LEAST_S, end - now - length * (rate.amount - current) / before)
+                return max(MIN_WAIT_S, end - now - length * (rate.amount - current) / before)
             return end - now + length * (1.0 - rate.amount / current)
         own_current, own_before = counted[0]
         _write(self._own, place, end, own_current + 1, own_before)
         return 0.0
 
     def running(self, caller: str) -> int:
-        """Calls of a caller that run now, in all workers that live."""
+        """Return the running calls of a caller, in all workers that run."""
         running = self._running[caller]
         if self._folder is not None:
-            self._look()
+            self._open_others()
             place = self._place(caller)
             for file, memory in self._others.values():
                 theirs = _window(memory, place, math.inf, math.inf)[0]
@@ -95,19 +103,19 @@ class Counts:
         return running
 
     def begin(self, caller: str) -> None:
-        """One more runs."""
+        """Count one more running call."""
         self._running[caller] += 1
         self._publish(caller)
 
     def end(self, caller: str) -> None:
-        """One of them is over."""
+        """Count one running call as ended."""
         self._running[caller] -= 1
         self._publish(caller)
         if not self._running[caller]:
             del self._running[caller]
 
     def close(self) -> None:
-        """Leave the files to others; calls that still run are counted in memory."""
+        """Release the files; calls that still run are counted in memory."""
         for file, memory in self._others.values():
             memory.close()
             file.close()
@@ -122,33 +130,33 @@ class Counts:
             _write(self._own, self._place(caller), math.inf if running else 0.0, running, 0)
 
     def _memories(self) -> Iterator[bytearray | mmap.mmap]:
-        """The own one first."""
+        """Yield the counters of every worker, those of this one first."""
         yield self._own
         if self._folder is not None:
-            self._look()
+            self._open_others()
             for _, memory in self._others.values():
                 yield memory
 
-    def _look(self) -> None:
-        """Open the files of workers that have been started since the last look."""
+    def _open_others(self) -> None:
+        """Open the files of workers that have started since the last check."""
         now = time.monotonic()
-        if now < self._look_at or self._folder is None:
+        if now < self._check_at or self._folder is None:
             return
-        self._look_at = now + LOOK_S
+        self._check_at = now + CHECK_INTERVAL_S
         for path in self._folder.glob(FILE_NAME.format("*")):
             if path != self._path and path not in self._others and path.stat().st_size == SIZE:
                 file = path.open("rb")
                 self._others[path] = file, mmap.mmap(file.fileno(), SIZE, prot=mmap.PROT_READ)
 
     def _place(self, name: str) -> Place:
-        """Nobody outside can choose names that share a set: the digest has a secret."""
+        """Hash a name to a place. The hash is keyed, so that callers cannot choose names that share a set."""
         digest = hashlib.blake2b(name.encode(), digest_size=8, key=self._secret).digest()
         number = int.from_bytes(digest, "little") or 1
         return Place(number, number % SETS * SET.size)
 
 
 def _window(memory: bytearray | mmap.mmap, place: Place, end: float, length: float) -> tuple[int, int]:
-    """What a counter holds for the window that ends then and for the one before."""
+    """Return a counter's counts for the window with this end and for the one before."""
     digest, offset = place
     values = SET.unpack_from(memory, offset)
     if digest not in values[:WAYS]:
@@ -161,24 +169,27 @@ def _window(memory: bytearray | mmap.mmap, place: Place, end: float, length: flo
 
 
 def _write(memory: bytearray | mmap.mmap, place: Place, end: float, current: int, before: int) -> None:
-    """Set a counter, in its place or in that of the one whose window ends first."""
+    """Set a counter, in its own place or in that of the counter whose window ends first."""
     digest, offset = place
     values = list(SET.unpack_from(memory, offset))
     at = values.index(digest) if digest in values[:WAYS] else min(range(WAYS), key=lambda way: values[way + WAYS])
-    values[at::WAYS] = digest, end, min(current, MOST), min(before, MOST)
+    values[at::WAYS] = digest, end, min(current, MAX_COUNT), min(before, MAX_COUNT)
     SET.pack_into(memory, offset, *values)
 
 
 def _claim(folder: Path) -> tuple[Path, mmap.mmap]:
-    """The first file that no living worker has, without the running calls of the one that had it.
+    """Take the first file without a running worker, and reset the running calls of its previous one.
 
-    Raises: StartError.
+    Raises:
+        StartError: The folder has no room.
     """
     try:
         path, file = next(_free(folder))
         with file:
-            os.posix_fallocate(file.fileno(), 0, SIZE)  # to write where no room is left would kill the process
-            memory = mmap.mmap(file.fileno(), SIZE)  # it keeps the lock, which is the open file's
+            os.posix_fallocate(
+                file.fileno(), 0, SIZE
+            )  # on a full disk, writing to mapped memory would kill the process
+            memory = mmap.mmap(file.fileno(), SIZE)  # the mapping keeps the file open, and so the lock
     except OSError as error:
         raise StartError(f"cannot count calls in {folder} ({error.strerror}); make room, or set TMPDIR") from error
     for offset in range(0, SIZE, SET.size):
@@ -189,7 +200,7 @@ def _claim(folder: Path) -> tuple[Path, mmap.mmap]:
 
 
 def _free(folder: Path) -> Iterator[tuple[Path, BinaryIO]]:
-    """Files that no living worker has, locked."""
+    """Yield the files without a running worker, locked."""
     for number in count():
         path = folder / FILE_NAME.format(number)
         path.touch(0o600)
@@ -201,7 +212,7 @@ def _free(folder: Path) -> Iterator[tuple[Path, BinaryIO]]:
 
 
 def _lock(file: BinaryIO, kind: int) -> bool:
-    """Take the lock if nobody else has it. The system gives it back when a process ends, however it ends."""
+    """Take the lock if it is free. The system releases it whenever the process ends."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -210,7 +221,7 @@ def _lock(file: BinaryIO, kind: int) -> bool:
 
 
 def _is_locked(file: BinaryIO) -> bool:
-    """Whether a living process has the lock."""
+    """Return whether a running process holds the lock."""
     taken = _lock(file, fcntl.LOCK_SH)
     if taken:
         fcntl.flock(file, fcntl.LOCK_UN)

@@ -96,12 +96,12 @@ class Connections:
         return Proxies(self._settings.trusted_proxies)
 
     @cached_property
-    def _counts(self) -> Counts:
+    def _counts(self) -> ConnectionCounts:
         """Open the table at the first connection, after the worker was forked."""
-        return Counts(self._shared_folder)
+        return ConnectionCounts(self._shared_folder)
 
 
-class Counts:
+class ConnectionCounts:
     """Counts of connections by address, over all workers that share a folder.
 
     Every worker writes a table of its own and reads the tables of all running workers. So no lock can stay locked, and

@@ -70,8 +70,8 @@ def run(
         request_ids.renew()
         app = _open(create_app, channel)
         if app is not None and channel.recv(len(GO)) == GO:
-            connections = Connections(settings, shared_folder)
-            _serve(settings, app, listeners, beat, server_config(settings, app, app.respond, connections))
+            config = server_config(settings, app, app.respond, Connections(settings, shared_folder))
+            _serve(Server(config, app, settings, beat), listeners)
             status = 0
     except Exception:
         log.exception("worker %d has failed", os.getpid())
@@ -131,17 +131,11 @@ def server_config(
     )
 
 
-def _serve(
-    settings: Settings,
-    app: Application,
-    listeners: list[socket.socket],
-    beat: Callable[[], None],
-    config: uvicorn.Config,
-) -> None:
-    make_loop = config.get_loop_factory()
+def _serve(server: Server, listeners: list[socket.socket]) -> None:
+    make_loop = server.config.get_loop_factory()
     loop = make_loop() if make_loop else asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
-    loop.run_until_complete(Server(config, app, settings, beat).serve(listeners))
+    loop.run_until_complete(server.serve(listeners))
 
 
 class Server(uvicorn.Server):

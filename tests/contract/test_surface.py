@@ -295,6 +295,18 @@ def test_only_the_server_touches_uvicorn() -> None:
         assert not bases & {"FastAPI", "APIRoute", "APIRouter", "Starlette", "Route"}, path
 
 
+def test_process_wide_switches_stand_in_one_file() -> None:
+    """Only service/process.py imports what changes a whole process, and sets signal masks and the switch interval."""
+    modules, names = {"ctypes", "faulthandler", "gc", "resource"}, {"pthread_sigmask", "setswitchinterval", "_srcfile"}
+    users = set()
+    for path in sorted((ROOT / "service").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            imported = isinstance(node, ast.Import) and {alias.name for alias in node.names} & modules
+            if imported or (isinstance(node, ast.Attribute) and node.attr in names):
+                users.add(path.relative_to(ROOT))
+    assert users == {Path("service/process.py")}
+
+
 def test_the_bounds_admit_the_pinned_versions_and_not_the_next() -> None:
     """Each package that is listed here has an upper bound, above the version in constraints.txt."""
     lines = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]

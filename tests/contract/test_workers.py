@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.security.rates import LOOK_S
+from service.security.rates import CHECK_INTERVAL_S
 from tests.faults.conftest import eventually, workers_of
 
 REQUESTS = 40
@@ -104,7 +104,7 @@ def test_workers_count_callers_together(
     ):
         eventually(lambda: len(workers_of(process.pid)) == 2)
         eventually(lambda: one.get("/health/ready").status_code == 200)
-        time.sleep(2 * LOOK_S)  # by then each worker knows the other
+        time.sleep(2 * CHECK_INTERVAL_S)  # by then each worker knows the other
         for path, headers in (("/v1/models", key), ("/metrics", {})):
             statuses = [one.get(path, headers=headers).status_code for _ in range(REQUESTS)]
             assert statuses.count(200) == 10
@@ -113,7 +113,7 @@ def test_workers_count_callers_together(
         os.kill(first, signal.SIGKILL)
         eventually(lambda: len(set(workers_of(process.pid)) - {first}) == 2)
         eventually(lambda: one.get("/health/ready").status_code == 200)
-        time.sleep(2 * LOOK_S)
+        time.sleep(2 * CHECK_INTERVAL_S)
         assert {one.get("/v1/models", headers=key).status_code for _ in range(REQUESTS)} == {429}
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0

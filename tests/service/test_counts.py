@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from service.errors import TooManyConnections
-from service.server.connections import SPARE, Connections, Counts
+from service.server.connections import SPARE, ConnectionCounts, Connections
 from service.settings import Settings
 
 WORKER = """
 import sys
 from pathlib import Path
-from service.server.connections import Counts
-counts = Counts(Path(sys.argv[1]))
+from service.server.connections import ConnectionCounts
+counts = ConnectionCounts(Path(sys.argv[1]))
 for _ in range(3):
     counts.add("192.0.2.1", 1)
 counts.add("192.0.2.1", -1)
@@ -27,7 +27,7 @@ sys.stdin.read()
 
 def test_workers_see_what_the_others_count(tmp_path: Path) -> None:
     """As long as they live: one that is killed takes its counts, and its file, with it."""
-    own = Counts(tmp_path)
+    own = ConnectionCounts(tmp_path)
     own.add("192.0.2.1", 1)
     worker = subprocess.Popen(
         [sys.executable, "-c", WORKER, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -48,7 +48,7 @@ def test_workers_see_what_the_others_count(tmp_path: Path) -> None:
 
 def test_addresses_do_not_share_counts() -> None:
     """Of thousands with connections open, hardly any is taken for another; none is forgotten."""
-    counts = Counts(None)
+    counts = ConnectionCounts(None)
     for number in range(2000):
         counts.add(f"10.0.{number // 256}.{number % 256}", 1)
     found = [counts.of(f"10.0.{number // 256}.{number % 256}") for number in range(2000)]
@@ -61,7 +61,7 @@ def test_addresses_do_not_share_counts() -> None:
 
 def test_without_room_each_worker_counts_for_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """And says so; the service goes on."""
-    counts = Counts(tmp_path / "missing")
+    counts = ConnectionCounts(tmp_path / "missing")
     counts.add("192.0.2.1", 1)
     assert counts.of("192.0.2.1") == 1
     assert "for itself" in caplog.text

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from service.errors import StartError
-from service.security.keys import CONTROL, INFER, LOOK_S, Keyring, read_keys
+from service.security.keys import CHECK_INTERVAL_S, CONTROL, INFER, Keyring, read_keys
 
 ALICE, OPS = "alice-0123456789abcdef", "ops-0123456789abcdef"
 
@@ -68,8 +68,8 @@ def test_a_line_is_a_key_with_its_rights_and_limits(path: Path) -> None:
         (f"alice {ALICE} infer rate=often\n", "rate limit"),
         (f"alice {ALICE} infer concurrency=-1\n", "concurrency is a whole number"),
         (f"alice {ALICE} infer 100/minute\n", "limits are rate= and concurrency="),
-        (f"alice {ALICE} infer\nalice {OPS} infer\n", "line 2: the name or the key is there twice"),
-        (f"alice {ALICE} infer\nbob {ALICE} infer\n", "line 2: the name or the key is there twice"),
+        (f"alice {ALICE} infer\nalice {OPS} infer\n", "line 2: the name or the key occurs twice"),
+        (f"alice {ALICE} infer\nbob {ALICE} infer\n", "line 2: the name or the key occurs twice"),
     ],
 )  # fmt: skip
 def test_a_line_that_cannot_be_read_is_named(path: Path, text: str, says: str) -> None:
@@ -89,7 +89,7 @@ def test_a_changed_file_is_read_again(path: Path) -> None:
     keys = Keyring(path, clock)
     written(path, f"ops {OPS} infer\n")
     assert keys.find(ALICE.encode())
-    clock.now += LOOK_S
+    clock.now += CHECK_INTERVAL_S
     assert keys.find(ALICE.encode()) is None
     assert keys.find(OPS.encode())
 
@@ -102,13 +102,13 @@ def test_a_broken_file_changes_nothing(path: Path, text: str | None, caplog: pyt
     keys = Keyring(path, clock)
     path.unlink() if text is None else written(path, text)
     for _ in range(3):
-        clock.now += LOOK_S
+        clock.now += CHECK_INTERVAL_S
         assert keys.find(ALICE.encode())
     (record,) = caplog.records
     assert "stay as they were" in record.message
     assert str(path) in record.message
     written(path, f"ops {OPS} infer\n")
-    clock.now += LOOK_S
+    clock.now += CHECK_INTERVAL_S
     assert keys.find(OPS.encode())
 
 
@@ -119,16 +119,16 @@ def test_a_file_that_stays_empty_revokes_every_key(path: Path, text: str, caplog
     written(path, f"alice {ALICE} infer\n")
     keys = Keyring(path, clock)
     written(path, text)
-    clock.now += LOOK_S
+    clock.now += CHECK_INTERVAL_S
     assert keys.find(ALICE.encode())
-    clock.now += LOOK_S
+    clock.now += CHECK_INTERVAL_S
     assert keys.find(ALICE.encode()) is None
-    clock.now += LOOK_S
+    clock.now += CHECK_INTERVAL_S
     assert keys.find(ALICE.encode()) is None
     (record,) = caplog.records
     assert "no API key is valid any more" in record.message
     written(path, f"ops {OPS} infer\n")
-    clock.now += LOOK_S
+    clock.now += CHECK_INTERVAL_S
     assert keys.find(OPS.encode())
 
 
@@ -140,7 +140,7 @@ def test_a_file_that_is_empty_now_and_then_revokes_nothing(path: Path, between: 
     keys = Keyring(path, clock)
     for text in ("", between, "", between):
         path.unlink() if text is None else written(path, text)
-        clock.now += LOOK_S
+        clock.now += CHECK_INTERVAL_S
         assert keys.find(ALICE.encode())
 
 
@@ -151,7 +151,7 @@ def test_a_worker_that_starts_after_all_keys_were_revoked_lets_nobody_in(path: P
     keys = Keyring(path, clock)
     assert keys.find(ALICE.encode()) is None
     written(path, f"ops {OPS} infer\n")
-    clock.now += LOOK_S
+    clock.now += CHECK_INTERVAL_S
     assert keys.find(OPS.encode())
 
 
@@ -184,6 +184,6 @@ def test_a_file_that_others_can_read_is_warned_of(path: Path, mode: int, caplog:
     assert [str(path) in record.message for record in caplog.records] == [True]
     for changed, warned in ((0o640, 1), (0o400, 1), (mode, 2), (mode, 2)):
         target.chmod(changed)
-        clock.now += LOOK_S
+        clock.now += CHECK_INTERVAL_S
         assert keys.find(ALICE.encode())
         assert len(caplog.records) == warned

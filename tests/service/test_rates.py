@@ -12,15 +12,15 @@ import pytest
 from limits import parse
 
 from service.errors import StartError
-from service.security.rates import SETS, SIZE, WAYS, Counts
+from service.security.rates import SETS, SIZE, WAYS, CallCounts
 
 ROOT = Path(__file__).parents[2]
 TEN = parse("10/minute")
 HOLDER = """
 import sys, time
 from pathlib import Path
-from service.security.rates import Counts
-counts = Counts(Path(sys.argv[1]))
+from service.security.rates import CallCounts
+counts = CallCounts(Path(sys.argv[1]))
 for _ in range(3):
     counts.begin("alice")
 print("running", flush=True)
@@ -39,26 +39,28 @@ class Clock:
         return self.now
 
 
-def hits(counts: Counts, calls: int, caller: str = "alice") -> int:
+def hits(counts: CallCounts, calls: int, caller: str = "alice") -> int:
     """How many of so many calls the rate allows."""
     return sum(not counts.hit(TEN, caller) for _ in range(calls))
 
 
 @pytest.fixture
-def shared(tmp_path: Path) -> Iterator[Callable[[Clock], Counts]]:
+def shared(tmp_path: Path) -> Iterator[Callable[[Clock], CallCounts]]:
     """A function that gives the counts of one worker more of those that share a folder."""
     with ExitStack() as stack:
-        yield lambda clock: stack.enter_context(closing(Counts(tmp_path, clock)))
+        yield lambda clock: stack.enter_context(closing(CallCounts(tmp_path, clock)))
 
 
 @pytest.fixture(params=[1, 3], ids=["one worker", "three workers"])
-def workers(request: pytest.FixtureRequest, shared: Callable[[Clock], Counts]) -> Callable[[Clock], list[Counts]]:
+def workers(
+    request: pytest.FixtureRequest, shared: Callable[[Clock], CallCounts]
+) -> Callable[[Clock], list[CallCounts]]:
     """A function that gives the counts of one worker, in memory, or of three, in a folder that they share."""
     number = request.param
-    return lambda clock: [Counts(clock=clock)] if number == 1 else [shared(clock) for _ in range(number)]
+    return lambda clock: [CallCounts(clock=clock)] if number == 1 else [shared(clock) for _ in range(number)]
 
 
-def test_a_rate_holds_for_all_workers_together(workers: Callable[[Clock], list[Counts]]) -> None:
+def test_a_rate_holds_for_all_workers_together(workers: Callable[[Clock], list[CallCounts]]) -> None:
     """Whichever worker is asked; every caller has its own."""
     counts = workers(Clock(6000.0))
     allowed = [not counts[call % len(counts)].hit(TEN, "alice") for call in range(15)]
@@ -67,7 +69,7 @@ def test_a_rate_holds_for_all_workers_together(workers: Callable[[Clock], list[C
 
 
 @pytest.mark.parametrize("later", [1.0, 30.0, 59.0, 61.0, 90.0])
-def test_a_window_slides(workers: Callable[[Clock], list[Counts]], later: float) -> None:
+def test_a_window_slides(workers: Callable[[Clock], list[CallCounts]], later: float) -> None:
     """After the seconds that a refusal names, and not before, a call is allowed again."""
     clock = Clock(6030.0)
     counts = workers(clock)
@@ -82,7 +84,7 @@ def test_a_window_slides(workers: Callable[[Clock], list[Counts]], later: float)
         assert counts[-1].hit(TEN, "alice") == 0.0
 
 
-def test_what_was_long_ago_is_forgotten(workers: Callable[[Clock], list[Counts]]) -> None:
+def test_what_was_long_ago_is_forgotten(workers: Callable[[Clock], list[CallCounts]]) -> None:
     """Two windows on, the whole rate is there again."""
     clock = Clock(6030.0)
     counts = workers(clock)
@@ -91,10 +93,10 @@ def test_what_was_long_ago_is_forgotten(workers: Callable[[Clock], list[Counts]]
     assert hits(counts[-1], 11) == 10
 
 
-def test_memory_does_not_grow_with_callers(tmp_path: Path, shared: Callable[[Clock], Counts]) -> None:
+def test_memory_does_not_grow_with_callers(tmp_path: Path, shared: Callable[[Clock], CallCounts]) -> None:
     """What is full forgets callers whose windows end first, never calls that run."""
     clock = Clock(6000.0)
-    for counts in (Counts(clock=clock), shared(clock)):
+    for counts in (CallCounts(clock=clock), shared(clock)):
         counts.begin("alice")
         for number in range(3 * SETS * WAYS):
             counts.hit(TEN, str(number))
@@ -105,7 +107,7 @@ def test_memory_does_not_grow_with_callers(tmp_path: Path, shared: Callable[[Clo
     assert [path.stat().st_size for path in tmp_path.iterdir()] == [SIZE] * 2
 
 
-def test_running_calls_are_added_up(workers: Callable[[Clock], list[Counts]]) -> None:
+def test_running_calls_are_added_up(workers: Callable[[Clock], list[CallCounts]]) -> None:
     """Of all workers; one that ends makes room."""
     counts = workers(Clock(6000.0))
     for one in counts:
@@ -117,7 +119,7 @@ def test_running_calls_are_added_up(workers: Callable[[Clock], list[Counts]]) ->
     assert [one.running("bob") for one in counts] == [0] * len(counts)
 
 
-def test_a_killed_workers_running_calls_are_void(tmp_path: Path, shared: Callable[[Clock], Counts]) -> None:
+def test_a_killed_workers_running_calls_are_void(tmp_path: Path, shared: Callable[[Clock], CallCounts]) -> None:
     """While nobody is in its place, and when somebody is; until then they count."""
     clock = Clock(6000.0)
     mine = shared(clock)
@@ -133,7 +135,9 @@ def test_a_killed_workers_running_calls_are_void(tmp_path: Path, shared: Callabl
     assert (mine.running("alice"), successor.running("alice")) == (0, 0)
 
 
-def test_the_successor_of_a_worker_goes_on_with_its_counts(tmp_path: Path, shared: Callable[[Clock], Counts]) -> None:
+def test_the_successor_of_a_worker_goes_on_with_its_counts(
+    tmp_path: Path, shared: Callable[[Clock], CallCounts]
+) -> None:
     """A caller gains nothing by a worker that dies."""
     clock = Clock(6000.0)
     first, other = shared(clock), shared(clock)
@@ -152,5 +156,5 @@ def test_the_successor_of_a_worker_goes_on_with_its_counts(tmp_path: Path, share
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     """Told at the start, with what to set."""
     with pytest.raises(StartError, match="TMPDIR") as caught:
-        Counts(tmp_path / "missing")
+        CallCounts(tmp_path / "missing")
     assert "\n" not in str(caught.value)
