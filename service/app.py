@@ -35,7 +35,7 @@ from service.errors import ServiceError
 from service.observability.metrics import SHARED_FOLDER, Telemetry
 from service.observability.requests import AccessLog, Tracking
 from service.observability.tracing import Named, finish, traced, tracer_provider
-from service.repository.overrides import Orders, Standing
+from service.repository.overrides import Overrides, SharedState
 from service.repository.reload import Control
 from service.repository.remote import local_copy
 from service.repository.repository import Repository
@@ -69,17 +69,18 @@ class Service(FastAPI):
         return app
 
 
-def open_repository(settings: Settings, standing: Standing = Standing()) -> Repository:  # noqa: B008  # a tuple
-    """What the setting and the orders that stand want, fetched if need be, checked, opened and warmed.
+def open_repository(settings: Settings, overrides: Overrides = Overrides()) -> Repository:  # noqa: B008  # a tuple
+    """Load the versions that the settings and the overrides select.
 
-    Raises: StartError.
+    Raises:
+        StartError: The models cannot be fetched or served.
     """
     provider = execution_provider(settings.execution_provider)
     threads = settings.threads or max(1, cpu_count() // settings.workers)
     models, selection = local_copy(settings), Selection(settings.versions)
     limits = LoadLimits(settings.load_limit_s, settings.load_memory_bytes)
     return Repository.open(
-        models, settings.default_model, provider, threads, settings.max_rows, selection, standing, limits
+        models, settings.default_model, provider, threads, settings.max_rows, selection, overrides, limits
     )
 
 
@@ -91,8 +92,9 @@ def create_app(
     on_failure: called where the engine takes no more work.
     Raises: StartError.
     """
-    orders = Orders(Path(os.environ[SHARED_FOLDER]) if settings.workers > 1 and SHARED_FOLDER in os.environ else None)
-    repository = repository or open_repository(settings, orders.read())
+    several = settings.workers > 1 and SHARED_FOLDER in os.environ
+    shared = SharedState(Path(os.environ[SHARED_FOLDER]) if several else None)
+    repository = repository or open_repository(settings, shared.overrides())
     provider = tracer_provider() if settings.tracing else None
     telemetry = Telemetry(lambda: (engine.queued_rows, engine.running))
     engine = Engine(
@@ -105,7 +107,7 @@ def create_app(
         on_failure=on_failure,
     )
     submit = traced(engine.submit, provider) if provider else engine.submit
-    control = Control(repository, orders, settings, telemetry.ready)
+    control = Control(repository, shared, settings, telemetry.ready)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
