@@ -31,7 +31,7 @@ from service.observability.access_log import AccessLog
 from service.observability.metrics import Telemetry
 from service.observability.request_ids import RequestIds
 from service.observability.tracing import Named, finish, traced, tracer_provider
-from service.repository.overrides import Orders, Standing
+from service.repository.overrides import Overrides, SharedState
 from service.repository.reload import Control
 from service.repository.remote import local_copy
 from service.repository.repository import Repository
@@ -51,18 +51,18 @@ MAX_QUOTED = 100
 """Characters of a path that an error repeats."""
 
 
-def open_repository(settings: Settings, standing: Standing = Standing()) -> Repository:  # noqa: B008  # a tuple
-    """Fetch, check, open and warm up the models that the settings and earlier load requests select.
+def open_repository(settings: Settings, overrides: Overrides = Overrides()) -> Repository:  # noqa: B008  # a tuple
+    """Fetch, check, open and warm up the models that the settings and the overrides select.
 
     Raises:
-        StartError: A model cannot be served.
+        StartError: A model cannot be fetched or served.
     """
     provider = execution_provider(settings.execution_provider)
     threads = settings.threads or max(1, cpu_count() // settings.workers)
     models, selection = local_copy(settings), Selection(settings.versions)
     limits = LoadLimits(settings.load_limit_s, settings.load_memory_bytes)
     return Repository.open(
-        models, settings.default_model, provider, threads, settings.max_rows, selection, standing, limits
+        models, settings.default_model, provider, threads, settings.max_rows, selection, overrides, limits
     )
 
 
@@ -83,8 +83,8 @@ def create_app(
     Raises:
         StartError: The models cannot be opened, or the keys cannot be read.
     """
-    orders = Orders(shared_folder)
-    repository = repository or open_repository(settings, orders.read())
+    shared = SharedState(shared_folder)
+    repository = repository or open_repository(settings, shared.overrides())
     provider = tracer_provider() if settings.tracing else None
     telemetry = Telemetry(lambda: (engine.queued_rows, engine.running))
     engine = Engine(
@@ -97,7 +97,7 @@ def create_app(
         on_failure=on_failure,
     )
     submit = traced(engine.submit, provider) if provider else engine.submit
-    control = Control(repository, orders, settings, telemetry.ready)
+    control = Control(repository, shared, settings, telemetry.ready)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:

@@ -1,150 +1,148 @@
-"""What operators asked for on top of VAE_VERSIONS, and how far each worker has come with it.
+"""Loads and unloads that operators requested on top of VAE_VERSIONS, and how far each worker has applied them.
 
-Of several workers, one takes an order; the others find it in a folder that they share, and so does one that is started
-in the place of another. A single process keeps it in memory.
+Of several workers, one takes a request. The others, and workers that are started later, find it in a folder that they
+share. A single process keeps it in memory.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
-from contextlib import contextmanager, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 from service.errors import NoRoom
+from service.repository.files import locked, replace
 from service.repository.selection import Selection
 
 WHOLE = ""
-"""In place of a version: the model, at whatever versions the setting chooses."""
-FILE_NAME = "orders.json"
+"""In place of a version: the whole model, at the versions that the setting selects."""
+FILE_NAME = "overrides.json"
 
 
-class Wish(NamedTuple):
-    """The last order about a version; orders are numbered from 1."""
+class Override(NamedTuple):
+    """The last request about a version: to load or to unload it. Requests are numbered from 1."""
 
     loaded: bool
     number: int
 
 
-class Standing(NamedTuple):
-    """All orders that stand, by model and version, and the number of the last one."""
+class Overrides(NamedTuple):
+    """All overrides, by model and version, and the number of the last request."""
 
     number: int = 0
-    wishes: Mapping[str, Mapping[str, Wish]] = {}
+    models: Mapping[str, Mapping[str, Override]] = {}
 
-    def after(self, model: str, version: str, *, loaded: bool) -> Standing:
-        """With one order more; one about a whole model takes the place of those about its versions."""
+    def after(self, model: str, version: str, *, loaded: bool) -> Overrides:
+        """Return these with one more; one about a whole model replaces those about its versions."""
         number = self.number + 1
-        earlier = {} if version == WHOLE else self.wishes.get(model, {})
-        return Standing(number, {**self.wishes, model: {**earlier, version: Wish(loaded, number)}})
+        earlier = {} if version == WHOLE else self.models.get(model, {})
+        return Overrides(number, {**self.models, model: {**earlier, version: Override(loaded, number)}})
 
     def wanted(self, selection: Selection, model: str, found: AbstractSet[str], failed: AbstractSet[str]) -> set[str]:
-        """The versions of a model to serve: of those found what the setting chooses, but for the orders.
+        """Return the versions of a model to serve: those that the setting selects, changed by the overrides.
 
-        What has failed or was unloaded does not count: with `latest`, the version before takes its place.
+        Versions that failed or were unloaded do not count: with `latest`, the version before takes their place.
+
+        Args:
+            selection: The setting.
+            model: Name of the model.
+            found: Its versions in the folder.
+            failed: Those that cannot be served.
         """
-        wishes = self.wishes.get(model, {})
-        out = failed | {version for version, wish in wishes.items() if not wish.loaded}
+        overrides = self.models.get(model, {})
+        out = failed | {version for version, override in overrides.items() if not override.loaded}
         chosen = set() if WHOLE in out else selection.chosen(model, found - out)
-        return (chosen | wishes.keys()) - out - {WHOLE}
+        return (chosen | overrides.keys()) - out - {WHOLE}
 
     def is_unloaded(self, model: str, version: str) -> bool:
-        """Whether an order, not the setting, keeps it out."""
-        wishes = self.wishes.get(model, {})
-        wish = wishes.get(version, wishes.get(WHOLE))
-        return wish is not None and not wish.loaded
+        """Whether a version is unloaded by request."""
+        overrides = self.models.get(model, {})
+        override = overrides.get(version, overrides.get(WHOLE))
+        return override is not None and not override.loaded
 
-    def news(self, since: int) -> dict[str, set[str]]:
-        """Models that orders after that number are about, with the versions that are to be looked at anew."""
-        fresh = {
-            model: {version: wish for version, wish in wishes.items() if wish.number > since}
-            for model, wishes in self.wishes.items()
+    def since(self, number: int) -> dict[str, set[str]]:
+        """Return the models of later requests, each with the versions to load again."""
+        later = {
+            model: {version: override for version, override in overrides.items() if override.number > number}
+            for model, overrides in self.models.items()
         }
-        return {model: {v for v, wish in wishes.items() if wish.loaded} for model, wishes in fresh.items() if wishes}
+        return {model: {v for v, override in of.items() if override.loaded} for model, of in later.items() if of}
 
 
 class Report(NamedTuple):
-    """How far a worker has come: the last order it followed, and (state, reason) by model and version."""
+    """How far a worker is: the number of the last request it applied, and (state, reason) by model and version."""
 
-    followed: int
+    applied: int
     conditions: Mapping[str, Mapping[str, tuple[str, str]]]
 
 
-class Orders:
-    """Orders and reports, in a folder (None: in memory)."""
+class SharedState:
+    """Overrides, and a report of each worker.
+
+    Args:
+        folder: Folder of the workers; None keeps the state in memory.
+    """
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
-        self._standing = Standing()
+        self._overrides = Overrides()
         self._report = Report(0, {})
 
-    def read(self) -> Standing:
-        """As they stand now."""
+    def overrides(self) -> Overrides:
+        """Return the overrides."""
         if self._folder is None:
-            return self._standing
+            return self._overrides
         try:
             content = json.loads((self._folder / FILE_NAME).read_bytes())
         except FileNotFoundError:
-            return Standing()
-        wishes = {
-            model: {version: Wish(*wish) for version, wish in versions.items()}
-            for model, versions in content["wishes"].items()
+            return Overrides()
+        models = {
+            model: {version: Override(*override) for version, override in versions.items()}
+            for model, versions in content["models"].items()
         }
-        return Standing(content["number"], wishes)
+        return Overrides(content["number"], models)
 
-    def give(self, model: str, version: str, *, loaded: bool) -> int:
-        """Give one order more; its number."""
-        with self._alone():
-            self._standing = self.read().after(model, version, loaded=loaded)
-            if self._folder is not None:
-                _replace(self._folder / FILE_NAME, self._standing._asdict())
-            return self._standing.number
+    def add(self, model: str, version: str, *, loaded: bool) -> int:
+        """Add an override; returns its number.
+
+        Raises:
+            NoRoom: It cannot be written.
+        """
+        with nullcontext() if self._folder is None else locked(self._folder / "overrides.lock"):
+            self._overrides = self.overrides().after(model, version, loaded=loaded)
+            self._write(FILE_NAME, self._overrides)
+            return self._overrides.number
 
     def report(self, report: Report) -> None:
-        """Tell the others how far this worker is."""
+        """Write the report of this worker.
+
+        Raises:
+            NoRoom: It cannot be written.
+        """
         self._report = report
-        if self._folder is not None:
-            _replace(self._folder / f"worker-{os.getpid()}.json", report._asdict())
+        self._write(f"worker-{os.getpid()}.json", report)
 
     def reports(self) -> list[Report]:
-        """Of every worker that lives."""
+        """Return the reports of all workers that are alive."""
         if self._folder is None:
             return [self._report]
-        paths = [path for path in self._folder.glob("worker-*.json") if _lives(path)]
+        paths = [path for path in self._folder.glob("worker-*.json") if _is_alive(path)]
         return [Report(**json.loads(path.read_bytes())) for path in paths]
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """While no other worker gives an order."""
+    def _write(self, name: str, content: Overrides | Report) -> None:
         if self._folder is None:
-            yield
             return
-        with (self._folder / "orders.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+        try:
+            replace(self._folder / name, json.dumps(content._asdict()).encode())
+        except OSError as error:
+            raise NoRoom(
+                f"what the workers share cannot be written ({error.strerror}); make room in the temporary folder"
+            ) from error
 
 
-def _replace(path: Path, content: object) -> None:
-    """A file is there as a whole or as it was.
-
-    Raises:
-        NoRoom: It cannot be written.
-    """
-    draft = path.with_suffix(f".{os.getpid()}")
-    try:
-        draft.write_text(json.dumps(content))
-        draft.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            draft.unlink()
-        raise NoRoom(
-            f"what the workers share cannot be written ({error.strerror}); make room in the temporary folder"
-        ) from error
-
-
-def _lives(path: Path) -> bool:
+def _is_alive(path: Path) -> bool:
     return Path(f"/proc/{path.stem.rpartition('-')[2]}").exists()

@@ -1,18 +1,15 @@
-"""Models from elsewhere: a repository at an fsspec URL, copied to a local folder and checked before it is served."""
+"""Remote model repositories: an fsspec URL, copied to a local folder and checked before it is served."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
 import re
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -21,25 +18,28 @@ from service.contract import manifest as manifests
 from service.contract.golden import archive_bytes
 from service.contract.manifest import MAX_FILE_BYTES, MAX_MANIFEST_BYTES, File, Golden, Graph, ManifestError
 from service.errors import StartError
+from service.repository.files import locked, replace
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
 
 EXTRA = "pip install '.[remote]' in the project's folder"
-WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0)
-"""Before a question that failed is asked again."""
+ATTEMPTS = 6
+WAIT_S = 0.5
+"""Wait before the second attempt; each further wait is twice as long."""
 BLOCK_BYTES = 4 * 2**20
-"""What is asked for at once; a connection that is cut costs one of these."""
-NEVER_BETTER = (FileNotFoundError, PermissionError, ValueError, TypeError)
-"""Failures that asking again does not mend."""
+"""Bytes of one request, and so what a cut connection loses."""
+PERMANENT = (FileNotFoundError, PermissionError, ValueError, TypeError)
+"""Errors that a further attempt does not mend."""
 
 Found = TypeVar("Found")
 
 
 def local_copy(settings: Settings) -> Path:
-    """The folder of the model repository; one that is elsewhere is fetched first, or brought up to date.
+    """Return the folder of the model repository; a remote one is copied first, or its copy updated.
 
-    Raises: StartError.
+    Raises:
+        StartError: It cannot be copied; see `sync`.
     """
     if isinstance(settings.models, Path):
         return settings.models
@@ -47,36 +47,56 @@ def local_copy(settings: Settings) -> Path:
     return sync(settings.models, folder / folder_name(settings.models), settings.models_options)
 
 
-def sync(url: str, folder: Path, options: Mapping[str, Any] | None = None, waits_s: Sequence[float] = WAITS_S) -> Path:
-    """Make `folder` hold what the repository at `url` holds, every file checked against its manifest.
+def sync(url: str, folder: Path, options: Mapping[str, Any] | None = None, wait_s: float = WAIT_S) -> Path:
+    """Make a folder hold what a remote repository holds, every file checked against its manifest.
 
-    url: what holds <name>/<version>/manifest.json, and `default` if wanted, or one such manifest. A version appears
-    in `folder` complete or not at all, what is there already is not fetched again, and what the repository no longer
-    has is removed.
-    options: of the file system, as fsspec takes them.
-    Raises: StartError in one line that names the file and the fix.
+    A version appears in the folder when it is complete. Files that are there already are not fetched again, and
+    versions that the repository no longer has are removed.
+
+    Args:
+        url: Folder of <name>/<version>/manifest.json and, optionally, `default`; or one such manifest.
+        folder: The local copy.
+        options: Options of the file system, as fsspec takes them.
+        wait_s: Wait before the second attempt of a request, in seconds; see `WAIT_S`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        StartError: In one line that names the file and the fix.
     """
-    store = Store(url, options or {}, waits_s)
+    store = Store(url, options or {}, wait_s)
     try:
-        with _alone(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder / ".lock"):
             versions = store.versions()
-            fetched = [_bring(store, source, folder / name / version) for (name, version), source in versions.items()]
-            _forget_others(folder, set(versions))
+            fetched = [_copy(store, source, folder / name / version) for (name, version), source in versions.items()]
+            _remove_others(folder, set(versions))
             _write_default(folder, store.default())
     except OSError as error:
-        raise _no_room(folder, error) from error
+        raise _cannot_write(folder, error) from error
     log.info("%s: %d versions checked, %.1f MB fetched", url, len(versions), sum(fetched) / 1e6)
     return folder
 
 
 class Store:
-    """A repository that fsspec can read; a question that fails is asked again, after growing waits."""
+    """A remote repository. A request that fails is made again, after growing waits.
 
-    def __init__(self, url: str, options: Mapping[str, Any], waits_s: Sequence[float]) -> None:
+    Args:
+        url: As in `sync`.
+        options: As in `sync`.
+        wait_s: As in `sync`.
+
+    Raises:
+        StartError: No file system opens the URL.
+    """
+
+    def __init__(self, url: str, options: Mapping[str, Any], wait_s: float) -> None:
         if urlsplit(url).password:
             raise StartError("VAE_MODELS must hold no password; give it by the environment or VAE_MODELS_OPTIONS")
-        self.url, self._waits_s = url.rstrip("/"), waits_s
+        self.url = url.rstrip("/")
         try:
+            import tenacity  # noqa: PLC0415  # of the extra `remote`
             from fsspec.core import url_to_fs  # noqa: PLC0415  # of the extra `remote`
 
             self._files, self._root = url_to_fs(self.url, use_listings_cache=False, **options)
@@ -85,17 +105,25 @@ class Store:
         except (ValueError, TypeError) as error:
             raise StartError(f"{url}: {_said(error)}; see VAE_MODELS and VAE_MODELS_OPTIONS") from error
         if hasattr(self._files, "retries"):
-            self._files.retries = 1  # those of s3fs and gcsfs come on top of ours, and are not logged
+            self._files.retries = 1  # s3fs and gcsfs retry by themselves, and do not log it
+        self._retrying = tenacity.Retrying(
+            stop=tenacity.stop_after_attempt(ATTEMPTS),
+            wait=tenacity.wait_exponential(wait_s),
+            retry=tenacity.retry_if_not_exception_type(PERMANENT),
+            before_sleep=tenacity.before_sleep_log(log, logging.WARNING),
+            reraise=True,
+        )
 
     def versions(self) -> dict[tuple[str, str], str]:
-        """Where each version is, by its model's name and its own; hidden folders are nobody's.
+        """Return the path of each version, by the names of its model and its own; hidden folders are left out.
 
-        Raises: StartError where there is none.
+        Raises:
+            StartError: There is none, or a name is not plain.
         """
         if self._root.endswith(f"/{manifests.FILE_NAME}"):
             paths = [self._root]
         else:
-            paths = self._ask(partial(self._files.glob, f"{self._root}/*/*/{manifests.FILE_NAME}"), self.url)
+            paths = self._ask(self.url, self._files.glob, f"{self._root}/*/*/{manifests.FILE_NAME}")
         found = {}
         for path in paths:
             name, version = path.split("/")[-3:-1]
@@ -111,9 +139,10 @@ class Store:
         return found
 
     def default(self) -> bytes:
-        """What the file that names the default model holds; empty where there is none.
+        """Return the content of the file that names the default model; empty where there is none.
 
-        Raises: StartError.
+        Raises:
+            StartError: It cannot be read.
         """
         if self._root.endswith(f"/{manifests.FILE_NAME}"):
             return b""
@@ -125,16 +154,27 @@ class Store:
             raise
 
     def manifest(self, version: str) -> bytes:
-        """The text of a version's manifest.
+        """Return the text of a version's manifest.
 
-        Raises: StartError.
+        Raises:
+            StartError: It cannot be read.
         """
         return b"".join(self._blocks(f"{version}/{manifests.FILE_NAME}", MAX_MANIFEST_BYTES))
 
     def fetch(self, version: str, entry: File | Graph | Golden, folder: Path, max_bytes: int) -> int:
-        """Write one file of a version into `folder`, under its name only if its digest is right; gives its bytes.
+        """Copy one file of a version; it appears under its name when its digest is right.
 
-        Raises: StartError, also where it has more than `max_bytes`.
+        Args:
+            version: Path of the version.
+            entry: The file, as the manifest lists it.
+            folder: Folder for the copy.
+            max_bytes: Upper bound on its size.
+
+        Returns:
+            Its size in bytes.
+
+        Raises:
+            StartError: It cannot be read, has another digest, or is larger.
         """
         source, unfinished = f"{version}/{entry.file}", folder / f".{entry.file}"
         found, size = hashlib.sha256(), 0
@@ -150,24 +190,25 @@ class Store:
                 )
             unfinished.rename(folder / entry.file)
         except OSError as error:
-            raise _no_room(unfinished, error) from error
+            raise _cannot_write(unfinished, error) from error
         finally:
             unfinished.unlink(missing_ok=True)
         return size
 
     def _blocks(self, path: str, max_bytes: int) -> Iterator[bytes]:
-        """A file's content; where a connection is cut it goes on with the block that was under way.
+        """Yield a file's content; a cut connection costs one block.
 
-        Raises: StartError for what is not a file, and where there is more than `max_bytes`.
+        Raises:
+            StartError: It is not a file, or larger than `max_bytes`.
         """
         shown = self.shown(path)
-        about = self._ask(partial(self._files.info, path), shown)
+        about = self._ask(shown, self._files.info, path)
         size = about["size"]
-        if about.get("type", "file") != "file":  # a FIFO would be waited for
+        if about.get("type", "file") != "file":  # to read a FIFO would wait for ever
             raise StartError(f"{shown} is not a regular file; upload the version again")
         too_large = StartError(f"{shown} is larger than the {max_bytes} bytes that it may have; upload it again")
-        if size is None:  # a web server that does not say
-            content = self._ask(partial(self._head, path, max_bytes + 1), shown)
+        if size is None:  # a web server that does not tell
+            content = self._ask(shown, self._head, path, max_bytes + 1)
             if len(content) > max_bytes:
                 raise too_large
             yield content
@@ -177,16 +218,16 @@ class Store:
         start = 0
         while start < size:
             stop = min(size, start + BLOCK_BYTES)
-            block = self._ask(partial(self._files.cat_file, path, start=start, end=stop), shown)
+            block = self._ask(shown, self._files.cat_file, path, start=start, end=stop)
             if not block:
                 raise StartError(f"{shown} ends at {start} of its {size} bytes; upload the version again")
-            start += len(block)  # all of it at once from a server without ranges
+            start += len(block)  # a server without ranges sends all of it at once
             if start > size:
                 raise StartError(f"{shown} has more than its {size} bytes; upload the version again")
             yield block
 
     def _head(self, path: str, size: int) -> bytes:
-        """At most so many bytes of a file's beginning."""
+        """Return at most the first `size` bytes of a file."""
         parts, missing = [], size
         with self._files.open(path, "rb") as file:
             while missing and (part := file.read(min(missing, BLOCK_BYTES))):
@@ -194,33 +235,32 @@ class Store:
                 missing -= len(part)
         return b"".join(parts)
 
-    def _ask(self, question: Callable[[], Found], about: str) -> Found:
-        for attempt in range(len(self._waits_s) + 1):
-            try:
-                return question()
-            except FileNotFoundError as error:
-                raise StartError(f"{about} is not there; upload the version again, its manifest last") from error
-            except Exception as error:
-                if isinstance(error, NEVER_BETTER) or attempt == len(self._waits_s):
-                    raise StartError(f"{about}: {_said(error)}; see VAE_MODELS and VAE_MODELS_OPTIONS") from error
-                wait_s = self._waits_s[attempt]
-                log.warning("%s: %s; asked again in %g s", about, _said(error), wait_s)
-                time.sleep(wait_s)
-        raise AssertionError("the last attempt answers or raises")
+    def _ask(self, about: str, request: Callable[..., Found], *arguments: Any, **further: Any) -> Found:
+        """Make a request, again where it fails; `about` is what an error names.
+
+        Raises:
+            StartError: It has failed for good.
+        """
+        try:
+            return self._retrying(request, *arguments, **further)
+        except FileNotFoundError as error:
+            raise StartError(f"{about} is not there; upload the version again, its manifest last") from error
+        except Exception as error:
+            raise StartError(f"{about}: {_said(error)}; see VAE_MODELS and VAE_MODELS_OPTIONS") from error
 
     def shown(self, path: str) -> str:
-        """The path as a URL, as a person would look for it."""
+        """Return a path as a URL."""
         return str(self._files.unstrip_protocol(path))
 
 
 def folder_name(url: str) -> str:
-    """Of the local copy: readable, and another one for every URL."""
+    """Return the name of a URL's local copy: readable, and different for every URL."""
     readable = re.sub(r"[^a-z0-9]+", "-", url.lower()).strip("-")[:64]
     return f"{readable}-{manifests.digest(url.encode())[:8]}"
 
 
-def _bring(store: Store, source: str, folder: Path) -> int:
-    """One version, put together in a hidden folder and shown when it is whole; gives the bytes that were fetched."""
+def _copy(store: Store, source: str, folder: Path) -> int:
+    """Copy one version into a hidden folder, which is renamed when complete; returns the bytes fetched."""
     text = store.manifest(source)
     try:
         manifest = manifests.parse(text)
@@ -228,15 +268,15 @@ def _bring(store: Store, source: str, folder: Path) -> int:
         raise StartError(f"{store.shown(source)}/{manifests.FILE_NAME}: {error}") from error
     files = manifest.files()
     most = {entry.file: MAX_FILE_BYTES for entry in files} | {manifest.golden.file: archive_bytes(manifest)}
-    if _holds_manifest(folder, text) and all(_holds(folder, entry, most[entry.file]) for entry in files):
+    if _has_manifest(folder, text) and all(_has(folder, entry, most[entry.file]) for entry in files):
         return 0
     hidden, fetched = folder.with_name(f".{folder.name}"), 0
     hidden.mkdir(parents=True, exist_ok=True)
     (hidden / manifests.FILE_NAME).write_bytes(text)
     for done, entry in enumerate(files, 1):
         max_bytes = most[entry.file]
-        if not _holds(hidden, entry, max_bytes):
-            if _holds(folder, entry, max_bytes):
+        if not _has(hidden, entry, max_bytes):
+            if _has(folder, entry, max_bytes):
                 shutil.copyfile(folder / entry.file, hidden / entry.file)
             else:
                 fetched += store.fetch(source, entry, hidden, max_bytes)
@@ -246,21 +286,21 @@ def _bring(store: Store, source: str, folder: Path) -> int:
     return fetched
 
 
-def _holds_manifest(folder: Path, text: bytes) -> bool:
+def _has_manifest(folder: Path, text: bytes) -> bool:
     with suppress(ManifestError):
         return manifests.read_text(folder) == text
     return False
 
 
-def _holds(folder: Path, entry: File | Graph | Golden, max_bytes: int) -> bool:
-    """Whether the file is there with the right digest."""
+def _has(folder: Path, entry: File | Graph | Golden, max_bytes: int) -> bool:
+    """Whether a folder has a file with the right digest."""
     with suppress(ManifestError):
         return manifests.has_digest(folder, entry, max_bytes)
     return False
 
 
-def _forget_others(folder: Path, versions: set[tuple[str, str]]) -> None:
-    """Remove the versions, and what is left of interrupted ones, that are no longer in the repository."""
+def _remove_others(folder: Path, versions: set[tuple[str, str]]) -> None:
+    """Remove versions that are no longer in the repository, and what interrupted copies left."""
     for path in folder.glob("*/*/"):
         if (path.parent.name, path.name) not in versions:
             shutil.rmtree(path, ignore_errors=True)
@@ -270,31 +310,15 @@ def _forget_others(folder: Path, versions: set[tuple[str, str]]) -> None:
 
 
 def _write_default(folder: Path, content: bytes) -> None:
-    """In one step, since a service may start from the same copy."""
     path = folder / manifests.DEFAULT_FILE
     if content:
-        unfinished = folder / f".{path.name}"
-        unfinished.write_bytes(content)
-        unfinished.rename(path)
+        replace(path, content)
     else:
         path.unlink(missing_ok=True)
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """While no other process brings the same folder up to date."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("%s: waiting for another process that fetches it", folder)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def _own_temporary_folder() -> Path:
-    """Below the temporary folder, and of this user alone: anybody may write there."""
+    """Return a folder of this user in the temporary folder, where every user may write."""
     folder = Path(tempfile.gettempdir()) / f"vae-models-{os.getuid()}"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -306,11 +330,10 @@ def _own_temporary_folder() -> Path:
     return folder
 
 
-def _no_room(path: Path, error: OSError) -> StartError:
-    """What stands in the way of writing there, and the fix."""
+def _cannot_write(path: Path, error: OSError) -> StartError:
     return StartError(f"{error.filename or path}: {error.strerror}; make room, or set VAE_CACHE to another folder")
 
 
 def _said(error: Exception) -> str:
-    """An error's own words on one line."""
+    """The message of an error on one line."""
     return " ".join(str(error).split()) or type(error).__name__

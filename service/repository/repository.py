@@ -1,4 +1,4 @@
-"""models/ to served models: what is served now, how it is with every version, and how that changes."""
+"""The models that are served, and the folder that they come from."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Literal, NamedTuple
 from service.contract import manifest as manifests
 from service.contract.manifest import ManifestError
 from service.errors import NotReady, StartError, UnknownModel, quoted
-from service.repository.overrides import WHOLE, Standing
+from service.repository.overrides import WHOLE, Overrides
 from service.repository.selection import Selection, version_key
 from service.repository.version import LoadLimits, check_files, open_model
 from service.runtime.model import Model
 
 State = Literal["ready", "loading", "unloaded", "failed"]
 Stamp = tuple[tuple[str, int, int], ...]
-"""Name, size and time of change of every file of a version."""
+"""Name, size and modification time of every file of a version."""
 
 log = logging.getLogger(__name__)
 
 
 class Condition(NamedTuple):
-    """How it is with one version, and why. `stamp` tells whether the files of one that failed have changed since."""
+    """State of a version, and the reason for it. `stamp` is that of the files when the version failed."""
 
     state: State
     reason: str = ""
@@ -32,35 +32,36 @@ class Condition(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Library:
-    """Where models lie, which of them are wanted, and how one is opened."""
+class ModelFolder:
+    """The folder of a model repository, the versions of it that are selected, and how one is opened."""
 
-    folder: Path
+    path: Path
     selection: Selection
     open: Callable[[Path], Model]
 
     def names(self) -> list[str]:
-        """Models that have a version; half-written ones are hidden."""
-        return model_names(self.folder)
+        """Return the models that have a version; hidden folders are left out."""
+        return model_names(self.path)
 
     def versions(self, model: str) -> set[str]:
-        """Those that lie there now."""
-        return {path.name for path in (self.folder / model).glob("*/") if _is_seen(path)}
+        """Return the versions of a model."""
+        return {path.name for path in (self.path / model).glob("*/") if _is_visible(path)}
 
     def stamp(self, model: str, version: str) -> Stamp:
-        """Changes with any file of a version."""
+        """Return what changes with any file of a version."""
         try:
-            files = [(path.name, path.stat()) for path in (self.folder / model / version).iterdir()]
+            files = [(path.name, path.stat()) for path in (self.path / model / version).iterdir()]
         except OSError:
             return ()
         return tuple(sorted((name, found.st_size, found.st_mtime_ns) for name, found in files))
 
     def differs(self, model: Model) -> bool:
-        """Whether what lies there is another version under the same number.
+        """Whether the folder holds another version under the same number.
 
-        Raises: StartError where it cannot be read, or where its files are not as its manifest says.
+        Raises:
+            StartError: It cannot be read, or its files are not as its manifest says.
         """
-        folder = self.folder / model.manifest.name / model.manifest.version
+        folder = self.path / model.manifest.name / model.manifest.version
         try:
             if manifests.read(folder) != model.manifest:
                 return True
@@ -70,24 +71,29 @@ class Library:
         return False
 
     def reason(self, error: StartError) -> str:
-        """What is wrong, on one line, without saying where on this machine."""
-        return " ".join(str(error).replace(f"{self.folder}/", "").split())
+        """Return an error on one line, without the path of this folder."""
+        return " ".join(str(error).replace(f"{self.path}/", "").split())
 
 
 class Repository:
-    """The models that are served, by name and version, and how it is with every version that is known.
+    """The models that are served, and the condition of every version that is known.
 
-    What is served changes in one step: `models` and `conditions` are replaced as a whole, never altered, so that any
-    thread may read them while one at a time calls `settle`. A request keeps the model that it found.
+    `models` and `conditions` are replaced as a whole, never altered, so any thread may read them while one thread at a
+    time calls `update`. A request keeps the model that it found.
+
+    Args:
+        models: Models by name and version.
+        default: Name of the default model.
+        folder: The folder to load further versions from.
     """
 
-    def __init__(self, models: dict[str, dict[str, Model]], default: str, library: Library | None = None) -> None:
+    def __init__(self, models: dict[str, dict[str, Model]], default: str, folder: ModelFolder | None = None) -> None:
         self.models = models
         self.default = default
         self.conditions: Mapping[str, Mapping[str, Condition]] = {
             name: dict.fromkeys(versions, Condition("ready")) for name, versions in models.items()
         }
-        self._library = library
+        self._folder = folder
 
     @classmethod
     def open(
@@ -98,18 +104,29 @@ class Repository:
         threads: int,
         max_rows: int,
         selection: Selection = Selection(),  # noqa: B008  # frozen
-        standing: Standing = Standing(),  # noqa: B008  # a tuple
+        overrides: Overrides = Overrides(),  # noqa: B008  # a tuple
         limits: LoadLimits = LoadLimits(),  # noqa: B008  # a tuple
     ) -> Repository:
-        """Open what is wanted of what lies below `folder`; a version that fails is named in the log, others serve.
+        """Load the versions of a folder; those that fail are logged, and the others serve.
 
-        Raises: StartError, in one line, as `default_model` does, and where no version of the default can be served.
+        Args:
+            folder: Folder of <model>/<version>/manifest.json.
+            default: Name of the default model; see `default_model`.
+            provider: onnxruntime's name of the execution provider.
+            threads: Threads of a graph.
+            max_rows: Rows of a batch, for the warm-up.
+            selection: The versions to load.
+            overrides: Loads and unloads on top of the selection.
+            limits: Limits on loading one version.
+
+        Raises:
+            StartError: In one line: there is no default model, or no version of it can be served.
         """
-        library = Library(folder, selection, lambda path: open_model(path, provider, threads, max_rows, limits))
-        default, names = default_model(folder, selection, default), library.names()
-        repository = cls({}, default, library)
+        opened = ModelFolder(folder, selection, lambda path: open_model(path, provider, threads, max_rows, limits))
+        default, names = default_model(folder, selection, default), opened.names()
+        repository = cls({}, default, opened)
         for name in names:
-            repository.settle(name, standing)
+            repository.update(name, overrides)
         refused = repository.refused(default)
         if refused and default not in repository.models:
             raise StartError(next(iter(refused.values())))
@@ -118,9 +135,15 @@ class Repository:
         return repository
 
     def find(self, name: str | None, version: str | None) -> Model:
-        """A model by name (None: the default) and version (None: the latest that is served).
+        """Return a model.
 
-        Raises: UnknownModel; NotReady for a model of which no version is served.
+        Args:
+            name: Its name; None is the default model.
+            version: Its version; None is the latest that is served.
+
+        Raises:
+            UnknownModel: There is none.
+            NotReady: No version of the model is served.
         """
         versions = self.models.get(self.default if name is None else name)
         if versions is None:
@@ -132,108 +155,113 @@ class Repository:
         return versions[version]
 
     def refused(self, name: str) -> dict[str, str]:
-        """The versions of a model that could not be served as they lie in the folder, and why."""
+        """Return the versions of a model that cannot be served as the folder has them, and the reason for each."""
         known = self.conditions.get(name, {}).items()
         return {version: found.reason for version, found in known if found.reason and found.state != "unloaded"}
 
     def log_refused(self, name: str) -> None:
-        """Name them to the operator."""
+        """Log the versions of a model that cannot be served."""
         for version, reason in self.refused(name).items():
             log.warning("model %s version %s: %s", name, version, reason)
 
     def check_known(self, name: str, version: str) -> None:
-        """Refuse a version, or a whole model, that neither lies in the folder nor is served: no name becomes a path.
+        """Refuse a version that is neither in the folder nor served, so that no name of a caller becomes a path.
 
-        Raises: UnknownModel.
+        Raises:
+            UnknownModel: It is refused.
         """
-        assert self._library is not None
-        names = {*self._library.names(), *self.conditions}
+        assert self._folder is not None
+        names = {*self._folder.names(), *self.conditions}
         if name not in names:
             raise UnknownModel(f"no model {quoted(name)}; the models are {', '.join(sorted(names))}")
-        versions = {*self._library.versions(name), *self.conditions.get(name, {})}
+        versions = {*self._folder.versions(name), *self.conditions.get(name, {})}
         if version not in {*versions, WHOLE}:
             known = ", ".join(sorted(versions, key=version_key))
             raise UnknownModel(f"model {name} has no version {quoted(version)}; its folder holds {known}")
 
-    def news(self) -> dict[str, set[str]]:
-        """Models whose folder holds something new: a version never seen, or files changed of one that failed."""
-        assert self._library is not None
-        news = {}
-        for name in self._library.names():
-            known, found = self.conditions.get(name, {}), self._library.versions(name)
-            changed = {v for v in found & known.keys() if self._is_mended(name, v, known[v])}
+    def changes(self) -> dict[str, set[str]]:
+        """Return the models that have new versions, or failed versions with new files, which it gives by model."""
+        assert self._folder is not None
+        changes = {}
+        for name in self._folder.names():
+            known, found = self.conditions.get(name, {}), self._folder.versions(name)
+            changed = {v for v in found & known.keys() if self._has_changed(name, v, known[v])}
             if changed or found - known.keys():
-                news[name] = changed
-        return news
+                changes[name] = changed
+        return changes
 
-    def settle(self, name: str, standing: Standing, again: Collection[str] = ()) -> None:
-        """Serve of a model what is wanted of what lies in the folder. Blocks for as long as opening takes.
+    def update(self, name: str, overrides: Overrides, again: Collection[str] = ()) -> None:
+        """Load and unload versions of a model, as the selection and the overrides say. Blocks while versions load.
 
-        Everything new is opened, replayed and warmed before any of it gets requests. What cannot be served is passed
-        over, and what has been served stays. again: versions (WHOLE: all) to look at anew, though they are served or
-        have failed.
+        Requests get the new versions once all of them are loaded. A version that fails is left out, and versions that
+        are served stay.
+
+        Args:
+            name: Name of the model.
+            overrides: Loads and unloads on top of the selection.
+            again: Versions to load again although they are served or have failed; `WHOLE` is all.
         """
-        library = self._library
-        assert library is not None
-        served, found = dict(self.models.get(name, {})), library.versions(name)
+        folder = self._folder
+        assert folder is not None
+        served, found = dict(self.models.get(name, {})), folder.versions(name)
         anew = found | served.keys() if WHOLE in again else set(again)
         conditions = {v: known for v, known in self.conditions.get(name, {}).items() if v in found or v in served}
         failed = {v for v, known in conditions.items() if known.state == "failed"} - anew
-        failed = {version for version in failed if not standing.is_unloaded(name, version)}
+        failed = {version for version in failed if not overrides.is_unloaded(name, version)}
         for version in served.keys() & anew:
-            self._renew(name, version, served, conditions)
-        while missing := standing.wanted(library.selection, name, found | served.keys(), failed) - served.keys():
+            self._reload(name, version, served, conditions)
+        while missing := overrides.wanted(folder.selection, name, found | served.keys(), failed) - served.keys():
             for version in sorted(missing, key=version_key):
-                model = self._open(name, version, conditions)
+                model = self._load(name, version, conditions)
                 if model is None:
                     failed.add(version)
                 else:
                     served[version] = model
-        wanted = standing.wanted(library.selection, name, found | served.keys(), failed)
+        wanted = overrides.wanted(folder.selection, name, found | served.keys(), failed)
         for version in (found | served.keys()) - wanted - failed:
-            by_order = standing.is_unloaded(name, version)
-            reason = "unloaded by request" if by_order else f"VAE_VERSIONS is {library.selection.text}"
+            by_request = overrides.is_unloaded(name, version)
+            reason = "unloaded by request" if by_request else f"VAE_VERSIONS is {folder.selection.text}"
             conditions[version] = Condition("unloaded", reason)
         self._serve(name, {version: served[version] for version in sorted(wanted, key=version_key)})
-        self._note(name, conditions)
+        self._set_conditions(name, conditions)
 
-    def _open(self, name: str, version: str, conditions: dict[str, Condition]) -> Model | None:
-        """One version, and how it went; None where it cannot be served."""
-        library = self._library
-        assert library is not None
-        stamp = library.stamp(name, version)
-        self._note(name, {**conditions, version: Condition("loading")})
+    def _load(self, name: str, version: str, conditions: dict[str, Condition]) -> Model | None:
+        """Open a version and set its condition; None where it fails."""
+        folder = self._folder
+        assert folder is not None
+        stamp = folder.stamp(name, version)
+        self._set_conditions(name, {**conditions, version: Condition("loading")})
         try:
-            model = library.open(library.folder / name / version)
+            model = folder.open(folder.path / name / version)
         except StartError as error:
-            conditions[version] = Condition("failed", library.reason(error), stamp)
+            conditions[version] = Condition("failed", folder.reason(error), stamp)
             return None
         conditions[version] = Condition("ready")
         return model
 
-    def _renew(self, name: str, version: str, served: dict[str, Model], conditions: dict[str, Condition]) -> None:
-        """Put what lies in the folder in the place of what is served under the same number, if it can be."""
-        library = self._library
-        assert library is not None
+    def _reload(self, name: str, version: str, served: dict[str, Model], conditions: dict[str, Condition]) -> None:
+        """Replace a served version by what the folder holds under the same number; it stays where that fails."""
+        folder = self._folder
+        assert folder is not None
         try:
-            if library.differs(served[version]):
-                self._note(name, {**conditions, version: Condition("loading")})
-                served[version] = library.open(library.folder / name / version)
+            if folder.differs(served[version]):
+                self._set_conditions(name, {**conditions, version: Condition("loading")})
+                served[version] = folder.open(folder.path / name / version)
             conditions[version] = Condition("ready")
         except StartError as error:
-            conditions[version] = Condition("ready", f"what lies in the folder now is refused: {library.reason(error)}")
+            conditions[version] = Condition("ready", f"what lies in the folder now is refused: {folder.reason(error)}")
 
     def _serve(self, name: str, versions: dict[str, Model]) -> None:
         others = {other: served for other, served in self.models.items() if other != name}
         self.models = dict(sorted({**others, name: versions}.items())) if versions else others
 
-    def _note(self, name: str, conditions: Mapping[str, Condition]) -> None:
+    def _set_conditions(self, name: str, conditions: Mapping[str, Condition]) -> None:
         ordered = dict(sorted(conditions.items(), key=lambda item: version_key(item[0])))
         self.conditions = dict(sorted({**self.conditions, name: ordered}.items()))
 
-    def _is_mended(self, name: str, version: str, known: Condition) -> bool:
-        assert self._library is not None
-        return known.state == "failed" and known.stamp != self._library.stamp(name, version)
+    def _has_changed(self, name: str, version: str, known: Condition) -> bool:
+        assert self._folder is not None
+        return known.state == "failed" and known.stamp != self._folder.stamp(name, version)
 
     def _missing(self, name: str) -> UnknownModel | NotReady:
         if name not in self.conditions:
@@ -242,15 +270,20 @@ class Repository:
 
 
 def model_names(folder: Path) -> list[str]:
-    """Models below a folder that have a version; half-written ones are hidden."""
-    return sorted({path.parent.name for path in folder.glob("*/*/") if _is_seen(path.parent, path)})
+    """Return the models in a folder that have a version; hidden folders are left out."""
+    return sorted({path.parent.name for path in folder.glob("*/*/") if _is_visible(path.parent, path)})
 
 
 def default_model(folder: Path, selection: Selection, wanted: str) -> str:
-    """The model that requests without a name mean: the one that is wanted, else the only one, else `default` names it.
+    """Return the default model: the one that is wanted, else the only one, else the one that the file `default` names.
 
-    Raises: StartError for a missing or empty folder, an unknown default or none among several models, a selected model
-        that is not there.
+    Args:
+        folder: Folder of <model>/<version>/manifest.json.
+        selection: The versions that are served.
+        wanted: Name of a model; may be empty.
+
+    Raises:
+        StartError: There is no folder or no model, several models and no default, or a model that is named is missing.
     """
     if not folder.is_dir():
         raise StartError(f"no model repository {folder.resolve()}; set VAE_MODELS, or train one")
@@ -276,9 +309,10 @@ def default_model(folder: Path, selection: Selection, wanted: str) -> str:
 
 
 def _named_in(path: Path) -> str:
-    """The line in the file; empty without one.
+    """Return the line in a file; empty where there is no file.
 
-    Raises: StartError where it cannot be read.
+    Raises:
+        StartError: It cannot be read.
     """
     if not path.exists() or path.is_dir():  # a model of that name
         return ""
@@ -290,5 +324,5 @@ def _named_in(path: Path) -> str:
     return text.decode(errors="replace").strip()
 
 
-def _is_seen(*paths: Path) -> bool:
+def _is_visible(*paths: Path) -> bool:
     return not any(path.name.startswith(".") for path in paths)

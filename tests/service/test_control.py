@@ -22,7 +22,7 @@ from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.app import create_app, open_repository
-from service.repository.repository import Library, Repository
+from service.repository.repository import ModelFolder, Repository
 from service.repository.selection import Selection
 from service.repository.version import open_model
 from service.runtime.model import Model
@@ -345,7 +345,7 @@ def test_loads_at_the_same_time_open_a_version_once(flat_models: Path) -> None:
         opened.append(folder.name)
         return open_model(folder, "CPUExecutionProvider", 1, 8)
 
-    repository = Repository({}, "mnist-2d", Library(flat_models, Selection(), opening))
+    repository = Repository({}, "mnist-2d", ModelFolder(flat_models, Selection(), opening))
 
     async def scenario() -> None:
         async with client(flat_models, repository) as one:

@@ -1,4 +1,4 @@
-"""Which versions are wanted: by the setting, and by orders on top of it."""
+"""Which versions are served: by the setting, and by overrides on top of it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from service.errors import StartError
-from service.repository.overrides import WHOLE, Orders, Report, Standing
+from service.repository.overrides import WHOLE, Overrides, Report, SharedState
 from service.repository.repository import Repository
 from service.repository.selection import Selection
 from service.settings import read_settings
@@ -60,9 +60,9 @@ def test_a_list_opens_what_it_names_and_a_model_that_is_not_there_is_refused(fla
         Repository.open(flat_models, "", "CPUExecutionProvider", 1, 8, Selection("mnist-2d:5"))
 
 
-def test_orders_stand_above_the_setting() -> None:
+def test_overrides_come_before_the_setting() -> None:
     """One about a model takes the place of those about its versions; what failed or was unloaded does not count."""
-    latest, none = Selection("latest"), Standing()
+    latest, none = Selection("latest"), Overrides()
     assert none.wanted(latest, "m", FOUND, set()) == {"10"}
     assert none.wanted(latest, "m", FOUND, {"10"}) == {"2"}
     with_old = none.after("m", "1", loaded=True)
@@ -77,29 +77,29 @@ def test_orders_stand_above_the_setting() -> None:
     assert gone.after("m", WHOLE, loaded=True).wanted(latest, "m", FOUND, set()) == {"10"}
 
 
-def test_news_are_what_was_ordered_since() -> None:
-    """With the versions to look at anew; an unloaded one is none."""
-    standing = Standing().after("m", "1", loaded=True).after("n", "2", loaded=False).after("m", "3", loaded=True)
-    assert standing.news(0) == {"m": {"1", "3"}, "n": set()}
-    assert standing.news(2) == {"m": {"3"}}
-    assert standing.news(3) == {}
+def test_later_requests_are_found_by_their_number() -> None:
+    """With the versions to load again; an unloaded one is none."""
+    overrides = Overrides().after("m", "1", loaded=True).after("n", "2", loaded=False).after("m", "3", loaded=True)
+    assert overrides.since(0) == {"m": {"1", "3"}, "n": set()}
+    assert overrides.since(2) == {"m": {"3"}}
+    assert overrides.since(3) == {}
 
 
-def test_orders_of_several_workers_are_numbered_one_by_one(tmp_path: Path) -> None:
-    """None is lost where they give them at once; a worker that is started later finds them all."""
+def test_overrides_of_several_workers_are_numbered_one_by_one(tmp_path: Path) -> None:
+    """None is lost where several are added at once; a worker that is started later finds them all."""
     with ThreadPoolExecutor(4) as workers:
-        numbers = list(workers.map(lambda k: Orders(tmp_path).give("m", str(k), loaded=k % 2 == 0), range(40)))
+        numbers = list(workers.map(lambda k: SharedState(tmp_path).add("m", str(k), loaded=k % 2 == 0), range(40)))
     assert sorted(numbers) == list(range(1, 41))
-    standing = Orders(tmp_path).read()
-    assert standing.number == 40
-    assert {version: wish.loaded for version, wish in standing.wishes["m"].items()} == {
+    overrides = SharedState(tmp_path).overrides()
+    assert overrides.number == 40
+    assert {version: one.loaded for version, one in overrides.models["m"].items()} == {
         str(k): k % 2 == 0 for k in range(40)
     }
 
 
 def test_the_reports_of_the_dead_are_not_read(tmp_path: Path) -> None:
-    """Only processes that live have followed anything."""
+    """Only workers that are alive count."""
     (tmp_path / "worker-999999999.json").write_text("{}")
-    orders = Orders(tmp_path)
-    orders.report(Report(3, {"m": {"1": ("ready", "")}}))
-    assert [report.followed for report in orders.reports()] == [3]
+    shared = SharedState(tmp_path)
+    shared.report(Report(3, {"m": {"1": ("ready", "")}}))
+    assert [report.applied for report in shared.reports()] == [3]

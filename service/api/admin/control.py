@@ -34,11 +34,11 @@ def control_router(repository: Repository, control: Control, settings: Settings)
     """Routes of one application."""
     router = APIRouter(prefix="/v1/models/{model}", tags=["control"])
 
-    async def order(request: Request, model: str, version: str, *, loaded: bool) -> JSONResponse:
+    async def change(request: Request, model: str, version: str, *, loaded: bool) -> JSONResponse:
         outcome = "internal_error"
         try:
             check_allowed(settings)
-            workers, followed = await control.order(model, version, loaded=loaded)
+            workers, followed = await control.change(model, version, loaded=loaded)
             outcome = "ok" if followed == workers else "partial"
         except ServiceError as error:
             outcome = error.code
@@ -51,19 +51,19 @@ def control_router(repository: Repository, control: Control, settings: Settings)
 
     @router.post("/load", summary="Load what VAE_VERSIONS wants of a model, as the folder has it", responses=ANSWERS)
     async def load(request: Request, model: str) -> JSONResponse:
-        return await order(request, model, WHOLE, loaded=True)
+        return await change(request, model, WHOLE, loaded=True)
 
     @router.post("/unload", summary="Unload every version of a model", responses=ANSWERS)
     async def unload(request: Request, model: str) -> JSONResponse:
-        return await order(request, model, WHOLE, loaded=False)
+        return await change(request, model, WHOLE, loaded=False)
 
     @router.post("/versions/{version}/load", summary="Load one version, as the folder has it", responses=ANSWERS)
     async def load_version(request: Request, model: str, version: str) -> JSONResponse:
-        return await order(request, model, version, loaded=True)
+        return await change(request, model, version, loaded=True)
 
     @router.post("/versions/{version}/unload", summary="Unload one version", responses=ANSWERS)
     async def unload_version(request: Request, model: str, version: str) -> JSONResponse:
-        return await order(request, model, version, loaded=False)
+        return await change(request, model, version, loaded=False)
 
     return router
 
