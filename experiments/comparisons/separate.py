@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from experiments.paper import curves
-from experiments.paper.canvas import panels
 from service.contract.images import fit
 from training.data.frey import read_frames
 from training.errors import ConfigError, DataError
+from training.evaluation.canvas import panels
 from training.evaluation.measures import auroc
 from training.evaluation.served import Client, Pixels, offering, served
 from training.evaluation.tasks import chosen, subject_of
