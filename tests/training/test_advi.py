@@ -26,6 +26,7 @@ from training.inference.advi import (
     InterruptedFit,
     _Ascent,
     fit,
+    laplace,
 )
 
 Array = NDArray[np.float64]
@@ -367,6 +368,54 @@ def test_a_given_learning_rate_is_used() -> None:
     searched = fit(lambda mu: normal(mu, 30.0, 2.0), spaces, seeded(0), max_steps=300)
     assert abs(float(slow.q.mean)) < 0.1
     assert float(searched.q.mean) > 10.0
+
+
+@pytest.mark.parametrize("family", ["meanfield", "fullrank"])
+def test_preconditioned_it_begins_at_the_optimum(family: Literal["meanfield", "fullrank"]) -> None:
+    """Where the posterior is a Gaussian, far away and narrow, after the fewest steps; without, it is not near."""
+    design = (
+        torch.randn(60, 2, generator=seeded(1), dtype=torch.float64) @ torch.tensor([[1.0, 0.8], [0.0, 0.6]]).double()
+    )
+    y = design @ torch.tensor([500.0, -2.0], dtype=torch.float64)
+
+    def log_joint(w: Tensor) -> Tensor:
+        return normal(y, w @ design.T, 0.1).sum(1)
+
+    precision = design.T @ design / 0.1**2
+    variance = precision.inverse().diagonal() if family == "fullrank" else 1.0 / precision.diagonal()
+    common: dict[str, Any] = {"family": family, "max_steps": 200, "draws": 64, "dtype": torch.float64}
+    answer = fit(log_joint, {"w": ((2,), constraints.real)}, seeded(2), precondition=True, **common)
+    draws = answer.draw(20_000, seeded(3))["w"]
+    assert float(((draws.mean(0) - torch.tensor([500.0, -2.0])).abs() / variance.sqrt()).max()) < 0.1
+    torch.testing.assert_close(draws.std(0), variance.sqrt(), rtol=0.05, atol=0.0)
+    assert isinstance(answer.q, FullRankGaussian if family == "fullrank" else DiagonalGaussian)
+    plain = fit(log_joint, {"w": ((2,), constraints.real)}, seeded(2), **common)
+    assert plain.elbo < answer.elbo - 100.0
+
+
+def test_the_laplace_approximation() -> None:
+    """Of a Gamma(3, 2) variable's logarithm: mode log(3 / 2), precision 3; None where there is no mode."""
+    density = Density(lambda x: 2.0 * x.log() - 2.0 * x, Coordinates({"x": ((), constraints.positive)}))
+    start = torch.tensor([-3.0], dtype=torch.float64)
+    for family in ("meanfield", "fullrank"):
+        found = laplace(density, start, family)
+        assert found is not None
+        exact = DiagonalGaussian(torch.tensor([math.log(1.5)]), torch.tensor([-math.log(3.0)]))
+        eps = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
+        torch.testing.assert_close(found.draw(eps), exact.draw(eps), atol=1e-3, rtol=0.0, check_dtype=False)
+    rising = Density(lambda x: x.exp(), Coordinates({"x": ((), constraints.real)}))
+    flat = Density(lambda x: 0.0 * x, Coordinates({"x": ((), constraints.real)}))
+    assert laplace(rising, start, "fullrank") is None
+    assert laplace(flat, start, "fullrank") is None
+
+
+def test_a_frame_changes_coordinates_alone() -> None:
+    """The density of v = (u - mean) / scale has the integral of that of u."""
+    coordinates = Coordinates({"x": ((), constraints.real)})
+    frame = DiagonalGaussian(torch.tensor([3.0]), torch.tensor([1.2]))
+    grid = torch.linspace(-40.0, 40.0, 20_001)[:, None]
+    framed = Density(lambda x: normal(x, 2.0, 1.5), coordinates, frame).log_prob(grid)
+    assert float(framed.exp().sum() * 80.0 / 20_000) == pytest.approx(1.0, abs=1e-3)
 
 
 def test_a_constraint_without_a_bijection_is_refused() -> None:
