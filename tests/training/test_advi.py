@@ -403,6 +403,15 @@ def test_the_laplace_approximation() -> None:
         exact = DiagonalGaussian(torch.tensor([math.log(1.5)]), torch.tensor([-math.log(3.0)]))
         eps = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
         torch.testing.assert_close(found.draw(eps), exact.draw(eps), atol=1e-3, rtol=0.0, check_dtype=False)
+    precision = torch.tensor([[4.0, 3.0], [3.0, 9.0]], dtype=torch.float64)
+    correlated = Density(lambda w: -0.5 * (w @ precision * w).sum(1), Coordinates({"w": ((2,), constraints.real)}))
+    full, mean = (laplace(correlated, torch.ones(2).double(), family) for family in ("fullrank", "meanfield"))
+    assert isinstance(full, FullRankGaussian)
+    assert isinstance(mean, DiagonalGaussian)
+    torch.testing.assert_close(full.cholesky @ full.cholesky.T, precision.inverse())
+    torch.testing.assert_close(mean.log_var.exp(), 1.0 / precision.diagonal())
+    kinked = Density(lambda x: -10.0 * (x - 0.3).abs() - 0.5 * x.square(), Coordinates({"x": ((), constraints.real)}))
+    assert laplace(kinked, start, "fullrank") is None
     rising = Density(lambda x: x.exp(), Coordinates({"x": ((), constraints.real)}))
     flat = Density(lambda x: 0.0 * x, Coordinates({"x": ((), constraints.real)}))
     assert laplace(rising, start, "fullrank") is None

@@ -215,13 +215,16 @@ def test_groups_are_counted_in_the_data(tmp_path: Path) -> None:
     assert rows["spread"]["5%"] > 0.0
 
 
-def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
-    """And another seed gives others."""
-    paths = written(tmp_path, NORMAL, {"x": np.arange(5.0)})
-    for out, seed in (("a", 1), ("b", 1), ("c", 2)):
-        infer(*paths, tmp_path / out, seed=seed, max_steps=100, draws=100)
-    a, b, c = ((tmp_path / out / "posterior.csv").read_bytes() for out in "abc")
-    assert a == b != c
+def test_the_same_command_gives_the_same_bytes(tmp_path: Path) -> None:
+    """And another seed, family, learning rate or number of draws or steps gives others."""
+    command = ["advi", *map(str, written(tmp_path, NORMAL, {"x": np.arange(5.0)})), "--steps", "60", "--draws", "100"]
+    changes = "--seed 2", "--family fullrank", "--learning-rate 0.5", "--gradient-draws 4", "--steps 70", "--draws 101"
+    contents = []
+    for i, change in enumerate(("", "", *changes)):
+        assert main([*command, *change.split(), "--out", str(tmp_path / str(i))]) == 0
+        contents.append((tmp_path / str(i) / "posterior.csv").read_bytes())
+    assert contents[0] == contents[1]
+    assert len(set(contents)) == 1 + len(changes)
 
 
 def test_ctrl_c_writes_the_fit_so_far(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

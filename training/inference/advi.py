@@ -207,9 +207,12 @@ def laplace(density: Density, start: Tensor, family: Family) -> Gaussian | None:
     with bar:
         found = optimize.minimize(loss, start.numpy(), jac=True, method="L-BFGS-B", options={"maxiter": MODE_STEPS})
     mode = torch.tensor(found.x)
-    precision = torch.autograd.functional.hessian(lambda u: -density.log_prob(u[None])[0], mode)
+    try:
+        precision = torch.autograd.functional.hessian(lambda u: -density.log_prob(u[None])[0], mode)
+    except RuntimeError:  # torch has no second derivatives of some functions
+        return None
     cholesky, failed = torch.linalg.cholesky_ex(precision)
-    if failed or not cholesky.isfinite().all():
+    if failed:
         return None
     gradient = torch.tensor(loss(found.x)[1])[:, None]
     step = torch.cholesky_solve(gradient, cholesky)
