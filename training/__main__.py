@@ -14,6 +14,7 @@ from training.cli import asking_command, run
 from training.config import load
 from training.data.mnist import download
 from training.evaluation.calibrate import Plan, calibrate
+from training.inference.command import advi_command
 from training.loop.processes import ALONE, Processes, joined
 
 
@@ -39,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--images", type=int, help="evaluate on a seeded random subset of the test images")
     widen = asking_command(commands, "calibrate", "fit the deviations that a service tells to held-out images")
     widen.set_defaults(command=_calibrate)
+    advi_command(commands)
     fetch = commands.add_parser("download", help="fetch a data set")
     fetch.add_argument("dataset", choices=["mnist"])
     fetch.add_argument("--data", type=Path, required=True, help="directory to fetch into")

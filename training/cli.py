@@ -28,8 +28,9 @@ def run(parser: argparse.ArgumentParser, arguments: list[str] | None) -> int:
     except TrainingError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        what_next = str(interrupt) or "the same command goes on from the last checkpoint"
+        print(f"{parser.prog}: interrupted; {what_next}", file=sys.stderr)
         return INTERRUPTED
     return 0
 

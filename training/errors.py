@@ -15,6 +15,10 @@ class DataError(TrainingError):
     """The data are missing, unreadable or outside [0, 1]."""
 
 
+class ModelFileError(TrainingError):
+    """A statistical model's Python file cannot be used."""
+
+
 class DivergedError(TrainingError):
     """The bound is no longer finite."""
 

@@ -13,10 +13,10 @@ from scipy import ndimage
 from sklearn.metrics import roc_auc_score
 
 from experiments.paper import curves
-from experiments.paper.canvas import panels
 from service.contract.images import fit
 from training.data.frey import read_frames
 from training.errors import ConfigError, DataError
+from training.evaluation.canvas import panels
 from training.evaluation.served import Client, Pixels, offering, served
 from training.evaluation.tasks import chosen, subject_of
 

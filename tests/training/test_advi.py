@@ -18,7 +18,16 @@ from torch.distributions.constraints import Constraint
 
 from training.distributions.gaussian import LOG_2_PI, DiagonalGaussian
 from training.errors import DivergedError
-from training.inference.advi import Approximation, Coordinates, Density, FullRankGaussian, _Ascent, fit
+from training.inference.advi import (
+    Approximation,
+    Coordinates,
+    Density,
+    FullRankGaussian,
+    InterruptedFit,
+    _Ascent,
+    fit,
+    laplace,
+)
 
 Array = NDArray[np.float64]
 ACCURATE: dict[str, Any] = {"draws": 64, "max_steps": 3000, "tolerance": 1e-6, "dtype": torch.float64}
@@ -57,7 +66,7 @@ class Regression:
         covariance = self.noise**2 * torch.eye(60) + self.scale**2 * self.design @ self.design.T
         return float(MultivariateNormal(torch.zeros(60, dtype=torch.float64), covariance).log_prob(self.y))
 
-    def fit(self, family: Literal["mean_field", "full_rank"]) -> Approximation:
+    def fit(self, family: Literal["meanfield", "fullrank"]) -> Approximation:
         """To high accuracy."""
         return fit(self.log_joint, {"w": ((3,), constraints.real)}, seeded(2), family=family, **ACCURATE)
 
@@ -110,7 +119,7 @@ def test_the_mean_of_a_normal() -> None:
 def test_full_rank_regression_is_exact() -> None:
     """Posterior mean, every covariance and the evidence."""
     model = Regression()
-    answer = model.fit("full_rank")
+    answer = model.fit("fullrank")
     assert isinstance(answer.q, FullRankGaussian)
     scale = model.covariance.diagonal().sqrt()
     error = answer.q.cholesky @ answer.q.cholesky.T - model.covariance
@@ -126,7 +135,7 @@ def test_mean_field_regression_has_the_conditional_variances() -> None:
     Source: Bishop (2006), section 10.1.2.
     """
     model = Regression()
-    answer = model.fit("mean_field")
+    answer = model.fit("meanfield")
     assert isinstance(answer.q, DiagonalGaussian)
     gap = 0.5 * float(model.precision.diagonal().log().sum() - model.precision.logdet())
     error = 4.0 * answer.elbo_standard_error
@@ -249,20 +258,20 @@ def test_the_full_rank_gaussian_is_a_gaussian() -> None:
     torch.testing.assert_close(draws.T.cov(), outside.covariance_matrix, atol=0.02, rtol=0.02)
 
 
-@pytest.mark.parametrize("family", ["mean_field", "full_rank"])
+@pytest.mark.parametrize("family", ["meanfield", "fullrank"])
 def test_the_mean_log_weight_is_the_bound(family: str) -> None:
     """With log q at the draws or its closed form: the same number, and without spread where q is the posterior."""
     model = Regression()
-    exact = model.covariance if family == "full_rank" else torch.diag(1.0 / model.precision.diagonal())
+    exact = model.covariance if family == "fullrank" else torch.diag(1.0 / model.precision.diagonal())
     cholesky = torch.linalg.cholesky(exact)
     factor = cholesky.tril(-1) + cholesky.diagonal().log().diag()
     full = FullRankGaussian(model.mean, factor)
-    q = full if family == "full_rank" else DiagonalGaussian(model.mean, exact.diagonal().log())
+    q = full if family == "fullrank" else DiagonalGaussian(model.mean, exact.diagonal().log())
     density = Density(model.log_joint, Coordinates({"w": ((3,), constraints.real)}))
     eps = torch.randn(100_000, 3, generator=seeded(6), dtype=torch.float64)
     weights = density.log_weights(q, eps)
     assert float(weights.mean()) == pytest.approx(float(density.elbo(q, eps)), abs=0.03)
-    if family == "full_rank":
+    if family == "fullrank":
         torch.testing.assert_close(weights, torch.full_like(weights, model.log_evidence()))
 
 
@@ -305,7 +314,7 @@ def test_a_bound_that_is_no_number_stops_it() -> None:
         return 2499.0 * rate.log() - 50.0 * rate
 
     spaces = {"rate": ((), constraints.real)}
-    with pytest.raises(DivergedError, match=r"check that log_joint is finite .* or pass a `start`"):
+    with pytest.raises(DivergedError, match=r"check that log_joint is finite .* or give a `start`"):
         fit(log_joint, spaces, seeded(0), max_steps=200)
     answer = fit(log_joint, spaces, seeded(0), max_steps=200, start={"rate": torch.tensor(50.0)})
     assert float(answer.q.mean) == pytest.approx(50.0, rel=0.02)
@@ -330,8 +339,92 @@ def test_divergence_late_stops_it() -> None:
     def log_joint(mu: Tensor) -> Tensor:
         return normal(mu, 0.0, 1.0) * (math.nan if next(calls) > 300 else 1.0)
 
-    with pytest.raises(DivergedError, match="the bound is nan after"):
+    with pytest.raises(DivergedError, match="the ELBO is nan after"):
         fit(log_joint, {"mu": ((), constraints.real)}, seeded(0))
+
+
+def test_an_interrupted_fit_gives_what_it_has() -> None:
+    """Ctrl-C after 500 steps raises InterruptedFit with the average of those steps, not converged."""
+    calls = iter(range(10_000))
+
+    def log_joint(mu: Tensor) -> Tensor:
+        if next(calls) == 800:
+            raise KeyboardInterrupt
+        return normal(mu, 3.0, 1.0)
+
+    with pytest.raises(InterruptedFit) as caught:
+        fit(log_joint, {"mu": ((), constraints.real)}, seeded(0), tolerance=0.0)
+    answer = caught.value.approximation
+    assert not answer.converged
+    assert 400 < answer.steps < 600
+    assert len(answer.trace) == (answer.steps - 50) // 100 + 1
+    assert float(answer.q.mean) == pytest.approx(3.0, abs=0.1)
+
+
+def test_a_given_learning_rate_is_used() -> None:
+    """One far too small leaves q where it began; the search would have found a better one."""
+    spaces = {"mu": ((), constraints.real)}
+    slow = fit(lambda mu: normal(mu, 30.0, 2.0), spaces, seeded(0), learning_rate=1e-4, max_steps=300)
+    searched = fit(lambda mu: normal(mu, 30.0, 2.0), spaces, seeded(0), max_steps=300)
+    assert abs(float(slow.q.mean)) < 0.1
+    assert float(searched.q.mean) > 10.0
+
+
+@pytest.mark.parametrize("family", ["meanfield", "fullrank"])
+def test_preconditioned_it_begins_at_the_optimum(family: Literal["meanfield", "fullrank"]) -> None:
+    """Where the posterior is a Gaussian, far away and narrow, after the fewest steps; without, it is not near."""
+    design = (
+        torch.randn(60, 2, generator=seeded(1), dtype=torch.float64) @ torch.tensor([[1.0, 0.8], [0.0, 0.6]]).double()
+    )
+    y = design @ torch.tensor([500.0, -2.0], dtype=torch.float64)
+
+    def log_joint(w: Tensor) -> Tensor:
+        return normal(y, w @ design.T, 0.1).sum(1)
+
+    precision = design.T @ design / 0.1**2
+    variance = precision.inverse().diagonal() if family == "fullrank" else 1.0 / precision.diagonal()
+    common: dict[str, Any] = {"family": family, "max_steps": 200, "draws": 64, "dtype": torch.float64}
+    answer = fit(log_joint, {"w": ((2,), constraints.real)}, seeded(2), precondition=True, **common)
+    draws = answer.draw(20_000, seeded(3))["w"]
+    assert float(((draws.mean(0) - torch.tensor([500.0, -2.0])).abs() / variance.sqrt()).max()) < 0.1
+    torch.testing.assert_close(draws.std(0), variance.sqrt(), rtol=0.05, atol=0.0)
+    assert isinstance(answer.q, FullRankGaussian if family == "fullrank" else DiagonalGaussian)
+    plain = fit(log_joint, {"w": ((2,), constraints.real)}, seeded(2), **common)
+    assert plain.elbo < answer.elbo - 100.0
+
+
+def test_the_laplace_approximation() -> None:
+    """Of a Gamma(3, 2) variable's logarithm: mode log(3 / 2), precision 3; None where there is no mode."""
+    density = Density(lambda x: 2.0 * x.log() - 2.0 * x, Coordinates({"x": ((), constraints.positive)}))
+    start = torch.tensor([-3.0], dtype=torch.float64)
+    for family in ("meanfield", "fullrank"):
+        found = laplace(density, start, family)
+        assert found is not None
+        exact = DiagonalGaussian(torch.tensor([math.log(1.5)]), torch.tensor([-math.log(3.0)]))
+        eps = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
+        torch.testing.assert_close(found.draw(eps), exact.draw(eps), atol=1e-3, rtol=0.0, check_dtype=False)
+    precision = torch.tensor([[4.0, 3.0], [3.0, 9.0]], dtype=torch.float64)
+    correlated = Density(lambda w: -0.5 * (w @ precision * w).sum(1), Coordinates({"w": ((2,), constraints.real)}))
+    full, mean = (laplace(correlated, torch.ones(2).double(), family) for family in ("fullrank", "meanfield"))
+    assert isinstance(full, FullRankGaussian)
+    assert isinstance(mean, DiagonalGaussian)
+    torch.testing.assert_close(full.cholesky @ full.cholesky.T, precision.inverse())
+    torch.testing.assert_close(mean.log_var.exp(), 1.0 / precision.diagonal())
+    kinked = Density(lambda x: -10.0 * (x - 0.3).abs() - 0.5 * x.square(), Coordinates({"x": ((), constraints.real)}))
+    assert laplace(kinked, start, "fullrank") is None
+    rising = Density(lambda x: x.exp(), Coordinates({"x": ((), constraints.real)}))
+    flat = Density(lambda x: 0.0 * x, Coordinates({"x": ((), constraints.real)}))
+    assert laplace(rising, start, "fullrank") is None
+    assert laplace(flat, start, "fullrank") is None
+
+
+def test_a_frame_changes_coordinates_alone() -> None:
+    """The density of v = (u - mean) / scale has the integral of that of u."""
+    coordinates = Coordinates({"x": ((), constraints.real)})
+    frame = DiagonalGaussian(torch.tensor([3.0]), torch.tensor([1.2]))
+    grid = torch.linspace(-40.0, 40.0, 20_001)[:, None]
+    framed = Density(lambda x: normal(x, 2.0, 1.5), coordinates, frame).log_prob(grid)
+    assert float(framed.exp().sum() * 80.0 / 20_000) == pytest.approx(1.0, abs=1e-3)
 
 
 def test_a_constraint_without_a_bijection_is_refused() -> None:

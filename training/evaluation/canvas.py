@@ -1,4 +1,4 @@
-"""The one place that draws."""
+"""Grids of axes written as PNG: every plot of the trainer and the experiments."""
 
 from __future__ import annotations
 
