@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,7 +127,8 @@ def _calibrate(plan: Plan, client: Client, model: dict[str, Any]) -> Path:
     tasks = [task for task in (*subject.tasks, *POISSON, BLURRING) if task.family in {"none", *manifest.noise_families}]
     qualities = QUALITIES if "refinement" in manifest.graphs else QUALITIES[:1]
     found = {quality: _factors(asking, tasks, quality) for quality in qualities}
-    _write(replace(manifest, calibration=Calibration(found, len(x), plan.seed)), path)
+    calibration = Calibration(factors=found, images=len(x), seed=plan.seed)
+    _write(manifest.model_copy(update={"calibration": calibration}), path)
     shutil.rmtree(kept)
     return path
 
