@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from service.contract.corruption import NoiseFamily
 from training.data import Dataset
 from training.distributions.likelihoods import Likelihood
 from training.distributions.likelihoods.bernoulli import BernoulliSettings
@@ -51,7 +52,7 @@ class Optimisation(Strict):
     objective: Literal["elbo", "monte_carlo_elbo", "importance_weighted", "denoising", "wake_sleep"] = "elbo"
     """The bound, with the KL in closed form where it has one, without it, importance-weighted over the draws, or with
     posteriors of corrupted images; or the rival that raises it by another way."""
-    corruption: Literal["gaussian", "salt-and-pepper", "masking", "poisson"] = "salt-and-pepper"
+    corruption: NoiseFamily = "salt-and-pepper"
     """What `denoising` does to the recognition model's images."""
     corruption_level: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """The standard deviation, or the share of pixels."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from service.contract import manifest
+from service.contract.corruption import FAMILIES
 from service.contract.golden import deviation
 from service.contract.graphs import GRAPHS, Signature, free_axes
 from service.contract.manifest import Scoring
@@ -26,7 +27,7 @@ from training.distributions.priors.realnvp import RealNvp
 from training.distributions.priors.standard_normal import StandardNormal
 from training.errors import DiskError, ExportError
 from training.export.export import PARITY, Exportable, export, exportables, to_onnx
-from training.models.restoration import FAMILIES, Recognition, simulate
+from training.models.restoration import Recognition, simulate
 from training.models.vae import VAE
 from training.networks import Architecture
 from training.networks.conv import Conv

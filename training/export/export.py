@@ -35,7 +35,7 @@ from training.distributions.priors.learned import LearnedPrior
 from training.errors import DiskError, ExportError
 from training.evaluation.scoring import ElboGradient, LogJoint
 from training.inference.refinement import Refinement, differentiated
-from training.models.restoration import Observation, Recognition
+from training.models.restoration import Corrupted, Recognition
 from training.models.vae import VAE
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as in service/runtime/session.py
@@ -97,7 +97,7 @@ class Recognise(nn.Module):
 
     def forward(self, y: Tensor, mask: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
         """(n, c, h, w), (n, c, h, w), (n, F) -> (n, d), (n, d)."""
-        return self.recognition.posterior(Observation(y, mask, level))
+        return self.recognition.posterior(Corrupted(y, mask, level))
 
 
 class EstimateLevel(nn.Module):
@@ -113,7 +113,7 @@ class EstimateLevel(nn.Module):
 
 
 @torch.no_grad()
-def exportables(vae: VAE, recognition: Recognition | None, x: Tensor, seen: Observation) -> dict[str, Exportable]:
+def exportables(vae: VAE, recognition: Recognition | None, x: Tensor, seen: Corrupted) -> dict[str, Exportable]:
     """The graphs of a model by name, with golden rows.
 
     Args:
@@ -148,7 +148,7 @@ def exportables(vae: VAE, recognition: Recognition | None, x: Tensor, seen: Obse
     }
 
 
-def _refinement_rows(start: DiagonalGaussian, seen: Observation) -> tuple[Tensor, ...]:
+def _refinement_rows(start: DiagonalGaussian, seen: Corrupted) -> tuple[Tensor, ...]:
     """Golden rows of the refinement: every level unknown, the image seen as it is."""
     of_level = torch.zeros_like(seen.level)
     mean, log_var = (torch.cat([part, of_level], 1) for part in start)
