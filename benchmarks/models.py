@@ -8,10 +8,11 @@ import torch
 from pydantic import TypeAdapter
 from torch import nn
 
+from service.contract.corruption import FAMILIES
 from training.distributions.likelihoods.bernoulli import Bernoulli
 from training.distributions.priors.standard_normal import StandardNormal
 from training.export.export import GOLDEN_ROWS, Exportable, export, exportables
-from training.models.restoration import FAMILIES, Recognition, simulate
+from training.models.restoration import Recognition, simulate
 from training.models.vae import VAE
 from training.networks import Architecture
 from training.networks.unet import UNetSettings

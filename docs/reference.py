@@ -5,17 +5,15 @@ What lies between `<!-- name -->` and `<!-- end -->` is the table of that name.
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from service.contract import manifest
+from service.contract.graphs import GRAPHS
 from service.observability.metrics import Telemetry
 from service.settings import PREFIX, Settings
 from training.config import Run
@@ -133,36 +131,49 @@ def _kind(value: Schema) -> str:
 
 def manifest_keys() -> str:
     """Every object of a manifest with its keys."""
+    schema = manifest.Manifest.model_json_schema()
+    kinds = {
+        "Manifest": schema,
+        **{name: schema["$defs"][name] for name in ("Graph", "Golden", "Scoring", "Calibration")},
+    }
     parts = []
-    for kind in (manifest.Manifest, manifest.Graph, manifest.Golden, manifest.Scoring, manifest.Calibration):
+    for name, kind in kinds.items():
         rows = [
             (
-                f"`{field.name}`",
-                _json_type(str(field.type)),
-                "required" if field.default is dataclasses.MISSING else f"`{json.dumps(field.default)}`",
+                f"`{key}`",
+                _json_type(value),
+                "required" if key in kind["required"] else f"`{json.dumps(value['default'])}`",
+                " ".join(value.get("description", "").split()),
             )
-            for field in dataclasses.fields(kind)
+            for key, value in kind["properties"].items()
         ]
-        parts.append(f"### {kind.__name__}\n\n{inspect.getdoc(kind)}\n\n{table(('key', 'type', 'default'), rows)}")
+        parts.append(f"### {name}\n\n{kind['description']}\n\n{table(('key', 'type', 'default', 'meaning'), rows)}")
     return "\n".join(parts)
 
 
-def _json_type(name: str) -> str:
-    """A type of Python as JSON has it."""
-    name = name.removesuffix(" | None")
-    if inner := re.fullmatch(r"list\[(.+)\]", name):
-        return f"list of {_json_type(inner[1])}"
-    if inner := re.fullmatch(r"dict\[str, (.+)\]", name):
-        return "object" if inner[1] == "Any" else f"object of {_json_type(inner[1])}"
-    return {"int": "integer", "float": "number", "str": "string", "bool": "boolean"}.get(name, name)
+def _json_type(value: Schema) -> str:
+    """A type of a manifest's JSON Schema in words."""
+    if kinds := _kinds(value):
+        return kinds[0]
+    if value["type"] == "array":
+        return f"list of {_json_type(value['items'])}"
+    if value["type"] == "object":
+        inner = value.get("additionalProperties")
+        return f"object of {_json_type(inner)}" if isinstance(inner, dict) else "object"
+    return _kind(value)
 
 
 def graphs() -> str:
-    """The graphs that the service runs, with their tensors."""
+    """The graphs that the service runs, with their tensors and the axes of these."""
     rows = [
-        (f"`{name}.onnx`", ", ".join(taken), ", ".join(given)) for name, (taken, given) in manifest.SIGNATURES.items()
+        (f"`{name}.onnx`", signature.about, _tensors(signature.inputs), _tensors(signature.outputs))
+        for name, signature in GRAPHS.items()
     ]
-    return table(("graph", "inputs", "outputs"), rows)
+    return table(("graph", "gives", "inputs", "outputs"), rows)
+
+
+def _tensors(tensors: Mapping[str, str]) -> str:
+    return ", ".join(f"`{name} ({axes})`" if axes else f"`{name}`" for name, axes in tensors.items())
 
 
 TABLES: dict[str, Callable[[], str]] = {

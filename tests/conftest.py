@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock
 from hypothesis import settings
 
-from service.contract.manifest import digest
+from service.contract.manifest import digest, read
 from service.runtime.session import Session
 from training.config import load
 from training.pipeline import Workshop
@@ -133,7 +133,8 @@ def brighter(seal: Callable[..., None]) -> Callable[..., Path]:
         onnx.save(graph, folder / "decoder.onnx")
         with np.load(folder / "golden.npz") as file:
             golden = dict(file)
-        decoder = Session((folder / "decoder.onnx").read_bytes(), "CPUExecutionProvider", 1)
+        described = read(folder).graphs["decoder"]
+        decoder = Session((folder / "decoder.onnx").read_bytes(), "CPUExecutionProvider", 1, described)
         (golden["decoder/x_mean"],) = decoder(golden["decoder/z"])
         np.savez(folder / "golden.npz", **golden)
         seal(folder, name=model, version=version)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from service.contract.corruption import NoiseFamily
 from training.data import Dataset
 from training.distributions.interface import Support
 from training.distributions.likelihoods import LikelihoodSettings
@@ -50,7 +51,7 @@ class Optimisation(Strict):
     objective: Literal["elbo", "monte_carlo_elbo", "importance_weighted", "denoising", "wake_sleep"] = "elbo"
     """The bound with the KL in closed form where it has one (`elbo`), with an estimated KL (`monte_carlo_elbo`),
     importance-weighted over the draws, or with posteriors of corrupted images (`denoising`); or wake-sleep."""
-    corruption: Literal["gaussian", "salt-and-pepper", "masking", "poisson"] = "salt-and-pepper"
+    corruption: NoiseFamily = "salt-and-pepper"
     """Corruption of the encoder's images under `denoising`."""
     corruption_level: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Its standard deviation, or its share of pixels."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from service.contract.cores import cpu_count
+from service.contract.corruption import FAMILIES
 from service.contract.manifest import digest
 from training.config import Run
 from training.data import ImageSet, as_float
@@ -28,7 +29,7 @@ from training.loop.processes import ALONE, Processes
 from training.loop.randomness import keyed_generator
 from training.loop.stages import as_trained, restoration_stage, trained_recognition, trained_vae, vae_stage
 from training.loop.trainer import train
-from training.models.restoration import FAMILIES, Observation, Recognition, simulate
+from training.models.restoration import Corrupted, Recognition, simulate
 from training.models.vae import VAE
 from training.progress import tell
 
@@ -224,7 +225,7 @@ class Workshop:
         if known != found:
             raise CheckpointError(f"{self.folder} was trained on other images; use --fresh or another --run")
 
-    def _golden_rows(self) -> tuple[Tensor, Observation]:
+    def _golden_rows(self) -> tuple[Tensor, Corrupted]:
         x = as_float(self.images.test[:GOLDEN_ROWS].cpu())
         rows = x.repeat(-(-GOLDEN_ROWS // len(x)), 1, 1, 1)[:GOLDEN_ROWS]
         return rows, simulate(rows, keyed_generator(x.device, self.run.seed, 5))

@@ -1,1 +1,1 @@
-"""What the trainer and the service both know. Needs numpy and pydantic alone, Pillow for pictures."""
+"""The contract of trainer and service. Needs numpy and pydantic alone, and Pillow for the pixel conversion."""

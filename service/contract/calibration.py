@@ -1,7 +1,8 @@
-"""Calibration: the deviation said of each pixel, brought to what held-out images have shown.
+"""Calibration of the standard deviation of restored pixels, by factors measured on held-out images.
 
-The graphs' own `std` was fitted to fast answers of all kinds together. The manifest may hold a factor for each quality
-and each way in which a pixel is seen, such that mean +- 1.645 std held 90 % of the true pixels of held-out images.
+The graphs' own `std` is fitted to fast answers to all corruptions together. The manifest may hold a factor for each
+quality and each way in which a pixel is observed, such that mean +- 1.645 std holds 90 % of the true pixels of held-out
+images.
 """
 
 from __future__ import annotations
@@ -16,14 +17,24 @@ from numpy.typing import NDArray
 from service.contract.corruption import Observation, Rows
 
 MOST_STD = 0.5
-"""Of anything in [0, 1]."""
+"""Largest standard deviation of a number in [0, 1]."""
 BESIDE, APART = "missing-beside", "missing-apart"
-"""Missing pixels with and without one that is seen among their eight neighbours: the second are told by the latents
-alone, of which refinement is far too sure."""
+"""Ways of missing pixels, with and without an observed one among their eight neighbours. The latents alone determine
+the second, and refinement underestimates their variance by far."""
 
 
 def calibrated(std: Rows, seen: Observation, families: Sequence[str], factors: Mapping[str, float]) -> Rows:
-    """std (n, c, h, w) by the factor of the way in which each pixel is seen, 1 where none is told."""
+    """std with the factor of each pixel's way applied.
+
+    Args:
+        std: Standard deviations (n, c, h, w).
+        seen: What the images were restored from.
+        families: Noise families of the model, by column.
+        factors: Factors by way; a way without one has 1.
+
+    Returns:
+        Standard deviations (n, c, h, w).
+    """
     factor = np.ones_like(std)
     for way, where in ways(seen, families).items():
         factor[np.broadcast_to(where, std.shape)] = factors.get(way, 1.0)
@@ -31,9 +42,11 @@ def calibrated(std: Rows, seen: Observation, families: Sequence[str], factors: M
 
 
 def widened(std: Rows, factor: Rows | np.float32) -> Rows:
-    """std times factor where it is small, and never above `MOST_STD`: the odds of its variance, of the most that there
-    can be, times the factor's square. The inverse takes the inverse factor.
-    """  # noqa: D205  # one promise
+    """std times factor where std is small, and never above `MOST_STD`.
+
+    Multiplies the odds of the variance, as a share of the largest one, by the square of the factor. The inverse factor
+    undoes it.
+    """
     std = np.minimum(std, np.float32(MOST_STD))
     share = np.square(std / np.float32(MOST_STD))
     found: Rows = factor * std / np.sqrt(1.0 + (np.square(factor) - 1.0) * share)
@@ -41,10 +54,10 @@ def widened(std: Rows, factor: Rows | np.float32) -> Rows:
 
 
 def ways(seen: Observation, families: Sequence[str]) -> dict[str, NDArray[Any]]:
-    """Which pixels are seen in which way, as booleans that broadcast to (n, c, h, w); no pixel in two.
+    """The pixels of each way, as booleans that broadcast to (n, c, h, w); no pixel is in two.
 
-    A way is an operator (`shrink-2`, `blur`), `BESIDE` or `APART`, or the family of the noise; pixels that are seen
-    without any have none.
+    A way is an operator (`shrink-2`, `blur`), `BESIDE`, `APART`, or the noise family. Pixels observed without noise
+    have none.
     """
     if seen.operator is not None:
         kind, size, *_ = seen.operator

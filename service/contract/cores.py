@@ -1,4 +1,4 @@
-"""How many CPUs there are for this process."""
+"""Number of CPUs that this process may use."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from pathlib import Path
 
 
 def cpu_count(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """CPUs this process may use: its affinity, cut by the container's quota (cgroup v2 or v1), rounded up."""
+    """Number of CPUs that this process may use: its affinity, or the container's quota, rounded up, if that is less.
+
+    Args:
+        cgroup: Where the files of cgroup v2 or v1 are mounted.
+    """
     allowed = len(os.sched_getaffinity(0))
     for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
         try:

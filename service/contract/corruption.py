@@ -1,41 +1,64 @@
-"""What is seen of images: the values, the noise, the operator they were seen through, and Bayes' rule through it."""
+"""Corruptions of images: noise families, linear operators, observations, and the posterior under an operator."""
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 Rows = NDArray[np.float32]
+NoiseFamily = Literal["gaussian", "salt-and-pepper", "masking", "poisson"]
+"""Noise families. Each has one parameter, its level in (0, 1].
+
+gaussian: the standard deviation (images in [0, 1]). salt-and-pepper: the share of pixels set to 0 or 1. masking: the
+share of pixels set to 0. poisson: the standard deviation at a pixel of 1.
+"""
+FAMILIES: tuple[NoiseFamily, ...] = get_args(NoiseFamily)
+"""Their names in the order of the level's columns. The first is the noise of images seen through an operator."""
 OperatorName = tuple[str, float, int, int]
-"""How images of a height and width (the last two) are seen: ("shrink", factor, ...), the mean of every block of
-factor x factor pixels; ("blur", deviation, ...), through a Gaussian of that standard deviation in pixels."""
+"""An operator on images of a height and width, which are the last two parts.
+
+("shrink", factor, ...) is the mean of every block of factor x factor pixels; ("blur", deviation, ...) is a Gaussian
+blur of that standard deviation in pixels.
+"""
 
 SOLVER_STEPS = 20
+"""Steps of conjugate gradients."""
 LEAST_VARIANCE = 1e-6
-"""Of what is seen of a pixel: a quarter of a grey level, squared."""
+"""Least variance of an observed pixel: a quarter of a grey level, squared."""
 
 
 class Operator(NamedTuple):
-    """What is seen of an image: rows @ x @ columns^T, averages over places; (seen h, h) and (seen w, w)."""
+    """A separable linear operator: rows @ x @ columns^T, whose rows are averages over places.
+
+    Attributes:
+        rows: (seen h, h).
+        columns: (seen w, w).
+    """
 
     rows: Rows
     columns: Rows
 
     def seen(self, x: Rows) -> Rows:
-        """(..., h, w) -> (..., seen h, seen w)."""
+        """The operator applied: (..., h, w) -> (..., seen h, seen w)."""
         return np.asarray(self.rows @ x @ self.columns.T, np.float32)
 
     def back(self, y: Rows) -> Rows:
-        """The transpose: (..., seen h, seen w) -> (..., h, w)."""
+        """The transpose applied: (..., seen h, seen w) -> (..., h, w)."""
         return np.asarray(self.rows.T @ y @ self.columns, np.float32)
 
     def lifted(self, y: Rows, mask: Rows) -> tuple[Rows, Rows]:
-        """An image that y might be of, every pixel what it was seen in, and how much is seen of each of its pixels.
+        """y and mask brought to the image's size, as the recognition model takes them.
 
-        That is 1 where a pixel is seen alone, else the sum of the squares of the weights of those it is seen with.
+        Args:
+            y: Observed values (..., seen h, seen w).
+            mask: 1 where a value is observed, else 0, shaped like y.
+
+        Returns:
+            An image (..., h, w), each pixel the mean of the values that it is part of; and the mask, which is 1 where a
+            pixel is observed alone, else the sum of the squared weights of the pixels observed with it.
         """
         ones = np.ones(y.shape[-2:], np.float32)
         mask = mask * self.squared.seen(np.ones((self.rows.shape[1], self.columns.shape[1]), np.float32))
@@ -45,13 +68,13 @@ class Operator(NamedTuple):
 
     @property
     def squared(self) -> Operator:
-        """How variances pass."""
+        """The operator on variances of independent pixels."""
         return Operator(self.rows**2, self.columns**2)
 
 
 @lru_cache(64)
 def operator_of(name: OperatorName) -> Operator:
-    """The operator of that name."""
+    """The operator with that name."""
     kind, size, height, width = name
     if kind == "shrink":
         return Operator(*(np.eye(n, dtype=np.float32).reshape(-1, int(size), n).mean(1) for n in (height, width)))
@@ -59,7 +82,7 @@ def operator_of(name: OperatorName) -> Operator:
 
 
 def _blur(deviation: float, size: int) -> Rows:
-    """A Gaussian about every place, (size, size), cut off at the edges and made to sum to 1."""
+    """Gaussian weights around every place, (size, size), cut off at the edges; rows sum to 1."""
     places = np.arange(size)
     weights = np.exp(-0.5 * ((places[:, None] - places) / deviation) ** 2)
     found: Rows = (weights / weights.sum(1, keepdims=True)).astype(np.float32)
@@ -67,10 +90,21 @@ def _blur(deviation: float, size: int) -> Rows:
 
 
 def projected(operator: Operator, x_mean: Rows, variance: Rows, y: Rows, mask: Rows, noise: Rows) -> tuple[Rows, Rows]:
-    """E[x | y] and its variance for x ~ N(x_mean, variance) seen through the operator under noise of variance `noise`.
+    """The posterior of x ~ N(x_mean, variance) given y, its image under the operator with Gaussian noise.
 
-    Shapes: x_mean and variance (n, c, h, w), y and mask (n, c, seen h, seen w), noise (n, 1, 1, 1). By conjugate
-    gradients, a fixed number of steps; the variance is exact where no two places that are seen share a pixel.
+    Solves by conjugate gradients with a Jacobi preconditioner, a fixed number of steps.
+
+    Args:
+        operator: The operator.
+        x_mean: Prior mean (n, c, h, w).
+        variance: Prior variance (n, c, h, w).
+        y: Observed values (n, c, seen h, seen w).
+        mask: 1 where y is observed, else 0, shaped like y.
+        noise: Variance of the noise (n, 1, 1, 1).
+
+    Returns:
+        Mean, clipped to [0, 1], and variance (n, c, h, w). The variance is exact where no two observed values share a
+        pixel.
     """
 
     def covariance(u: Rows) -> Rows:
@@ -94,16 +128,21 @@ def projected(operator: Operator, x_mean: Rows, variance: Rows, y: Rows, mask: R
 
 
 def _inner(a: Rows, b: Rows) -> Rows:
-    """Of every row, (n, 1, 1, 1)."""
+    """Inner product of each row, (n, 1, 1, 1)."""
     found: Rows = np.einsum("nchw,nchw->n", a, b)[:, None, None, None]
     return found
 
 
 class Observation(NamedTuple):
-    """What is seen of images: y and mask (n, c, seen h, seen w), level (n, F), 0 for families that are not at work.
+    """Corrupted images, and what is known of their corruption.
 
-    family: the column of the noise at work, None for none. known: whether its level is. operator: how pixels are seen,
-    None where each is for itself. Under an operator noise is Gaussian, which is the first column.
+    Attributes:
+        y: Observed values (n, c, seen h, seen w).
+        mask: 1 where a value is observed, else 0, shaped like y.
+        level: Noise level (n, F) by family, 0 for families that are not at work.
+        family: Column of the noise at work, None for none. Under an operator it is Gaussian, the first.
+        known: Whether the level is known; else it is to be estimated.
+        operator: What the images are seen through, None for nothing.
     """
 
     y: Rows
@@ -115,24 +154,24 @@ class Observation(NamedTuple):
 
     @property
     def estimated(self) -> int | None:
-        """The column to estimate."""
+        """Column of the level to estimate, None where there is none."""
         return None if self.known else self.family
 
     def with_level(self, level: Rows, least: np.float32, most: np.float32) -> Observation:
-        """With that level, whose estimated column is clipped to [least, most]."""
+        """The observation with another level, whose estimated column is clipped to [least, most]."""
         if self.estimated is not None:
             level = level.copy()
             np.clip(level[:, self.estimated], least, most, out=level[:, self.estimated])
         return self._replace(level=level)
 
     def through(self) -> Operator:
-        """The operator, which may be the identity."""
+        """The operator, the identity where there is none."""
         if self.operator is not None:
             return operator_of(self.operator)
         return Operator(*(np.eye(size, dtype=np.float32) for size in self.y.shape[2:]))
 
     def lifted(self) -> tuple[Rows, Rows, Rows]:
-        """y, mask and level as the recognition model takes them: images of the model's size."""
+        """y and mask (n, c, h, w), and level, as the recognition model takes them."""
         if self.operator is None:
             return self.y, self.mask, self.level
         return (*operator_of(self.operator).lifted(self.y, self.mask), self.level)

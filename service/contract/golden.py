@@ -1,4 +1,4 @@
-"""Golden rows: read from their archive, and how far an answer is from one."""
+"""Golden rows: reading their archive safely, and comparing an answer with them."""
 
 from __future__ import annotations
 
@@ -15,23 +15,31 @@ from numpy.typing import NDArray
 from service.contract.manifest import Manifest, ManifestError, shown
 
 SUMS = ("elbo", "gradient")
-"""How the names of outputs end that are sums of large terms, of which much may cancel."""
+"""Ends of the names of outputs that are sums of large terms, which may cancel."""
 HEADER_BYTES = 2**14
-"""Of an array in the archive, at most."""
+"""Limit of the header of an array in the archive."""
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-"""As numpy writes; the others take memory before they give any."""
+"""Compression that numpy writes. Others allocate memory before they give any data."""
 
 
 def archive_bytes(manifest: Manifest) -> int:
-    """The most that the archive of a manifest's golden rows can take."""
+    """Upper bound of the size of the archive of a manifest's golden rows."""
     return manifest.golden_bytes() + 2 * HEADER_BYTES * (1 + len(manifest.golden_shapes()))
 
 
 def read_golden(content: bytes, manifest: Manifest) -> dict[str, NDArray[np.float32]]:
-    """The arrays of an .npz archive, `<graph>/<tensor>`, which are unpacked only as far as the manifest says.
+    """Read an .npz archive of golden rows, no further than the manifest says.
 
-    Raises: ManifestError for an archive that cannot be read, an array that lacks or is beside, or one of another type,
-    shape or size than the manifest's.
+    Args:
+        content: The archive.
+        manifest: Its manifest.
+
+    Returns:
+        float32 arrays by name, `<graph>/<tensor>`.
+
+    Raises:
+        ManifestError: The archive cannot be read, an array is missing or unknown, or has another type, shape or size
+            than the manifest's.
     """
     shapes, file = manifest.golden_shapes(), manifest.golden.file
     try:
@@ -49,7 +57,7 @@ def read_golden(content: bytes, manifest: Manifest) -> dict[str, NDArray[np.floa
 
 
 def _members(archive: zipfile.ZipFile, names: AbstractSet[str]) -> dict[str, zipfile.ZipInfo]:
-    """Arrays by name, if they are the ones that there should be, each once."""
+    """Members of the archive by name of array, if they are exactly those names, each once."""
     listed = archive.infolist()
     members = {info.filename.removesuffix(".npy"): info for info in listed}
     for name in sorted(members.keys() ^ names)[:1]:
@@ -75,8 +83,10 @@ def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, shape: tuple[
 
 
 def deviation(output: str, found: NDArray[Any], known: NDArray[Any]) -> float:
-    """The largest difference, relative where a value is above 1; of sums, whose small values are no more exact than
-    their large ones, relative to the largest.
-    """  # noqa: D205  # one promise
+    """Largest difference between an answer and the known one.
+
+    Absolute for values up to 1, relative above. Small values of a sum are no more exact than its large ones, so outputs
+    named as in `SUMS` are compared relative to their largest value.
+    """
     scale = np.abs(known).max() if output.endswith(SUMS) else np.abs(known)
     return float((np.abs(found - known) / np.maximum(1.0, scale)).max())

@@ -1,4 +1,4 @@
-"""Pillow images to arrays and back, and to another size; the trainer reads its folders of images with the same code."""
+"""Conversion between Pillow images and arrays, and resizing. The trainer reads folders of images with it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Pixels = NDArray[np.float32]
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 OPAQUE = 255
 WHITE = 65535
-"""Of 16-bit grey."""
+"""White of 16-bit grey."""
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -26,21 +26,27 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What makes an image upright, by its orientation in EXIF."""
+"""Transpositions that make an image upright, by its orientation in EXIF."""
 DECODER_ERRORS = (
     Image.DecompressionBombError, EOFError, IndexError, KeyError, OSError, OverflowError, SyntaxError, TypeError,
     ValueError, Warning, struct.error, zlib.error,
 )  # fmt: skip
-"""What Pillow raises for a broken file. A warning is one where the process turns warnings into errors."""
+"""Exceptions of Pillow for a broken file. `Warning` is there for processes that turn warnings into errors."""
 
 
 def to_array(image: Image.Image, channels: int, white: int = WHITE) -> Pixels:
-    """Any Pillow image as (channels, h, w) in [0, 1], upright; transparency is laid on black.
+    """Convert a Pillow image to an array, turned upright, with transparent pixels on black.
 
-    16-bit grey is divided by `white`. A float image (mode F) is taken as it is.
+    Args:
+        image: Any image. A float image (mode F) keeps its values.
+        channels: 1, 3 or 4.
+        white: White of a 16-bit grey image.
+
+    Returns:
+        (channels, h, w) in [0, 1].
 
     Raises:
-        ValueError: The channels are not 1, 3 or 4, or the image is 32-bit integer grey, whose white is not known.
+        ValueError: The channels are not 1, 3 or 4, or the image is 32-bit integer grey, whose white is unknown.
     """
     if channels not in MODES:
         raise ValueError(f"an image file cannot fill {channels} channels; send an array")
@@ -62,7 +68,7 @@ def to_array(image: Image.Image, channels: int, white: int = WHITE) -> Pixels:
 
 
 def opacity(image: Image.Image) -> Pixels | None:
-    """How opaque each pixel of a Pillow image is, (1, h, w) in [0, 1], upright; None where it cannot be transparent."""
+    """Opacity of the pixels of a Pillow image, (1, h, w) in [0, 1], upright; None where it cannot be transparent."""
     if not is_transparent(image):
         return None
     image = upright(image)
@@ -73,7 +79,7 @@ def opacity(image: Image.Image) -> Pixels | None:
 
 
 def seen(image: Image.Image) -> Pixels:
-    """A mask drawn as a picture, (1, h, w) in [0, 1]: its opacity where it is transparent, else its luminance."""
+    """The mask in a Pillow image, (1, h, w) in [0, 1]: its opacity if it has transparent pixels, else its luminance."""
     found = opacity(image)
     return found if found is not None and found.min() < 1.0 else to_array(image, 1)
 
@@ -84,7 +90,7 @@ def is_transparent(image: Image.Image) -> bool:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF says; as it is where the EXIF cannot be read."""
+    """The image turned upright by its EXIF; unchanged where the EXIF cannot be read."""
     image.load()
     try:
         return turned(image, image.getexif().get(ExifTags.Base.Orientation, 1))
@@ -93,15 +99,21 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def turned(image: Image.Image, orientation: Any) -> Image.Image:
-    """The image turned from that orientation, as EXIF counts, to upright."""
+    """The image turned upright from an orientation as EXIF numbers it."""
     turn = TURNS.get(orientation)
     return image if turn is None else image.transpose(turn)
 
 
 def fit(images: Pixels, size: tuple[int, int], how: Fit) -> Pixels:
-    """(n, c, h, w) to (n, c, *size): `resize` stretches, `pad` keeps all and fills with 0, `crop` fills and cuts.
+    """Bring images to another size by bicubic interpolation with antialiasing.
 
-    Bicubic, smoothed before shrinking; what it overshoots is cut to the range of the input and 0.
+    Args:
+        images: (n, c, h, w).
+        size: Height and width wanted.
+        how: `resize` stretches; `pad` keeps the proportions and fills with 0; `crop` keeps them and cuts.
+
+    Returns:
+        (n, c, *size), clipped to the range of the images and 0, which the interpolation may overshoot.
     """
     height, width = size
     planes = [
@@ -118,7 +130,7 @@ def _fit_plane(plane: Image.Image, size: tuple[int, int], how: Fit) -> NDArray[A
 
 
 def to_image(images: Pixels) -> Image.Image:
-    """(n, c, h, w) in [0, 1] as one picture; several rows become a sheet, as square as it gets, empty places black."""
+    """One Pillow image of (n, c, h, w) in [0, 1]; several rows become a sheet, nearly square, empty places black."""
     n, channels, height, width = images.shape
     columns = int(np.ceil(np.sqrt(n)))
     rows = -(-n // columns)

@@ -1,4 +1,4 @@
-"""The manifest of a model version: what the trainer writes and the service reads. Standard library only."""
+"""The manifest of a model version: its data model, strict parsing, and safe reading of the files beside it."""
 
 from __future__ import annotations
 
@@ -9,169 +9,259 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import cached_property
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from service.contract.graphs import GRAPHS, VECTORS, shape_of
 
 FILE_NAME = "manifest.json"
 DEFAULT_FILE = "default"
-"""Beside the models: one line, the name of the model that requests without a name mean."""
+"""File beside the models whose one line names the default model."""
 MAX_DEFAULT_BYTES = 128
 SCHEMA_VERSION = 1
 ADVICE = "export the model again"
-BINARISATIONS = ("sample", "none")
-QUALITIES = ("fast", "refined")
 PLAIN_NAME = frozenset("abcdefghijklmnopqrstuvwxyz0123456789._-")
 
 MAX_MANIFEST_BYTES = 2**20
 MAX_FILE_BYTES = 2**31 - 1
-"""Of a graph: protobuf takes no more."""
+"""Limit of a graph's file, which is protobuf's."""
 MAX_GOLDEN_BYTES = 2**30
-"""Of the golden arrays, unpacked."""
+"""Limit of the golden arrays, unpacked."""
 MAX_DEPTH = 32
-"""Objects and lists inside each other in a manifest; writers of JSON give up at 254."""
+"""Limit of nested objects and lists. Some writers of JSON fail at 254."""
 MAX_AXES, MAX_NUMBERS = 8, 2**28
-"""Of one row of a tensor."""
+"""Limits of one row of a tensor."""
 MAX_ENTRIES = 64
-"""Graphs of a version, tensors of a graph, noise families."""
-MOST_VALUES = 128
-"""Values of a list."""
+"""Limit of an object's names: graphs, tensors of a graph, calibration factors."""
+MAX_VALUES = 128
+"""Limit of a list's values."""
 MAX_ROWS = 4096
-"""Golden rows."""
+"""Limit of golden rows."""
 MAX_FLOAT32 = 3.4e38
-MOST_SHOWN = 60
+MAX_SHOWN = 60
 """Characters of a value that a message repeats."""
-
-IMAGES = ("x", "y", "mask", "x_mean", "restored", "variance", "fused", "fused_variance")
-LATENTS = ("z", "mean", "log_var")
-LEVELS = ("level", "unknown", "drawn")
-NUMBERS = ("elbo", "log_likelihood", "log_prior")
-"""What the tensors of the graphs below are, by their names."""
-OBSERVED, RESTORED = ("y", "mask", "level"), ("restored", "variance")
-SIGNATURES = {
-    "encoder": (("x",), ("mean", "log_var")),
-    "decoder": (("z",), ("x_mean",)),
-    "prior": (("eps",), ("z",)),
-    "log_joint": (("x", "z"), ("log_likelihood", "log_prior")),
-    "elbo_gradient": (("q_mean", "q_log_var", "eps", "x"), ("elbo", "q_mean_gradient", "q_log_var_gradient")),
-    "recognition": (OBSERVED, ("mean", "log_var")),
-    "noise_level": (("y", "mask"), ("level",)),
-    "fusion": (("x_mean", *OBSERVED), RESTORED),
-    "correction": (("fused", "fused_variance", *OBSERVED), RESTORED),
-    "refinement": (
-        ("q_mean", "q_log_var", "eps", *OBSERVED, "unknown", "rows", "columns"),
-        ("elbo", "drawn", "q_mean_gradient", "q_log_var_gradient"),
-    ),
-}
-"""Inputs and outputs of the graphs that the service runs, in the order in which it gives and takes them."""
-ASCENTS = ("elbo_gradient", "refinement")
-"""Graphs whose `q_...` is a posterior of the latents, in `refinement` followed by the levels of the noise."""
-NEEDS = {
-    **dict.fromkeys(("recognition", "refinement"), ("recognition", "noise_level", "fusion", "correction")),
-}
-"""Graphs that are run together."""
+MAX_NAMED = 5
+"""Names that a message lists."""
 
 
 class ManifestError(ValueError):
-    """The manifest cannot be used; the message says which file, what is wrong and what to do."""
+    """An unusable manifest, or a file beside it. The message names the file, the fault and the fix."""
 
 
-@dataclass(frozen=True)
-class File:
+def is_plain_name(name: str) -> bool:
+    """Whether a name is safe as a file, model or version name: lower-case letters, digits, `.`, `_`, `-`."""
+    return 0 < len(name) <= 64 and PLAIN_NAME.issuperset(name) and not name.startswith(".")
+
+
+def shown(value: Any) -> str:
+    """A value as messages repeat it: in ASCII, of bounded length; text in single quotes, else JSON."""
+    text = json.dumps(value, default=str)
+    text = text[1:-1] if isinstance(value, str) else text
+    text = text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+    return f"'{text}'" if isinstance(value, str) else text
+
+
+def _named(names: Iterable[str]) -> str:
+    """Names in a message: the first few, each on one line and short."""
+    return ", ".join(name if is_plain_name(name) else shown(name) for name in sorted(names)[:MAX_NAMED])
+
+
+def _at_most(most: int) -> BeforeValidator:
+    """Bounds a list or an object before its entries are looked at."""
+
+    def checked(value: Any) -> Any:
+        if isinstance(value, (list, dict)) and len(value) > most:
+            raise ValueError(f"has {len(value)} entries, at most {most} are read")
+        return value
+
+    return BeforeValidator(checked)
+
+
+def _must(be: str, holds: Callable[[Any], bool]) -> AfterValidator:
+    """Refuses what does not hold, and says what it must be."""
+
+    def checked(value: Any) -> Any:
+        if not holds(value):
+            raise ValueError(f"must be {be}, not {shown(value)}")
+        return value
+
+    return AfterValidator(checked)
+
+
+def _is_name(name: str) -> bool:
+    return name.isascii() and is_plain_name(name.lower())
+
+
+Name = Annotated[str, _must("letters, digits, '.', '_' and '-'", _is_name)]
+PlainName = Annotated[str, _must("a plain name of lower-case letters, digits, '.', '_' and '-'", is_plain_name)]
+FileName = Annotated[
+    str,
+    _must(f"a plain file name other than {FILE_NAME}", lambda name: is_plain_name(name) and name != FILE_NAME),
+]
+Sha256 = Annotated[str, _must("64 hex digits", lambda text: re.fullmatch("[0-9a-f]{64}", text) is not None)]
+Shape = Annotated[
+    list[Annotated[int, Field(gt=0, lt=2**20)]],
+    Field(max_length=MAX_AXES),
+    _must(f"of at most {MAX_NUMBERS} numbers", lambda shape: math.prod(shape) <= MAX_NUMBERS),
+    _at_most(MAX_VALUES),
+]
+Tensors = Annotated[dict[Name, Shape], Field(min_length=1), _at_most(MAX_ENTRIES)]
+Positive = Annotated[float, Field(gt=0)]
+QUALITIES = ("fast", "refined")
+Quality = Annotated[str, _must(" or ".join(QUALITIES), QUALITIES.__contains__)]
+
+
+class Part(BaseModel):
+    """An object of the manifest: of exactly these keys, unchangeable, with values of exactly these types."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class File(Part):
     """A file beside the manifest."""
 
-    file: str
-    sha256: str
+    file: FileName
+    """Name of the file, which no other file of the version has."""
+    sha256: Sha256
+    """Digest of its content in lower-case hex."""
 
 
-@dataclass(frozen=True)
-class Graph:
-    """An ONNX graph: tensors by name with their shape after the batch axis, in the order of `SIGNATURES`."""
+class Graph(File):
+    """An ONNX graph and its tensors."""
 
-    file: str
-    sha256: str
-    inputs: dict[str, list[int]]
-    outputs: dict[str, list[int]]
-
-
-@dataclass(frozen=True)
-class Golden:
-    """Rows with known answers: an .npz with arrays `<graph>/<tensor>`, and how far an answer may be from them."""
-
-    file: str
-    sha256: str
-    rows: int
-    tolerance: float
+    inputs: Tensors
+    """Shape of each input after the batch axis, in the order of the graph's signature."""
+    outputs: Tensors
+    """Shape of each output likewise."""
 
 
-@dataclass(frozen=True)
-class Scoring:
-    """What images the model can score, and the ELBO of images that it was not trained on.
+class Golden(File):
+    """Rows with known answers: an .npz with arrays `<graph>/<tensor>`."""
 
-    binary: whether only images of 0 and 1 have a probability. binarisation: of the images below and, by default, of
-    those to be scored: `sample` (each pixel drawn with its grey level as its probability) or `none`.
-    `elbo_percentiles_nats` are the percents 0 to 100 over `images` images, each at `draws` draws.
-    """
+    rows: Annotated[int, Field(gt=0, le=MAX_ROWS)]
+    """Number of rows of every array."""
+    tolerance: Annotated[float, Field(ge=0)]
+    """How far an answer may be from the known one: absolute, and relative above 1."""
+
+
+class Scoring(Part):
+    """What images the model can score, and the ELBO of images that it was not trained on."""
 
     binary: bool
-    binarisation: str
-    elbo_percentiles_nats: list[float]
+    """Whether only images of 0 and 1 have a probability."""
+    binarisation: Literal["sample", "none"]
+    """How the held-out images were binarised, and how those to score are by default: `sample` draws each pixel with its
+    grey level as its probability."""
+    elbo_percentiles_nats: Annotated[
+        list[float],
+        _must("101 finite numbers, none below the one before it", lambda one: len(one) == 101 and sorted(one) == one),
+        _at_most(MAX_VALUES),
+    ]
+    """Percentiles 0 to 100 of the ELBO of the held-out images."""
     images: int
+    """Number of held-out images."""
     draws: int
+    """Draws of the posterior for each image."""
     seed: int
+    """Seed of the choice of images, their binarisation and the draws."""
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """By how much `std` is widened, so that mean +- 1.645 std holds 90 % of the true pixels of held-out images.
+class Calibration(Part):
+    """Factors of `std`, such that mean +- 1.645 std holds 90 % of the true pixels of held-out images."""
 
-    `factors` by quality, then by the way in which a pixel is seen, as service/contract/calibration.py names them:
-    measured on `images` validation images, spoilt by `seed`.
-    """
-
-    factors: dict[str, dict[str, float]]
+    factors: dict[Quality, Annotated[dict[str, Positive], _at_most(MAX_ENTRIES)]]
+    """By quality, then by the way in which a pixel is seen, as service/contract/calibration.py names them."""
     images: int
+    """Number of validation images that the factors are measured on."""
     seed: int
+    """Seed of their corruptions."""
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """One version of one model.
+def _in_order(graphs: dict[str, Graph]) -> dict[str, Graph]:
+    """The graphs with their tensors in the order of their signatures, whatever the order in the file."""
+    return {
+        name: graph.model_copy(
+            update={
+                "inputs": _sorted_like(GRAPHS[name].inputs, graph.inputs),
+                "outputs": _sorted_like(GRAPHS[name].outputs, graph.outputs),
+            }
+        )
+        if name in GRAPHS
+        else graph
+        for name, graph in graphs.items()
+    }
 
-    Shapes are without the batch axis: `input_shape` (c, h, w), `latent_shape` (d,) or any other. `graphs` always has
-    `encoder` (x -> mean, log_var) and `decoder` (z -> x_mean); every further ability is one more graph.
-    `noise_families` names the columns of the level that the graphs of denoising take or give; empty without them.
-    `training` and `quality` are for people: settings and measured figures with their units in the keys.
-    `scoring` goes with the graph `log_joint`; models exported before there was one have neither. `calibration` is added
-    to a version that restores, whose fingerprint it leaves as it is. `tileable` says that parts of larger images look
-    like the images that the model was trained on, so that these may be restored tile by tile.
-    """
+
+def _sorted_like(known: Mapping[str, str], shapes: dict[str, list[int]]) -> dict[str, list[int]]:
+    return {key: shapes[key] for key in (*known, *shapes) if key in shapes}
+
+
+class Manifest(Part):
+    """One version of one model. Shapes are without the batch axis."""
 
     schema_version: int
-    name: str
-    version: str
-    input_shape: list[int]
-    value_range: list[float]
-    latent_shape: list[int]
+    """1."""
+    name: Name
+    """Name of the folder of the model."""
+    version: Name
+    """Name of the folder of the version."""
+    input_shape: Annotated[Shape, _must("[channels, height, width]", lambda shape: len(shape) == 3)]
+    """(c, h, w)."""
+    value_range: Annotated[
+        list[float],
+        _must("[low, high]", lambda ends: len(ends) == 2 and ends[0] < ends[1]),
+        _must("of float32 numbers", lambda ends: max(map(abs, ends)) <= MAX_FLOAT32),
+        _at_most(MAX_VALUES),
+    ]
+    """Lowest and highest value of a pixel."""
+    latent_shape: Annotated[Shape, Field(min_length=1)]
+    """(d,) for a vector, or any other."""
     likelihood: str
+    """Family of p(x|z), for people."""
     prior: str
+    """Family of p(z), for people."""
     dataset: str
-    noise_families: list[str]
-    graphs: dict[str, Graph]
+    """Name of the training images."""
+    noise_families: Annotated[
+        list[str],
+        _must("different plain names", lambda names: len(set(names)) == len(names) and all(map(is_plain_name, names))),
+        _at_most(MAX_VALUES),
+    ]
+    """The columns of the noise level that graphs take and give; empty where the model does not restore."""
+    graphs: Annotated[dict[PlainName, Graph], AfterValidator(_in_order), _at_most(MAX_ENTRIES)]
+    """By name: always `encoder` and `decoder`; every further ability is one more graph."""
     golden: Golden
+    """Known answers of every graph, which the service replays when it loads the version."""
     training: dict[str, Any]
+    """Settings and figures of the training, for people."""
     quality: dict[str, Any]
+    """Measured figures with their units in the keys, for people."""
     scoring: Scoring | None = None
+    """Required with the graph `log_joint`."""
     calibration: Calibration | None = None
+    """Added to a version that restores; the fingerprint stays."""
     tileable: bool = False
+    """Whether parts of larger images look like the training images, so that they may be restored tile by tile."""
 
     @cached_property
     def fingerprint(self) -> str:
-        """Sixteen hex digits that change when any graph does: whose latents these are."""
+        """Sixteen hex digits that change when any graph does. Latents belong to one fingerprint."""
         digests = "".join(f"{name}:{graph.sha256};" for name, graph in sorted(self.graphs.items()))
         return hashlib.sha256(digests.encode()).hexdigest()[:16]
 
@@ -180,12 +270,12 @@ class Manifest:
         """d where a latent is a vector, else None."""
         return self.latent_shape[0] if len(self.latent_shape) == 1 else None
 
-    def files(self) -> list[File | Graph | Golden]:
-        """Everything the manifest answers for."""
+    def files(self) -> list[File]:
+        """Every file of the version but the manifest."""
         return [*self.graphs.values(), self.golden]
 
     def golden_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The golden arrays, `<graph>/<tensor>`, with their shapes."""
+        """Shapes of the golden arrays by their names, `<graph>/<tensor>`."""
         return {
             f"{name}/{key}": (self.golden.rows, *shape)
             for name, graph in self.graphs.items()
@@ -193,20 +283,151 @@ class Manifest:
         }
 
     def golden_bytes(self) -> int:
-        """What the golden arrays take in float32."""
+        """Size of the golden arrays in float32."""
         return sum(4 * math.prod(shape) for shape in self.golden_shapes().values())
 
     def to_json(self) -> str:
-        """The manifest as text; shapes stand on one line, as a person would write them."""
-        text = json.dumps(asdict(self), indent=2)
+        """The manifest as text, each shape on one line."""
+        text = json.dumps(self.model_dump(), indent=2)
         return re.sub(r"\[[^\[\]{}\"]*\]", lambda found: "".join(found.group().split()).replace(",", ", "), text) + "\n"
+
+    @model_validator(mode="after")
+    def _check(self) -> Manifest:
+        for name in ("encoder", "decoder"):
+            if name not in self.graphs:
+                raise ValueError(f"graphs lacks {name}")
+        for name in self.graphs.keys() & GRAPHS.keys():
+            self._check_graph(name)
+        if self.golden_bytes() > MAX_GOLDEN_BYTES:
+            raise ValueError(f"the golden rows would be {self.golden_bytes()} bytes, at most {MAX_GOLDEN_BYTES}")
+        if self.scoring is None and "log_joint" in self.graphs:
+            raise ValueError(f"graphs has log_joint, which needs scoring; {ADVICE}")
+        names = [entry.file for entry in self.files()]
+        if len(set(names)) < len(names):
+            raise ValueError("every file must have a name of its own")
+        return self
+
+    def _check_graph(self, name: str) -> None:
+        """Compares a graph with its signature."""
+        graph, signature = self.graphs[name], GRAPHS[name]
+        if missing := set(signature.needs) - self.graphs.keys():
+            raise ValueError(f"graphs lacks {_named(missing)}, which {name} needs")
+        for kind, shapes, known in (
+            ("inputs", graph.inputs, signature.inputs),
+            ("outputs", graph.outputs, signature.outputs),
+        ):
+            if shapes.keys() != known.keys():
+                raise ValueError(f"graphs.{name}.{kind} must be {', '.join(known)}, not {_named(shapes)}")
+            for key, axes in known.items():
+                if axes in VECTORS and self.latent_dim is None:
+                    raise ValueError(f"graphs has {name}, which needs latents that are vectors")
+                shape = shape_of(axes, self.input_shape, self.latent_shape, len(self.noise_families))
+                if shape is not None and shapes[key] != shape:
+                    raise ValueError(f"graphs.{name}.{kind}.{key} must be {shape}, not {shown(shapes[key])}")
+
+
+def manifest_of(content: Mapping[str, Any]) -> Manifest:
+    """The manifest with these keys and values.
+
+    Raises:
+        ManifestError: A key is missing or unknown, a value has another type than its key or is out of bounds, or the
+            parts do not fit together. The message names the key.
+    """
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        raise ManifestError(_message(error)) from error
+
+
+def _message(error: ValidationError) -> str:
+    """The first fault on one line; missing and unknown keys of one object together."""
+    faults = error.errors(include_url=False)
+    first = faults[0]
+    kind, place = first["type"], first["loc"]
+    where, parent = (".".join(_named([str(part)]) for part in path if part != "[key]") for path in (place, place[:-1]))
+    if kind in ("missing", "extra_forbidden"):
+        names = [str(one["loc"][-1]) for one in faults if (one["type"], one["loc"][:-1]) == (kind, place[:-1])]
+        return f"{parent or 'the manifest'} {'lacks' if kind == 'missing' else 'has unknown'} {_named(names)}"
+    if kind == "value_error":
+        return f"{where} {first['ctx']['error']}".strip()
+    if kind in ("too_short", "too_long"):
+        said = {"too_short": "at least", "too_long": "at most"}[kind]
+        bound = first["ctx"].get("min_length", first["ctx"].get("max_length"))
+        return f"{where} must be of {said} {bound} entries, not {len(first['input'])}"
+    must = "an object" if kind in ("dict_type", "model_type") else first["msg"].removeprefix("Input should be ")
+    return f"{where} must be {must}, not {shown(first['input'])}"
+
+
+def parse(text: bytes) -> Manifest:
+    """The manifest in JSON.
+
+    Raises:
+        ManifestError: The text is too large, not strict JSON or of a later schema; else as `manifest_of`.
+    """
+    if len(text) > MAX_MANIFEST_BYTES:
+        raise ManifestError(f"larger than the {MAX_MANIFEST_BYTES} bytes that a manifest may have")
+    content = _json(text)
+    if not isinstance(content, dict):
+        raise ManifestError(f"not a JSON object; {ADVICE}")
+    version = content.get("schema_version")
+    if version != SCHEMA_VERSION:
+        advice = "upgrade the service" if isinstance(version, int) and version > SCHEMA_VERSION else ADVICE
+        raise ManifestError(f"schema_version is {shown(version)}, this service reads {SCHEMA_VERSION}; {advice}")
+    return manifest_of(content)
+
+
+def _json(text: bytes) -> Any:
+    """The value of a JSON text, if every JSON writer can write it again.
+
+    So names stand once, numbers are finite and of 64 bits, and text has no lone surrogates.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+            raise ManifestError(f"{_named([name])} stands twice in one object; keep one of them")
+        return found
+
+    try:
+        content = json.loads(text.decode("utf-8-sig"), object_pairs_hook=once)
+    except ManifestError:
+        raise
+    except UnicodeDecodeError as error:
+        raise ManifestError(f"not JSON in UTF-8; {ADVICE}") from error
+    except RecursionError as error:
+        raise ManifestError(f"not JSON of at most {MAX_DEPTH} levels; {ADVICE}") from error
+    except ValueError as error:
+        raise ManifestError(f"not JSON ({error}); {ADVICE}") from error
+    _check_plain(content)
+    return content
+
+
+def _check_plain(content: Any) -> None:
+    waiting = [(content, 1)]
+    while waiting:
+        value, depth = waiting.pop()
+        if depth > MAX_DEPTH:
+            raise ManifestError(f"more than {MAX_DEPTH} levels deep; {ADVICE}")
+        if isinstance(value, dict):
+            waiting += ((part, depth + 1) for pair in value.items() for part in pair)
+        elif isinstance(value, list):
+            waiting += ((part, depth + 1) for part in value)
+        elif isinstance(value, str):
+            if any("\ud800" <= letter <= "\udfff" for letter in value):
+                raise ManifestError(f"holds half a character (a lone surrogate); {ADVICE}")
+        elif isinstance(value, float):
+            if not math.isfinite(value):
+                raise ManifestError(f"holds a number that is not finite; {ADVICE}")
+        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ManifestError(f"holds a whole number of more than 64 bits; {ADVICE}")
 
 
 def read(folder: Path) -> Manifest:
     """Read `folder`/manifest.json.
 
-    Raises: ManifestError for a missing or unreadable file, a later schema, a missing, unknown or ill-typed key, or a
-    file name that leads out of the folder.
+    Raises:
+        ManifestError: The file is missing or unreadable, or as `parse` says. The message names the file.
     """
     return parse_file(folder, read_text(folder))
 
@@ -214,16 +435,18 @@ def read(folder: Path) -> Manifest:
 def read_text(folder: Path) -> bytes:
     """The bytes of `folder`/manifest.json.
 
-    Raises: ManifestError, as `read_file` does.
+    Raises:
+        ManifestError: As `open_file`.
     """
     advice = f"a model version is a folder with a {FILE_NAME}"
     return read_file(folder, FILE_NAME, MAX_MANIFEST_BYTES, advice)
 
 
 def parse_file(folder: Path, text: bytes) -> Manifest:
-    """The manifest in `text`, which lies in `folder`.
+    """The manifest in the bytes of `folder`/manifest.json.
 
-    Raises: ManifestError that names the file.
+    Raises:
+        ManifestError: As `parse`. The message names the file.
     """
     try:
         return parse(text)
@@ -234,20 +457,22 @@ def parse_file(folder: Path, text: bytes) -> Manifest:
 def read_file(folder: Path, name: str, max_bytes: int, advice: str = ADVICE) -> bytes:
     """The content of a regular file of the version in `folder`.
 
-    Raises: ManifestError, as `open_file` does.
+    Raises:
+        ManifestError: As `open_file`, or the file grew meanwhile.
     """
     with open_file(folder, name, max_bytes, advice) as file:
         size = os.fstat(file.fileno()).st_size
-        content = file.read(size + 1)  # which takes memory for so many bytes at once
+        content = file.read(size + 1)  # allocates that many bytes at once
     if len(content) > size:
         raise ManifestError(f"{folder / name} grew while it was read; {advice}")
     return content
 
 
-def has_digest(folder: Path, entry: File | Graph | Golden, max_bytes: int) -> bool:
-    """Whether a file of the version in `folder` is as its manifest says.
+def has_digest(folder: Path, entry: File, max_bytes: int) -> bool:
+    """Whether a file of the version in `folder` has the digest that its manifest gives.
 
-    Raises: ManifestError, as `open_file` does.
+    Raises:
+        ManifestError: As `open_file`.
     """
     with open_file(folder, entry.file, max_bytes) as file:
         return hashlib.file_digest(file, "sha256").hexdigest() == entry.sha256
@@ -255,9 +480,9 @@ def has_digest(folder: Path, entry: File | Graph | Golden, max_bytes: int) -> bo
 
 @contextmanager
 def open_file(folder: Path, name: str, max_bytes: int, advice: str = ADVICE) -> Iterator[BufferedReader]:
-    """A regular file of the version in `folder`, opened for reading.
+    """Open a regular file of the version in `folder` for reading.
 
-    Links are followed, since Kubernetes mounts files as links. Never waits for a writer, as opening a FIFO would.
+    Follows links, since Kubernetes mounts files as links. Never waits for a writer, as opening a FIFO would.
 
     Raises:
         ManifestError: The file is missing, not regular, larger than `max_bytes`, or cannot be read.
@@ -278,282 +503,6 @@ def open_file(folder: Path, name: str, max_bytes: int, advice: str = ADVICE) -> 
         raise ManifestError(f"{path}: {error.strerror}; {advice}") from error
 
 
-def parse(text: bytes) -> Manifest:
-    """The manifest in `text`.
-
-    Raises: ManifestError, as `read` does.
-    """
-    if len(text) > MAX_MANIFEST_BYTES:
-        raise ManifestError(f"larger than the {MAX_MANIFEST_BYTES} bytes that a manifest may have")
-    content = _json(text)
-    if not isinstance(content, dict):
-        raise ManifestError("not a JSON object; export the model again")
-    version = content.get("schema_version")
-    if version != SCHEMA_VERSION:
-        advice = "upgrade the service" if isinstance(version, int) and version > SCHEMA_VERSION else "export it again"
-        raise ManifestError(f"schema_version is {shown(version)}, this service reads {SCHEMA_VERSION}; {advice}")
-    manifest = _build(Manifest, content, "")
-    _check(manifest)
-    return manifest
-
-
 def digest(content: bytes) -> str:
     """SHA-256 in hex."""
     return hashlib.sha256(content).hexdigest()
-
-
-def _json(text: bytes) -> Any:
-    """What the text says, if every JSON writer can say it again: names once, finite numbers of 64 bits, real text."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-            raise ManifestError(f"{_named([name])} stands twice in one object; keep one of them")
-        return found
-
-    try:
-        content = json.loads(text.decode("utf-8-sig"), object_pairs_hook=once)
-    except ManifestError:
-        raise
-    except UnicodeDecodeError as error:
-        raise ManifestError("not JSON in UTF-8; export the model again") from error
-    except RecursionError as error:
-        raise ManifestError(f"not JSON of at most {MAX_DEPTH} levels; export the model again") from error
-    except ValueError as error:
-        raise ManifestError(f"not JSON ({error}); export the model again") from error
-    _check_plain(content)
-    return content
-
-
-def _check_plain(content: Any) -> None:
-    waiting = [(content, 1)]
-    while waiting:
-        value, depth = waiting.pop()
-        if depth > MAX_DEPTH:
-            raise ManifestError(f"more than {MAX_DEPTH} levels deep; export the model again")
-        if isinstance(value, dict):
-            waiting += ((part, depth + 1) for pair in value.items() for part in pair)
-        elif isinstance(value, list):
-            waiting += ((part, depth + 1) for part in value)
-        elif isinstance(value, str):
-            if any("\ud800" <= letter <= "\udfff" for letter in value):
-                raise ManifestError("holds half a character (a lone surrogate); export the model again")
-        elif isinstance(value, float):
-            if not math.isfinite(value):
-                raise ManifestError("holds a number that is not finite; export the model again")
-        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
-            raise ManifestError("holds a whole number of more than 64 bits; export the model again")
-
-
-def shown(value: Any) -> str:
-    """A value from a file as messages repeat it: in ASCII, of bounded length; text in single quotes, else JSON."""
-    text = json.dumps(value)
-    text = text[1:-1] if isinstance(value, str) else text
-    text = text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
-    return f"'{text}'" if isinstance(value, str) else text
-
-
-def _named(names: Iterable[str]) -> str:
-    """Names in a message: the first few, each on one line and short."""
-    first = sorted(names)[:5]
-    return ", ".join(name if is_plain_name(name) else f"{shown(name)}" for name in first)
-
-
-def _build(kind: type[Any], content: Any, where: str) -> Any:
-    if not isinstance(content, dict):
-        raise ManifestError(f"{where or 'the manifest'} must be an object")
-    names = {field.name: field for field in fields(kind)}
-    required = {name for name, field in names.items() if field.default is MISSING}
-    for wrong, verb in ((required - content.keys(), "lacks"), (content.keys() - names.keys(), "has unknown")):
-        if wrong:
-            raise ManifestError(f"{where or 'the manifest'} {verb} {_named(wrong)}")
-    return kind(**{name: _value(str(names[name].type), value, f"{where}{name}") for name, value in content.items()})
-
-
-def _value(kind: str, value: Any, where: str) -> Any:
-    if kind == "Golden":
-        return _build(Golden, value, f"{where}.")
-    if kind in _OPTIONAL:
-        return None if value is None else _build(_OPTIONAL[kind], value, f"{where}.")
-    if kind == "dict[str, Graph]" and isinstance(value, dict):
-        if len(value) > MAX_ENTRIES:
-            raise ManifestError(f"{where} has {len(value)} entries, at most {MAX_ENTRIES} are read")
-        graphs = {name: _build(Graph, graph, f"{where}.{_named([name])}.") for name, graph in value.items()}
-        return {name: _ordered(name, graph) for name, graph in graphs.items()}
-    if isinstance(value, list) and len(value) > MOST_VALUES:
-        raise ManifestError(f"{where} has {len(value)} entries, at most {MOST_VALUES} are read")
-    if not _CHECKS[kind](value):
-        raise ManifestError(f"{where} must be {kind}, not {shown(value)}")
-    return value
-
-
-def _ordered(name: str, graph: Graph) -> Graph:
-    """The graph with its tensors in the order of its signature: they are given and taken by place."""
-    inputs, outputs = (
-        {key: shapes[key] for key in (*known, *shapes) if key in shapes}
-        for known, shapes in zip(SIGNATURES.get(name, ((), ())), (graph.inputs, graph.outputs), strict=True)
-    )
-    return replace(graph, inputs=inputs, outputs=outputs)
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_shape(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and 0 < len(value) <= MAX_AXES
-        and all(_is_int(size) and 0 < size < 2**20 for size in value)
-        and math.prod(value) <= MAX_NUMBERS
-    )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-_OPTIONAL = {"Scoring | None": Scoring, "Calibration | None": Calibration}
-
-_CHECKS: dict[str, Callable[[Any], bool]] = {
-    "bool": lambda value: isinstance(value, bool),
-    "int": _is_int,
-    "float": _is_number,
-    "str": lambda value: isinstance(value, str),
-    "list[int]": _is_shape,
-    "list[str]": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
-    "list[float]": lambda value: isinstance(value, list) and all(map(_is_number, value)),
-    "dict[str, Any]": lambda value: isinstance(value, dict),
-    "dict[str, Graph]": lambda value: isinstance(value, dict),
-    "dict[str, list[int]]": lambda value: (
-        isinstance(value, dict)
-        and 0 < len(value) <= MAX_ENTRIES
-        and all(shape == [] or _is_shape(shape) for shape in value.values())
-    ),  # [] is one number a row
-    "dict[str, dict[str, float]]": lambda value: (
-        isinstance(value, dict)
-        and all(
-            isinstance(part, dict) and len(part) <= MAX_ENTRIES and all(map(_is_number, part.values()))
-            for part in value.values()
-        )
-    ),
-}
-
-
-def _check(manifest: Manifest) -> None:
-    _check_names(manifest)
-    if len(manifest.input_shape) != 3:
-        raise ManifestError(f"input_shape must be [channels, height, width], not {shown(manifest.input_shape)}")
-    if len(manifest.value_range) != 2 or not manifest.value_range[0] < manifest.value_range[1]:
-        raise ManifestError(f"value_range must be [low, high], not {shown(manifest.value_range)}")
-    if max(map(abs, manifest.value_range)) > MAX_FLOAT32:
-        raise ManifestError("value_range must hold float32 numbers")
-    for required in ("encoder", "decoder"):
-        if required not in manifest.graphs:
-            raise ManifestError(f"graphs lacks {required}")
-    for name, graph in manifest.graphs.items():
-        _check_graph(manifest, name, graph)
-    _check_golden(manifest)
-    _check_scoring(manifest)
-    _check_calibration(manifest)
-    _check_files(manifest)
-
-
-def _check_names(manifest: Manifest) -> None:
-    for key, name in (("name", manifest.name), ("version", manifest.version)):
-        if not (name.isascii() and is_plain_name(name.lower())):
-            raise ManifestError(f"{key} must be letters, digits, '.', '_' and '-', not {shown(name)}")
-    families = manifest.noise_families
-    if len(set(families)) < len(families) or not all(map(is_plain_name, families)):
-        raise ManifestError(f"noise_families must be different plain names, not {_named(families)}")
-    for name in manifest.graphs:
-        if not is_plain_name(name):
-            raise ManifestError(f"graphs holds {shown(name)}, which is not a plain name")
-
-
-def _check_files(manifest: Manifest) -> None:
-    files = manifest.files()
-    for entry in files:
-        if not is_plain_name(entry.file):
-            raise ManifestError(f"{shown(entry.file)} is not a plain file name")
-        if not re.fullmatch("[0-9a-f]{64}", entry.sha256):
-            raise ManifestError(f"the SHA-256 of {entry.file} must be 64 hex digits, not {shown(entry.sha256)}")
-    if len({FILE_NAME, *(entry.file for entry in files)}) <= len(files):
-        raise ManifestError(f"every file must have a name of its own, other than {FILE_NAME}")
-
-
-def _check_graph(manifest: Manifest, name: str, graph: Graph) -> None:
-    if missing := set(NEEDS.get(name, ())) - manifest.graphs.keys():
-        raise ManifestError(f"graphs lacks {_named(missing)}, which {name} needs")
-    for kind, shapes, known in zip(
-        ("inputs", "outputs"), (graph.inputs, graph.outputs), SIGNATURES.get(name, (None, None)), strict=True
-    ):
-        if not all(is_plain_name(key.lower()) for key in shapes):
-            raise ManifestError(f"graphs.{name}.{kind} must be named in letters, digits, '.', '_' and '-'")
-        if known is None:
-            continue
-        if shapes.keys() != set(known):
-            raise ManifestError(f"graphs.{name}.{kind} must be {', '.join(known)}, not {_named(shapes)}")
-        for key in known:
-            wanted = _known_shape(manifest, name, key)
-            if wanted is not None and shapes[key] != wanted:
-                raise ManifestError(f"graphs.{name}.{kind}.{key} must be {wanted}, not {shown(shapes[key])}")
-
-
-def _known_shape(manifest: Manifest, graph: str, key: str) -> list[int] | None:
-    """What a tensor's shape must be, None where the graph is free to choose."""
-    _, height, width = manifest.input_shape
-    levels = [len(manifest.noise_families)]
-    shapes = {
-        **dict.fromkeys(IMAGES, manifest.input_shape),
-        **dict.fromkeys(LATENTS, manifest.latent_shape),
-        **dict.fromkeys(LEVELS, levels),
-        **{number: [] for number in NUMBERS},
-        "rows": [height, height],
-        "columns": [width, width],
-    }
-    if graph in ASCENTS and (key == "eps" or key.startswith("q_")):
-        if manifest.latent_dim is None:
-            raise ManifestError(f"graphs has {graph}, which needs latents that are vectors")
-        return [manifest.latent_dim + (levels[0] if graph == "refinement" else 0)]
-    return shapes.get(key)
-
-
-def _check_golden(manifest: Manifest) -> None:
-    golden = manifest.golden
-    if not 0 < golden.rows <= MAX_ROWS:
-        raise ManifestError(f"golden.rows must be 1 to {MAX_ROWS}, not {golden.rows}")
-    if golden.tolerance < 0:
-        raise ManifestError(f"golden.tolerance must not be below 0, as {golden.tolerance} is")
-    if manifest.golden_bytes() > MAX_GOLDEN_BYTES:
-        raise ManifestError(f"the golden rows would be {manifest.golden_bytes()} bytes, at most {MAX_GOLDEN_BYTES}")
-
-
-def _check_scoring(manifest: Manifest) -> None:
-    scoring = manifest.scoring
-    if scoring is None:
-        if "log_joint" in manifest.graphs:
-            raise ManifestError("graphs has log_joint, which needs scoring; export the model again")
-        return
-    if scoring.binarisation not in BINARISATIONS:
-        raise ManifestError(f"scoring.binarisation must be sample or none, not {shown(scoring.binarisation)}")
-    values = scoring.elbo_percentiles_nats
-    if len(values) != 101 or not all(map(math.isfinite, values)) or sorted(values) != values:
-        raise ManifestError("scoring.elbo_percentiles_nats must be 101 finite numbers, none below the one before it")
-
-
-def _check_calibration(manifest: Manifest) -> None:
-    if manifest.calibration is None:
-        return
-    for quality, factors in manifest.calibration.factors.items():
-        if quality not in QUALITIES:
-            raise ManifestError(f"calibration.factors must be of {' and '.join(QUALITIES)}, not {shown(quality)}")
-        for way, factor in factors.items():
-            if not 0.0 < factor < math.inf:
-                raise ManifestError(f"calibration.factors of {quality} {shown(way)} must be above 0, not {factor}")
-
-
-def is_plain_name(name: str) -> bool:
-    """Whether a name is safe as a file, model or version name: lower-case letters, digits, `.`, `_`, `-`."""
-    return 0 < len(name) <= 64 and PLAIN_NAME.issuperset(name) and not name.startswith(".")

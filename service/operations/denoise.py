@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from service.contract.corruption import NoiseFamily
 from service.errors import InvalidOption
 from service.operations.examples import PROGRESS
 from service.operations.inference.vae import Result
@@ -14,7 +15,7 @@ from service.operations.restoring import NEEDS, TiledOptions, observed, restored
 from service.runtime.model import Model
 from service.runtime.program import Submit
 
-NoiseKind = Literal["gaussian", "poisson", "salt-and-pepper", "masking", "none"]
+NoiseKind = Literal[NoiseFamily, "none"]
 
 
 class DenoiseOptions(TiledOptions):

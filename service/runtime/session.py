@@ -1,4 +1,4 @@
-"""The only file that imports onnxruntime: execution providers, threads, running a graph."""
+"""Sessions of onnxruntime: execution providers, threads, running a graph. No other file imports onnxruntime."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 ERROR_SEVERITY = 3
 FLOAT32 = "tensor(float)"
 NO_MEMORY = ("bad_alloc", "Failed to allocate memory")
-"""How onnxruntime says that there is none, in its own and in the operating system's words."""
+"""What onnxruntime's errors say where memory is lacking, in its own words and the operating system's."""
 
 
 def execution_provider(wanted: str) -> str:
-    """`auto`, `cpu` or `cuda` to onnxruntime's name of the provider.
+    """onnxruntime's name of the execution provider for `auto`, `cpu` or `cuda`.
 
-    Raises: StartError where CUDA is asked for and this onnxruntime has none.
+    Raises:
+        StartError: CUDA is wanted and this onnxruntime has none.
     """
     available = ort.get_available_providers()
     if wanted == "auto":
@@ -39,12 +40,20 @@ def execution_provider(wanted: str) -> str:
 
 
 class Session:
-    """One graph, opened: numpy arrays in, numpy arrays out, in the order of `described`, else of the graph."""
+    """An open graph: numpy arrays in, numpy arrays out, in the order in which its manifest names them."""
 
-    def __init__(self, graph: bytes, provider: str, threads: int, described: Graph | None = None) -> None:
-        """Open it.
+    def __init__(self, graph: bytes, provider: str, threads: int, described: Graph) -> None:
+        """Open a graph and bind its tensors by name.
 
-        Raises: StartError where its inputs and outputs are others than described; MemoryError; else onnxruntime's own.
+        Args:
+            graph: The ONNX file.
+            provider: onnxruntime's name of the execution provider.
+            threads: Threads of one run.
+            described: The graph's entry in the manifest, whose tensors are in the order of the graph's signature.
+
+        Raises:
+            StartError: Its tensors have other names, types or shapes than described, or the provider is missing.
+            MemoryError: There is too little memory. Other errors are onnxruntime's own.
         """
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
@@ -60,39 +69,38 @@ class Session:
         try:
             self._session = ort.InferenceSession(graph, options, providers=[provider, *fallback])
         except Exception as error:
-            raise _told(error) from error
+            raise _as_memory_error(error) from error
         if self._session.get_providers()[0] != provider:
             raise StartError(
                 f"onnxruntime could not open {provider} and fell back; see its log for the missing library"
             )
-        self.inputs = [tensor.name for tensor in self._session.get_inputs()]
-        self.outputs = [tensor.name for tensor in self._session.get_outputs()]
-        if described is not None:
-            _compare("inputs", self._session.get_inputs(), described.inputs)
-            _compare("outputs", self._session.get_outputs(), described.outputs)
-            self.inputs, self.outputs = list(described.inputs), list(described.outputs)
+        _compare("inputs", self._session.get_inputs(), described.inputs)
+        _compare("outputs", self._session.get_outputs(), described.outputs)
+        self.inputs, self.outputs = list(described.inputs), list(described.outputs)
 
     def __call__(self, *arrays: NDArray[Any]) -> tuple[NDArray[np.float32], ...]:
-        """Run the graph on float32 arrays, one an input, sharing their first axis.
+        """Run the graph on float32 arrays, one an input, of the same number of rows.
 
-        Raises: MemoryError where there is too little for it, else onnxruntime's own.
+        Raises:
+            MemoryError: There is too little memory. Other errors are onnxruntime's own.
         """
         feed = dict(zip(self.inputs, arrays, strict=True))
         try:
             return tuple(self._session.run(self.outputs, feed))
         except Exception as error:
-            raise _told(error) from error
+            raise _as_memory_error(error) from error
 
 
-def _told(error: Exception) -> Exception:
-    """The error itself, or a MemoryError where that is what it says."""
+def _as_memory_error(error: Exception) -> Exception:
+    """The error, as a MemoryError where its text says so."""
     return MemoryError(str(error)) if any(words in str(error) for words in NO_MEMORY) else error
 
 
 def _compare(kind: str, tensors: Sequence[Any], described: Mapping[str, Sequence[int]]) -> None:
-    """Whether a graph's tensors are those of its manifest, as far as the graph tells their shapes.
+    """Refuses tensors that differ from the manifest's, as far as the graph gives their shapes.
 
-    Raises: StartError.
+    Raises:
+        StartError: A name, type or shape differs.
     """
     names = {tensor.name for tensor in tensors}
     if names != described.keys():

@@ -135,9 +135,13 @@ def test_one_file_of_the_service_knows_onnxruntime() -> None:
     ]
 
 
-def test_manifest_needs_the_standard_library_alone() -> None:
-    """What writer and reader share imports nothing that must be installed."""
-    assert roots(ROOT / "service" / "contract" / "manifest.py") <= sys.stdlib_module_names
+@pytest.mark.parametrize("path", sources("service/contract"), ids=name_of)
+def test_the_contract_needs_numpy_and_pydantic_alone(path: Path) -> None:
+    """What trainer and service both know imports itself, numpy and pydantic; only the pixel conversion needs Pillow."""
+    foreign = {name for name in imported(path) if name.split(".")[0] not in sys.stdlib_module_names}
+    needed = {name for name in foreign if not f"{name}.".startswith("service.contract.")} - {"service"}
+    allowed = {"numpy", "pydantic"} | ({"PIL"} if path.name == "images.py" else set())
+    assert {name.split(".")[0] for name in needed} <= allowed
 
 
 @pytest.mark.parametrize("name", ["runtime/batcher.py", "errors.py", "operations/inference/latent.py"])

@@ -13,6 +13,7 @@ import torch
 from pydantic import TypeAdapter
 
 from service.app import create_app
+from service.contract.manifest import read
 from service.operations.inference.latent import standard_normal
 from service.runtime.session import Session
 from service.settings import Settings
@@ -37,8 +38,10 @@ def test_a_learned_prior_is_sampled_through_the_service(name: str, tmp_path: Pat
     run = run.model_copy(update={"model": model, "train": few, "restoration": None})
     workshop = Workshop.open(run, tmp_path, tmp_path / "run", torch.device("cpu"))
     version = workshop.fit(tmp_path / "models")
-    sessions = {path.stem: Session(path.read_bytes(), "CPUExecutionProvider", 1) for path in version.glob("*.onnx")}
-
+    sessions = {
+        name: Session((version / graph.file).read_bytes(), "CPUExecutionProvider", 1, graph)
+        for name, graph in read(version).graphs.items()
+    }
     x = np.random.default_rng(0).integers(0, 2, (6, 1, 8, 8)).astype(np.float32)
 
     async def ask() -> tuple[Any, Any]:

@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from numpy.typing import NDArray
 
 from service.app import create_app
+from service.contract.manifest import read
 from service.repository.repository import Repository
 from service.runtime.model import Model
 from service.runtime.session import Session
@@ -94,7 +95,10 @@ def small(small_models: Path) -> Repository:
 def graphs(digits_models: Path) -> dict[str, Graph]:
     """The model's graphs, run without the service."""
     folder = next((digits_models / "digits").iterdir())
-    return {path.stem: Session(path.read_bytes(), "CPUExecutionProvider", 1) for path in folder.glob("*.onnx")}
+    return {
+        name: Session((folder / graph.file).read_bytes(), "CPUExecutionProvider", 1, graph)
+        for name, graph in read(folder).graphs.items()
+    }
 
 
 @pytest.fixture(scope="session")

@@ -71,7 +71,7 @@ def test_each_pixel_gets_the_factor_of_its_way() -> None:
 def test_a_calibrated_model_widens_std_and_nothing_else(model: Model, images: Rows, quality: str) -> None:
     """Images and completions to the byte; std by the quality's factors, of pixels that are missing alone."""
     told = {"fast": {BESIDE: 1.5, APART: 1.5}, "refined": {BESIDE: 3.0, APART: 3.0}}
-    manifest = dataclasses.replace(model.manifest, calibration=Calibration(told, 10, 0))
+    manifest = model.manifest.model_copy(update={"calibration": Calibration(factors=told, images=10, seed=0)})
     mask = np.ones((8, 8))
     mask[4:] = 0
     asked = {"images": images.tolist(), "mask": mask.tolist(), "quality": quality, "uncertainty": True, "seed": 1}

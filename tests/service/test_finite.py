@@ -6,7 +6,6 @@ import asyncio
 import io
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +132,7 @@ def test_a_clipped_level_of_tiles_names_the_image(shipped: Repository) -> None:
     y = np.zeros((2, 28, 60))
     y[1] = 5.0
     model = shipped.find("mnist", None)
-    tileable = Model(replace(model.manifest, tileable=True), model.graphs)  # type: ignore[arg-type]
+    tileable = Model(model.manifest.model_copy(update={"tileable": True}), model.graphs)  # type: ignore[arg-type]
     ask = asker(Repository({"mnist": {"3": tileable}}, "mnist"))
     found = ask("denoise?fit=tile", json={"images": y.tolist()}).json()
     (note,) = found["notes"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import dataclasses
 import io
 import math
 from collections.abc import Callable
@@ -344,7 +343,7 @@ def test_the_factor_is_judged_once_the_body_has_named_it(
         "fusion": lambda x_mean, *_: (x_mean, np.full_like(x_mean, 0.01)),
         "correction": lambda fused, variance, *_: (fused, variance),
     }
-    odd = Model(dataclasses.replace(model.manifest, input_shape=list(size)), graphs)  # type: ignore[arg-type]
+    odd = Model(model.manifest.model_copy(update={"input_shape": list(size)}), graphs)  # type: ignore[arg-type]
     small = np.random.default_rng(0).uniform(0.4, 0.6, (2, 1, 5, 3)).astype(np.float32)
     file = io.BytesIO()
     np.save(file, small)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -290,7 +289,7 @@ Serve = Callable[[FastAPI], AbstractContextManager[str]]
 def served_as(model: Model, serve: Serve, scoring: Scoring | None, without: str = "") -> AbstractContextManager[str]:
     """The same model, described otherwise."""
     graphs = {name: graph for name, graph in model.graphs.items() if name != without}
-    other = Model(dataclasses.replace(model.manifest, scoring=scoring), graphs)
+    other = Model(model.manifest.model_copy(update={"scoring": scoring}), graphs)
     return serve(create_app(Settings(), Repository({"digits": {"1": other}}, "digits")))
 
 
@@ -302,7 +301,7 @@ def test_of_grey_levels_under_black_and_white_pixels_there_is_only_a_bound(
     assert scoring is not None
     request = {"images": images.tolist()}
     with (
-        served_as(model, serve, dataclasses.replace(scoring, binarisation="none")) as url,
+        served_as(model, serve, scoring.model_copy(update={"binarisation": "none"})) as url,
         httpx.Client(base_url=url) as client,
     ):
         grey, bits = (client.post(f"/v1/score?seed=1{more}", json=request).json() for more in ("", "&binarise=sample"))
@@ -320,7 +319,7 @@ def test_a_model_of_grey_levels_takes_them_as_they_are(model: Model, serve: Serv
     assert scoring is not None
     request = {"images": images.tolist()}
     with (
-        served_as(model, serve, dataclasses.replace(scoring, binary=False, binarisation="none")) as url,
+        served_as(model, serve, scoring.model_copy(update={"binary": False, "binarisation": "none"})) as url,
         httpx.Client(base_url=url) as client,
     ):
         found = client.post("/v1/score", json=request).json()

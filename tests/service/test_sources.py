@@ -218,7 +218,7 @@ def test_a_connection_that_is_always_cut_is_one_line(cutter: Any, tmp_path: Path
     [
         ({"decoder.onnx": b"x"}, "/mnist-2d/1/decoder.onnx does not match the SHA-256 in its manifest"),
         (other_decoder("other.onnx"), "/other.onnx is not there; upload the version again"),
-        (other_decoder("../../decoder.onnx"), "manifest.json: '../../decoder.onnx' is not a plain file name"),
+        (other_decoder("../../decoder.onnx"), "manifest.json: graphs.decoder.file must be a plain file name"),
         ({"manifest.json": b"{"}, "manifest.json: not JSON"),
         ({"manifest.json": bytes(2**20 + 1)}, "manifest.json is larger than the 1048576 bytes that it may have"),
     ],

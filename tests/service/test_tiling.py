@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -147,7 +146,7 @@ def test_a_model_of_whole_images_restores_no_tiles(
     model: Model, serve: Callable[[FastAPI], AbstractContextManager[str]]
 ) -> None:
     """It says so, and what works, which no longer includes tiles."""
-    whole = Model(replace(model.manifest, tileable=False), model.graphs)  # type: ignore[arg-type]
+    whole = Model(model.manifest.model_copy(update={"tileable": False}), model.graphs)  # type: ignore[arg-type]
     app = create_app(Settings(), Repository({"digits": {"1": whole}}, "digits"))
     with serve(app) as url, httpx.Client(base_url=url) as one:
         status, detail = refused(one, "/v1/denoise?fit=tile", 1, 1, 8, 16)

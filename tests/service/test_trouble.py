@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import itertools
 import threading
 import time
@@ -135,7 +134,7 @@ def test_a_bug_is_500_with_an_id_and_nothing_else(digits_models: Path) -> None:
 def test_a_noise_that_a_model_was_not_trained_for_is_refused_by_name(digits_models: Path) -> None:
     """What a model knows is said by its manifest, not by the service."""
     full = Repository.open(digits_models, "", "CPUExecutionProvider", 1, 8).find("digits", None)
-    manifest = dataclasses.replace(full.manifest, noise_families=["gaussian", "rain", "masking", "poisson"])
+    manifest = full.manifest.model_copy(update={"noise_families": ["gaussian", "rain", "masking", "poisson"]})
     repository = Repository({"digits": {"1": Model(manifest, full.graphs)}}, "digits")
 
     async def scenario() -> None:

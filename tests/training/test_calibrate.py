@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from pathlib import Path
 
@@ -88,7 +87,7 @@ def test_a_service_is_calibrated(digits_models: Path, tmp_path: Path, capsys: py
     assert f"wrote {folder / 'manifest.json'}" in capsys.readouterr().out
     after = manifests.read(folder)
     assert after.calibration is not None
-    assert dataclasses.replace(after, calibration=None) == before
+    assert after.model_copy(update={"calibration": None}) == before
     for quality in ("fast", "refined"):
         told = after.calibration.factors[quality]
         assert told.keys() == {*before.noise_families, BESIDE, APART, "shrink-2", "blur"}

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from service.contract.corruption import FAMILIES
 from training.distributions.likelihoods.bernoulli import Bernoulli
 from training.distributions.priors.standard_normal import StandardNormal
 from training.evaluation.evaluate import BLOCK, likelihood, report, restoration
-from training.models.restoration import FAMILIES, Recognition
+from training.models.restoration import Recognition
 from training.models.vae import VAE
 from training.networks.mlp import Mlp
 from training.networks.unet import UNetSettings

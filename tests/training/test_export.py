@@ -18,14 +18,16 @@ from torch import Tensor, nn
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from service.contract import manifest
+from service.contract.corruption import FAMILIES
 from service.contract.golden import deviation
+from service.contract.graphs import GRAPHS, Signature, free_axes
 from service.contract.manifest import Scoring
 from training.distributions.likelihoods.bernoulli import Bernoulli
 from training.distributions.priors.realnvp import RealNvp
 from training.distributions.priors.standard_normal import StandardNormal
 from training.errors import DiskError, ExportError
 from training.export.export import PARITY, Exportable, export, exportables, to_onnx
-from training.models.restoration import FAMILIES, Recognition, simulate
+from training.models.restoration import Recognition, simulate
 from training.models.vae import VAE
 from training.networks import Architecture
 from training.networks.conv import Conv
@@ -43,7 +45,14 @@ ABOUT: dict[str, Any] = {
     "noise_families": list(FAMILIES),
     "training": {"seed": 1},
     "quality": {"test_nll_nats": 84.2},
-    "scoring": Scoring(True, "sample", [float(k) for k in range(101)], 10, 16, 1),
+    "scoring": Scoring(
+        binary=True,
+        binarisation="sample",
+        elbo_percentiles_nats=[float(k) for k in range(101)],
+        images=10,
+        draws=16,
+        seed=1,
+    ),
 }
 MLP = Mlp(architecture="mlp", hidden=(16, 8), activation="silu")
 CONV = Conv(architecture="conv", channels=(4, 6), blocks=1, head=3)
@@ -83,19 +92,21 @@ def graphs_of(architecture: Architecture, shape: tuple[int, int, int], *, restor
 def rows_like(graph: Exportable, size: int, **lengths: int) -> tuple[Tensor, ...]:
     """Other rows than those it was exported with, as many as asked for, and free axes as long as asked for."""
     generator = torch.Generator().manual_seed(size)
-    shapes = ([lengths.get(graph.free.get(name, {}).get(axis, ""), length) for axis, length in enumerate(row.shape)]
-              for name, row in zip(graph.inputs, graph.rows, strict=True))  # fmt: skip
+    free = free_axes(graph.signature.inputs)
+    shapes = ([lengths.get(free.get(name, {}).get(axis, ""), length) for axis, length in enumerate(row.shape)]
+              for name, row in zip(graph.signature.inputs, graph.rows, strict=True))  # fmt: skip
     return tuple(torch.rand(size, *shape[1:], generator=generator) for shape in shapes)
 
 
 def largest_difference(path: Path, graph: Exportable, rows: tuple[Tensor, ...]) -> float:
     """Between onnxruntime and torch, over every output, as an export is judged."""
     session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
-    found = session.run(list(graph.outputs), dict(zip(graph.inputs, (r.numpy() for r in rows), strict=True)))
+    inputs, outputs = list(graph.signature.inputs), list(graph.signature.outputs)
+    found = session.run(outputs, dict(zip(inputs, (row.numpy() for row in rows), strict=True)))
     with torch.no_grad():
         answer = graph.module(*rows)
     expected = answer if isinstance(answer, tuple) else (answer,)
-    named = zip(graph.outputs, found, expected, strict=True)
+    named = zip(outputs, found, expected, strict=True)
     return max(deviation(name, one, other.numpy()) for name, one, other in named)
 
 
@@ -122,7 +133,7 @@ def test_graphs_compute_what_torch_computes(
         for size in (1, 3, 64):
             difference = largest_difference(folder / f"{name}.onnx", graph, rows_like(graph, size))
             assert difference <= PARITY, f"{name}, {size} rows"
-            if graph.free:
+            if free_axes(graph.signature.inputs):
                 rows = rows_like(graph, size, seen_height=shape[1] // 3, seen_width=1)
                 difference = largest_difference(folder / f"{name}.onnx", graph, rows)
                 assert difference <= 2 * PARITY, f"{name}, less seen"  # random operators add up where real ones average
@@ -130,8 +141,8 @@ def test_graphs_compute_what_torch_computes(
         assert not [node.op_type for node in model.graph.node if "Random" in node.op_type]
         assert not any(tensor.external_data for tensor in model.graph.initializer)
         entry = written.graphs[name]
-        assert list(entry.inputs) == list(graph.inputs)
-        assert entry.inputs == {key: list(row.shape[1:]) for key, row in zip(graph.inputs, graph.rows, strict=True)}
+        shapes = [list(row.shape[1:]) for row in graph.rows]
+        assert list(entry.inputs.items()) == list(zip(graph.signature.inputs, shapes, strict=True))
 
 
 def test_manifest_answers_for_every_file(digits_models: Path) -> None:
@@ -221,7 +232,42 @@ class Broken(nn.Module):
 
 def one_graph(module: nn.Module) -> dict[str, Exportable]:
     """A version of one graph called decoder."""
-    return {"decoder": Exportable(module, (torch.rand(4, 3),), ("z",), ("x_mean",))}
+    return {"decoder": Exportable(module, (torch.rand(4, 3),), GRAPHS["decoder"])}
+
+
+class Line(nn.Module):
+    """An encoder of images of one line."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, 1, 1, 3) -> mean and log_var (n, 3)."""
+        return x.flatten(1), -x.flatten(1)
+
+
+LINE = {**ABOUT, "input_shape": [1, 1, 3], "latent_shape": [3]}
+
+
+def two_graphs(decoder: nn.Module) -> dict[str, Exportable]:
+    """A version that the service can read: of images of one line of three pixels, as `LINE` says."""
+    image = nn.Sequential(decoder, nn.Unflatten(1, (1, 1, -1)))
+    return {**one_graph(image), "encoder": Exportable(Line(), (torch.rand(4, 1, 1, 3),), GRAPHS["encoder"])}
+
+
+def test_each_tensor_has_the_name_of_what_it_is(tmp_path: Path) -> None:
+    """An encoder's mean and log variance are called so in the ONNX graph, in the manifest and in the golden rows."""
+    folder = export(two_graphs(nn.Linear(3, 3)), tmp_path, "tiny", "1", LINE)
+    with np.load(folder / "golden.npz") as golden:
+        x = golden["encoder/x"]
+        session = ort.InferenceSession(folder / "encoder.onnx", providers=["CPUExecutionProvider"])
+        for name, sign in (("mean", 1.0), ("log_var", -1.0)):
+            np.testing.assert_allclose(session.run([name], {"x": x})[0], sign * x.reshape(4, 3))
+            np.testing.assert_allclose(golden[f"encoder/{name}"], sign * x.reshape(4, 3))
+
+
+def test_a_version_that_the_service_would_refuse_is_not_written(tmp_path: Path) -> None:
+    """A decoder of other images than the manifest's is an ExportError naming the tensor; nothing is left."""
+    with pytest.raises(ExportError, match=r"graphs.decoder.outputs.x_mean must be \[1, 1, 3\], not \[1, 1, 5\]"):
+        export(two_graphs(nn.Linear(3, 5)), tmp_path, "tiny", "1", LINE)
+    assert not list((tmp_path / "tiny").iterdir())
 
 
 @pytest.mark.parametrize("fake", [Restless, Noisy, Dropping, NotANumber])
@@ -235,7 +281,7 @@ def test_graph_that_is_not_the_module_is_refused(fake: type[nn.Module], tmp_path
 
 def test_any_exception_leaves_nothing_behind(tmp_path: Path) -> None:
     """An error nobody foresaw, after one graph is written, leaves no half version either."""
-    graphs = {**one_graph(nn.Linear(3, 2)), "encoder": Exportable(Broken(), (torch.rand(4, 3),), ("x",), ("mean",))}
+    graphs = {**one_graph(nn.Linear(3, 2)), "encoder": Exportable(Broken(), (torch.rand(4, 3),), GRAPHS["encoder"])}
     with pytest.raises(Exception, match="broken"):
         export(graphs, tmp_path, "tiny", "1", ABOUT)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -251,7 +297,7 @@ class Stopped(nn.Module):
 
 def test_existing_version_survives_all_but_a_good_replacement(tmp_path: Path) -> None:
     """Without `replace` an existing version is refused; an interrupted one leaves it; a good one takes its place."""
-    first = export(one_graph(nn.Linear(3, 2)), tmp_path, "tiny", "1", ABOUT)
+    first = export(two_graphs(nn.Linear(3, 3)), tmp_path, "tiny", "1", LINE)
     before = {path.name: path.read_bytes() for path in first.iterdir()}
 
     def now() -> dict[str, bytes]:
@@ -263,7 +309,7 @@ def test_existing_version_survives_all_but_a_good_replacement(tmp_path: Path) ->
     with pytest.raises(KeyboardInterrupt):
         export(one_graph(Stopped()), tmp_path, "tiny", "1", ABOUT, replace=True)
     assert now() == before
-    replaced = export(one_graph(nn.Linear(3, 5)), tmp_path, "tiny", "1", ABOUT, replace=True)
+    replaced = export(two_graphs(nn.Linear(3, 3)), tmp_path, "tiny", "1", LINE, replace=True)
     assert replaced == first
     assert now()["decoder.onnx"] != before["decoder.onnx"]
     assert [path.name for path in (tmp_path / "tiny").iterdir()] == ["1"]
@@ -272,7 +318,7 @@ def test_existing_version_survives_all_but_a_good_replacement(tmp_path: Path) ->
 def test_the_file_that_names_the_default_model_is_left_alone(tmp_path: Path) -> None:
     """No export touches it, nor takes its name."""
     (tmp_path / "default").write_text("other\n")
-    export(one_graph(nn.Linear(3, 2)), tmp_path, "tiny", "1", ABOUT)
+    export(two_graphs(nn.Linear(3, 3)), tmp_path, "tiny", "1", LINE)
     with pytest.raises(ExportError, match="choose another name"):
         export(one_graph(nn.Linear(3, 2)), tmp_path, "default", "1", ABOUT, replace=True)
     assert (tmp_path / "default").read_text() == "other\n"
@@ -317,7 +363,7 @@ def test_repository_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 def test_exports_share_the_library_and_nothing_else() -> None:
     """The second graph is the first, byte for byte; what one export replaces in the library is gone after it."""
     module, rows = nn.Sequential(nn.Linear(3, 2), nn.LogSigmoid()), (torch.zeros(2, 3),)
-    graph = Exportable(module, rows, ("x",), ("y",))
+    graph = Exportable(module, rows, Signature("a test", {"x": "pixels"}, {"y": "pixels"}))
     first = to_onnx(module, rows, graph)
     for functions in ONNXRegistry.from_torchlib().functions.values():
         assert not any(function.is_custom for function in functions)

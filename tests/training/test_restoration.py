@@ -9,20 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from service.contract.corruption import operator_of
+from service.contract.corruption import FAMILIES, operator_of
 from training.distributions.likelihoods.bernoulli import Bernoulli
+from training.distributions.noise import NOISE, Additive, Noise, corrupt, moved, noise_variance, replacement
 from training.distributions.priors.standard_normal import StandardNormal
 from training.models.restoration import (
-    FAMILIES,
-    FAMILY_ODDS,
-    SHARE_RANGES,
     SIGMA_RANGE,
     THROUGH,
     Correction,
+    Corrupted,
     Fusion,
-    Observation,
     Recognition,
-    corrupt,
     log_roughness,
     restoration_bound,
     see_through,
@@ -88,6 +85,46 @@ def test_poisson_noise_counts(poisson: float) -> None:
     assert float(corrupt(torch.zeros(1, 1, 9, 9), levels(poisson=poisson), seeded()).max()) == 0.0
 
 
+def test_families_are_the_contract_s() -> None:
+    """One class each, in the order of the level's columns."""
+    assert tuple(noise.name for noise in NOISE) == FAMILIES
+    assert FAMILIES[0] == "gaussian"
+
+
+@pytest.mark.parametrize("noise", NOISE, ids=lambda noise: noise.name)
+def test_the_likelihood_of_a_family_is_that_of_its_simulation(noise: Noise) -> None:
+    """Mean and variance of additive noise, shares of replaced pixels, over 250,000 pixels of one half."""
+    level = torch.zeros(1, len(NOISE))
+    level[:, noise.column] = 0.3
+    y, n = corrupt(GREY, level.expand(4, -1), seeded()).double(), GREY.numel()
+    found = replacement(level)
+    black, white = (float(sum(terms, torch.zeros(()))) for terms in (found.black, found.white))
+    if isinstance(noise, Additive):
+        variance = float(noise_variance(level, 0.5))
+        assert abs(float(y.mean()) - 0.5) < 4.0 * math.sqrt(variance / n)
+        assert float(y.var()) == pytest.approx(variance, rel=0.02)
+        assert (black, white, float(found.kept)) == (0.0, 0.0, 1.0)
+    else:
+        assert float(noise_variance(level, 0.5)) == 0.0
+        assert within(float((y == 0.0).double().mean()), black)
+        assert within(float((y == 1.0).double().mean()), white)
+        assert within(float((y == 0.5).double().mean()), float(found.kept))
+
+
+def test_replacing_families_act_one_after_the_other() -> None:
+    """The probabilities of a pixel under both sum to 1: masking takes its share of the flipped ones too."""
+    found = replacement(levels(flip=0.4, masking=0.5))
+    black, white = (float(sum(terms, torch.zeros(()))) for terms in (found.black, found.white))
+    assert (float(found.kept), black, white) == pytest.approx((0.3, 0.5 + 0.1, 0.1))
+
+
+def test_a_level_moves_on_a_scale_where_every_number_is_one() -> None:
+    """The logarithm of a standard deviation, the logit of a share."""
+    found = moved(torch.tensor([[0.2, 0.2, 0.2, 0.2]]), torch.ones(1, 4))
+    share = 1.0 / (1.0 + math.exp(-1.0 - math.log(0.2 / 0.8)))
+    torch.testing.assert_close(found, torch.tensor([[0.2 * math.e, share, share, 0.2 * math.e]]))
+
+
 def test_level_zero_is_no_corruption() -> None:
     """With every level 0 the image comes back bit for bit."""
     x = torch.rand(3, 1, 7, 5, generator=seeded())
@@ -111,15 +148,14 @@ def test_simulation_has_the_stated_odds() -> None:
     n = 20_000
     x = torch.rand(n, 1, 6, 5, generator=seeded())
     whole = simulate(x, seeded(1))
-    seen, x = Observation(*(part[n // THROUGH :] for part in whole)), x[n // THROUGH :]
+    seen, x = Corrupted(*(part[n // THROUGH :] for part in whole)), x[n // THROUGH :]
     present = seen.level > 0.0
     assert int(present.sum(1).max()) == 1
-    for share, odds in zip(present.double().mean(0).tolist(), FAMILY_ODDS, strict=False):
-        assert within(share, odds, len(x))
-    for column, (low, high) in zip(seen.level.T, (SIGMA_RANGE, *SHARE_RANGES, SIGMA_RANGE), strict=True):
+    for noise, share, column in zip(NOISE, present.double().mean(0).tolist(), seen.level.T, strict=True):
+        assert within(share, noise.odds, len(x))
         used = column[column > 0.0]
-        assert low * 0.999 <= float(used.min())
-        assert float(used.max()) <= high * 1.001
+        assert noise.low * 0.999 <= float(used.min())
+        assert float(used.max()) <= noise.high * 1.001
     assert set(seen.mask.unique().tolist()) == {0.0, 1.0}
     assert float(seen.y[seen.mask == 0.0].abs().max()) == 0.0
     lossy = float((seen.mask.flatten(1).min(1).values == 0.0).double().mean())
@@ -282,7 +318,7 @@ def fitted(logits: Tensor, x: Tensor) -> tuple[Recognition, VAE]:
     for step in range(600):
         sigma = SIGMA_RANGE[0] * (SIGMA_RANGE[1] / SIGMA_RANGE[0]) ** torch.rand(len(x), generator=seeded(step))
         level = functional.pad(sigma[:, None], (0, len(FAMILIES) - 1))
-        seen = Observation(corrupt(x, level, seeded(1000 + step)), torch.ones_like(x), level)
+        seen = Corrupted(corrupt(x, level, seeded(1000 + step)), torch.ones_like(x), level)
         optimiser.zero_grad()
         bound = restoration_bound(recognition, vae, x, seen, eps)
         (-(bound.log_likelihood - bound.kl).mean()).backward()
@@ -300,7 +336,7 @@ def test_fitted_fusion_is_as_good_as_one_can_be(grey: tuple[Recognition, VAE], s
     new = 0.5 + 0.1 * torch.randn(300, 1, 8, 8, generator=seeded(11))
     level = levels(sigma, n=300)
     restored, variance = recognition.restored(
-        vae, Observation(corrupt(new, level, seeded(12)), torch.ones_like(new), level)
+        vae, Corrupted(corrupt(new, level, seeded(12)), torch.ones_like(new), level)
     )
     expected = v * sigma**2 / (v + sigma**2)
     assert float((restored - new).square().mean()) == pytest.approx(expected, rel=0.08)
@@ -352,7 +388,7 @@ def test_recognition_sees_observation_mask_and_level() -> None:
             planes = x.mean((2, 3))
             return planes, torch.zeros_like(planes)
 
-    seen = Observation(torch.full((2, 1, 4, 3), 0.25), torch.ones(2, 1, 4, 3), torch.tensor([[0.1, 0.2, 0.3, 0.4]] * 2))
+    seen = Corrupted(torch.full((2, 1, 4, 3), 0.25), torch.ones(2, 1, 4, 3), torch.tensor([[0.1, 0.2, 0.3, 0.4]] * 2))
 
     class Twice(Summing):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from service.contract.graphs import GRAPHS
 from training.distributions.interface import Likelihood, Prior
 from training.distributions.likelihoods.bernoulli import Bernoulli
 from training.distributions.likelihoods.discretised_logistic import DiscretisedLogistic
@@ -88,9 +89,9 @@ def test_both_graphs_say_the_same_of_a_row_whoever_is_beside_it(likelihood: str,
     vae = tiny(LIKELIHOODS[likelihood], prior)
     mean, log_var, eps, x = given(40)
     for module, rows in ((LogJoint(vae), (x, mean)), (ElboGradient(vae), (mean, log_var, eps, x))):
-        names, gradients = tuple("abcd"[: len(rows)]), isinstance(module, ElboGradient)
-        outputs = ("e", "f", "g")[: 2 + gradients]
-        graph = Exportable(module, tuple(row[:4] for row in rows), names, outputs, gradients=gradients)
+        gradients = isinstance(module, ElboGradient)
+        signature = GRAPHS["elbo_gradient" if gradients else "log_joint"]
+        graph = Exportable(module, tuple(row[:4] for row in rows), signature, gradients=gradients)
         session = ort.InferenceSession(to_onnx(module, graph.rows, graph), providers=["CPUExecutionProvider"])
 
         def run(rows: tuple[Tensor, ...], session: ort.InferenceSession = session) -> list[np.ndarray]:
@@ -118,7 +119,7 @@ def test_a_pixel_that_is_all_but_certain_has_a_finite_likelihood() -> None:
     vae = VAE(nn.Identity(), Sure(), Bernoulli((1, 1, 2)), StandardNormal(2))
     module, z = LogJoint(vae), torch.tensor([[-1.0, 1.0], [1.0, -1.0]])
     x = torch.tensor([0.0, 1.0]).reshape(1, 1, 1, 2).repeat(2, 1, 1, 1)
-    graph = Exportable(module, (x, z), ("x", "z"), ("log_likelihood", "log_prior"))
+    graph = Exportable(module, (x, z), GRAPHS["log_joint"])
     session = ort.InferenceSession(to_onnx(module, (x, z), graph), providers=["CPUExecutionProvider"])
     found = session.run(None, {"x": x.numpy(), "z": z.numpy()})[0]
     np.testing.assert_allclose(found, [0.0, -600.0], atol=1e-6)

@@ -1,11 +1,11 @@
-"""The `std` of served models, asked over HTTP for held-out images, and the factors it wants for their manifests."""
+"""Calibration of served models: measures their `std` on held-out images over HTTP, and writes factors to manifests."""
 
 from __future__ import annotations
 
 import shutil
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,16 +23,16 @@ from training.evaluation.served import Answer, Client, Pixels, offering, served
 from training.evaluation.tasks import BLURRING, POISSON, Seen, Task, chosen, subject_of
 
 PROMISED = 0.9
-"""Of the pixels are to lie within mean +- 1.645 std."""
+"""Share of the pixels that lies within mean +- 1.645 std after calibration."""
 FACTORS = np.geomspace(0.25, 16.0, 417)
-"""Those that are tried, one per cent apart."""
+"""Factors that are tried, one per cent apart."""
 FEWEST = 200
-"""Pixels, not counting known ones, that a factor is found from; with fewer the way has none."""
+"""Least number of uncertain pixels from which a factor is found; with fewer a way has none."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is asked for on the command line."""
+    """Options of the command line."""
 
     data: Path
     runs: Path
@@ -45,32 +45,32 @@ class Plan:
 
 
 class Told(NamedTuple):
-    """Pixels: what is said of them, and what they are, each (k,)."""
+    """Mean and std of restored pixels, and their true values, each (k,)."""
 
     mean: NDArray[Any]
     std: NDArray[Any]
     x: NDArray[Any]
 
     def covered(self, factor: float) -> float:
-        """The share within the interval, of those that are not known, once std is widened by the factor."""
+        """Share of the uncertain pixels within mean +- 1.645 std, with std widened by the factor."""
         return coverage(self.mean, widened(self.std, np.float32(factor)), self.x)
 
 
 @dataclass(frozen=True)
 class Asking:
-    """One served model, and the images that it is asked for; answers are kept in a folder until all are there."""
+    """One served model and its held-out images. Answers are kept in a folder until all are there."""
 
     ask: Callable[..., Answer]
-    """As `Client.images` does."""
+    """Restores images, as `Client.images`."""
     manifest: Manifest
     applied: dict[str, dict[str, float]]
-    """The factors that the service multiplies by already."""
+    """Factors that the service already applies."""
     x: Pixels
     seed: int
     kept: Path
 
     def pixels(self, task: Task, quality: str) -> Iterator[tuple[str, Told]]:
-        """By the way in which they are seen: what the graphs alone say of them."""
+        """By way, pixels with the mean and std of the graphs alone."""
         seen = task.seen(self.x, self.seed)
         observation = self._observation(task, seen)
         mean, std = self._answer(task, quality, seen, observation)
@@ -79,7 +79,7 @@ class Asking:
             yield way, Told(mean[of_it], std[of_it], self.x[of_it])
 
     def _answer(self, task: Task, quality: str, seen: Seen, observation: Observation) -> tuple[Pixels, Pixels]:
-        """Mean and std; kept ones where the very same has been asked for before."""
+        """Mean and std, those kept where the same request was answered before."""
         everything = b"".join(np.ascontiguousarray(array).tobytes() for array in (self.x, seen.y, observation.mask))
         path = self.kept / f"{quality}-{digest(everything + str(task).encode())[:16]}.npz"
         if path.exists():
@@ -96,7 +96,7 @@ class Asking:
         return mean, std
 
     def _observation(self, task: Task, seen: Seen) -> Observation:
-        """What the service makes of the request, but for the level."""
+        """The observation that the service makes of the request, but for the level."""
         families = self.manifest.noise_families
         level = np.zeros((len(seen.y), len(families)), np.float32)
         family = None if task.family == "none" else families.index(task.family)
@@ -105,10 +105,16 @@ class Asking:
 
 
 def calibrate(plan: Plan) -> list[Path]:
-    """Ask every served model of those names for images that its training held out; the manifests that were written.
+    """Calibrate every served model whose name matches, on images that its training held out.
 
-    Raises: ConfigError where no such model is served, or `plan.models` does not hold it; ServiceError, DataError,
-    DiskError.
+    Returns:
+        The manifests that were written.
+
+    Raises:
+        ConfigError: No such model is served, or `plan.models` does not hold it.
+        ServiceError: The service fails.
+        DataError: The images cannot be loaded.
+        DiskError: A manifest cannot be written.
     """
     with served(plan.url, plan.models) as client:
         found = offering("denoise", plan.names, client.models())
@@ -127,13 +133,14 @@ def _calibrate(plan: Plan, client: Client, model: dict[str, Any]) -> Path:
     tasks = [task for task in (*subject.tasks, *POISSON, BLURRING) if task.family in {"none", *manifest.noise_families}]
     qualities = QUALITIES if "refinement" in manifest.graphs else QUALITIES[:1]
     found = {quality: _factors(asking, tasks, quality) for quality in qualities}
-    _write(replace(manifest, calibration=Calibration(found, len(x), plan.seed)), path)
+    calibration = Calibration(factors=found, images=len(x), seed=plan.seed)
+    _write(manifest.model_copy(update={"calibration": calibration}), path)
     shutil.rmtree(kept)
     return path
 
 
 def _factors(asking: Asking, tasks: list[Task], quality: str) -> dict[str, float]:
-    """By the way in which pixels are seen, those of all tasks together."""
+    """Factors by way, from the pixels of all tasks together."""
     parts: dict[str, list[Told]] = {}
     bar = tqdm(tasks, desc=f"{asking.manifest.name} {quality}", unit="answer")
     for task in bar:
@@ -145,13 +152,13 @@ def _factors(asking: Asking, tasks: list[Task], quality: str) -> dict[str, float
 
 
 def factor_of(told: Told) -> float:
-    """The least factor with which as many pixels are covered as is promised."""
+    """The least factor that covers the promised share of the pixels."""
     place = bisect_left(FACTORS, PROMISED, hi=len(FACTORS) - 1, key=told.covered)
     return round(float(FACTORS[place]), 3)
 
 
 def _manifest(path: Path, fingerprint: str) -> Manifest:
-    """The manifest at `path`, if it is that of the model that is served."""
+    """The manifest at `path`, if it is the served model's."""
     try:
         manifest = manifests.read(path.parent)
     except ManifestError as error:

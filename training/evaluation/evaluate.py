@@ -15,10 +15,11 @@ from tqdm import tqdm
 from service.contract.manifest import digest
 from training.data import as_float, binarise
 from training.distributions.interface import Support
+from training.distributions.noise import NOISE, corrupt
 from training.errors import CheckpointError
 from training.loop.checkpoint import read_checkpoint, write_checkpoint
 from training.loop.randomness import keyed_generator
-from training.models.restoration import FAMILIES, Observation, Recognition, corrupt
+from training.models.restoration import Corrupted, Recognition
 from training.models.vae import VAE
 from training.objectives.elbo import importance_log_likelihood
 from training.progress import tell, warn
@@ -27,12 +28,6 @@ BLOCK = 100  # images scored between two updates of the partial result
 DECODES = {"cpu": 200, "cuda": 20_000}
 """Rows decoded at once: few enough for a layer's output to fit a CPU's cache, or enough to keep a GPU busy."""
 RESTORED = 200  # test images that are corrupted and restored
-CHECKED_LEVELS = {
-    "gaussian": (0.02, 0.05, 0.1, 0.25, 0.5, 0.6),
-    "salt-and-pepper": (0.1, 0.3),
-    "masking": (0.25, 0.5),
-    "poisson": (0.1, 0.3),
-}
 
 
 @torch.inference_mode()
@@ -168,18 +163,18 @@ def restoration(
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:RESTORED]
     x = as_float(images[order.to(images.device)])
     table: dict[str, dict[str, dict[str, float]]] = {}
-    for column, family in enumerate(FAMILIES):
-        for value in CHECKED_LEVELS[family]:
-            level = torch.zeros(len(x), len(FAMILIES), device=x.device)
+    for column, noise in enumerate(NOISE):
+        for value in noise.checked:
+            level = torch.zeros(len(x), len(NOISE), device=x.device)
             level[:, column] = value
             y = corrupt(x, level, keyed_generator(x.device, seed, 3, column))
             mask = torch.ones_like(x)
             estimate = torch.zeros_like(level)
             estimate[:, column] = recognition.log_level(y, mask).mean[:, column].exp()
-            known, _ = recognition.restored(vae, Observation(y, mask, level))
-            unknown, _ = recognition.restored(vae, Observation(y, mask, estimate))
+            known, _ = recognition.restored(vae, Corrupted(y, mask, level))
+            unknown, _ = recognition.restored(vae, Corrupted(y, mask, estimate))
             error = float((estimate[:, column] / value).log().abs().mean())
-            table.setdefault(family, {})[str(value)] = {
+            table.setdefault(noise.name, {})[str(value)] = {
                 **_decibels(x, y, known, unknown),
                 "level_error": round(error, 3),
             }

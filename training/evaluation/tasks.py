@@ -1,4 +1,4 @@
-"""What restorers are compared on: data sets, corruptions, and what is seen of the images."""
+"""Restoration tasks: data sets, their corruptions, and the corrupted images that restorers get."""
 
 from __future__ import annotations
 
@@ -11,48 +11,48 @@ import torch
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
-from service.contract.corruption import OperatorName, operator_of
+from service.contract.corruption import FAMILIES, NoiseFamily, OperatorName, operator_of
 from training.data import Dataset, Digits, Frey, Mnist, as_float
+from training.distributions.noise import corrupt
 from training.errors import ConfigError
 from training.evaluation.served import Pixels
 from training.loop.randomness import keyed_generator
-from training.models.restoration import FAMILIES, corrupt
 
 SCATTERED = 0.5
 """Share of the pixels that are missing where they are scattered."""
 
 
 class Seen(NamedTuple):
-    """What a restorer gets: y (n, c, seen h, seen w), and for inpainting the mask, 1 where a pixel is seen."""
+    """Corrupted images: y (n, c, seen h, seen w), and for inpainting the mask, 1 where a pixel is observed."""
 
     y: Pixels
     mask: Pixels | None
 
     @property
     def missing(self) -> Pixels | None:
-        """1 where a pixel is to be filled in; None where all are to be restored."""
+        """1 where a pixel is to be filled in, else 0; None where all are to be restored."""
         return None if self.mask is None else 1.0 - self.mask
 
     def rows(self, which: slice) -> Seen:
-        """Some of the images."""
+        """A slice of the images."""
         return Seen(self.y[which], None if self.mask is None else self.mask[which])
 
 
 @dataclass(frozen=True)
 class Task:
-    """One corruption; `operation` is the service's."""
+    """One corruption, and the operation of the service that undoes it."""
 
     name: str
     operation: Literal["denoise", "inpaint", "super-resolve"]
-    family: str = "none"
+    family: NoiseFamily | Literal["none"] = "none"
     level: float = 0.0
     missing: Literal["", "scattered", "bottom"] = ""
     factor: int = 1
     blur: float = 0.0
-    """Standard deviation in pixels; there is no noise beside it."""
+    """Standard deviation of a blur in pixels, without noise; 0 for none."""
 
     def asked(self, *, auto: bool = False) -> dict[str, object]:
-        """The service's options; `auto` has it find out the level of the noise."""
+        """Options of the service's operation; with `auto` it estimates the noise level."""
         if self.operation == "super-resolve":
             return {"factor": self.factor}
         if self.blur:
@@ -60,7 +60,7 @@ class Task:
         return {"noise": self.family, "level": "auto" if auto else self.level} if self.operation == "denoise" else {}
 
     def seen(self, x: Pixels, seed: int) -> Seen:
-        """What is seen of images x (n, c, h, w); a function of them, the seed and the task's name. Noise is not cut."""
+        """Corrupt images x (n, c, h, w), a function of them, the seed and the task's name. Noise is not clipped."""
         generator = keyed_generator(torch.device("cpu"), seed, 12, zlib.crc32(self.name.encode()))
         if self.operator_name(x.shape[2:]):
             return Seen(self.operator(x.shape[2:]).seen(x), None)
@@ -68,18 +68,19 @@ class Task:
             mask = self._mask(x, generator)
             return Seen(x * mask, mask)
         level = torch.zeros(len(x), len(FAMILIES))
-        level[:, FAMILIES.index(self.family)] = self.level
+        if self.family != "none":
+            level[:, FAMILIES.index(self.family)] = self.level
         return Seen(corrupt(torch.from_numpy(x), level, generator).numpy(), None)
 
     def operator_name(self, size: tuple[int, ...]) -> OperatorName | None:
-        """What images of that size are seen through, if anything: means of blocks, or a blur."""
+        """The operator on images of that size, means of blocks or a blur; None where there is none."""
         height, width = size
         if self.operation == "super-resolve":
             return "shrink", self.factor, height, width
         return ("blur", self.blur, height, width) if self.blur else None
 
     def operator(self, size: tuple[int, ...]) -> Any:
-        """That operator."""
+        """The operator of `operator_name`."""
         name = self.operator_name(size)
         assert name is not None
         return operator_of(name)
@@ -93,7 +94,7 @@ class Task:
         return mask
 
     def linear(self, seen: Seen, row: int, size: tuple[int, int, int]) -> tuple[NDArray[Any], NDArray[Any]]:
-        """One row as y (k,) and operator (k, d), so that y = operator @ x, before noise."""
+        """One row as y (k,) and a matrix (k, d), such that y = matrix @ x before noise."""
         channels, *plane = size
         y = seen.y[row].reshape(-1)
         if self.operation == "super-resolve":
@@ -128,14 +129,14 @@ def noise(*said: str) -> tuple[Task, ...]:
 
 @dataclass(frozen=True)
 class Subject:
-    """A data set, its tasks, and how long its U-Net is trained; speed is measured on the task `timed`."""
+    """A data set, its tasks, the epochs of its U-Net, and the task on which speed is measured, `timed`."""
 
     dataset: Dataset
     tasks: tuple[Task, ...]
     timed: str
     unet_epochs: int
     served_as: frozenset[str] = field(default_factory=frozenset)
-    """Names of the data sets, as a model says it was trained on, whose images are of this kind."""
+    """Values of a manifest's `dataset` whose images are of this kind."""
 
 
 SUBJECTS = {
@@ -161,17 +162,24 @@ SUBJECTS = {
         frozenset({"digits"}),
     ),
 }
-"""The data sets with tasks of their own."""
+"""Data sets with tasks of their own."""
 TASKS = (*noise("0.1", "0.25"), *FLIPS, MASKING, *INPAINTING, *ENLARGING)
-"""Those of any other data set, as far as its images can be shrunk."""
+"""Tasks of any other data set, as far as its images can be shrunk."""
 UNET_IMAGES = 400_000
-"""That a U-Net is shown of any other data set."""
+"""Images that the U-Net of any other data set is trained on, with repetition."""
 
 
 def subject_of(model: dict[str, Any]) -> tuple[str, Subject]:
-    """The images that a model, as the service tells of it, was trained on, with their splits: a name and a subject.
+    """The data set that a model was trained on.
 
-    Raises: ConfigError where the model does not tell.
+    Args:
+        model: The model as `GET /v1/models/{model}` describes it.
+
+    Returns:
+        A name and the subject.
+
+    Raises:
+        ConfigError: The model's manifest does not name its data set.
     """
     for name, subject in SUBJECTS.items():
         if model["dataset"] in subject.served_as:
@@ -181,7 +189,7 @@ def subject_of(model: dict[str, Any]) -> tuple[str, Subject]:
         dataset: Dataset = TypeAdapter(Dataset).validate_python(settings.get("data"))
     except ValidationError as error:
         raise ConfigError(
-            f"model {model['model']} does not tell its data set in training.settings.data of its manifest; "
+            f"model {model['model']} does not name its data set in training.settings.data of its manifest; "
             "only models that this trainer exported can be asked for their images"
         ) from error
     _, height, width = model["input_shape"]

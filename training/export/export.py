@@ -7,9 +7,9 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from service.contract.golden import deviation
+from service.contract.graphs import GRAPHS, Signature, free_axes
 from service.contract.manifest import (
     DEFAULT_FILE,
     FILE_NAME,
     SCHEMA_VERSION,
-    File,
-    Golden,
-    Graph,
-    Manifest,
+    ManifestError,
     digest,
     is_plain_name,
+    manifest_of,
 )
 from training.distributions.gaussian import DiagonalGaussian
 from training.distributions.interface import Prior
@@ -37,7 +36,7 @@ from training.distributions.priors.standard_normal import StandardNormal
 from training.errors import DiskError, ExportError
 from training.evaluation.scoring import ElboGradient, LogJoint
 from training.inference.refinement import Refinement, differentiated
-from training.models.restoration import FAMILIES, Observation, Recognition
+from training.models.restoration import Corrupted, Recognition
 from training.models.vae import VAE
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as in service/runtime/session.py
@@ -51,17 +50,18 @@ GOLDEN_FILE = "golden.npz"
 
 @dataclass(frozen=True)
 class Exportable:
-    """One graph: a module, rows to run it on, and the names of what goes in and out.
+    """One graph to export.
 
-    `free` names further axes of inputs that may have any length, by input and axis. A module that asks for gradients
-    says so.
+    Attributes:
+        module: Takes and gives tensors in the order of the signature.
+        rows: Golden rows to run it on, one tensor an input.
+        signature: Names and axes of its tensors.
+        gradients: Whether the module asks for gradients.
     """
 
     module: nn.Module
     rows: tuple[Tensor, ...]
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    free: dict[str, dict[int, str]] = field(default_factory=dict)
+    signature: Signature
     gradients: bool = False
 
 
@@ -98,7 +98,7 @@ class Recognise(nn.Module):
 
     def forward(self, y: Tensor, mask: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
         """(n, c, h, w), (n, c, h, w), (n, F) -> (n, d), (n, d)."""
-        return self.recognition.posterior(Observation(y, mask, level))
+        return self.recognition.posterior(Corrupted(y, mask, level))
 
 
 class EstimateLevel(nn.Module):
@@ -114,60 +114,52 @@ class EstimateLevel(nn.Module):
 
 
 @torch.no_grad()
-def exportables(vae: VAE, recognition: Recognition | None, x: Tensor, seen: Observation) -> dict[str, Exportable]:
-    """Everything the service needs, with golden rows: clean images `x` and what is `seen` of them after corruption."""
+def exportables(vae: VAE, recognition: Recognition | None, x: Tensor, seen: Corrupted) -> dict[str, Exportable]:
+    """The graphs of a model by name, with golden rows.
+
+    Args:
+        vae: The trained model.
+        recognition: What restores corrupted images, where the run has it.
+        x: Clean images (n, c, h, w).
+        seen: What is seen of them after corruption.
+    """
     mean, log_var = vae.posterior(x)
-    eps = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
-    graphs = {
-        "encoder": Exportable(vae.encoder, (x,), ("x",), ("mean", "log_var")),
-        "decoder": Exportable(Decode(vae), (mean,), ("z",), ("x_mean",)),
-        "log_joint": Exportable(LogJoint(vae), (x, mean), ("x", "z"), ("log_likelihood", "log_prior")),
-        "elbo_gradient": Exportable(
-            ElboGradient(vae),
-            (mean, log_var, eps, x),
-            ("q_mean", "q_log_var", "eps", "x"),
-            ("elbo", "q_mean_gradient", "q_log_var_gradient"),
-            gradients=True,
-        ),
+    parts: dict[str, tuple[nn.Module, tuple[Tensor, ...]]] = {
+        "encoder": (vae.encoder, (x,)),
+        "decoder": (Decode(vae), (mean,)),
+        "log_joint": (LogJoint(vae), (x, mean)),
+        "elbo_gradient": (ElboGradient(vae), (mean, log_var, _normal(mean.shape), x)),
     }
     if not isinstance(vae.prior, StandardNormal):  # whose draws are the noise itself
         prior = vae.prior.frozen()
-        noise = torch.randn(len(x), *prior.noise_shape, generator=torch.Generator().manual_seed(0))
-        graphs["prior"] = Exportable(Draw(prior), (noise,), ("eps",), ("z",))
+        parts["prior"] = (Draw(prior), (_normal((len(x), *prior.noise_shape)),))
     if recognition is not None:
-        fusion, x_mean = recognition.fusion, Decode(vae)(recognition.posterior(seen).mean)
-        observed, restored = ("y", "mask", "level"), ("restored", "variance")
-        graphs |= {
-            "recognition": Exportable(Recognise(recognition), tuple(seen), observed, ("mean", "log_var")),
-            "noise_level": Exportable(EstimateLevel(recognition), (seen.y, seen.mask), ("y", "mask"), ("level",)),
-            "fusion": Exportable(fusion, (x_mean, *seen), ("x_mean", *observed), restored),
-            "correction": Exportable(
-                recognition.correction,
-                (*fusion(x_mean, *seen), *seen),
-                ("fused", "fused_variance", *observed),
-                restored,
-            ),
-            "refinement": _refinement(Refinement(vae, fusion), recognition.posterior(seen), seen),
+        fusion, posterior = recognition.fusion, recognition.posterior(seen)
+        x_mean = Decode(vae)(posterior.mean)
+        parts |= {
+            "recognition": (Recognise(recognition), tuple(seen)),
+            "noise_level": (EstimateLevel(recognition), (seen.y, seen.mask)),
+            "fusion": (fusion, (x_mean, *seen)),
+            "correction": (recognition.correction, (*fusion(x_mean, *seen), *seen)),
+            "refinement": (Refinement(vae, fusion), _refinement_rows(posterior, seen)),
         }
-    return graphs
+    return {
+        name: Exportable(module, rows, GRAPHS[name], gradients=isinstance(module, (ElboGradient, Refinement)))
+        for name, (module, rows) in parts.items()
+    }
 
 
-def _refinement(module: Refinement, start: DiagonalGaussian, seen: Observation) -> Exportable:
-    """Golden rows: every level unknown, what is seen is the image itself."""
-    n, _, height, width = seen.y.shape
-    of_level = torch.zeros(n, len(FAMILIES))
+def _refinement_rows(start: DiagonalGaussian, seen: Corrupted) -> tuple[Tensor, ...]:
+    """Golden rows of the refinement: every level unknown, the image seen as it is."""
+    of_level = torch.zeros_like(seen.level)
     mean, log_var = (torch.cat([part, of_level], 1) for part in start)
-    eps = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
-    operators = (torch.eye(size).repeat(n, 1, 1) for size in (height, width))
-    size = {2: "seen_height", 3: "seen_width"}
-    return Exportable(
-        module,
-        (mean, log_var, eps, seen.y, seen.mask, seen.level, torch.ones_like(of_level), *operators),
-        ("q_mean", "q_log_var", "eps", "y", "mask", "level", "unknown", "rows", "columns"),
-        ("elbo", "drawn", "q_mean_gradient", "q_log_var_gradient"),
-        free={"y": size, "mask": size, "rows": {1: size[2]}, "columns": {1: size[3]}},
-        gradients=True,
-    )
+    operators = (torch.eye(size).repeat(len(seen.y), 1, 1) for size in seen.y.shape[2:])
+    return (mean, log_var, _normal(mean.shape), *seen, torch.ones_like(of_level), *operators)
+
+
+def _normal(shape: Sequence[int]) -> Tensor:
+    """Standard normal noise, always the same."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
 def export(
@@ -179,12 +171,26 @@ def export(
     *,
     replace: bool = False,
 ) -> Path:
-    """Write models/<name>/<version>/ and give its path. `about` fills the rest of the manifest.
+    """Write models/<name>/<version>/, whole or not at all.
 
-    Each graph is reloaded with onnxruntime and compared with torch. The folder appears in one step, whole, or not at
-    all.
-    Raises: ExportError where a graph differs by more than 1e-5 (of the value, where that is above 1; a
-    gradient of its largest), holds a random operator or has external data, or where the version exists; DiskError.
+    Each graph is reloaded with onnxruntime and compared with torch.
+
+    Args:
+        graphs: The graphs by name.
+        models: The model repository.
+        name: Name of the model.
+        version: Its version.
+        about: The other keys of the manifest.
+        replace: Whether an existing version is replaced.
+
+    Returns:
+        The folder of the version.
+
+    Raises:
+        ExportError: A graph differs from torch by more than 1e-5 (relative above 1; a gradient relative to its
+            largest value), holds a random operator or has external data; the manifest would be refused by the
+            service; or the version exists.
+        DiskError: The folder cannot be written.
     """
     target = version_folder(models, name, version, replace=replace)
     try:
@@ -192,15 +198,19 @@ def export(
         with _staged(target) as folder:
             golden: dict[str, np.ndarray] = {}
             entries = {graph: _write_graph(graph, one, folder, golden) for graph, one in graphs.items()}
-            manifest = Manifest(
-                schema_version=SCHEMA_VERSION,
-                name=name,
-                version=version,
-                graphs=entries,
-                golden=_write_golden(folder, golden),
-                **about,
+            manifest = manifest_of(
+                {
+                    "schema_version": SCHEMA_VERSION,
+                    "name": name,
+                    "version": version,
+                    "graphs": entries,
+                    "golden": _write_golden(folder, golden),
+                    **about,
+                }
             )
             (folder / FILE_NAME).write_text(manifest.to_json())
+    except ManifestError as error:
+        raise ExportError(f"{target} cannot be exported: {error}") from error
     except OSError as error:
         raise DiskError(f"cannot write {target} ({error}); make room and export again") from error
     return target
@@ -250,26 +260,30 @@ def _staged(target: Path) -> Iterator[Path]:
         raise
 
 
-def _write_graph(name: str, graph: Exportable, folder: Path, golden: dict[str, np.ndarray]) -> Graph:
+def _write_graph(name: str, graph: Exportable, folder: Path, golden: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Writes the graph, adds its rows to `golden` and gives its entry in the manifest."""
     module = graph.module.eval().cpu()
     rows = tuple(row.detach().cpu().contiguous() for row in graph.rows)
     content = to_onnx(module, rows, graph)
     _check_graph(name, content)
     with torch.no_grad():
         answers = _tuple(module(*rows))
-    _check_parity(name, content, rows, answers)
-    golden |= {f"{name}/{key}": row.numpy() for key, row in zip(graph.inputs, rows, strict=True)}
-    golden |= {f"{name}/{key}": row.numpy() for key, row in zip(graph.outputs, answers, strict=True)}
+    inputs, outputs = (
+        {key: row.numpy() for key, row in zip(names, tensors, strict=True)}
+        for names, tensors in ((graph.signature.inputs, rows), (graph.signature.outputs, answers))
+    )
+    _check_parity(name, content, inputs, outputs)
+    golden |= {f"{name}/{key}": row for key, row in (*inputs.items(), *outputs.items())}
     file = f"{name}.onnx"
     (folder / file).write_bytes(content)
-    shapes = [{key: list(row.shape[1:]) for key, row in zip(keys, tensors, strict=True)}
-              for keys, tensors in ((graph.inputs, rows), (graph.outputs, answers))]  # fmt: skip
-    return Graph(file=file, sha256=digest(content), inputs=shapes[0], outputs=shapes[1])
+    shapes = [{key: list(row.shape[1:]) for key, row in tensors.items()} for tensors in (inputs, outputs)]
+    return {"file": file, "sha256": digest(content), "inputs": shapes[0], "outputs": shapes[1]}
 
 
 def to_onnx(module: nn.Module, rows: tuple[Tensor, ...], graph: Exportable) -> bytes:
-    """One self-contained ONNX graph of the module with a dynamic first axis `n`, and what else is free."""
-    axes = tuple({0: "n", **graph.free.get(key, {})} for key in graph.inputs)
+    """One self-contained ONNX graph of the module, in which the batch axis `n` and the signature's free axes vary."""
+    free = free_axes(graph.signature.inputs)
+    axes = tuple({0: "n", **free.get(key, {})} for key in graph.signature.inputs)
     if graph.gradients:
         rows = _apart(rows, axes)
         module = differentiated(module, rows)
@@ -287,8 +301,8 @@ def to_onnx(module: nn.Module, rows: tuple[Tensor, ...], graph: Exportable) -> b
             module,
             rows,
             dynamo=True,
-            input_names=graph.inputs,
-            output_names=graph.outputs,
+            input_names=list(graph.signature.inputs),
+            output_names=list(graph.signature.outputs),
             dynamic_shapes=shapes,
             external_data=False,
             verbose=False,
@@ -330,22 +344,23 @@ def _check_graph(name: str, content: bytes) -> None:
         raise ExportError(f"{name} keeps weights outside its file")
 
 
-def _check_parity(name: str, content: bytes, rows: tuple[Tensor, ...], answers: tuple[Tensor, ...]) -> None:
+def _check_parity(name: str, content: bytes, inputs: dict[str, np.ndarray], outputs: dict[str, np.ndarray]) -> None:
+    """Compares the graph's outputs with torch's, by name, for one row and for all."""
     session = ort.InferenceSession(content, providers=["CPUExecutionProvider"])
-    names = [tensor.name for tensor in session.get_inputs()]
-    for size in (1, len(rows[0])):
-        found = session.run(None, {key: row[:size].numpy() for key, row in zip(names, rows, strict=True)})
-        for key, mine, theirs in zip(session.get_outputs(), answers, found, strict=True):
-            difference = deviation(key.name, theirs, mine[:size].numpy())
+    for size in (1, len(next(iter(inputs.values())))):
+        found = session.run(list(outputs), {key: row[:size] for key, row in inputs.items()})
+        for (key, known), answer in zip(outputs.items(), found, strict=True):
+            difference = deviation(key, answer, known[:size])
             if not difference <= PARITY:
-                raise ExportError(f"{name}.{key.name} differs from torch by {difference:.2g} (at most {PARITY:g})")
+                raise ExportError(f"{name}.{key} differs from torch by {difference:.2g} (at most {PARITY:g})")
 
 
-def _write_golden(folder: Path, arrays: dict[str, np.ndarray]) -> Golden:
+def _write_golden(folder: Path, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Writes the golden rows and gives their entry in the manifest."""
     path = folder / GOLDEN_FILE
     np.savez_compressed(path, **{key: array[:GOLDEN_ROWS] for key, array in arrays.items()})  # type: ignore[arg-type]
-    entry = File(GOLDEN_FILE, digest(path.read_bytes()))
-    return Golden(entry.file, entry.sha256, rows=GOLDEN_ROWS, tolerance=GOLDEN_TOLERANCE)
+    found = digest(path.read_bytes())
+    return {"file": GOLDEN_FILE, "sha256": found, "rows": GOLDEN_ROWS, "tolerance": GOLDEN_TOLERANCE}
 
 
 def _tuple(value: Any) -> tuple[Tensor, ...]:

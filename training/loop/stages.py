@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from service.contract.corruption import FAMILIES
 from training.config import Optimisation, Run
 from training.data import as_float, binarise
+from training.distributions.noise import corrupt
 from training.errors import CheckpointError
 from training.loop.checkpoint import Module, read_trained, trained_epochs
 from training.loop.trainer import Stage
-from training.models.restoration import FAMILIES, Recognition, corrupt, restoration_bound, simulate
+from training.models.restoration import Recognition, restoration_bound, simulate
 from training.models.vae import VAE, Bound
 from training.objectives.elbo import importance_weighted, monte_carlo_elbo
 from training.objectives.wake_sleep import wake_sleep

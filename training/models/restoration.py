@@ -1,9 +1,9 @@
-"""Restoration: q(z | y, mask, level) for corrupted images y, and what the decoder then says fused with what is seen.
+"""Restoration: a recognition model q(z | y, mask, level) of corrupted images y, and estimates of E[x | y] from it.
 
-An encoder trained on clean images does not know noise: encoding a noisy digit and decoding it gives a worse picture
-than the noisy one. So a second recognition model is trained on simulated corruptions, conditioned on their level. The
-decoder's pixels are fused with those that are seen by Bayes' rule, each for itself; a small network that sees them
-together corrects the result towards E[x | y].
+An encoder trained on clean images fails on noisy ones: the reconstruction of a noisy digit is worse than the noisy
+digit. So a second recognition model is trained on simulated corruptions, conditioned on their level. Bayes' rule fuses
+each pixel of the decoder with the observed one; a small network corrects the result towards E[x | y], with all pixels
+as its input.
 """
 
 from __future__ import annotations
@@ -19,39 +19,38 @@ from torch.nn import functional
 
 from service.contract.corruption import LEAST_VARIANCE, Operator, operator_of
 from training.distributions.gaussian import DiagonalGaussian
+from training.distributions.noise import NOISE, Additive, Gaussian, Replacement, corrupt, noise_variance, replacement
 from training.models.vae import VAE, Bound
 
-FAMILIES = ("gaussian", "salt-and-pepper", "masking", "poisson")
-"""Noise families in the order of the level's columns: standard deviation, share of flipped, share of zeroed pixels,
-standard deviation at a pixel of 1."""
-SIGMA_RANGE = (0.015, 0.8)
-SHARE_RANGES = ((0.02, 0.6), (0.05, 0.9))
-FAMILY_ODDS = (0.58, 0.12, 0.10, 0.10, 0.10)
-"""How often each family is simulated; the last is none at all."""
+NO_NOISE_ODDS = 0.10
+"""Weight of no noise at all among the families' `odds`."""
+SIGMA_RANGE = (Gaussian.low, Gaussian.high)
 ROUGHNESS = (0.01, 1.0)
 """Bounds of the classical estimate of sigma."""
-ADDITIVE = (1.0, 0.0, 0.0, 1.0)
-"""By family: 1 where the level begins as that estimate."""
 THROUGH = 6
-"""One image in so many is seen through an operator: means of blocks, or a blur."""
+"""One simulated image in so many is seen through an operator: means of blocks, or a blur."""
 BLURS = (0.5, 2.5)
 """Standard deviations of simulated blurs in pixels."""
 SMALLEST_ERROR = 1e-6
-"""60 dB: an image restored that well need not get better."""
+"""Mean squared error, 60 dB, below which an image gains nothing."""
 ERROR_WEIGHT = 0.05
-"""Of the logarithm of an image's error, for which a Gaussian of unknown variance would have 1 / 2 a pixel."""
+"""Weight of the logarithm of an image's error; a Gaussian of unknown variance would give it 1 / 2 a pixel."""
 SPREAD_WEIGHT = 0.05
-"""Of how wrong it is what is said of a pixel's error."""
+"""Weight of the error of the standard deviations."""
 MEAN_ABSOLUTE = math.sqrt(2.0 / math.pi)
-"""Of a Gaussian, in standard deviations."""
+"""Mean absolute value of a standard normal number."""
 EXTREMES_WEIGHT = 0.01
-"""Of how often a pixel is exactly black or white."""
+"""Weight of the log probability of which pixels are exactly black or white."""
 
 
-class Observation(NamedTuple):
-    """What is seen of an image: y and mask (n, c, h, w), level (n, F). Missing pixels (mask 0) are 0 in y.
+class Corrupted(NamedTuple):
+    """Corrupted images as the recognition model takes them.
 
-    Where a pixel is the mean of several, brought back to the image's size, mask is the sum of its weights' squares.
+    Attributes:
+        y: Observed pixels (n, c, h, w), 0 where missing.
+        mask: 1 where a pixel is observed, 0 where it is missing, else the sum of the squared weights with which pixels
+            were averaged.
+        level: Noise level (n, F) by family.
     """
 
     y: Tensor
@@ -59,43 +58,24 @@ class Observation(NamedTuple):
     level: Tensor
 
 
-def corrupt(x: Tensor, level: Tensor, generator: torch.Generator, clip: Tensor | None = None) -> Tensor:
-    """y ~ p(y | x, level): Poisson and additive Gaussian noise, then salt and pepper, then masking (pixels set to 0).
+def simulate(x: Tensor, generator: torch.Generator) -> Corrupted:
+    """Corrupt images at random, each by one noise family or none at a random level.
 
-    Shapes: x (n, c, h, w); level (n, F), zero where a family is absent; clip (n, 1, 1, 1): cut y to [0, 1], as an
-    8-bit image does.
-    Source: the three corruptions of Vincent et al. (2010), section 3.3; Poisson: counts of mean x / level^2.
-    """
-    sigma, flip, masking, poisson = (column[:, None, None, None] for column in level.unbind(1))
-    counts = torch.where(poisson > 0.0, x.clamp(min=0.0) / poisson.square().clamp(min=1e-12), 0.0)
-    y = torch.where(poisson > 0.0, torch.poisson(counts, generator) * poisson.square(), x)
-    y = y + sigma * torch.randn(x.shape, generator=generator, device=x.device)
-    if clip is not None:
-        y = torch.where(clip, y.clamp(0.0, 1.0), y)
-    u = torch.rand(x.shape, generator=generator, device=x.device)
-    y = torch.where(u < flip, (u < 0.5 * flip).to(y.dtype), y)
-    return y * (torch.rand(x.shape, generator=generator, device=x.device) >= masking)
-
-
-def simulate(x: Tensor, generator: torch.Generator) -> Observation:
-    """Corrupt each image by a random family at a random level; a third also loses known pixels, scattered or a half.
-
-    One image in `THROUGH` is first seen through an operator, the same for all of them, under Gaussian noise or none.
+    A third of the images also lose known pixels, scattered or at one side. One image in `THROUGH` is seen through an
+    operator instead, the same for all of them, with Gaussian noise or none.
     """
     n, device = len(x), x.device
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator, device=device)
 
-    family = torch.multinomial(torch.tensor(FAMILY_ODDS, device=device), n, True, generator=generator)
-    low, high = SIGMA_RANGE
-    sigma = low * (high / low) ** uniform(n)
-    shares = [low + (high - low) * uniform(n) for low, high in SHARE_RANGES]
-    poisson = low * (high / low) ** uniform(n)
-    level = torch.stack([sigma, *shares, poisson], 1) * functional.one_hot(family, len(FAMILY_ODDS))[:, : len(FAMILIES)]
+    odds = torch.tensor([*(noise.odds for noise in NOISE), NO_NOISE_ODDS], device=device)
+    family = torch.multinomial(odds, n, True, generator=generator)
+    levels = torch.stack([noise.drawn(uniform(n)) for noise in NOISE], 1)
+    level = levels * functional.one_hot(family, len(odds))[:, : len(NOISE)]
     y = corrupt(x, level, generator, uniform(n, 1, 1, 1) < 0.5)
     mask = _random_mask(x, uniform)
-    seen = Observation(y * mask, mask, level)
+    seen = Corrupted(y * mask, mask, level)
     if n >= THROUGH:
         level[: n // THROUGH, 1:] = 0.0
         through = see_through(_random_operator(x, uniform), x[: n // THROUGH], level[: n // THROUGH], generator)
@@ -104,15 +84,15 @@ def simulate(x: Tensor, generator: torch.Generator) -> Observation:
     return seen
 
 
-def see_through(operator: Operator, x: Tensor, level: Tensor, generator: torch.Generator) -> Observation:
-    """x (n, c, h, w) through the operator under noise of `level`, brought back to the image's size."""
+def see_through(operator: Operator, x: Tensor, level: Tensor, generator: torch.Generator) -> Corrupted:
+    """x (n, c, h, w) seen through the operator with noise of `level` (n, F), brought back to the size of x."""
     y = corrupt(torch.from_numpy(operator.seen(x.cpu().numpy())).to(x.device), level, generator)
     lifted, mask = operator.lifted(y.cpu().numpy(), np.ones(y.shape, np.float32))
-    return Observation(torch.from_numpy(lifted).to(x.device), torch.from_numpy(mask).to(x.device), level)
+    return Corrupted(torch.from_numpy(lifted).to(x.device), torch.from_numpy(mask).to(x.device), level)
 
 
 def _random_operator(x: Tensor, draw: Callable[..., Tensor]) -> Operator:
-    """Means of blocks of a size that divides the image, or as often a Gaussian blur."""
+    """Means of blocks of a size that divides the image, or, with the same probability, a Gaussian blur."""
     height, width = x.shape[2:]
     factors = [k for k in range(2, min(height, width) // 2 + 1) if not (height % k or width % k)]
     choice, size = draw(2).tolist()
@@ -123,7 +103,7 @@ def _random_operator(x: Tensor, draw: Callable[..., Tensor]) -> Operator:
 
 
 def _random_mask(x: Tensor, draw: Callable[..., Tensor]) -> Tensor:
-    """1 where seen: two thirds see all, a sixth loses scattered pixels, a sixth up to 70 % from one side."""
+    """Random masks (n, c, h, w): a sixth lose scattered pixels, a sixth up to 70 % from one side, the rest none."""
     n, channels, height, width = x.shape
     scattered = draw(n, 1, height, width) >= draw(n, 1, 1, 1)
     rows = torch.arange(height, device=x.device).view(1, 1, -1, 1) / height
@@ -140,13 +120,13 @@ def _random_mask(x: Tensor, draw: Callable[..., Tensor]) -> Tensor:
 
 
 class Fusion(nn.Module):
-    """E[x | y, z] and Var[x | y, z] of every pixel for itself, given the decoder's mean.
+    """E[x | y, z] and Var[x | y, z] of each pixel independently, given the decoder's mean.
 
-    Under Gaussian or Poisson noise the pixel's density given z is a mixture: N(mean, c mean (1 - mean) + d), and with a
-    small weight anything in [0, 1], so that a stroke that the decoder missed is believed, not erased. c, d and the
-    weight are quadratics in log sigma, fitted with the recognition model. Under salt and pepper, or masking noise, a
-    pixel is kept with the odds that the decoder gives to what is seen, times those of a clean pixel to be exactly 0 or
-    1. Where mask is below 1 the pixel itself is not seen.
+    Under additive noise the density of the pixel given z is a mixture: N(mean, c mean (1 - mean) + d), and with a small
+    weight the uniform one on [0, 1], so that a stroke that the decoder missed is kept. c, d and the weight are
+    quadratics in log sigma, fitted with the recognition model. Under replacing noise the posterior odds that a pixel
+    was kept are those of the decoder for the observed value, times the odds that a clean pixel is exactly 0 or 1. Where
+    mask is below 1 the pixel counts as missing.
     """
 
     lowest: Tensor
@@ -163,12 +143,12 @@ class Fusion(nn.Module):
 
     @property
     def extremes(self) -> Tensor:
-        """How often a clean pixel is exactly 0, and exactly 1, where the decoder's mean says dark, and bright."""
+        """P(a dark clean pixel is exactly 0) and P(a bright one is exactly 1), (2,)."""
         return self.extreme_logits.sigmoid()
 
     def pixel_prior(self, x_mean: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-        """Variance of the pixel around the decoder's mean, and the logit of the weight of `anything`."""
-        # In double: the last bit of onnxruntime's float logarithm hangs on how many numbers there are.
+        """Variance of the pixel around the decoder's mean, and the logit of the weight of the uniform density."""
+        # In double: the last bit of onnxruntime's float logarithm depends on the number of elements.
         sigma = noise_variance(level, 0.5).sqrt()[:, :, 0, 0]
         log_sigma = sigma.clamp(*SIGMA_RANGE).double().log().to(level.dtype)
         values = quadratics(self.coefficients, log_sigma).clamp(self.lowest, self.highest)
@@ -176,7 +156,7 @@ class Fusion(nn.Module):
         return c.exp() * x_mean * (1.0 - x_mean) + d.exp(), logit
 
     def extremes_log_prob(self, x_mean: Tensor, x: Tensor) -> Tensor:
-        """log P(which pixels are exactly black, which exactly white) in nats, (n,), by which they are fitted."""
+        """log P(which pixels are exactly black, and which exactly white) in nats, (n,): the fit of `extremes`."""
         black, white = self.extremes
         chances = torch.stack([black * (1.0 - x_mean), white * x_mean]).clamp(1e-6, 1.0 - 1e-6)
         found = torch.stack([x <= 0.0, x >= 1.0])
@@ -184,23 +164,16 @@ class Fusion(nn.Module):
 
     def forward(self, x_mean: Tensor, y: Tensor, mask: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
         """restored, variance, shaped like y."""
-        flip, masking = (level[:, i, None, None, None] for i in (1, 2))
+        replacing = replacement(level)
         variance, logit = self.pixel_prior(x_mean, level)
         noise = noise_variance(level, torch.maximum(x_mean, y.clamp(max=1.0)))
         gaussian, gaussian_variance = _fuse_gaussian(x_mean, variance, logit, y, noise)
-        kept = _keep_probability(x_mean, y, flip, masking, self.extremes)
+        kept = _keep_probability(x_mean, y, replacing, self.extremes)
         replaced = kept * y + (1.0 - kept) * x_mean
         replaced_variance = (1.0 - kept) * (variance + kept * (y - x_mean).square())
-        switched = (flip + masking) > 0.0
-        restored = torch.where(switched, replaced, gaussian).clamp(0.0, 1.0)
-        seen_variance = torch.where(switched, replaced_variance, gaussian_variance)
+        restored = torch.where(replacing.at_work, replaced, gaussian).clamp(0.0, 1.0)
+        seen_variance = torch.where(replacing.at_work, replaced_variance, gaussian_variance)
         return torch.where(mask >= 1.0, restored, x_mean), torch.where(mask >= 1.0, seen_variance, variance)
-
-
-def noise_variance(level: Tensor, at: Tensor | float) -> Tensor:
-    """Of Gaussian and Poisson noise together at pixels of that value, (n, 1, 1, 1) or shaped like them."""
-    sigma, poisson = (level[:, i, None, None, None] for i in (0, 3))
-    return sigma.square() + poisson.square() * at
 
 
 def _fuse_gaussian(mean: Tensor, variance: Tensor, logit: Tensor, y: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -214,19 +187,20 @@ def _fuse_gaussian(mean: Tensor, variance: Tensor, logit: Tensor, y: Tensor, noi
     return (1.0 - anything) * near + anything * far, fused_variance
 
 
-def _keep_probability(x_mean: Tensor, y: Tensor, flip: Tensor, masking: Tensor, extremes: Tensor) -> Tensor:
-    """P(the pixel is what it was | what is seen): certain strictly between 0 and 1."""
+def _keep_probability(x_mean: Tensor, y: Tensor, replacing: Replacement, extremes: Tensor) -> Tensor:
+    """P(the pixel was not replaced | y): 1 strictly between 0 and 1."""
     bright, dark = (y >= 1.0).float(), (y <= 0.0).float()
     as_it_was = torch.where(bright > 0.0, extremes[1] * x_mean, extremes[0] * (1.0 - x_mean))
-    kept = (1.0 - flip) * (1.0 - masking) * as_it_was
-    replaced = bright * 0.5 * flip * (1.0 - masking) + dark * (masking + 0.5 * flip * (1.0 - masking))
+    kept = replacing.kept * as_it_was
+    replaced = bright * sum(replacing.white) + dark * sum(replacing.black)
     return torch.where(replaced > 0.0, kept / (kept + replaced).clamp(min=1e-12), 1.0)
 
 
 class Correction(nn.Module):
-    """E[x | y] and Var[x | y] of all pixels together, from what fusion says of each: by how many of its standard
-    deviations it is off, and how wide it should have been.
-    """  # noqa: D205  # one promise
+    """E[x | y] and Var[x | y] from the fusion's, by a network that sees all pixels.
+
+    The network gives each pixel's shift in standard deviations, and the logarithm of the factor of its variance.
+    """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -234,7 +208,7 @@ class Correction(nn.Module):
 
     def forward(self, fused: Tensor, variance: Tensor, y: Tensor, mask: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
         """restored, variance, shaped like fused (n, c, h, w). `network` maps 4 c + F planes to 2 c."""
-        std = (variance + LEAST_VARIANCE).sqrt() - math.sqrt(LEAST_VARIANCE)  # 0 where nothing is open
+        std = (variance + LEAST_VARIANCE).sqrt() - math.sqrt(LEAST_VARIANCE)  # 0 where the pixel is certain
         said = self.network(torch.cat([fused, std, y.clamp(-1.0, 2.0), mask, planes(level, y)], 1)).float()
         moved, wider = said.chunk(2, 1)
         restored = (fused + std * moved).clamp(0.0, 1.0)
@@ -242,10 +216,12 @@ class Correction(nn.Module):
 
 
 class Recognition(nn.Module):
-    """q(z | y, mask, level) and q(level | y, mask), both diagonal Gaussians, the second over log level; and E[x | y].
+    """q(z | y, mask, level) and q(log level | y, mask), both diagonal Gaussians, and E[x | y].
 
-    `network` is an encoder of 2 c + F planes (y, mask, one constant plane a level), `level_network` of 2 c planes,
-    `correction` a network as `Correction` takes it.
+    Args:
+        network: An encoder of 2 c + F planes: y, mask, and one constant plane a level.
+        level_network: An encoder of 2 c planes: y and mask.
+        correction: A network as `Correction` takes it.
     """
 
     def __init__(self, network: nn.Module, level_network: nn.Module, correction: nn.Module) -> None:
@@ -254,10 +230,12 @@ class Recognition(nn.Module):
         self.level_network = level_network
         self.fusion = Fusion()
         self.correction = Correction(correction)
+        # Levels of additive noise begin as the classical estimate, the others at a constant.
+        nothing, additive = [0.0] * len(NOISE), [float(isinstance(noise, Additive)) for noise in NOISE]
         # Flat, so that no optimiser takes it for a matrix of weights.
-        self.roughness = nn.Parameter(torch.tensor([*[0.0] * 4, *ADDITIVE, *[0.0] * 4]))
+        self.roughness = nn.Parameter(torch.tensor([*nothing, *additive, *nothing]))
 
-    def posterior(self, seen: Observation) -> DiagonalGaussian:
+    def posterior(self, seen: Corrupted) -> DiagonalGaussian:
         """q(z | y, mask, level): mean and log_var (n, d)."""
         mean, log_var = self.network(torch.cat([seen.y, seen.mask, planes(seen.level, seen.y)], 1))
         return DiagonalGaussian(mean.float(), log_var.float())
@@ -265,13 +243,13 @@ class Recognition(nn.Module):
     def log_level(self, y: Tensor, mask: Tensor) -> DiagonalGaussian:
         """q(log level | y, mask): mean and log_var (n, F), each column as if its family were the one at work.
 
-        The network corrects a classical estimate where noise is additive, so that few steps suffice.
+        For additive noise the network corrects a classical estimate, which shortens training.
         """
         mean, log_var = self.level_network(torch.cat([y, mask], 1))
         classical = quadratics(self.roughness, log_roughness(y, mask)[:, None])
         return DiagonalGaussian(mean.float() + classical, log_var.float())
 
-    def restored(self, vae: VAE, seen: Observation) -> tuple[Tensor, Tensor]:
+    def restored(self, vae: VAE, seen: Corrupted) -> tuple[Tensor, Tensor]:
         """E[x | y] and Var[x | y] (n, c, h, w): the decoder at the posterior's mean, fused and corrected."""
         x_mean = vae.x_mean(self.posterior(seen).mean)
         restored: tuple[Tensor, Tensor] = self.correction(*self.fusion(x_mean, *seen), *seen)
@@ -279,15 +257,16 @@ class Recognition(nn.Module):
 
 
 def quadratics(coefficients: Tensor, at: Tensor) -> Tensor:
-    """k quadratics, (n, k): coefficients (3 k,), those of the constants first; at (n, 1)."""
+    """Values of k quadratics, (n, k), with coefficients (3 k,), those of the constants first, at (n, 1)."""
     powers = torch.cat([torch.ones_like(at), at, at.square()], 1)
     return (powers[:, :, None] * coefficients.view(3, -1)).sum(1)
 
 
 def log_roughness(y: Tensor, mask: Tensor) -> Tensor:
-    """The logarithm of sigma as the Laplacian's mean size tells it, (n,): y and mask (n, c, h, w), 1 where seen.
+    """log sigma estimated from the mean absolute Laplacian, (n,), for y and mask (n, c, h, w).
 
-    Source: Immerkaer (1996), "Fast noise variance estimation", equation 3, over pixels whose neighbours are all seen.
+    Takes pixels whose neighbours are all observed.
+    Source: Immerkaer (1996), "Fast noise variance estimation", equation 3.
     """
     channels = y.shape[1]
     kernel = torch.tensor([[1.0, -2.0, 1.0], [-2.0, 4.0, -2.0], [1.0, -2.0, 1.0]], device=y.device)
@@ -298,20 +277,21 @@ def log_roughness(y: Tensor, mask: Tensor) -> Tensor:
     mean = (response * known).sum((1, 2, 3)) / count.clamp(min=1.0)
     sigma = (math.sqrt(0.5 * math.pi) / 6.0 * mean).clamp(*ROUGHNESS)
     sigma = torch.where(count > 0.0, sigma, math.sqrt(SIGMA_RANGE[0] * SIGMA_RANGE[1]))
-    return sigma.double().log().to(y.dtype)  # in double for the reason told in Fusion.pixel_prior
+    return sigma.double().log().to(y.dtype)  # in double for the reason given in Fusion.pixel_prior
 
 
 def planes(level: Tensor, like: Tensor) -> Tensor:
-    """One constant plane a level: (n, F) -> (n, F, h, w)."""
+    """Levels as constant planes: (n, F) -> (n, F, h, w)."""
     return level[:, :, None, None].expand(-1, -1, *like.shape[2:])
 
 
-def restoration_bound(recognition: Recognition, vae: VAE, x: Tensor, seen: Observation, eps: Tensor) -> Bound:
-    """A bound on log p(x) from a corrupted view of x, plus what trains the rest of the recognition model.
+def restoration_bound(recognition: Recognition, vae: VAE, x: Tensor, seen: Corrupted, eps: Tensor) -> Bound:
+    """A bound on log p(x) from a corrupted view of x, plus the terms that train the rest of the recognition model.
 
-    That is log q(level | y); the logarithm of each image's squared error after fusion and after correction, the
-    quantity that PSNR averages; what is said of each pixel's error. (The likelihood of the residuals would not do:
-    pixels that are exactly 0 make it unbounded as the variance goes to 0.) The decoder is fixed.
+    These are log q(level | y); the logarithm of each image's squared error after fusion and after correction, which is
+    what PSNR averages; the error of the standard deviations; the log probability of black and white pixels. (The
+    likelihood of the residuals would not do: pixels that are exactly 0 make it unbounded as the variance goes to 0.)
+    The decoder is fixed.
     Source: Im et al. (2015), "Denoising criterion for variational auto-encoding framework", equation 5.
     """
     posterior = recognition.posterior(seen)
@@ -334,14 +314,14 @@ def restoration_bound(recognition: Recognition, vae: VAE, x: Tensor, seen: Obser
 
 
 def _misjudged(error: Tensor, std: Tensor) -> Tensor:
-    """How far |error| is from what a Gaussian of standard deviation std lets expect, squared, in units of the image's.
+    """Squared difference between |error| and its mean under N(0, std^2), summed over the image's pixels, (n,).
 
-    Unlike a log density it is bounded, by the number of pixels, however sure of a wrong pixel std is.
+    It is relative to the image's mean squared error. Unlike a log density it is bounded as std goes to 0.
     """
     scale = error.square().flatten(1).mean(1) + SMALLEST_ERROR
     return (error - MEAN_ABSOLUTE * std).square().flatten(1).sum(1) / scale
 
 
 def _log_error(restored: Tensor, x: Tensor) -> Tensor:
-    """The logarithm of each image's mean squared error, (n,)."""
+    """Logarithm of each image's mean squared error, (n,)."""
     return ((restored - x).square().flatten(1).mean(1) + SMALLEST_ERROR).log()
