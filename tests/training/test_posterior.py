@@ -378,11 +378,11 @@ def test_columns_that_are_not_used_may_hold_text(tmp_path: Path) -> None:
 
 def test_r_hat_is_the_published_one() -> None:
     """Near 1 for draws of one normal; for chains of two means as far apart as they are wide, the closed form."""
-    x = torch.randn(20_000, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = 2.0 * torch.randn(20_000, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert r_hat(x) == pytest.approx(1.0, abs=1e-3)
-    apart = x + torch.tensor([0.0, 0.0, 1.0, 1.0])
+    apart = x + torch.tensor([0.0, 0.0, 2.0, 2.0])
     assert r_hat(apart) == pytest.approx(math.sqrt(1.0 + 0.25 * 8 / 7), rel=0.01)
-    drifting = x + torch.linspace(0, 10, len(x))[:, None]
+    drifting = x + torch.linspace(0, 20, len(x))[:, None]
     assert r_hat(drifting) > 1.5
 
 
