@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from fastapi import Depends, FastAPI, Request, Response
@@ -28,13 +29,14 @@ from service.api.admin.models import models_router, readiness_router
 from service.api.memory import Memory
 from service.api.offload import Offload
 from service.api.v1.endpoint import Context
-from service.api.v1.route import Shortcut
-from service.api.v1.routes import OPERATIONS, add_operations
+from service.api.v1.openapi import with_operations
+from service.api.v1.route import Shortcut, operation_routes
 from service.contract.cores import cpu_count
 from service.errors import ServiceError
 from service.observability.metrics import SHARED_FOLDER
 from service.observability.requests import AccessLog, Tracking
 from service.observability.tracing import Named, TracedEngine, finish, tracer_provider
+from service.operations.registry import OPERATIONS
 from service.repository.model import LoadLimits
 from service.repository.overrides import Orders, Standing
 from service.repository.reload import Control
@@ -58,6 +60,12 @@ SWITCH_S = 3e-4
 
 class Service(FastAPI):
     """FastAPI, with a shortcut to the operations inside whatever middleware is added."""
+
+    def openapi(self) -> dict[str, Any]:
+        """The OpenAPI document of the routes and the operations."""
+        if self.openapi_schema is None:
+            self.openapi_schema = with_operations(super().openapi(), OPERATIONS)
+        return self.openapi_schema
 
     def build_middleware_stack(self) -> ASGIApp:
         """Added middleware, then the shortcut, then FastAPI's own."""
@@ -128,7 +136,8 @@ def create_app(
     )
     app.state.repository, app.state.stopping = repository, False
     offload = Offload(cpu_count())
-    add_operations(app, Context(settings, repository, engine, Memory(settings.memory_bytes), offload))
+    context = Context(settings, repository, engine, Memory(settings.memory_bytes), offload)
+    app.router.routes.extend(operation_routes(OPERATIONS, context))
     for router in (
         models_router(repository, OPERATIONS),
         readiness_router(repository, engine),

@@ -1,40 +1,42 @@
-"""The route class that serves an operation: FastAPI documents it, a lean ASGI function answers it.
+"""Routes of the operations, and the shortcut to them past FastAPI.
 
-The call does not go through FastAPI's middleware, routing and dependency solver, which cost more than the inference.
+A call does not pass FastAPI's middleware, routing and dependency solver: they cost more than the inference.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import lru_cache
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import Path as PathParameter
-from fastapi import Query, Response
-from fastapi.routing import APIRoute
-from starlette.routing import BaseRoute, Match
+from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.api.v1.endpoint import Context, OperationApp
+from service.api.v1.openapi import PATHS
 from service.operations.operation import Operation
 
 LONGEST_PATH = 256
-"""Longer ones are nobody's, and are not remembered."""
+"""Longer paths are of no operation, and are not remembered."""
 
 
-class OperationRoute(APIRoute):
-    """Documents the endpoint as FastAPI does, serves it as the endpoint's `operation_app` does."""
+class OperationRoute(Route):
+    """A route of an operation. `with_operations` documents it."""
 
-    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
-        super().__init__(path, endpoint, **options)
-        self.app = endpoint.operation_app  # type: ignore[attr-defined]
+
+def operation_routes(operations: Iterable[Operation], context: Context) -> list[OperationRoute]:
+    """Routes of every operation for the default model, for a named model, and for one version of it."""
+    return [
+        OperationRoute(f"{prefix}/{operation.name}", OperationApp(operation, context), methods=["POST"])
+        for operation in operations
+        for prefix, _ in PATHS
+    ]
 
 
 class Shortcut:
-    """Operations answered at once, everything else by `app`: the framework's way to a route costs half a request.
+    """ASGI application that answers operations itself and passes everything else to `app`.
 
-    Paths are matched by the routes themselves, once each.
+    The routes match each path once; the way to a route through the framework costs half a request.
     """
 
     def __init__(self, app: ASGIApp, routes: Iterable[BaseRoute]) -> None:
@@ -56,21 +58,3 @@ class Shortcut:
             if match is Match.FULL:
                 return route.app, found["path_params"]
         return self._app, {}
-
-
-def endpoint(operation: Operation, context: Context, path_names: tuple[str, ...]) -> Callable[..., Any]:
-    """A function with the signature that FastAPI documents, carrying the application that serves it."""
-
-    async def documented(**_: Any) -> Response:
-        raise AssertionError("served by OperationApp")
-
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    help_texts = {"model": "Name of a model, see /v1/models", "version": "One of its versions"}
-    parameters = [
-        inspect.Parameter(name, keyword, annotation=Annotated[str, PathParameter(description=help_texts[name])])
-        for name in path_names
-    ]
-    parameters.append(inspect.Parameter("options", keyword, annotation=Annotated[operation.options, Query()]))
-    documented.__signature__ = inspect.Signature(parameters, return_annotation=Response)  # type: ignore[attr-defined]
-    documented.operation_app = OperationApp(operation, context)  # type: ignore[attr-defined]
-    return documented

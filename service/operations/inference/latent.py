@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.random import Generator, Philox
 from numpy.typing import NDArray
 
 MAX_SEED = 2**53 - 1
@@ -31,12 +32,12 @@ def standard_normal(
     order. So more rows never change the first ones, and later ones are drawn without them.
     Raises: ValueError where `first` is not a multiple of BLOCK_ROWS.
     """
-    return _drawn(np.random.Generator.standard_normal, seed, rows, shape, first, stream)
+    return _drawn(Generator.standard_normal, seed, rows, shape, first, stream)
 
 
 def uniform(seed: int, rows: int, shape: tuple[int, ...], first: int = 0, stream: int = 0) -> NDArray[np.float32]:
     """Likewise, of the uniform distribution on [0, 1)."""
-    return _drawn(np.random.Generator.random, seed, rows, shape, first, stream)
+    return _drawn(Generator.random, seed, rows, shape, first, stream)
 
 
 def _drawn(
@@ -47,7 +48,7 @@ def _drawn(
     draws = np.empty((rows, *shape), np.float32)
     for start in range(0, rows, BLOCK_ROWS):
         key = np.array([seed, (stream << STREAM_BITS) + (first + start) // BLOCK_ROWS], np.uint64)
-        fill(np.random.Generator(np.random.Philox(key=key)), dtype=np.float32, out=draws[start : start + BLOCK_ROWS])
+        fill(Generator(Philox(key=key)), dtype=np.float32, out=draws[start : start + BLOCK_ROWS])
     return draws
 
 
