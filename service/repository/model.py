@@ -18,10 +18,7 @@ from service.contract import manifest as manifests
 from service.contract.golden import archive_bytes, deviation, read_golden
 from service.contract.manifest import MAX_FILE_BYTES, File, Golden, Graph, Manifest, ManifestError
 from service.errors import StartError, one_line
-from service.operations.inference.refinement import NEARBY_RATE, RATE, STEPS, climb_rows
-from service.operations.inference.restoration import denoise_rows
-from service.operations.inference.scoring import DRAWS, weigh_rows
-from service.operations.inference.vae import Compute, decode_rows, encode_rows, reconstruct_rows, sample_rows
+from service.operations.inference.vae import Compute
 from service.repository.confined import Killed, TookTooLong, run_module
 from service.runtime.batcher import Arrays
 from service.runtime.session import PROVIDERS, Session
@@ -194,7 +191,7 @@ class Model:
             )
 
     def warm(self, golden: Mapping[str, Any], max_rows: int) -> list[Timing]:
-        """Run and time the programs that requests without options need; gives the timings."""
+        """Run and time the programs that warm-up requests submit; returns the timings."""
         timings = []
         for program, rows, arrays in self._usual(golden, max_rows):
             program.measure(rows, *arrays)
@@ -208,35 +205,15 @@ class Model:
             program.timing = timing
 
     def _usual(self, golden: Mapping[str, Any], max_rows: int) -> Iterator[tuple[ModelProgram, int, Arrays]]:
-        """Programs that are timed, with the rows to go up to and one row of each input at least.
+        """Each program that warm-up requests submit, the rows of its largest batch, and its inputs.
 
-        Whoever takes one sets its timing before taking the next, which may count as costing the same.
+        The caller sets a program's timing before it asks for the next one, which may take the same timing.
         """
-        x, z = golden["encoder/x"], golden["decoder/z"]
-        yield self.plan("encode", encode_rows), max_rows, (x,)
-        yield self.plan("decode", decode_rows), max_rows, (z,)
-        yield self.plan("reconstruct", reconstruct_rows), max_rows, (x,)
-        yield self.plan("sample", sample_rows), max_rows, (golden["prior/eps"] if "prior" in self.graphs else z,)
-        if "recognition" in self.graphs:
-            seen = tuple(golden[f"recognition/{key}"] for key in ("y", "mask", "level"))
-            yield self.plan("denoise", denoise_rows, 0, 0, completions=False), max_rows, seen
-            self.plan("denoise", denoise_rows, 0, None, completions=False)  # nearly the same, and taken to cost as much
-        if "log_joint" in self.graphs:
-            x, z = golden["log_joint/x"], golden["log_joint/z"]
-            eps = np.zeros((len(z), DRAWS, *z.shape[1:]), np.float32)
-            yield self.plan("weigh", weigh_rows, DRAWS), max(1, max_rows // DRAWS), (x, z, np.zeros_like(z), eps)
-        for operation, graph, rate in (("refine", "refinement", RATE), ("climb", "elbo_gradient", NEARBY_RATE)):
-            if graph in self.graphs:
-                yield self._ascent(operation, graph, rate, golden)
+        from service.operations.registry import warm_up  # noqa: PLC0415  # operations import this module
 
-    def _ascent(
-        self, operation: str, graph: str, rate: float, golden: Mapping[str, Any]
-    ) -> tuple[ModelProgram, int, Arrays]:
-        mean, log_var, eps, *given = (golden[f"{graph}/{key}"] for key in self.manifest.graphs[graph].inputs)
-        zero = np.zeros((len(mean), 2, mean.shape[1]), np.float32)
-        ascent = (np.stack([mean, log_var], 1), zero, zero, np.zeros(len(mean), np.int64))
-        program = self.plan(operation, climb_rows, 0, graph, given[0].shape[1:], rate, rounds=STEPS)
-        return program, MOST_REFINED, (*ascent, eps, *given)
+        for program, arrays in warm_up(self, golden):
+            if program.timing is None:
+                yield program, MOST_REFINED if program.rounds > 1 else max(1, max_rows // program.weight), arrays
 
 
 class Version(NamedTuple):

@@ -13,6 +13,7 @@ from typing import Any
 
 from service.contract.manifest import ManifestError
 from service.errors import StartError, one_line
+from service.operations import registry  # noqa: F401  # warm-up imports it where files are forbidden
 from service.repository import confined
 from service.repository.graph_check import check_graph
 from service.repository.model import Trial, assembled, read_version

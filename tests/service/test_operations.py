@@ -363,6 +363,27 @@ def test_an_example_may_hold_any_declared_number() -> None:
         replace(found, outputs=reconstruct.outputs)
 
 
+def test_what_a_usual_request_runs_has_been_timed(model: Model, images: Rows) -> None:
+    """Every program of every operation: one without a timing would never run in the event loop."""
+    programs = []
+
+    async def submit(program: Any, arrays: Arrays, **_: Any) -> Trip:
+        programs.append(program)
+        return Trip(program.run(*arrays), 0.0, 0.0)
+
+    for operation in OPERATIONS:
+        options = operation.options()
+        rows = {"images": images, "latents": np.zeros((3, 8), np.float32)}.get(operation.takes or "")
+        if rows is None:
+            rows = np.empty((options.count, 0), np.float32)  # type: ignore[attr-defined]
+        if operation.name == "super-resolve":
+            rows = rows[..., ::2, ::2]
+        inputs = Inputs(rows[:2] if operation.name == "interpolate" else rows)
+        asyncio.run(operation.perform(model, submit, inputs, options))  # type: ignore[arg-type]
+    assert {program.operation for program in programs if program.timing is None} == set()
+    assert len(set(programs)) > 5
+
+
 def test_a_new_operation_is_warmed_without_being_asked_for(model: Model, images: Rows) -> None:
     """Its programs come up with golden rows; one that declares no request is refused when it is declared."""
 
