@@ -14,7 +14,14 @@ from service.contract.images import FIT_ADVICE, Fit
 from service.errors import InvalidOption
 from service.operations.inference.latent import Noise
 from service.operations.inference.refinement import STEPS
-from service.operations.inference.restoration import LEAST_LEVEL, MOST_LEVEL, Wish, level_rows, prior_mean, restore
+from service.operations.inference.restoration import (
+    LEAST_LEVEL,
+    MOST_LEVEL,
+    RestoreChoices,
+    level_rows,
+    prior_mean,
+    restore,
+)
 from service.operations.inference.tiling import Tiling
 from service.operations.inference.vae import Observe, Result, Submit, noted
 from service.operations.operation import MEANS, PIXELS, SEED, DrawOptions, Inputs, Tensor, check_refinable
@@ -122,9 +129,9 @@ async def restored(model: Model, submit: Submit, inputs: Inputs, seen: Observati
     estimated = seen.estimated is not None
     if inputs.tiling is not None and not seen.known:
         seen = await _of_one_level(model, submit, seen, inputs.tiling)
-    wish = Wish(refined, options.draws, options.uncertainty, options.completions, options.preview)
+    choices = RestoreChoices(refined, options.draws, options.uncertainty, options.completions, options.preview)
     noise, observe = Noise(options.seed, inputs.first), _of_whole_images(inputs.observe, inputs.tiling)
-    result = await restore(model.plan, submit, model.latent_shape, seen, wish, noise, observe)
+    result = await restore(model.plan, submit, model.latent_shape, seen, choices, noise, observe)
     if options.uncertainty:
         result.outputs["std"] = _calibrated(model, result.outputs["std"], seen, options.quality)
     sighted: NDArray[np.bool_] = np.any(seen.mask, axis=(1, 2, 3))

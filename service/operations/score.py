@@ -12,7 +12,7 @@ from service.errors import InvalidOption
 from service.operations.examples import PROGRESS
 from service.operations.inference.latent import MAX_SEED, Noise
 from service.operations.inference.refinement import STEPS
-from service.operations.inference.scoring import DRAWS, Wish
+from service.operations.inference.scoring import DRAWS, ScoreChoices
 from service.operations.inference.scoring import score as scored
 from service.operations.inference.vae import Result, Submit, noted
 from service.operations.operation import IMAGES, PIXELS, SEED, ImageOptions, Inputs, Operation, Tensor, check_refinable
@@ -81,8 +81,8 @@ def _check(model: Model, inputs: Inputs, options: ScoreOptions) -> None:
 async def _run(model: Model, submit: Submit, inputs: Inputs, options: ScoreOptions) -> Result:
     scoring, how = binarisation(model, options)
     of_grey = scoring.binary and scoring.binarisation == "none" and how == "none"
-    wish = Wish(how, not of_grey, options.quality == "refined", options.draws, options.error)
-    result = await scored(model.plan, submit, inputs.rows, wish, Noise(options.seed, inputs.first), inputs.observe)
+    choices = ScoreChoices(how, not of_grey, options.quality == "refined", options.draws, options.error)
+    result = await scored(model.plan, submit, inputs.rows, choices, Noise(options.seed, inputs.first), inputs.observe)
     outputs = dict(result.outputs)
     if how == scoring.binarisation:
         values = scoring.elbo_percentiles_nats
