@@ -5,7 +5,7 @@ PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint 
 DATA ?= data
 CONFIG ?= training/configs/mnist.toml
 
-.PHONY: setup serve train test container-test lint bench bench-against bench-training bench-beside house attack fuzz soak clean
+.PHONY: setup serve train test client-test container-test lint bench bench-against bench-training bench-beside house attack fuzz soak clean
 
 serve: $(VENV)/.serve
 	$(PYTHON) -m service
@@ -17,6 +17,9 @@ train: $(VENV)/.test
 
 test: lint
 	$(PYTHON) -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
+client-test: $(VENV)/.test
+	$(PYTHON) -m pytest -m clients tests/clients
 
 container-test: $(VENV)/.test
 	$(PYTHON) -m pytest -m container tests/container

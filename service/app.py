@@ -23,14 +23,15 @@ from service.api.admin.metrics import metrics_router
 from service.api.admin.models import models_router, readiness_router
 from service.api.memory import Memory
 from service.api.offload import Offload
-from service.api.v1.endpoint import Context
-from service.api.v1.routes import OPERATIONS, add_operations
+from service.api.v1.endpoint import Context, OperationApp
+from service.api.v1.openapi import PATHS, with_operations
 from service.contract.cores import cpu_count
 from service.errors import ServiceError
 from service.observability.access_log import AccessLog
 from service.observability.metrics import Telemetry
 from service.observability.request_ids import RequestIds
 from service.observability.tracing import Named, finish, traced, tracer_provider
+from service.operations.registry import OPERATIONS
 from service.repository.overrides import Overrides, SharedState
 from service.repository.reload import Control
 from service.repository.remote import local_copy
@@ -114,6 +115,7 @@ def create_app(
     app = Application(
         problems.respond,
         lambda app: SecurityHeaders(Methods(app), SCRIPT_HASHES),
+        lambda document: with_operations(document, OPERATIONS),
         title="VAE service",
         version=__version__,
         summary="Variational auto-encoders over HTTP: encode, decode, reconstruct, restore, sample.",
@@ -132,10 +134,10 @@ def create_app(
     )
     app.state.repository, app.state.stopping = repository, False
     offload = Offload(cpu_count())
-    add_operations(
-        app.add_direct_route,
-        Context(settings, repository, submit, telemetry, Memory(settings.memory_bytes), offload),
-    )
+    context = Context(settings, repository, submit, telemetry, Memory(settings.memory_bytes), offload)
+    for operation in OPERATIONS:
+        for prefix, _ in PATHS:
+            app.add_direct_route(f"{prefix}/{operation.name}", OperationApp(operation, context))
     for router in (
         models_router(repository, OPERATIONS),
         readiness_router(repository, engine),

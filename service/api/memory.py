@@ -7,7 +7,6 @@ import threading
 from typing import Any
 
 from service.errors import Overloaded, TooLarge
-from service.operations.inference.refinement import STEPS
 from service.runtime.model import Model
 
 NUMBER_BYTES = 16
@@ -103,9 +102,6 @@ class Share:
 
 
 def answer_bytes(model: Model, options: Any, rows: int) -> int:
-    """About what it takes to answer `rows` rows at once: pictures, draws, the noise of refinement."""
+    """Estimated memory of answering `rows` rows at once, in bytes."""
     image, latent = math.prod(model.input_shape), math.prod(model.latent_shape)
-    numbers = rows * (options.pictures * image + options.multiplicity * latent)
-    if options.said("quality") == "refined":
-        numbers += rows * STEPS * latent
-    return NUMBER_BYTES * numbers
+    return NUMBER_BYTES * rows * int(options.memory_numbers(image, latent))

@@ -73,6 +73,21 @@ TITLES = {
 }
 
 
+SCHEMA = {
+    "type": "object",
+    "description": "A problem, as RFC 9457 defines it",
+    "required": ["type", "title", "status", "code", "detail"],
+    "properties": {
+        "type": {"type": "string", "description": "Always about:blank"},
+        "title": {"type": "string", "description": "The status in words"},
+        "status": {"type": "integer", "description": "The HTTP status"},
+        "code": {"type": "string", "description": "Stable: clients may branch on it"},
+        "detail": {"type": "string", "description": "What is wrong, and the fix; for people"},
+    },
+}
+"""OpenAPI schema of a problem, the component `Problem`."""
+
+
 def problem(status: int, code: str, detail: str) -> bytes:
     """The body of a problem."""
     title = TITLES.get(status, "Error")
@@ -118,17 +133,7 @@ def documented(*kinds: type[errors.ServiceError]) -> dict[int | str, dict[str, A
         kind for kind in STATUS if kind not in (errors.CallerGone, errors.NotFound, errors.ReaderFault, *CONTROL)
     ]:
         codes.setdefault(STATUS[kind], []).append(kind.code)
-    schema = {
-        "type": "object",
-        "required": ["type", "title", "status", "code", "detail"],
-        "properties": {
-            "type": {"type": "string"},
-            "title": {"type": "string"},
-            "status": {"type": "integer"},
-            "code": {"type": "string"},
-            "detail": {"type": "string"},
-        },
-    }
+    schema = {"$ref": "#/components/schemas/Problem"}
     return {
         status: {"description": f"{TITLES[status]}: {', '.join(names)}", "content": {MEDIA_TYPE: {"schema": schema}}}
         for status, names in sorted(codes.items())

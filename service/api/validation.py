@@ -1,4 +1,4 @@
-"""What may enter a batch: shape, count and range, checked against the manifest before anything is computed."""
+"""Admission: shape, number and range of rows, checked against the manifest before anything is computed."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.codecs import Payload
-from service.codecs.payload import FIT_ADVICE, as_images, as_rows, viewed, within
-from service.contract.images import fit
+from service.codecs.payload import as_images, as_rows, viewed, within
+from service.contract.images import FIT_ADVICE, fit
 from service.errors import InvalidOption, InvalidShape, InvalidValue, TooLarge
 from service.operations.inference.tiling import Tiling, tiling
 from service.operations.operation import Inputs, Operation, Rows
 from service.runtime.model import Model
 
 ROUNDING = 1e-6
-"""How far outside the range a value may lie and count as on its bound: float32 rounds by less."""
+"""A value outside the range by this much counts as on its bound: float32 rounds by less."""
 OBSERVED_MARGIN = 10.0
-"""How many widths of the value range an observed, noisy value may lie outside it."""
+"""An observed, noisy value may lie outside the value range by this many widths of the range."""
 
 
 def admit(
@@ -32,8 +32,19 @@ def admit(
 ) -> Inputs:
     """The payload as rows of the model's shape.
 
-    max_rows: rows a request may have, draws counted. room: asked for the memory that so many rows need.
-    Raises: InvalidShape, TooLarge, InvalidValue, InvalidOption, and what `room` raises.
+    Args:
+        operation: The operation.
+        model: The model.
+        payload: The arrays as they were sent.
+        options: The options.
+        max_rows: Rows that a request may have, draws counted.
+        room: Reserves the memory that so many rows need.
+
+    Raises:
+        InvalidShape: The arrays have another shape than the model's.
+        InvalidValue: A value is outside the range.
+        InvalidOption: The model or the operation cannot serve an option.
+        TooLarge: There are too many rows; or what `room` raises.
     """
     if operation.takes is None:
         check_count(options.count, max_rows)
@@ -41,13 +52,12 @@ def admit(
         return Inputs(np.empty((options.count, 0), np.float32))
     if payload.array is None:
         raise InvalidShape(f'the body lacks "{operation.takes}"')
-    check_factor(model, options.said("factor", 1))
+    options.check(model)
     shape, name = operation.row_shape(model, options), operation.takes
     if payload.latents:
         shape, name = model.latent_shape, "latents"
     tiles = None
-    if options.said("fit") == "tile":
-        check_tileable(model)
+    if options.resizing == "tile":
         images = as_images(payload.array, shape, name)
         tiles = tiling(len(images), (images.shape[2], images.shape[3]), (shape[1], shape[2]))
         check_tiles(tiles, options.multiplicity, max_rows)
@@ -72,7 +82,7 @@ def admit(
 
 
 def _larger(array: NDArray[Any], model: Model, shape: tuple[int, ...], options: Any, max_rows: int) -> str:
-    """The advice to restore images as tiles, where this operation, this model and these images allow it."""
+    """The advice to restore images as tiles, if operation, model and images allow it."""
     if array.shape[1:] == shape or not (options.tiles and model.manifest.tileable):
         return ""
     images = viewed(array, shape, "images")
@@ -92,8 +102,8 @@ def _shaped(
     room: Callable[[int], None],
     larger: str = "",
 ) -> Rows:
-    """Rows of that shape, brought there where the caller says how."""
-    how = options.said("fit")
+    """Rows of that shape, resized if the options say how."""
+    how = options.resizing
     if how in (None, "tile") or name == "latents":
         return as_rows(array, shape, name, larger)
     images = as_images(array, shape, name)
@@ -103,7 +113,7 @@ def _shaped(
 
 
 def _mask(array: NDArray[Any], shape: tuple[int, ...], options: Any, rows: int, room: Callable[[int], None]) -> Rows:
-    """1 where seen, for every channel; one mask for all rows, or one a row."""
+    """1 where a pixel is seen, for every channel and row; from one mask for all rows, or one a row."""
     mask = _shaped(array, (1, *shape[1:]), "mask", options, rows, room)
     mask = in_range(mask, 0.0, 1.0, "mask")
     if len(mask) not in (1, rows):
@@ -119,35 +129,11 @@ def _bounds(operation: Operation, model: Model, name: str) -> tuple[float, float
     return low - margin, high + margin
 
 
-def check_factor(model: Model, factor: int) -> None:
-    """Refuse a factor that does not divide the model's height and width.
-
-    Raises: InvalidOption naming those that do.
-    """
-    _, height, width = model.input_shape
-    if height % factor or width % factor:
-        fitting = [str(k) for k in range(2, min(height, width) + 1) if not (height % k or width % k)]
-        known = ", ".join(fitting) or "none does"
-        raise InvalidOption(f"factor is {factor}; it must divide {height} x {width}: {known}")
-
-
-def check_tileable(model: Model) -> None:
-    """Refuse tiles of a model that knows whole images alone.
-
-    Raises: InvalidOption naming what works.
-    """
-    if not model.manifest.tileable:
-        _, height, width = model.input_shape
-        raise InvalidOption(
-            f"fit is tile, but model {model.manifest.name} is not tileable: it knows whole images, not parts of larger "
-            f"ones; {FIT_ADVICE} brings images to its {height} x {width}"
-        )
-
-
 def check_tiles(tiles: Tiling, multiplicity: int, limit: int) -> None:
     """Refuse more tiles than one request may have rows.
 
-    Raises: TooLarge naming what works.
+    Raises:
+        TooLarge: The message names what works.
     """
     count = tiles.rows
     if count * multiplicity > limit:
@@ -167,19 +153,21 @@ def check_tiles(tiles: Tiling, multiplicity: int, limit: int) -> None:
 def check_count(rows: int, limit: int) -> None:
     """Refuse more rows than one request may have.
 
-    Raises: TooLarge.
+    Raises:
+        TooLarge: There are more than `limit`.
     """
     if rows > limit:
         raise TooLarge(f"{rows} rows in one request, draws counted; VAE_MAX_REQUEST_ROWS is {limit}")
 
 
 def in_range(array: Rows, low: float, high: float, name: str) -> Rows:
-    """The values, those that rounding put outside [low, high] at the bound that they passed.
+    """The values, clipped to [low, high] where rounding put them just outside.
 
-    Raises: InvalidValue for NaN, infinity and what lies further outside.
+    Raises:
+        InvalidValue: A value is not finite, or lies further outside.
     """
     if low == 0.0 and within(array, high):
-        return array  # what nearly all send
+        return array  # the usual case
     least, most = array.min(), array.max()  # both carry a NaN along
     if not (np.isfinite(least) and np.isfinite(most)):
         raise InvalidValue(f"{name} has NaN, infinity or a number that float32 cannot hold; every value must be finite")

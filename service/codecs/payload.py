@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from service.contract.images import Pixels
+from service.contract.images import FIT_ADVICE, Pixels
 from service.errors import Deferred, InvalidShape, InvalidValue, TooLarge
 
 FLOAT = np.dtype("<f4")
@@ -209,7 +209,6 @@ def viewed(array: NDArray[Any], shape: tuple[int, ...], name: str) -> NDArray[An
     return None if moved is None else moved.reshape(-1, channels, *moved.shape[-2:])
 
 
-FIT_ADVICE = "fit=resize, pad or crop"
 COLOURS = (3, 4)
 """Channels of colour pictures."""
 

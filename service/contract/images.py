@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 
 Fit = Literal["resize", "pad", "crop"]
+FIT_ADVICE = "fit=resize, pad or crop"
 Pixels = NDArray[np.float32]
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}

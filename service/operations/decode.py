@@ -1,10 +1,10 @@
-"""POST decode: latents to images."""
+"""The operation decode: latents to images."""
 
 from __future__ import annotations
 
 from service.operations.inference import vae
 from service.operations.inference.vae import Result
-from service.operations.operation import Inputs, LatentOptions, Operation
+from service.operations.operation import LATENTS, MEANS, Inputs, LatentOptions, Operation
 from service.runtime.model import Model
 from service.runtime.program import Submit
 
@@ -16,10 +16,12 @@ async def _run(model: Model, submit: Submit, inputs: Inputs, _options: LatentOpt
 decode = Operation(
     name="decode",
     summary="Latents to images",
-    description="E[x|z] for each latent (n, d).",
+    description="Mean image E[x|z] of each latent.",
     options=LatentOptions,
     run=_run,
-    takes="latents",
+    inputs=(LATENTS,),
+    outputs=(MEANS,),
+    row_wise=True,
     example={"latents": [[0.3, -0.8]]},
     answer={"images": [[[[0.0, 0.9], [0.1, 0.0]]]]},
 )

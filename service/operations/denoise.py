@@ -1,4 +1,4 @@
-"""POST denoise: noisy images to what they are likely of."""
+"""The operation denoise: noisy images to E[x | y]."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from service.contract.corruption import NoiseFamily
 from service.errors import InvalidOption
 from service.operations.examples import PROGRESS
 from service.operations.inference.vae import Result
-from service.operations.operation import Inputs, Operation
-from service.operations.restoring import NEEDS, TiledOptions, observed, restored
+from service.operations.operation import IMAGES, MASK, Inputs, Operation
+from service.operations.restoration import NEEDS, OUTPUTS, WARM_UP, TiledOptions, observed, restored
 from service.runtime.model import Model
 from service.runtime.program import Submit
 
@@ -19,23 +19,23 @@ NoiseKind = Literal[NoiseFamily, "none"]
 
 
 class DenoiseOptions(TiledOptions):
-    """What is known of the noise, and what is wanted."""
+    """What is known of the noise, and how to restore."""
 
     noise: NoiseKind = "gaussian"
-    """The kind of noise: additive Gaussian, Poisson, pixels set to 0 or 1, pixels set to 0; `none` with a mask or a
-    blur alone."""
+    """The kind of noise: additive Gaussian, Poisson, pixels set to 0 or 1, pixels set to 0; `none` for a mask or a blur
+    alone."""
     level: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = "auto"
     """Gaussian: standard deviation (images in [0, 1]); Poisson: that at a pixel of 1, 1 / sqrt(counts there); else the
-    share of spoilt pixels. `auto` estimates it."""
+    share of corrupted pixels. `auto` estimates it."""
     blur: Annotated[float, Field(gt=0, le=10)] | None = None
-    """Standard deviation in pixels of the Gaussian blur that the image was seen through, before Gaussian noise or none.
-    """
+    """Standard deviation, in pixels, of a Gaussian blur of the image. Noise after it must be `gaussian` or `none`."""
 
 
 async def run(model: Model, submit: Submit, inputs: Inputs, options: DenoiseOptions) -> Result:
-    """What is seen restored, as the options say.
+    """Restore images that were observed as the options say.
 
-    Raises: InvalidOption for a blur before noise of another kind.
+    Raises:
+        InvalidOption: The noise after a blur is not Gaussian, or the model does not know the noise.
     """
     if options.blur is not None and options.noise not in ("gaussian", "none"):
         raise InvalidOption(f"noise is {options.noise}; after a blur it must be gaussian or none")
@@ -49,14 +49,16 @@ denoise = Operation(
     name="denoise",
     summary="Noisy images restored",
     description="Approximate posterior mean of the clean image: a recognition model conditioned on the noise, the "
-    "decoder, fusion with what was seen. Values may lie outside [0, 1]. A `mask` (1 seen, 0 missing) may go along; "
-    "with `blur`, the image is sharpened too.",
+    "decoder, fusion with the observation. Values may lie outside [0, 1]. A `mask` (1 seen, 0 missing) is optional; "
+    "with `blur`, the image is deblurred too.",
     options=DenoiseOptions,
     run=run,
-    takes="images",
+    inputs=(IMAGES, MASK),
+    outputs=OUTPUTS,
+    row_wise=True,
     example={"images": ["<base64 of a PNG>"], "noise": "gaussian", "level": 0.25},
     answer={"images": [[[[0.0, 0.9], [0.1, 0.0]]]], "level": [0.25]},
-    observed=True,
     progress=PROGRESS,
     needs=NEEDS,
+    warm_up=WARM_UP,
 )

@@ -1,11 +1,13 @@
-"""POST encode: images to q(z|x)."""
+"""The operation encode: images to q(z|x)."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from service.operations.inference import vae
 from service.operations.inference.latent import Noise
 from service.operations.inference.vae import Result
-from service.operations.operation import DrawOptions, Inputs, Operation
+from service.operations.operation import IMAGES, SEED, DrawOptions, Inputs, Operation, Tensor
 from service.runtime.model import Model
 from service.runtime.program import Submit
 
@@ -18,11 +20,18 @@ async def _run(model: Model, submit: Submit, inputs: Inputs, options: DrawOption
 encode = Operation(
     name="encode",
     summary="Images to their posterior",
-    description="`mean` and `log_var` (log sigma squared) of the diagonal Gaussian q(z|x), each (n, d); with `draws`, "
-    "`latents` (n, draws, d) from it. A binary answer without draws stacks mean and log_var along axis 1.",
+    description="`mean` and `log_var` (log sigma squared) of the diagonal Gaussian q(z|x); with `draws`, `latents` "
+    "drawn from it. A binary answer without draws stacks mean and log_var along axis 1.",
     options=DrawOptions,
     run=_run,
-    takes="images",
+    inputs=(IMAGES,),
+    outputs=(
+        Tensor("mean", ("n", "latent"), "Mean of q(z|x)"),
+        Tensor("log_var", ("n", "latent"), "log sigma squared of q(z|x)"),
+        Tensor("latents", ("n", "draws", "latent"), "Draws from q(z|x), with `draws`", required=False),
+        replace(SEED, required=False),
+    ),
+    row_wise=True,
     example={"images": ["<base64 of a PNG>"], "draws": 1, "seed": 7},
     answer={
         "mean": [[0.1, -1.2]],

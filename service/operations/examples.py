@@ -1,4 +1,4 @@
-"""Examples of answers, for OpenAPI."""
+"""Examples for OpenAPI."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 
 def example(answer: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
-    """An answer with status 200."""
+    """The documentation of an answer with status 200, by its example."""
     return {200: {"content": {"application/json": {"example": answer}}}}
 
 
 PROGRESS = {"step": 10, "steps": 100, "active": 1, "elbo": [-98.2]}
-"""Of refined work, after every window of steps."""
+"""A progress event of refinement."""

@@ -1,15 +1,15 @@
-"""POST inpaint: images of which some pixels are missing, completed."""
+"""The operation inpaint: images with missing pixels, completed."""
 
 from __future__ import annotations
 
 from service.operations.denoise import DenoiseOptions, NoiseKind, run
 from service.operations.examples import PROGRESS
-from service.operations.operation import Operation
-from service.operations.restoring import NEEDS
+from service.operations.operation import IMAGES, MASK, Operation
+from service.operations.restoration import NEEDS, OUTPUTS, WARM_UP
 
 
 class InpaintOptions(DenoiseOptions):
-    """Those of denoise, where the pixels that are seen have no noise unless it is said."""
+    """The options of denoise, with no noise on the pixels that are seen by default."""
 
     noise: NoiseKind = "none"
     """The kind of noise on the pixels that are seen."""
@@ -22,11 +22,13 @@ inpaint = Operation(
     "seen, or the picture is transparent where it is not. With `draws` and `completions`, several plausible images.",
     options=InpaintOptions,
     run=run,
-    takes="images",
+    inputs=(IMAGES, MASK),
+    outputs=OUTPUTS,
+    row_wise=True,
     example={"images": ["<base64 of a PNG>"], "mask": [[[1, 1], [0, 0]]]},
     answer={"images": [[[[0.0, 0.9], [0.1, 0.0]]]]},
-    observed=True,
     masked=True,
     progress=PROGRESS,
     needs=NEEDS,
+    warm_up=WARM_UP,
 )

@@ -1,7 +1,8 @@
-"""POST interpolate: images between two."""
+"""The operation interpolate: images between two."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -9,30 +10,29 @@ from pydantic import Field
 from service.errors import InvalidShape
 from service.operations.inference import vae
 from service.operations.inference.vae import Result
-from service.operations.operation import ImageOptions, Inputs, LatentOptions, Operation
+from service.operations.operation import IMAGES, LATENTS, PIXELS, ImageOptions, Inputs, LatentOptions, Operation, Tensor
 from service.runtime.model import Model
 from service.runtime.program import Submit
 
 
 class InterpolateOptions(ImageOptions, LatentOptions):
-    """How to get from one to the other."""
+    """How many images, and along which path."""
 
     steps: Annotated[int, Field(ge=2)] = 8
-    """Images in all, the two ends among them."""
+    """Number of images, the two ends included."""
     path: Literal["spherical", "linear"] = "spherical"
-    """Through the latents between: along an arc, which keeps a length typical of the prior, or along a line."""
+    """Path of the latents: an arc, which keeps lengths that are typical of the prior, or a line."""
     latent_walk: bool = False
-    """Whether the answer holds the latents on the way, as `latents`."""
+    """Whether the answer also holds the latents on the path, as `latents`."""
 
     @property
     def multiplicity(self) -> int:
         """Rows that one row of the request becomes."""
         return self.steps
 
-    @property
-    def pictures(self) -> int:
-        """As many."""
-        return self.steps
+    def memory_numbers(self, image: int, latent: int) -> int:
+        """Numbers that are in memory for one row of the request while it is answered."""
+        return self.steps * (image + latent)
 
 
 async def _run(model: Model, submit: Submit, inputs: Inputs, options: InterpolateOptions) -> Result:
@@ -53,11 +53,15 @@ async def _run(model: Model, submit: Submit, inputs: Inputs, options: Interpolat
 interpolate = Operation(
     name="interpolate",
     summary="From one image to another",
-    description="E[x|z] for latents on the way from one image's posterior mean to another's, or between two `latents`.",
+    description="E[x|z] for latents on a path between the posterior means of two images, or between two `latents`.",
     options=InterpolateOptions,
     run=_run,
-    takes="images",
-    or_latents=True,
+    inputs=(replace(IMAGES, required=False), replace(LATENTS, required=False)),
+    outputs=(
+        Tensor("images", ("steps", *PIXELS), "Mean images on the path"),
+        Tensor("latents", ("steps", "latent"), "Latents on the path, with `latent_walk`", required=False),
+    ),
+    row_wise=False,
     example={"images": ["<base64 of a PNG>", "<base64 of another>"], "steps": 8},
     answer={"images": [[[[0.0, 0.9], [0.1, 0.0]]]], "latents": [[0.3, -0.8]]},
 )

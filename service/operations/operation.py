@@ -1,10 +1,11 @@
-"""An operation: what a POST takes, its options, what it gives, how it runs. A declaration, no HTTP in it."""
+"""An operation, described: its inputs, outputs, options, examples and how it runs. It knows no HTTP."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -22,61 +23,95 @@ from service.runtime.program import Submit
 Rows = NDArray[np.float32]
 
 LATENT_EXTREME = 100.0
-"""A latent further from 0 may explain a result that is not finite; priors have a deviation of about 1."""
+"""A latent further from 0 may explain a result that is not finite; priors have a standard deviation of about 1."""
 
 
 class Options(BaseModel):
-    """Options of one operation: the same names in JSON and in the query string; an unknown one is an error."""
+    """Options of one operation: the same names in JSON and in the query string; an unknown one is an error.
+
+    An operation lists the input adapters that it has by the options that it inherits. Other layers ask them through
+    the methods of this class, never by the name of an option.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
     tiles: ClassVar[bool] = False
-    """Whether `fit` may be `tile`."""
+    """Whether larger images can be processed tile by tile."""
 
-    def said(self, name: str, otherwise: Any = None) -> Any:
-        """An option that not every operation has; to ask pydantic for what is not there takes twenty times as long."""
-        return self.__dict__.get(name, otherwise)
+    @property
+    def resizing(self) -> Fit | Literal["tile"] | None:
+        """How images of another size are adapted; None takes images of the model's size alone."""
+        return None
 
     @property
     def multiplicity(self) -> int:
         """Rows that one row of the request becomes."""
-        return max(1, self.said("draws", 0))
-
-    @property
-    def pictures(self) -> int:
-        """Pictures, as far as memory goes, that one row of the request becomes."""
         return 1
+
+    def check(self, model: Model) -> None:
+        """Refuse options that the model cannot serve.
+
+        Raises:
+            InvalidOption: The message names what works.
+        """
+
+    def sent_shape(self, model: Model) -> tuple[int, ...]:
+        """Shape of one image as it is sent, (c, h, w)."""
+        return model.input_shape
+
+    def memory_numbers(self, image: int, latent: int) -> int:
+        """Numbers that are in memory for one row of the request while it is answered.
+
+        Args:
+            image: Numbers of an image.
+            latent: Numbers of a latent.
+        """
+        return image + self.multiplicity * latent
 
 
 class ImageOptions(Options):
-    """Options of everything that takes images."""
+    """Options of every operation that takes images."""
 
     fit: Fit | None = None
     """Bring images of another size to the model's: `resize` stretches, `pad` adds black, `crop` cuts."""
 
+    @property
+    def resizing(self) -> Fit | Literal["tile"] | None:
+        """How images of another size are adapted."""
+        return self.fit
+
 
 class LatentOptions(Options):
-    """Options of everything that takes latents."""
+    """Options of every operation that takes latents."""
 
     fingerprint: str | None = None
-    """Of the model that the latents are of, as `encode` told it; another model refuses them. The header X-Fingerprint
-    says the same."""
+    """Fingerprint of the model that encoded the latents, as `encode` returned it; another model refuses them. The
+    header X-Fingerprint does the same."""
 
 
 class DrawOptions(ImageOptions):
-    """Options of everything that may draw from a posterior."""
+    """Options of every operation that can draw from a posterior."""
 
     draws: Annotated[int, Field(ge=0)] = 0
     """Posterior draws an image; 0 uses the posterior's mean."""
     seed: Annotated[int | None, Field(ge=0, le=MAX_SEED)] = None
     """Seed of the draws; the answer names the one it used."""
 
+    @property
+    def multiplicity(self) -> int:
+        """Rows that one row of the request becomes."""
+        return max(1, self.draws)
+
 
 class Inputs(NamedTuple):
-    """What an operation runs on: rows of the model's shape, checked, and a mask where one was sent.
+    """What an operation runs on: checked rows of the model's shape.
 
-    Rows that are still to be made have nothing in them, shape (n, 0). `first` is the place of the first in the request.
-    `latents` says that latents came in place of images, `tiling` that rows are tiles of larger images.
-    `observe` is whom to tell how long work goes, where somebody wants to know.
+    Args:
+        rows: Images or latents; of shape (n, 0) for an operation that takes none and makes n rows.
+        mask: 1 where a pixel is seen, 0 where it is missing, of the shape of the rows; None without a mask.
+        first: Index of the first row in the request.
+        latents: Whether the rows are latents in place of images.
+        tiling: Places of the rows in larger images, if they are tiles.
+        observe: Called with the progress of iterative work; None where the caller does not listen.
     """
 
     rows: Rows
@@ -88,50 +123,122 @@ class Inputs(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its arrays."""
+        """Bytes of the arrays."""
         return self.rows.nbytes + (0 if self.mask is None else self.mask.nbytes)
 
     def part(self, start: int, size: int) -> Inputs:
-        """Some of them, as views."""
+        """Views of `size` rows from `start` on."""
         mask = None if self.mask is None else self.mask[start : start + size]
         return self._replace(rows=self.rows[start : start + size], mask=mask, first=self.first + start)
 
 
-Run = Callable[[Model, Submit, Inputs, Any], Awaitable[Result]]
+Run = Callable[[Model, Submit, Inputs, Any], Coroutine[Any, Any, Result]]
 """(model, submit, inputs, options) -> Result."""
 
 
 @dataclass(frozen=True)
+class Tensor:
+    """A named tensor that an operation takes or gives.
+
+    Args:
+        name: Its name in JSON.
+        shape: One symbol an axis, such as `n`, `draws`, `channels`, `height`, `width`; `latent` stands for all axes of
+            a latent. A scalar has none.
+        meaning: What it holds.
+        dtype: Type of its elements.
+        required: Whether every JSON request brings it, or every answer holds it.
+    """
+
+    name: str
+    shape: tuple[str, ...]
+    meaning: str
+    dtype: Literal["float32", "int64", "string"] = "float32"
+    required: bool = True
+
+
+PIXELS = ("channels", "height", "width")
+IMAGES = Tensor("images", ("n", *PIXELS), "Images; numbers lie in the model's value range")
+LATENTS = Tensor("latents", ("n", "latent"), "Latents, of the model's latent shape")
+MASK = Tensor("mask", ("n", *PIXELS), "1 where a pixel is seen, 0 where it is missing", required=False)
+MEANS = Tensor("images", ("n", *PIXELS), "Mean images")
+SEED = Tensor("seed", (), "Seed of the request's noise; the same request with it has the same answer", "int64")
+GIVEN = {"model", "version", "fingerprint", "notes"}
+"""Fields of every answer."""
+
+
+@dataclass(frozen=True)
 class Operation:
-    """Everything about an endpoint that is not shared with the others."""
+    """An operation. OpenAPI, admission, streaming, memory estimates and warm-up follow from it.
+
+    Args:
+        name: Its name in paths.
+        summary: A few words for the list of operations.
+        description: What it computes.
+        options: Its options, which are also its input adapters.
+        run: Computes the outputs.
+        inputs: What it takes. Further ones are alternatives to the first, but for a mask, which goes with it.
+        outputs: What it gives.
+        row_wise: Whether row k of its outputs depends on row k of its inputs alone. Only then may a long answer be
+            computed and sent in parts.
+        example: An example of a request in JSON.
+        answer: An example of an answer in JSON.
+        masked: Whether it needs a mask. The transparency of a picture may be one.
+        progress: For iterative work, an example of a progress event.
+        needs: Graphs that a model must have, beside encoder and decoder.
+        check: Refuses whole requests for other reasons than shape and range: (model, inputs, options).
+        warm_up: Options of the requests that are run before a model serves. The programs that they submit are timed;
+            programs without a timing never run in the event loop.
+
+    Raises:
+        ValueError: `warm_up` is empty, or an example holds what is not declared.
+    """
 
     name: str
     summary: str
     description: str
     options: type[Options]
     run: Run
-    takes: Literal["images", "latents"] | None
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    row_wise: bool
     example: dict[str, Any]
     answer: dict[str, Any]
-    observed: bool = False
-    """Whether it takes observations: values outside the model's range, as noise has them, and a mask."""
-    or_latents: bool = False
-    """Whether JSON may bring `latents` in place of images."""
     masked: bool = False
-    """Whether it needs a mask, which may be the transparency of a picture."""
     progress: dict[str, Any] | None = None
-    """Of work that may be long: an example of what it tells while it runs."""
     needs: tuple[str, ...] = ()
-    """Graphs that a model must have been exported with."""
     check: Callable[[Model, Inputs, Any], None] | None = None
-    """(model, inputs, options): what it refuses beside shape and range, of the whole request."""
+    warm_up: tuple[dict[str, Any], ...] = ({},)
+
+    def __post_init__(self) -> None:
+        if not self.warm_up:
+            raise ValueError(f"operation {self.name} has no warm-up; list the options of one request at least")
+        taken = {*self.options.model_fields, *(tensor.name for tensor in self.inputs)}
+        given = {*GIVEN, *(tensor.name for tensor in self.outputs)}
+        unknown = {*(self.example.keys() - taken), *(self.answer.keys() - given)}
+        if unknown:
+            raise ValueError(f"examples of {self.name} hold {', '.join(sorted(unknown))}; declare inputs and outputs")
+
+    @cached_property
+    def takes(self) -> str | None:
+        """Name of the array that it takes, None if it makes its own."""
+        return self.inputs[0].name if self.inputs else None
+
+    @cached_property
+    def or_latents(self) -> bool:
+        """Whether JSON may bring latents in place of images."""
+        return LATENTS.name in [tensor.name for tensor in self.inputs[1:]]
+
+    @cached_property
+    def observed(self) -> bool:
+        """Whether it takes a mask, and values outside the model's range, as noise has them."""
+        return MASK.name in [tensor.name for tensor in self.inputs]
 
     async def perform(self, model: Model, submit: Submit, inputs: Inputs, options: Any) -> Result:
-        """Run it, and see that every number of what it finds is finite, while it goes on as well as at the end.
+        """Run it, and check that all its outputs and progress reports are finite.
 
         Raises:
-            InvalidValue: One is not, and an input lies so far outside what the model knows that this explains it.
-            InferenceFailed: One is not, and nothing explains it.
+            InvalidValue: A number is not finite, and an input lies far outside the range that the model knows.
+            InferenceFailed: A number is not finite, and the input is in its range.
         """
         observe = inputs.observe
         if observe is not None:
@@ -146,7 +253,7 @@ class Operation:
         return result
 
     def _explained(self, name: str, model: Model, inputs: Inputs) -> ServiceError:
-        """Why an output may not be finite."""
+        """The error for an output that is not finite."""
         what = "latents" if inputs.latents else self.takes
         low, high = (-LATENT_EXTREME, LATENT_EXTREME) if what == "latents" else model.manifest.value_range
         if inputs.rows.size:
@@ -162,22 +269,29 @@ class Operation:
         )
 
     def row_shape(self, model: Model, options: Any) -> tuple[int, ...]:
-        """The shape of one row of what it takes: of images, the model's divided by the options' `factor`, rounded down.
+        """Shape of one row as it is sent, before its options are checked."""
+        shape: tuple[int, ...] = model.latent_shape if self.takes == "latents" else options.sent_shape(model)
+        return shape
 
-        Whether the factor divides it is looked at where the request's options are known, by `admit`.
-        """
-        if self.takes == "latents":
-            return model.latent_shape
-        channels, height, width = model.input_shape
-        factor = options.said("factor", 1)
-        return channels, max(1, height // factor), max(1, width // factor)
+    def warm_up_inputs(self, model: Model, options: Any, golden: Mapping[str, Any]) -> Inputs:
+        """Two golden rows as inputs, or as many empty rows as the options ask for."""
+        if self.takes is None:
+            return Inputs(np.empty((options.count, 0), np.float32))
+        shape = self.row_shape(model, options)
+        known = golden["decoder/z" if self.takes == "latents" else "encoder/x"]
+        rows = np.resize(known, (2, *known.shape[1:]))
+        return Inputs(np.ascontiguousarray(rows[(slice(None), *map(slice, shape))]))
 
     def offered_by(self, model: Model) -> bool:
-        """Whether the model can do it."""
+        """Whether the model has the graphs that it needs."""
         return all(graph in model.graphs for graph in self.needs)
 
     def check_offered(self, model: Model) -> None:
-        """Raise UnsupportedOperation, naming what the model lacks, where it cannot."""
+        """Refuse a model that lacks a graph.
+
+        Raises:
+            UnsupportedOperation: The message names the graphs.
+        """
         if not self.offered_by(model):
             lacking = ", ".join(graph for graph in self.needs if graph not in model.graphs)
             raise UnsupportedOperation(
@@ -186,13 +300,17 @@ class Operation:
 
 
 def is_finite(array: Rows) -> bool:
-    """Whether all numbers are finite; their sum of squares, taken first, costs a third of looking at each."""
-    flat = array.ravel()
+    """Whether all numbers are finite."""
+    flat = array.ravel()  # the sum of squares costs a third of a look at each number
     return math.isfinite(flat.dot(flat)) or bool(np.isfinite(array).all())
 
 
 def check_refinable(model: Model, graph: str) -> None:
-    """Raise UnsupportedOperation where the model lacks the graph that `quality=refined` climbs by."""
+    """Refuse `quality=refined` for a model that lacks the graph of its gradient.
+
+    Raises:
+        UnsupportedOperation: The message names the graph.
+    """
     if graph not in model.graphs:
         raise UnsupportedOperation(
             f"model {model.manifest.name} was exported without {graph}; ask for quality=fast, or export it again"

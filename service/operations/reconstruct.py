@@ -1,11 +1,13 @@
-"""POST reconstruct: images through the posterior and back."""
+"""The operation reconstruct: images through the posterior and back."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from service.operations.inference import vae
 from service.operations.inference.latent import Noise
 from service.operations.inference.vae import Result
-from service.operations.operation import DrawOptions, Inputs, Operation
+from service.operations.operation import IMAGES, MEANS, SEED, DrawOptions, Inputs, Operation
 from service.runtime.model import Model
 from service.runtime.program import Submit
 
@@ -17,11 +19,13 @@ async def _run(model: Model, submit: Submit, inputs: Inputs, options: DrawOption
 
 reconstruct = Operation(
     name="reconstruct",
-    summary="Images as the model sees them",
+    summary="Images encoded and decoded",
     description="The decoder's mean at the posterior's mean or, with `draws`, averaged over draws of the posterior.",
     options=DrawOptions,
     run=_run,
-    takes="images",
+    inputs=(IMAGES,),
+    outputs=(MEANS, replace(SEED, required=False)),
+    row_wise=True,
     example={"images": ["<base64 of a PNG>"]},
     answer={"images": [[[[0.0, 0.9], [0.1, 0.0]]]]},
 )

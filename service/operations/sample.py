@@ -1,7 +1,8 @@
-"""POST sample: images from the prior."""
+"""The operation sample: images from the prior."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 from pydantic import Field
@@ -9,22 +10,22 @@ from pydantic import Field
 from service.operations.inference import vae
 from service.operations.inference.latent import MAX_SEED, Noise
 from service.operations.inference.vae import Result
-from service.operations.operation import Inputs, Operation, Options
+from service.operations.operation import LATENTS, MEANS, SEED, Inputs, Operation, Options
 from service.runtime.model import Model
 from service.runtime.program import Submit
 
 
 class SampleOptions(Options):
-    """What to draw."""
+    """How many images to draw, and how."""
 
     count: Annotated[int, Field(ge=1)] = 1
-    """How many images."""
+    """Number of images."""
     seed: Annotated[int | None, Field(ge=0, le=MAX_SEED)] = None
     """Seed of the draws; the answer names the one it used. More images never change the first ones."""
     temperature: Annotated[float, Field(ge=0, le=10)] = 1.0
-    """Scale of the noise that the prior makes latents of; 1 is the prior, less is more typical."""
+    """Scale of the noise that the prior makes latents of. 1 is the prior; less gives more typical images."""
     latents: bool = False
-    """Whether the answer holds the latents too."""
+    """Whether the answer also holds the latents."""
 
 
 async def _run(model: Model, submit: Submit, inputs: Inputs, options: SampleOptions) -> Result:
@@ -40,7 +41,9 @@ sample = Operation(
     description="E[x|z] for z drawn from the prior p(z). Options in the query string or as JSON; no body is needed.",
     options=SampleOptions,
     run=_run,
-    takes=None,
+    inputs=(),
+    outputs=(MEANS, SEED, replace(LATENTS, required=False)),
+    row_wise=True,
     example={"count": 1, "seed": 7},
     answer={"images": [[[[0.0, 0.9], [0.1, 0.0]]]], "seed": 7},
 )

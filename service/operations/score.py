@@ -1,4 +1,4 @@
-"""POST score: how likely images are under the model."""
+"""The operation score: how likely images are under the model."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from service.contract.manifest import Scoring
 from service.errors import InvalidOption
 from service.operations.examples import PROGRESS
 from service.operations.inference.latent import MAX_SEED, Noise
-from service.operations.inference.scoring import DRAWS, Wish
+from service.operations.inference.refinement import STEPS
+from service.operations.inference.scoring import DRAWS, ScoreChoices
 from service.operations.inference.scoring import score as scored
 from service.operations.inference.vae import Result, noted
-from service.operations.operation import ImageOptions, Inputs, Operation, check_refinable
+from service.operations.operation import IMAGES, PIXELS, SEED, ImageOptions, Inputs, Operation, Tensor, check_refinable
 from service.runtime.model import Model
 from service.runtime.program import Submit
 
@@ -25,26 +26,36 @@ GREY_NOTE = (
 
 
 class ScoreOptions(ImageOptions):
-    """How well to score, and what else."""
+    """How accurately to score, and what else to return."""
 
     draws: Annotated[int, Field(ge=1)] = DRAWS
-    """Posterior draws an image, over which everything is averaged."""
+    """Posterior draws for each image; the figures are averages over them."""
     seed: Annotated[int | None, Field(ge=0, le=MAX_SEED)] = None
     """Seed of the draws and of the pixels; the answer names the one it used."""
     quality: Literal["fast", "refined"] = "fast"
-    """`fast` takes q(z|x) from the encoder; `refined` goes on from there by variational inference for each image,
-    some twenty times as much work, which gives way to everybody else's."""
+    """`fast` takes q(z|x) from the encoder. `refined` continues from there by variational inference for each image:
+    about 20 times as much work, at low priority."""
     binarise: Literal["sample", "threshold", "none"] | None = None
-    """How grey levels become the black and white that a model of such pixels knows: each pixel drawn with its grey
-    level as its probability, or cut at 0.5. By default what was done to the images that the model was trained on."""
+    """How grey levels become black and white for a model of binary pixels: `sample` draws each pixel with its grey
+    level as its probability, `threshold` cuts at 0.5. The default is what the model was trained with."""
     error: bool = False
-    """Whether the answer holds `error`, the squared error of every pixel at the posterior's mean."""
+    """Whether the answer holds `error`, the squared error of each pixel at the posterior's mean."""
+
+    @property
+    def multiplicity(self) -> int:
+        """Rows that one row of the request becomes."""
+        return self.draws
+
+    def memory_numbers(self, image: int, latent: int) -> int:
+        """Numbers that are in memory for one row of the request while it is answered."""
+        return super().memory_numbers(image, latent) + (STEPS * latent if self.quality == "refined" else 0)
 
 
 def binarisation(model: Model, options: ScoreOptions) -> tuple[Scoring, str]:
-    """What the manifest says of scoring, and how the images are made black and white.
+    """What the manifest says of scoring, and how the images are binarised.
 
-    Raises: InvalidOption for a model of grey levels, where nothing else than `none` makes sense.
+    Raises:
+        InvalidOption: The model scores grey levels, so `binarise` must be `none`.
     """
     scoring = model.manifest.scoring
     assert scoring is not None  # it goes with log_joint
@@ -71,8 +82,8 @@ def _check(model: Model, inputs: Inputs, options: ScoreOptions) -> None:
 async def _run(model: Model, submit: Submit, inputs: Inputs, options: ScoreOptions) -> Result:
     scoring, how = binarisation(model, options)
     of_grey = scoring.binary and scoring.binarisation == "none" and how == "none"
-    wish = Wish(how, not of_grey, options.quality == "refined", options.draws, options.error)
-    result = await scored(model.plan, submit, inputs.rows, wish, Noise(options.seed, inputs.first), inputs.observe)
+    choices = ScoreChoices(how, not of_grey, options.quality == "refined", options.draws, options.error)
+    result = await scored(model.plan, submit, inputs.rows, choices, Noise(options.seed, inputs.first), inputs.observe)
     outputs = dict(result.outputs)
     if how == scoring.binarisation:
         values = scoring.elbo_percentiles_nats
@@ -85,11 +96,25 @@ async def _run(model: Model, submit: Submit, inputs: Inputs, options: ScoreOptio
 score = Operation(
     name="score",
     summary="How likely images are",
-    description="The ELBO, a bound on log p(x), with its two terms; importance_weighted, a tighter one over the draws, "
-    "with its standard error; and the share of validation images whose ELBO is lower, in percent. All in nats.",
+    description="The ELBO, a lower bound on log p(x), with its two terms; importance_weighted, a tighter bound over "
+    "the draws, with its standard error; and the share of validation images whose ELBO is lower. Figures are in nats, "
+    "shares in percent.",
     options=ScoreOptions,
     run=_run,
-    takes="images",
+    inputs=(IMAGES,),
+    outputs=(
+        Tensor("elbo", ("n",), "Lower bound on log p(x), in nats"),
+        Tensor("log_likelihood", ("n",), "E_q log p(x|z), in nats"),
+        Tensor("kl", ("n",), "KL(q(z|x) || p(z)), in nats"),
+        Tensor("refined_elbo", ("n",), "ELBO of the refined posterior, with `quality=refined`", required=False),
+        Tensor("importance_weighted", ("n",), "Tighter bound on log p(x) over the draws, in nats", required=False),
+        Tensor("standard_error", ("n",), "Standard error of `importance_weighted`, in nats", required=False),
+        Tensor("percentile", ("n",), "Validation images with a lower ELBO, in percent", required=False),
+        Tensor("error", ("n", *PIXELS), "Squared error of each pixel, with `error`", required=False),
+        SEED,
+        Tensor("binarisation", (), "How grey levels were made black and white", "string"),
+    ),
+    row_wise=True,
     example={"images": ["<base64 of a PNG>"], "seed": 7},
     answer={
         "elbo": [-84.1],
@@ -104,4 +129,5 @@ score = Operation(
     progress=PROGRESS,
     needs=("log_joint",),
     check=_check,
+    warm_up=({}, {"quality": "refined"}),
 )

@@ -1,4 +1,4 @@
-"""POST super-resolve: small images to ones of the model's size."""
+"""The operation super-resolve: small images to images of the model's size."""
 
 from __future__ import annotations
 
@@ -6,21 +6,39 @@ from typing import Annotated
 
 from pydantic import Field
 
+from service.errors import InvalidOption
 from service.operations.examples import PROGRESS
 from service.operations.inference.vae import Result
-from service.operations.operation import Inputs, Operation
-from service.operations.restoring import NEEDS, RestoreOptions, observed, restored
+from service.operations.operation import IMAGES, MASK, Inputs, Operation
+from service.operations.restoration import NEEDS, OUTPUTS, WARM_UP, RestoreOptions, observed, restored
 from service.runtime.model import Model
 from service.runtime.program import Submit
 
 
 class SuperResolveOptions(RestoreOptions):
-    """How small the images are, and what is wanted."""
+    """How small the images are, and how to restore."""
 
     factor: Annotated[int, Field(ge=2)] = 2
     """Each pixel that is sent is the mean of factor x factor pixels of the answer."""
     level: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Standard deviation of Gaussian noise on what is sent; 0 for none."""
+
+    def check(self, model: Model) -> None:
+        """Refuse a factor that does not divide the model's height and width.
+
+        Raises:
+            InvalidOption: The message names the factors that do.
+        """
+        _, height, width = model.input_shape
+        if height % self.factor or width % self.factor:
+            fitting = [str(k) for k in range(2, min(height, width) + 1) if not (height % k or width % k)]
+            known = ", ".join(fitting) or "none does"
+            raise InvalidOption(f"factor is {self.factor}; it must divide {height} x {width}: {known}")
+
+    def sent_shape(self, model: Model) -> tuple[int, ...]:
+        """Shape of one image as it is sent: height and width divided by the factor, rounded down."""
+        channels, height, width = model.input_shape
+        return channels, max(1, height // self.factor), max(1, width // self.factor)
 
 
 async def _run(model: Model, submit: Submit, inputs: Inputs, options: SuperResolveOptions) -> Result:
@@ -33,14 +51,16 @@ async def _run(model: Model, submit: Submit, inputs: Inputs, options: SuperResol
 super_resolve = Operation(
     name="super-resolve",
     summary="Small images enlarged",
-    description="Approximate posterior mean of an image of which means of blocks of factor x factor pixels are seen: "
-    "it takes images of the model's size divided by `factor`, and its answer shrinks to what was sent.",
+    description="Approximate posterior mean of an image, given the means of its blocks of factor x factor pixels. It "
+    "takes images of the model's size divided by `factor`; the block means of its answer are what was sent.",
     options=SuperResolveOptions,
     run=_run,
-    takes="images",
+    inputs=(IMAGES, MASK),
+    outputs=OUTPUTS,
+    row_wise=True,
     example={"images": ["<base64 of a PNG>"], "factor": 2},
     answer={"images": [[[[0.0, 0.9], [0.1, 0.0]]]]},
-    observed=True,
     progress=PROGRESS,
     needs=NEEDS,
+    warm_up=WARM_UP,
 )

@@ -1,7 +1,8 @@
-"""POST traverse: images along one or two latents, over the whole of the prior."""
+"""The operation traverse: images along one or two axes of the prior."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from statistics import NormalDist
 from typing import Annotated
 
@@ -12,31 +13,31 @@ from service.errors import InvalidOption
 from service.operations.inference import vae
 from service.operations.inference.latent import MAX_SEED, standard_normal
 from service.operations.inference.vae import Result, Rows
-from service.operations.operation import Inputs, Operation, Options
+from service.operations.operation import LATENTS, MEANS, Inputs, Operation, Options
 from service.runtime.model import Model
 from service.runtime.program import Submit
 
 
 class TraverseOptions(Options):
-    """Which latents, and how finely."""
+    """Which axes of the latents, and how finely."""
 
     axes: Annotated[str, Field(pattern=r"^\d{1,6}(,\d{1,6})?$")] = "0,1"
-    """One latent, or two with a comma between: the first runs to the right, the second up."""
+    """One axis of the latents, or two with a comma between: the first runs to the right, the second up."""
     size: Annotated[int, Field(ge=2, le=128)] = 10
-    """Images a side."""
+    """Images along each axis."""
     seed: Annotated[int | None, Field(ge=0, le=MAX_SEED)] = None
-    """Through which draw of the prior; without one, through its middle."""
+    """Seed of the draw of the prior that the axes go through; without one they go through its mean."""
     latents: bool = False
-    """Whether the answer holds the latents too."""
+    """Whether the answer also holds the latents."""
 
     @property
     def numbers(self) -> list[int]:
-        """The axes."""
+        """The axes as numbers."""
         return [int(number) for number in self.axes.split(",")]
 
     @property
     def count(self) -> int:
-        """Images in all."""
+        """Number of images."""
         return int(self.size ** len(self.numbers))
 
 
@@ -46,10 +47,20 @@ async def _run(model: Model, submit: Submit, inputs: Inputs, options: TraverseOp
 
 
 def grid(options: TraverseOptions, shape: tuple[int, ...]) -> Rows:
-    """The prior's noise at the medians of cells of equal probability, row by row from the top: (count, *shape).
+    """The prior's noise at the medians of cells of equal probability, row by row from the top.
 
-    Source: Kingma and Welling (2013), figure 4.
-    Raises: InvalidOption for an axis that is not there, or the same one twice.
+    Args:
+        options: The axes, and images along each.
+        shape: Shape of the noise of one image.
+
+    Returns:
+        Noise, (count, *shape).
+
+    Source:
+        Kingma and Welling (2013), figure 4.
+
+    Raises:
+        InvalidOption: An axis does not exist, or is named twice.
     """
     axes, width = options.numbers, int(np.prod(shape))
     if max(axes) >= width or len(set(axes)) < len(axes):
@@ -66,11 +77,14 @@ def grid(options: TraverseOptions, shape: tuple[int, ...]) -> Rows:
 traverse = Operation(
     name="traverse",
     summary="A map of the latents",
-    description="E[x|z] over a grid of equal probability of one or two of the prior's latents, the others held: what "
-    "each of them means. For a model of two latents, the whole of its prior.",
+    description="E[x|z] over a grid of equal probability of one or two axes of the prior, with the others fixed. For a "
+    "model of two latents, this shows all of its prior.",
     options=TraverseOptions,
     run=_run,
-    takes=None,
+    inputs=(),
+    outputs=(MEANS, replace(LATENTS, required=False)),
+    row_wise=True,
     example={"axes": "0,1", "size": 10},
     answer={"images": [[[[0.0, 0.9], [0.1, 0.0]]]], "latents": [[-1.6, 1.6]]},
+    warm_up=({"axes": "0", "size": 2},),
 )

@@ -5,12 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from service.operations.inference.refinement import NEARBY_RATE, RATE, STEPS, climb_rows
-from service.operations.inference.restoration import denoise_rows
-from service.operations.inference.scoring import DRAWS, weigh_rows
-from service.operations.inference.vae import decode_rows, encode_rows, reconstruct_rows, sample_rows
+from service.operations.registry import warm_up
 from service.runtime.model import Model
 from service.runtime.program import Arrays, ModelProgram, Timing
 
@@ -44,33 +39,10 @@ def take_timings(model: Model, golden: Mapping[str, Any], max_rows: int, timings
 
 
 def _usual(model: Model, golden: Mapping[str, Any], max_rows: int) -> Iterator[tuple[ModelProgram, int, Arrays]]:
-    """Each program that is timed, the rows of its largest batch, and its inputs with at least one row.
+    """Each program that the operations' warm-up requests submit, the rows of its largest batch, and its inputs.
 
     The caller sets a program's timing before it asks for the next one, which may take the same timing.
     """
-    x, z = golden["encoder/x"], golden["decoder/z"]
-    yield model.plan("encode", encode_rows), max_rows, (x,)
-    yield model.plan("decode", decode_rows), max_rows, (z,)
-    yield model.plan("reconstruct", reconstruct_rows), max_rows, (x,)
-    yield model.plan("sample", sample_rows), max_rows, (golden["prior/eps"] if "prior" in model.graphs else z,)
-    if "recognition" in model.graphs:
-        seen = tuple(golden[f"recognition/{key}"] for key in ("y", "mask", "level"))
-        yield model.plan("denoise", denoise_rows, 0, 0, completions=False), max_rows, seen
-        model.plan("denoise", denoise_rows, 0, None, completions=False)  # nearly the same work, so the same timing
-    if "log_joint" in model.graphs:
-        x, z = golden["log_joint/x"], golden["log_joint/z"]
-        eps = np.zeros((len(z), DRAWS, *z.shape[1:]), np.float32)
-        yield model.plan("weigh", weigh_rows, DRAWS), max(1, max_rows // DRAWS), (x, z, np.zeros_like(z), eps)
-    for operation, graph, rate in (("refine", "refinement", RATE), ("climb", "elbo_gradient", NEARBY_RATE)):
-        if graph in model.graphs:
-            yield _ascent(model, operation, graph, rate, golden)
-
-
-def _ascent(
-    model: Model, operation: str, graph: str, rate: float, golden: Mapping[str, Any]
-) -> tuple[ModelProgram, int, Arrays]:
-    mean, log_var, eps, *given = (golden[f"{graph}/{key}"] for key in model.manifest.graphs[graph].inputs)
-    zero = np.zeros((len(mean), 2, mean.shape[1]), np.float32)
-    ascent = (np.stack([mean, log_var], 1), zero, zero, np.zeros(len(mean), np.int64))
-    program = model.plan(operation, climb_rows, 0, graph, given[0].shape[1:], rate, rounds=STEPS)
-    return program, MOST_REFINED, (*ascent, eps, *given)
+    for program, arrays in warm_up(model, golden):
+        if program.timing is None:
+            yield program, MOST_REFINED if program.rounds > 1 else max(1, max_rows // program.weight), arrays

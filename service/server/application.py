@@ -1,14 +1,13 @@
-"""FastAPI with direct routes: documented by FastAPI, answered by an ASGI application without FastAPI's overhead."""
+"""FastAPI with direct routes, which an ASGI application answers without FastAPI's overhead."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any
 
 from fastapi import FastAPI, Response
-from fastapi.routing import APIRoute
-from starlette.routing import Match
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 MAX_PATH_CHARACTERS = 256
@@ -23,30 +22,33 @@ class Application(FastAPI):
     Args:
         respond: Gives the response for an error that is raised outside of any route.
         wrap: Puts middleware around everything but the direct routes.
+        document: Completes the OpenAPI document of FastAPI's routes with the direct ones.
         **options: Options of FastAPI.
     """
 
     def __init__(
-        self, respond: Callable[[Exception], Response], wrap: Callable[[ASGIApp], ASGIApp], **options: Any
+        self,
+        respond: Callable[[Exception], Response],
+        wrap: Callable[[ASGIApp], ASGIApp],
+        document: Callable[[dict[str, Any]], dict[str, Any]],
+        **options: Any,
     ) -> None:
         super().__init__(**options)
         self.respond = respond
-        self._wrap = wrap
-        self._direct: list[APIRoute] = []
+        self._wrap, self._document = wrap, document
+        self._direct: list[Route] = []
 
-    def add_direct_route(self, path: str, documented: Callable[..., Any], serve: ASGIApp, **documentation: Any) -> None:
-        """Add a route for POST.
-
-        Args:
-            path: Path with parameters in braces, as FastAPI takes it.
-            documented: A function whose signature FastAPI documents; never called.
-            serve: Answers the requests.
-            **documentation: Further options of `FastAPI.add_api_route`.
-        """
-        self.router.add_api_route(path, documented, methods=["POST"], **documentation)
-        route = cast("APIRoute", self.router.routes[-1])
-        route.app = serve
+    def add_direct_route(self, path: str, serve: ASGIApp) -> None:
+        """Let `serve` answer POST at `path`, which may have parameters in braces."""
+        route = Route(path, serve, methods=["POST"])
+        self.router.routes.append(route)
         self._direct.append(route)
+
+    def openapi(self) -> dict[str, Any]:
+        """The OpenAPI document of all routes."""
+        if self.openapi_schema is None:
+            self.openapi_schema = self._document(super().openapi())
+        return self.openapi_schema
 
     def build_middleware_stack(self) -> ASGIApp:
         """Build the added middleware around the direct routes, and FastAPI's own middleware behind them."""
@@ -64,7 +66,7 @@ class DirectRoutes:
     FastAPI's own dispatch costs more than the inference. Each path is matched by its route once, then cached.
     """
 
-    def __init__(self, app: ASGIApp, routes: Sequence[APIRoute]) -> None:
+    def __init__(self, app: ASGIApp, routes: Sequence[Route]) -> None:
         self._app = app
         self._routes = routes
         self._find = lru_cache(1024)(self._match)

@@ -29,7 +29,7 @@ EXTRAS = {
     "docs": ["train", "test"],
 }
 """Which extras a file or package may import, besides the dependencies that are always there."""
-ELSEWHERE = {"benchmarks/peers", "benchmarks/trainers"}
+ELSEWHERE = {"benchmarks/peers", "benchmarks/trainers", "tests/clients/python"}
 """What runs in environments of its own."""
 KNOWS = {
     "contract": set(),

@@ -9,7 +9,7 @@ import pytest
 
 from experiments.__main__ import main
 from experiments.comparisons.separate import OWN, SCORES, SeparateOptions, auroc, figures, kinds, page, rotated, sheared
-from service.api.v1.routes import OPERATIONS
+from service.operations.registry import OPERATIONS
 
 pytestmark = pytest.mark.usefixtures("own_signals")
 

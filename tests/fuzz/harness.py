@@ -28,7 +28,6 @@ with atheris.instrument_imports(include=["service", "python_multipart"]):
     from service.api.memory import Memory
     from service.api.offload import Offload
     from service.api.v1.endpoint import Context, OperationApp
-    from service.api.v1.routes import OPERATIONS
     from service.api.validation import in_range
     from service.codecs import OPTION_FORMS, READERS, Intake
     from service.codecs.negotiation import acceptable
@@ -36,6 +35,7 @@ with atheris.instrument_imports(include=["service", "python_multipart"]):
     from service.contract import manifest
     from service.errors import ServiceError
     from service.observability.metrics import Telemetry
+    from service.operations.registry import OPERATIONS
     from service.repository.repository import Repository
     from service.runtime.scheduler import Engine
     from service.settings import Settings

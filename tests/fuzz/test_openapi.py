@@ -27,9 +27,9 @@ SEED = int(os.environ.get("FUZZ_SEED", "1"))
 EXCLUDED = [positive_data_acceptance]  # what fits the document may still have another shape than the model's images
 IMAGE = {"type": "array", "items": {"type": "number", "minimum": 0, "maximum": 1}, "minItems": 8, "maxItems": 8}
 SHAPES = {
-    "images": {"items": {"type": "array", "items": IMAGE, "minItems": 8, "maxItems": 8}, "minItems": 2, "maxItems": 2},
-    "mask": {"items": {"type": "array", "items": IMAGE, "minItems": 8, "maxItems": 8}, "minItems": 1, "maxItems": 1},
-    "latents": {"items": IMAGE, "minItems": 2, "maxItems": 2},
+    "images": {"type": "array", "items": {**IMAGE, "items": IMAGE}, "minItems": 2, "maxItems": 2},
+    "mask": {"type": "array", "items": {**IMAGE, "items": IMAGE}, "minItems": 1, "maxItems": 1},
+    "latents": {"type": "array", "items": IMAGE, "minItems": 2, "maxItems": 2},
 }
 """What the document cannot know of arrays, for the model of 8 x 8 pixels and 8 latents."""
 BOUNDS = {"count": 16, "size": 4, "steps": 8, "draws": 4}
@@ -87,15 +87,17 @@ def test_requests_of_the_models_own_shapes_are_answered(url: str, document: dict
     """With the shapes filled in, most are right ones, and their answers are as documented."""
     operations = {path: item for path, item in document["paths"].items() if path.count("/") == 2 and "post" in item}
     assert len(operations) == 10
-    paths = {path: {"post": shaped(item["post"])} for path, item in operations.items()}
+    schemas = document["components"]["schemas"]
+    paths = {path: {"post": shaped(item["post"], schemas)} for path, item in operations.items()}
     statuses = outcomes({**document, "paths": paths}, url, (GenerationMode.POSITIVE,))
     assert statuses[200] > 0.5 * statuses.total(), statuses
 
 
-def shaped(operation: dict[str, Any]) -> dict[str, Any]:
+def shaped(operation: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
     """An operation asked in JSON alone, its arrays and numbers within what this model and these limits take."""
-    body = operation["requestBody"]["content"]["application/json"]["schema"]
-    properties = {name: {**schema, **SHAPES.get(name, {})} for name, schema in bounded(body["properties"])}
+    body = schemas[operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]]
+    given = bounded(body["properties"])
+    properties = {name: SHAPES.get(name, schema) if "$ref" in schema else schema for name, schema in given}
     arrays = [name for name in ("images", "latents") if name in properties][:1]
     content = {"schema": {**body, "properties": properties, "required": arrays}}
     return {**operation, "parameters": [], "requestBody": {"required": True, "content": {"application/json": content}}}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
@@ -106,6 +108,40 @@ def test_every_endpoint_is_documented_with_an_example(client: httpx.Client) -> N
             (content,) = (form for form in methods["get"]["responses"]["200"]["content"].values() if "example" in form)
             assert content["example"], path
     assert client.get("/docs").status_code == 200
+
+
+def parts(schema: Any) -> Iterator[dict[str, Any]]:
+    """Every object within a document."""
+    if isinstance(schema, dict):
+        yield schema
+        for value in schema.values():
+            yield from parts(value)
+    elif isinstance(schema, list):
+        for value in schema:
+            yield from parts(value)
+
+
+def test_the_document_is_complete_enough_for_generators(client: httpx.Client) -> None:
+    """Arrays say of what, fields have a type and a description, references lead somewhere, problems are one schema."""
+    document = client.get("/openapi.json").json()
+    paths = {path: item for path, item in document["paths"].items() if path.rpartition("/")[2] in OPERATIONS}
+    assert len(paths) == 3 * len(OPERATIONS)
+    schemas = document["components"]["schemas"]
+    for part in parts([paths, schemas]):
+        if part.get("type") == "array":
+            assert part["items"], part
+        if "$ref" in part:
+            assert part["$ref"].removeprefix("#/components/schemas/") in schemas
+    for name in (name for name in schemas if name.endswith(("Request", "Answer", "Form", "Fields", "Note", "Problem"))):
+        for field, schema in schemas[name]["properties"].items():
+            assert schema.keys() & {"type", "anyOf", "$ref"}, (name, field)
+            assert "description" in schema or "$ref" in schema, (name, field)
+    for item in paths.values():
+        for status, answer in item["post"]["responses"].items():
+            content = answer["content"]
+            schema = str((content.get("application/json") or content["application/problem+json"])["schema"])
+            name = "Problem" if status != "200" else "Answer"
+            assert schema.endswith(f"{name}'}}"), status
 
 
 def test_a_service_whose_engine_has_stopped_says_so(digits_models: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -12,8 +14,22 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+from service.repository.model import Model
 
+from service.api.memory import Memory
+from service.api.offload import Offload
+from service.api.v1.endpoint import Context, OperationApp
+from service.api.v1.openapi import with_operations
+from service.operations.encode import encode
 from service.operations.inference.latent import standard_normal
+from service.operations.inference.vae import Result, Submit
+from service.operations.operation import GIVEN, IMAGES, MEANS, Inputs, Operation, Options, Tensor
+from service.operations.reconstruct import reconstruct
+from service.operations.registry import OPERATIONS, warm_up
+from service.repository.repository import Repository
+from service.runtime.batcher import Arrays, Trip
+from service.runtime.scheduler import Engine
+from service.settings import Settings
 
 Rows = NDArray[np.float32]
 Graphs = dict[str, Callable[..., tuple[Rows, ...]]]
@@ -272,3 +288,115 @@ def test_options_in_a_form_are_read(client: httpx.Client, images: Rows) -> None:
     """A form's text fields are options."""
     request = {"files": {"file": ("x.npy", as_npy(images))}, "data": {"draws": "2", "seed": "3"}}
     assert numbers(post(client, "/v1/encode", request), "latents").shape == (3, 2, 8)
+
+
+# Declarations
+
+FULL: dict[str, dict[str, Any]] = {
+    "encode": {"draws": 2},
+    "decode": {},
+    "reconstruct": {"draws": 2},
+    "denoise": {"quality": "refined", "draws": 2, "uncertainty": True, "completions": True},
+    "inpaint": {"quality": "refined", "draws": 2, "uncertainty": True, "completions": True, "noise": "gaussian"},
+    "super-resolve": {"quality": "refined", "draws": 2, "uncertainty": True, "completions": True, "level": 0.1},
+    "score": {"quality": "refined", "error": True},
+    "sample": {"count": 3, "latents": True},
+    "interpolate": {"steps": 4, "latent_walk": True},
+    "traverse": {"axes": "0", "size": 3, "latents": True},
+}
+"""Options with which an answer holds every output."""
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
+def test_an_answer_holds_the_declared_outputs(client: httpx.Client, images: Rows, operation: Operation) -> None:
+    """By name, and in shapes where each symbol has one size."""
+    taken = {"images": images, "latents": np.zeros((3, 8), np.float32)}.get(operation.takes or "", np.empty(0))
+    if operation.name == "interpolate":
+        taken = taken[:2]
+    if operation.name == "super-resolve":
+        taken = taken[..., ::2, ::2]
+    arrays = {operation.takes: taken.tolist()} if operation.takes else {}
+    masks = {"mask": np.tri(8).tolist()} if operation.masked else {}
+    request = {"json": {**arrays, **masks, **FULL[operation.name]}}
+    answer = post(client, f"/v1/{operation.name}", request).json()
+    assert answer.keys() - GIVEN == {tensor.name for tensor in operation.outputs}
+    sizes = {"n": 3, "draws": 2, "steps": 4, "latent": 8, "channels": 1, "height": 8, "width": 8}
+    for tensor in operation.outputs:
+        assert np.shape(answer[tensor.name]) == tuple(sizes[axis] for axis in tensor.shape), tensor.name
+
+
+def test_what_is_not_row_wise_is_computed_as_a_whole(small: Repository) -> None:
+    """300 rows minus their common mean are the same numbers in JSON and in binary."""
+
+    async def centred(_model: Model, _submit: Submit, inputs: Inputs, _options: Options) -> Result:
+        return Result({"images": inputs.rows - inputs.rows.mean(0)}, {}, Trip((), 0.0, 0.0))
+
+    operation = replace(reconstruct, name="centre", run=centred, row_wise=False)
+    settings = Settings()
+    context = Context(settings, small, Engine(settings), Memory(settings.memory_bytes), Offload())
+    served = OperationApp(operation, context)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await served({**scope, "path_params": {}}, receive, send)
+
+    async def scenario() -> None:
+        x = np.random.default_rng(0).random((300, 1, 28, 28), np.float32)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x", timeout=60) as one:
+            headers = {"content-type": "application/x-npy"}
+            json, npy = [
+                await one.post("/", content=as_npy(x), headers={**headers, "accept": accept})
+                for accept in ("application/json", "application/x-npy")
+            ]
+        assert np.array_equal(np.array(json.json()["images"], np.float32), np.load(io.BytesIO(npy.content)))
+        await context.engine.close()
+
+    asyncio.run(scenario())
+
+
+def test_an_example_may_hold_any_declared_number() -> None:
+    """A float that is no array is documented as a number; what is not declared is refused by its name."""
+    tensors = (*reconstruct.outputs, Tensor("threshold", (), "Where it cuts"))
+    found = replace(reconstruct, outputs=tensors, answer={"images": [[[[0.5]]]], "threshold": 0.5})
+    schemas = with_operations({"paths": {}}, [found])["components"]["schemas"]
+    assert schemas["ReconstructAnswer"]["properties"]["threshold"]["type"] == "number"
+    with pytest.raises(ValueError, match="hold threshold"):
+        replace(found, outputs=reconstruct.outputs)
+
+
+def test_what_a_usual_request_runs_has_been_timed(model: Model, images: Rows) -> None:
+    """Every program of every operation: one without a timing would never run in the event loop."""
+    programs = []
+
+    async def submit(program: Any, arrays: Arrays, **_: Any) -> Trip:
+        programs.append(program)
+        return Trip(program.run(*arrays), 0.0, 0.0)
+
+    for operation in OPERATIONS:
+        options = operation.options()
+        rows = {"images": images, "latents": np.zeros((3, 8), np.float32)}.get(operation.takes or "")
+        if rows is None:
+            rows = np.empty((options.count, 0), np.float32)  # type: ignore[attr-defined]
+        if operation.name == "super-resolve":
+            rows = rows[..., ::2, ::2]
+        inputs = Inputs(rows[:2] if operation.name == "interpolate" else rows)
+        asyncio.run(operation.perform(model, submit, inputs, options))  # type: ignore[arg-type]
+    assert {program.operation for program in programs if program.timing is None} == set()
+    assert len(set(programs)) > 5
+
+
+def test_a_new_operation_is_warmed_without_being_asked_for(model: Model, images: Rows) -> None:
+    """Its programs come up with golden rows; one that declares no request is refused when it is declared."""
+
+    def bright_rows(graphs: Graphs) -> Callable[..., Arrays]:
+        return lambda x: (2 * graphs["decoder"](graphs["encoder"](x)[0])[0],)
+
+    async def run(model: Model, submit: Submit, inputs: Inputs, _options: Options) -> Result:
+        trip = await submit(model.plan("brighten", bright_rows), (inputs.rows,))
+        return Result({"images": trip.arrays[0]}, {}, trip)
+
+    operation = Operation("brighten", "", "", Options, run, (IMAGES,), (MEANS,), row_wise=True, example={}, answer={})
+    ((program, (rows,)),) = warm_up(model, {"encoder/x": images}, (operation,))
+    assert program is model.plan("brighten", bright_rows)
+    assert np.array_equal(rows, images[:2])
+    with pytest.raises(ValueError, match="encode has no warm-up"):
+        replace(encode, warm_up=())

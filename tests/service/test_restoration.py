@@ -21,7 +21,7 @@ from service.app import create_app
 from service.contract.corruption import Observation, Operator, operator_of, projected
 from service.operations.inference.latent import Noise, standard_normal
 from service.operations.inference.refinement import RATE, REFINEMENT_STREAM, STEPS
-from service.operations.inference.restoration import Wish, restore
+from service.operations.inference.restoration import RestoreChoices, restore
 from service.operations.inference.vae import Result
 from service.repository.repository import Repository
 from service.runtime.batcher import Batcher
@@ -31,7 +31,7 @@ from service.settings import Settings
 Rows = NDArray[np.float32]
 Graphs = dict[str, Callable[..., tuple[Rows, ...]]]
 JSON = "application/json"
-REFINED = Wish(refined=True, draws=0, uncertainty=True, completions=False)
+REFINED = RestoreChoices(refined=True, draws=0, uncertainty=True, completions=False)
 
 
 def post(client: httpx.Client, path: str, **request: Any) -> httpx.Response:
@@ -99,15 +99,15 @@ def test_the_seed_that_is_named_repeats_steps_and_draws(client: httpx.Client, im
     assert again["images"] == first["images"]
 
 
-def run(model: Model, *requests: tuple[Observation, Wish, int]) -> list[Result]:
+def run(model: Model, *requests: tuple[Observation, RestoreChoices, int]) -> list[Result]:
     """Side by side through one batcher."""
 
     async def scenario() -> list[Result]:
         engine = Batcher(max_rows=8, queue_rows=4096)
         try:
             jobs = [
-                restore(model.plan, engine.submit, model.latent_shape, seen, wish, Noise(seed))
-                for seen, wish, seed in requests
+                restore(model.plan, engine.submit, model.latent_shape, seen, choices, Noise(seed))
+                for seen, choices, seed in requests
             ]
             return await asyncio.gather(*jobs)
         finally:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from service.app import create_app
 from service.contract.manifest import Scoring
 from service.operations.inference.latent import Noise, standard_normal, uniform
-from service.operations.inference.scoring import BINARISATION_STREAM, SLICE, Wish, score
+from service.operations.inference.scoring import BINARISATION_STREAM, SLICE, ScoreChoices, score
 from service.operations.inference.vae import Result
 from service.repository.repository import Repository
 from service.runtime.batcher import Batcher
@@ -28,12 +28,12 @@ from service.settings import Settings
 
 Rows = NDArray[np.float32]
 Graphs = dict[str, Callable[..., tuple[Rows, ...]]]
-WISH = Wish("none", weighted=True, refined=False, draws=16, error=False)
+CHOICES = ScoreChoices("none", weighted=True, refined=False, draws=16, error=False)
 RAW = {"content-type": "application/octet-stream"}
 FIGURES = ["elbo", "log_likelihood", "kl", "importance_weighted", "standard_error", "percentile"]
 
 
-def run(model: Model, *requests: tuple[Rows, Wish, int]) -> list[Result]:
+def run(model: Model, *requests: tuple[Rows, ScoreChoices, int]) -> list[Result]:
     """Side by side through one batcher."""
 
     async def scenario() -> list[Result]:
@@ -103,7 +103,7 @@ def test_under_the_exact_posterior_every_weight_is_the_evidence() -> None:
     """So the importance-weighted figure is log p(x) without error; the ELBO is its mean over draws."""
     linear = Linear()
     x = linear.x(50)
-    (result,) = run(linear.model(), (x, WISH, 1))
+    (result,) = run(linear.model(), (x, CHOICES, 1))
     exact = linear.log_prob(x)
     np.testing.assert_allclose(result.outputs["importance_weighted"], exact, atol=1e-4)
     assert float(result.outputs["standard_error"].max()) < 1e-4
@@ -114,7 +114,7 @@ def test_the_standard_error_is_that_of_repeated_estimates() -> None:
     """Over 300 seeds, under a posterior that is too wide, within a fifth; and log p(x) is near."""
     linear = Linear(shift=0.1, scale=1.5)
     x = np.repeat(linear.x(1), 300, axis=0)
-    (result,) = run(linear.model(), (x, WISH._replace(draws=40), 5))
+    (result,) = run(linear.model(), (x, CHOICES._replace(draws=40), 5))
     estimates, errors = result.outputs["importance_weighted"], result.outputs["standard_error"]
     assert float(errors.mean()) == pytest.approx(float(estimates.std()), rel=0.2)
     assert float(estimates.mean()) == pytest.approx(float(linear.log_prob(x)[0]), abs=0.05)
@@ -125,7 +125,7 @@ def test_refinement_climbs_to_the_evidence() -> None:
     linear = Linear(shift=0.3, scale=1.3)
     x = linear.x(8)
     exact = linear.log_prob(x)
-    fast, refined = run(linear.model(), (x, WISH, 1), (x, WISH._replace(refined=True), 1))
+    fast, refined = run(linear.model(), (x, CHOICES, 1), (x, CHOICES._replace(refined=True), 1))
     assert np.array_equal(fast.outputs["elbo"], refined.outputs["elbo"])
     gap, left = exact - fast.outputs["elbo"], exact - refined.outputs["refined_elbo"]
     assert gap.mean() > 1.0
@@ -138,7 +138,7 @@ def test_more_draws_than_a_slice_holds_are_one_estimate() -> None:
     """As if they had not been cut."""
     linear = Linear(shift=0.1)
     x, draws = linear.x(3), 2 * SLICE + 5
-    (result,) = run(linear.model(), (x, WISH._replace(draws=draws), 3))
+    (result,) = run(linear.model(), (x, CHOICES._replace(draws=draws), 3))
     mean, log_var = linear.encoder(x)
     eps = standard_normal(3, 3, (draws, 2))
     z = mean[:, None] + np.exp(0.5 * log_var)[:, None] * eps
@@ -159,7 +159,7 @@ def test_much_work_is_cut_up_and_gives_way(images: int, draws: int, slices: int)
             rounds.append(program.rounds)
         return Trip(program.run(*arrays), 0.0, 0.0)
 
-    asyncio.run(score(linear.model().plan, submit, linear.x(images), WISH._replace(draws=draws), Noise(1)))
+    asyncio.run(score(linear.model().plan, submit, linear.x(images), CHOICES._replace(draws=draws), Noise(1)))
     assert rounds == [slices] * -(-draws // SLICE)
 
 
@@ -207,21 +207,21 @@ def test_the_likelihood_of_pixels_is_bernoullis(graphs: Graphs) -> None:
 
 def test_refined_bounds_are_higher(model: Model, images: Rows) -> None:
     """In the mean over images that the encoder has not seen the like of."""
-    wish = WISH._replace(binarisation="sample", refined=True)
-    (result,) = run(model, (images, wish, 0))
+    choices = CHOICES._replace(binarisation="sample", refined=True)
+    (result,) = run(model, (images, choices, 0))
     assert result.outputs["refined_elbo"].mean() > result.outputs["elbo"].mean() + 0.5
 
 
 @pytest.mark.parametrize("refined", [False, True])
 def test_a_score_never_depends_on_batch_mates(model: Model, images: Rows, refined: bool) -> None:
     """To the byte: alone, one image at a time, beside others, as short work or cut up as long."""
-    wish = WISH._replace(binarisation="sample", refined=refined, error=True)
-    mine = (images, wish, 3)
+    choices = CHOICES._replace(binarisation="sample", refined=refined, error=True)
+    mine = (images, choices, 3)
     (alone,) = run(model, mine)
-    others = [(images[:k], wish._replace(draws=draws), k) for k, draws in ((1, 16), (2, 16), (3, 5))]
+    others = [(images[:k], choices._replace(draws=draws), k) for k, draws in ((1, 16), (2, 16), (3, 5))]
     beside = run(model, *others, mine)[-1]
-    (first,) = run(model, (images[:1], wish, 3))
-    (many,) = run(model, (np.concatenate([images, images, images]), wish, 3))
+    (first,) = run(model, (images[:1], choices, 3))
+    (many,) = run(model, (np.concatenate([images, images, images]), choices, 3))
     for name, array in alone.outputs.items():
         assert array.tobytes() == beside.outputs[name].tobytes()
         assert array[:1].tobytes() == first.outputs[name].tobytes()

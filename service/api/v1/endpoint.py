@@ -192,7 +192,7 @@ class OperationApp:
         form, options, inputs, best = self._parse(call) or await self._parse_apart(call)
         if best in EVENTS:
             return await self._watch(call, inputs, options, best)
-        if best in HEADERS and len(inputs.rows) > PART_ROWS and inputs.tiling is None:
+        if best in HEADERS and len(inputs.rows) > PART_ROWS and inputs.tiling is None and operation.row_wise:
             reply = await self._stream(call, inputs, options, best)
             if reply is not None:
                 return reply
@@ -208,7 +208,7 @@ class OperationApp:
     def _parse(self, call: Call) -> Parsed | None:
         """Read the body in the event loop; None where that may take long."""
         form, options = form_of(call.content_type, call.body, self.operation), self.options_of_query(call.query)
-        arrays = form in HEADERS and options.said("fit") is None
+        arrays = form in HEADERS and options.resizing is None
         if len(call.body) > (LOOP_BINARY_BYTES if arrays else LOOP_BYTES) or b"content-encoding" in call.headers:
             return None
         try:
@@ -260,7 +260,7 @@ class OperationApp:
             options = self._options({**_pairs(call.query), **payload.options})
         _check_fingerprint(model, call.headers.get(b"x-fingerprint"), options)
         best = next(iter(acceptable(call.accept, form)), "")
-        in_parts = best in HEADERS and options.said("fit") is None  # what is fitted is there as a whole
+        in_parts = best in HEADERS and operation.row_wise and options.resizing is None  # resized rows are all there
 
         def room(rows: int) -> None:
             share.need(answer_bytes(model, options, min(rows, 2 * PART_ROWS) if in_parts else rows))

@@ -1,4 +1,4 @@
-"""Posterior, prior and draws, in numpy: all the randomness there is, and every bit of it is the request's."""
+"""Draws from posterior and prior in numpy. All randomness of an answer comes from the request's seed."""
 
 from __future__ import annotations
 
@@ -7,36 +7,49 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.random import Generator, Philox
 from numpy.typing import NDArray
 
 MAX_SEED = 2**53 - 1
-"""The largest integer that every JSON reader keeps exact."""
+"""The largest integer that every JSON reader represents exactly."""
 BLOCK_ROWS = 64
 """Rows drawn with one key."""
 STREAM_BITS = 48
-"""A key's second word: the stream above, the block below."""
+"""The second word of a key: the stream in the bits from this one on, the block below."""
 
 
 def fresh_seed() -> int:
-    """A seed for a request that names none; short enough to copy by hand."""
+    """A seed for a request without one, short enough to copy by hand."""
     return secrets.randbits(32)
 
 
 def standard_normal(
     seed: int, rows: int, shape: tuple[int, ...], first: int = 0, stream: int = 0
 ) -> NDArray[np.float32]:
-    """Draws of N(0, I), (rows, *shape), for the rows from `first` on: a function of seed, stream and row alone.
+    """Draws of N(0, I) for the rows from `first` on: a function of seed, stream and row alone.
 
     Philox is counter-based, keyed by the seed, the stream and the block of rows; within a block, rows are filled in
-    order. So more rows never change the first ones, and later ones are drawn without them.
-    Raises: ValueError where `first` is not a multiple of BLOCK_ROWS.
+    order. So more rows never change the first ones, and later rows can be drawn without them.
+
+    Args:
+        seed: The seed.
+        rows: Number of rows.
+        shape: Shape of one row.
+        first: Index of the first row.
+        stream: Number of an independent stream.
+
+    Returns:
+        Noise, (rows, *shape).
+
+    Raises:
+        ValueError: `first` is not a multiple of BLOCK_ROWS.
     """
-    return _drawn(np.random.Generator.standard_normal, seed, rows, shape, first, stream)
+    return _drawn(Generator.standard_normal, seed, rows, shape, first, stream)
 
 
 def uniform(seed: int, rows: int, shape: tuple[int, ...], first: int = 0, stream: int = 0) -> NDArray[np.float32]:
-    """Likewise, of the uniform distribution on [0, 1)."""
-    return _drawn(np.random.Generator.random, seed, rows, shape, first, stream)
+    """Draws of the uniform distribution on [0, 1); otherwise as `standard_normal`."""
+    return _drawn(Generator.random, seed, rows, shape, first, stream)
 
 
 def _drawn(
@@ -47,18 +60,18 @@ def _drawn(
     draws = np.empty((rows, *shape), np.float32)
     for start in range(0, rows, BLOCK_ROWS):
         key = np.array([seed, (stream << STREAM_BITS) + (first + start) // BLOCK_ROWS], np.uint64)
-        fill(np.random.Generator(np.random.Philox(key=key)), dtype=np.float32, out=draws[start : start + BLOCK_ROWS])
+        fill(Generator(Philox(key=key)), dtype=np.float32, out=draws[start : start + BLOCK_ROWS])
     return draws
 
 
 class Noise(NamedTuple):
-    """A request's randomness: its seed, None where it named none, and the place of the first row drawn for."""
+    """The randomness of a request: its seed, None for a fresh one, and the index of its first row."""
 
     seed: int | None
     first: int = 0
 
     def settled(self) -> tuple[int, Noise]:
-        """The seed that is used, and the same randomness with it, for one that is drawn from more than once."""
+        """The seed that is used, and the same randomness with that seed, to draw from it more than once."""
         seed = fresh_seed() if self.seed is None else self.seed
         return seed, self._replace(seed=seed)
 
@@ -76,10 +89,21 @@ def posterior_draws(mean: NDArray[Any], log_var: NDArray[Any], eps: NDArray[Any]
 
 
 def path(start: NDArray[Any], end: NDArray[Any], steps: int, *, spherical: bool) -> NDArray[np.float32]:
-    """`steps` latents from one to another of the same shape, both among them, along a line or an arc.
+    """Latents on a line or an arc between two latents, both ends included.
 
-    On the arc direction and length change evenly; between directions that are alike or opposite it is a line.
-    Source: Shoemake (1985), "Animating rotation with quaternion curves", section 3.3.
+    On the arc, direction and length change evenly. Between parallel or opposite directions it is a line.
+
+    Args:
+        start: First latent.
+        end: Last latent, of the same shape.
+        steps: Number of latents.
+        spherical: Whether the path is an arc.
+
+    Returns:
+        Latents, (steps, *latent).
+
+    Source:
+        Shoemake (1985), "Animating rotation with quaternion curves", section 3.3.
     """
     a, b = start.ravel().astype(np.float64), end.ravel().astype(np.float64)
     t = np.linspace(0.0, 1.0, steps)[:, None]
@@ -90,5 +114,5 @@ def path(start: NDArray[Any], end: NDArray[Any], steps: int, *, spherical: bool)
             turned = (np.sin((1.0 - t) * angle) * a / lengths[0] + np.sin(t * angle) * b / lengths[1]) / np.sin(angle)
             along = turned * ((1.0 - t) * lengths[0] + t * lengths[1])
     along[0], along[-1] = a, b
-    with np.errstate(over="ignore"):  # of an answer that is not finite the caller is told
+    with np.errstate(over="ignore"):  # the operation refuses what is not finite
         return along.reshape(steps, *start.shape).astype(np.float32)

@@ -1,7 +1,6 @@
-"""Refinement: variational inference for each image, by Adam along the gradient that a graph of the model gives.
+"""Refinement: variational inference for each image, by Adam along a gradient that a graph of the model computes.
 
-Everything of a row hangs on that row alone: its noise, its step, when it has come to rest. So who shares a batch, or
-a slice, can never change an answer.
+The noise of a row, its step and its convergence depend on that row alone, so other rows of a batch never change it.
 """
 
 from __future__ import annotations
@@ -18,26 +17,26 @@ from service.operations.inference.vae import Result, Rows
 from service.runtime.program import Arrays, Compute, Graphs, Program, Submit, Trip
 
 REFINEMENT_STREAM = 1
-"""Of a request's noise: that of the steps, apart from that of its draws."""
+"""Stream of a request's noise for the steps; its draws use another."""
 STEPS = 100
 WINDOW = 10
-"""After so many steps it is looked whether a row has come to rest; bound and level are means over the last ones."""
+"""Steps between tests of convergence; bound and level are means over the last window."""
 RATE = 0.06
-"""Adam's step size to begin with; it falls to 0 along half a cosine."""
+"""Adam's first step size; it falls to 0 along half a cosine."""
 NEARBY_RATE = 0.01
-"""Likewise, where q starts near its best, as the encoder's of a whole image does: larger steps only shake it."""
+"""The same where q starts near its optimum, as the encoder's for a whole image does: larger steps add noise."""
 DECAYS = (0.9, 0.999)
 AT_REST = 0.05
-"""Of its own standard deviation: where no mean has moved further in a window, a row is done."""
+"""A row has converged if no mean moved further than this many of its standard deviations in a window."""
 FIRST_LOG_VAR = math.log(0.1**2)
-"""Of an unknown level around its estimate, on its unbounded scale."""
+"""log_var of an unknown level around its estimate, on its unbounded scale."""
 
 _steps = np.arange(STEPS)
 DEBIASED = [(1.0 - decay ** (_steps + 1)).astype(np.float32) for decay in DECAYS]
 
 
 class Ascent(NamedTuple):
-    """q's mean and log_var (n, 2, k), Adam's running moments of their gradients, and the steps done (n,)."""
+    """State of an ascent: mean and log_var of q (n, 2, k), Adam's moments of their gradients, steps done (n,)."""
 
     q: Rows
     first: Rows
@@ -49,7 +48,7 @@ class Ascent(NamedTuple):
         return Ascent(self.q[which], self.first[which], self.second[which], self.done[which])
 
     def posterior(self, latent_dim: int) -> tuple[Rows, Rows]:
-        """mean and log_var of q(z) (n, d), without those of the level."""
+        """mean and log_var of q(z), (n, d), without those of the level."""
         mean, log_var = (np.ascontiguousarray(part) for part in self.q[..., :latent_dim].swapaxes(0, 1))
         return mean, log_var
 
@@ -59,7 +58,7 @@ class Ascent(NamedTuple):
 
 
 def begin(mean: Rows, log_var: Rows, families: int) -> Ascent:
-    """From q(z | y) (n, d), and levels that are where they were estimated, k = d + families."""
+    """The first state, from q(z | y) (n, d) and levels at their estimates; k = d + families."""
     rows = len(mean)
     of_level = np.stack([np.zeros((rows, families)), np.full((rows, families), FIRST_LOG_VAR)], 1)
     q = np.concatenate([np.stack([mean, log_var], 1), of_level], 2, dtype=np.float32)
@@ -68,7 +67,7 @@ def begin(mean: Rows, log_var: Rows, families: int) -> Ascent:
 
 @lru_cache
 def rates(rate: float) -> Rows:
-    """Adam's step size at every step, from `rate` on."""
+    """Adam's step sizes, starting at `rate`."""
     found: Rows = (0.5 * rate * (1.0 + np.cos(np.pi * _steps / STEPS))).astype(np.float32)
     return found
 
@@ -76,7 +75,8 @@ def rates(rate: float) -> Rows:
 def step(ascent: Ascent, gradient: Rows, rate: float) -> Ascent:
     """One step of Adam up the gradient (n, 2, k).
 
-    Source: Kingma and Ba (2015), algorithm 1.
+    Source:
+        Kingma and Ba (2015), algorithm 1.
     """
     first: Rows = ascent.first + np.float32(1.0 - DECAYS[0]) * (gradient - ascent.first)
     second: Rows = ascent.second + np.float32(1.0 - DECAYS[1]) * (gradient * gradient - ascent.second)
@@ -86,16 +86,20 @@ def step(ascent: Ascent, gradient: Rows, rate: float) -> Ascent:
 
 
 def at_rest(before: Rows, after: Rows) -> NDArray[np.bool_]:
-    """Which rows of q (n, 2, k) have hardly moved."""
+    """Which rows of q (n, 2, k) have converged."""
     moved = np.abs(after[:, 0] - before[:, 0]) * np.exp(-0.5 * after[:, 1])
     found: NDArray[np.bool_] = moved.max(1) < AT_REST
     return found
 
 
 def climb_rows(graphs: Graphs, graph: str, _shape: tuple[int, ...], rate: float) -> Compute:
-    """An ascent, noise (n, k) and what else the graph takes -> the ascent a step on; what it tells at that draw.
+    """A state, noise (n, k) and further inputs of the graph -> the next state and the graph's further outputs.
 
-    _shape: of what else it takes, since only rows of one shape can share a batch.
+    Args:
+        graphs: The graphs.
+        graph: Name of the graph that computes the gradient.
+        _shape: Shape of its further inputs, because only rows of one shape can share a batch.
+        rate: The first step size.
     """
 
     def compute(q: Rows, first: Rows, second: Rows, done: Any, eps: Rows, *given: Rows) -> Arrays:
@@ -106,7 +110,15 @@ def climb_rows(graphs: Graphs, graph: str, _shape: tuple[int, ...], rate: float)
 
 
 class Waypoint(NamedTuple):
-    """Where an ascent is after a window: what it was told, of every row, and the time it took so far."""
+    """An ascent after a window.
+
+    Args:
+        step: Steps done.
+        active: Rows that have not converged.
+        ascent: The state of every row.
+        told: Further outputs of the graph for every row, the bound first.
+        spent: Time so far.
+    """
 
     step: int
     active: int
@@ -115,7 +127,7 @@ class Waypoint(NamedTuple):
     spent: Trip
 
     def result(self, shown: dict[str, Rows]) -> Result:
-        """As progress: the bound of every row, which is what a climb is told first, and what there is to show."""
+        """The progress report, with the bound of every row and the outputs in `shown`."""
         about = {"step": self.step, "steps": STEPS, "active": self.active, "elbo": self.told[0].copy()}
         return Result(shown, about, self.spent)
 
@@ -128,17 +140,25 @@ async def ascend(
     given: tuple[Rows, ...],
     watch: Callable[[Waypoint], Awaitable[None]] | None = None,
 ) -> tuple[Ascent, list[Rows], Trip]:
-    """Where every row has come to rest or done all its steps, a step a trip; what it was told last, and the time.
+    """Climb, one step a trip, until every row has converged or done all its steps.
 
-    program: of `climb_rows`. watch: shown the way after every window.
-    Shapes: eps (n, STEPS, k); what is given, (n, ...); what is told is a mean over a window.
+    Args:
+        submit: Submits a program.
+        program: A program of `climb_rows`.
+        ascent: The first state.
+        eps: Noise, (n, STEPS, k).
+        given: Further inputs of the graph, (n, ...).
+        watch: Called after every window.
+
+    Returns:
+        The last state, means of the graph's further outputs over the last window, and the time.
     """
     active, climbing, spent = np.arange(len(eps)), ascent, Trip((), 0.0, 0.0)
     told: list[Rows] = []
     for start in range(0, STEPS, WINDOW):
         before, window = climbing, []
         for k in range(start, start + WINDOW):
-            further = {"begun": True} if k else {}  # the first step is as new as its request
+            further = {"begun": True} if k else {}  # a full queue may refuse the first step alone
             trip = await submit(program, (*climbing, eps[active, k], *given), **further)
             climbing, spent = Ascent(*trip.arrays[:4]), trip.after(spent)
             window.append(trip.arrays[4:])
@@ -147,7 +167,7 @@ async def ascend(
         for whole, mean in zip(told, means, strict=True):
             whole[active] = mean
         moving = ~at_rest(before.q, climbing.q)
-        ascent.put(active, climbing)  # not before: at first it is `before`
+        ascent.put(active, climbing)  # after the comparison, because `before` may be a view of it
         if not moving.all():
             active, climbing = active[moving], climbing.rows(moving)
             given = tuple(part[moving] for part in given)

@@ -1,8 +1,7 @@
-"""Restoration: E[x | y] for what is seen of an image, as composition over a model's graphs.
+"""Restoration: E[x | y] for an observation y of an image, composed of a model's graphs.
 
-`fast` is one trip: a recognition model of corrupted images, the decoder, fusion with what was seen, correction.
-`refined` goes on from recognition by variational inference for each image, one step a trip, so that it never holds up
-short work.
+`fast` is one trip: a recognition model of corrupted images, the decoder, fusion with the observation, correction.
+`refined` continues from recognition by variational inference for each image, one step a trip.
 """
 
 from __future__ import annotations
@@ -28,18 +27,18 @@ from service.operations.inference.vae import Observe, Result, Rows, decode_draws
 from service.runtime.program import Arrays, Compute, Graphs, Plan, Submit, Trip
 
 LEAST_LEVEL, MOST_LEVEL = np.float32(1e-6), np.float32(1.0)
-"""Bounds of a level that is estimated: those of the option `level`, which must be above 0."""
+"""Bounds of an estimated level: those of the option `level`, which must be above 0."""
 PRIOR_DRAWS = 64
-"""Over which the prior's mean is taken, always the same ones."""
+"""Draws for the prior's mean, always the same ones."""
 
 
 # Programs
 
 
 def level_rows(graphs: Graphs, estimated: int | None) -> Compute:
-    """y, mask, level -> level, of which the column `estimated`, unless None, is estimated from y and all else is 0.
+    """y, mask, level -> level. The column `estimated`, unless None, is estimated from y, and the others are 0.
 
-    An estimate is clipped to what the option `level` allows.
+    An estimate is clipped to the bounds of the option `level`.
     """
 
     def compute(y: Rows, mask: Rows, level: Rows) -> Arrays:
@@ -67,9 +66,9 @@ def recognise_rows(graphs: Graphs, estimated: int | None) -> Compute:
 def fuse_rows(graphs: Graphs, name: OperatorName | None, *, completions: bool = False) -> Compute:
     """mean, log_var, y, mask, level[, eps] -> restored, variance[, completions]: decode, fuse, correct.
 
-    Over draws, what is corrected is the mean of the fused images and, by the law of total variance, the variance around
-    it; completions are the fused images themselves, (n, L, c, h, w). What was seen through an operator comes last:
-    Bayes' rule through it makes sure that the answer is seen as it was.
+    With draws, correction takes the mean of the fused images and their variance by the law of total variance;
+    completions are the fused images themselves, (n, L, c, h, w). An observation through an operator comes last: Bayes'
+    rule makes the answer agree with it.
     """
     operator = None if name is None else operator_of(name)
 
@@ -103,11 +102,11 @@ def denoise_rows(graphs: Graphs, estimated: int | None, *, completions: bool = F
     return compute
 
 
-# Operations: what a request does around its trips.
+# Around the programs: noise, submission, names.
 
 
-class Wish(NamedTuple):
-    """How well to restore, and what to give: see `RestoreOptions`."""
+class RestoreChoices(NamedTuple):
+    """How to restore, and what to return: see `RestoreOptions`."""
 
     refined: bool
     draws: int
@@ -121,18 +120,25 @@ async def restore(
     submit: Submit,
     shape: tuple[int, ...],
     seen: Observation,
-    wish: Wish,
+    choices: RestoreChoices,
     noise: Noise,
     observe: Observe | None = None,
 ) -> Result:
-    """E[x | y] for latents of `shape`, and the level of the noise; with uncertainty, the posterior's deviation too.
+    """E[x | y] and the level of the noise; with uncertainty, the standard deviation of the posterior too.
 
-    observe: told after every window of a refinement how it goes; with a preview, what E[x | y] is thought to be so far.
+    Args:
+        plan: Gives the model's programs.
+        submit: Submits a program.
+        shape: Shape of a latent.
+        seen: The observation.
+        choices: How to restore.
+        noise: The request's noise.
+        observe: Called after every window of a refinement; with a preview, with the images so far.
     """
     seed, noise = noise.settled()  # one seed repeats both draws and steps
-    eps, about = drawn_noise(noise, len(seen.y), wish.draws, shape)
-    if seen.operator is None and not wish.refined:
-        program = plan("denoise", denoise_rows, wish.draws, seen.estimated, completions=wish.completions)
+    eps, about = drawn_noise(noise, len(seen.y), choices.draws, shape)
+    if seen.operator is None and not choices.refined:
+        program = plan("denoise", denoise_rows, choices.draws, seen.estimated, completions=choices.completions)
         trip = await submit(program, (seen.y, seen.mask, seen.level, *eps))
         level, *arrays = trip.arrays
     else:
@@ -140,28 +146,28 @@ async def restore(
         mean, log_var, level = trip.arrays
         if not seen.known:
             seen = seen._replace(level=level)
-        if wish.refined:
+        if choices.refined:
             _, steps = noise.normal(len(seen.y), (STEPS, mean.shape[1] + level.shape[1]), REFINEMENT_STREAM)
             start = begin(mean, log_var, level.shape[1])
             mean, log_var, bound, level, spent = await _refine(
-                plan, submit, start, seen, steps, observe, preview=wish.preview
+                plan, submit, start, seen, steps, observe, preview=choices.preview
             )
             about, seen = {"seed": seed, "elbo": bound}, seen.with_level(level, LEAST_LEVEL, MOST_LEVEL)
             trip = spent.after(trip)
-        fused = await _fused(plan, submit, seen, mean, log_var, eps, completions=wish.completions)
+        fused = await _fused(plan, submit, seen, mean, log_var, eps, completions=choices.completions)
         trip = fused.after(trip)
         level, arrays = seen.level, list(trip.arrays)
     outputs = {"images": arrays[0]}
-    if wish.uncertainty:
+    if choices.uncertainty:
         outputs["std"] = np.sqrt(arrays[1])
-    if wish.completions:
+    if choices.completions:
         outputs["completions"] = arrays[2]
     found = {} if seen.family is None else {"level": np.ascontiguousarray(level[:, seen.family])}
     return Result(outputs, {**about, **found}, trip)
 
 
 async def prior_mean(plan: Plan, submit: Submit, noise_shape: tuple[int, ...]) -> tuple[Rows, Rows]:
-    """E[x] and the deviation of E[x|z] under the prior, (c, h, w): all that is known where nothing is seen."""
+    """E[x] and the standard deviation of E[x|z] under the prior, (c, h, w), for images of which nothing is seen."""
     trip = await submit(plan("sample", sample_rows), (latent.standard_normal(0, PRIOR_DRAWS, noise_shape),))
     return trip.arrays[0].mean(0), trip.arrays[0].std(0)
 
@@ -176,7 +182,7 @@ async def _fused(
     *,
     completions: bool = False,
 ) -> Trip:
-    """What `fuse_rows` gives for that posterior; a further part of an answer, which has begun with recognition."""
+    """The outputs of `fuse_rows` for that posterior, as the continuation of an answer that began with recognition."""
     program = plan("fuse", fuse_rows, eps[0].shape[1] if eps else 0, seen.operator, completions=completions)
     return await submit(program, (mean, log_var, *seen[:3], *eps), begun=True)
 
@@ -191,7 +197,7 @@ async def _refine(
     *,
     preview: bool,
 ) -> tuple[Any, ...]:
-    """mean, log_var, bound, level and the time, once every row has come to rest or done all its steps."""
+    """mean, log_var, bound and level of the refined posterior, and the time."""
     n, latent_dim = len(seen.y), ascent.q.shape[2] - seen.level.shape[1]
     unknown = np.zeros_like(seen.level)
     if seen.estimated is not None:

@@ -1,6 +1,6 @@
-"""How likely images are under the model: ELBO and importance-weighted log p(x), over draws of q(z|x).
+"""Scores of images under the model: ELBO and importance-weighted log p(x), over draws of q(z|x).
 
-Draws are cut into slices, and the sums over them are taken here, in double.
+Draws are cut into slices. Sums over them are taken here, in double precision.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from service.operations.inference.vae import Observe, Result, Rows, decode_rows,
 from service.runtime.program import Arrays, Compute, Graphs, Plan, Submit, Trip
 
 DRAWS = 16
-"""An image, unless the request says otherwise; those of the manifest's percentiles."""
+"""Default draws for each image; the percentiles in the manifest use as many."""
 SLICE = 64
-"""Draws in one slice, and images times draws that still are short work: more goes where it holds up nobody."""
+"""Draws in one slice. A request of more images times draws is iterative work."""
 BINARISATION_STREAM = 2
-"""Of a request's noise: that of its pixels."""
+"""Stream of a request's noise for its pixels."""
 LOG_2_PI = math.log(2.0 * math.pi)
 
 Doubles = NDArray[np.float64]
@@ -58,16 +58,18 @@ class Terms(NamedTuple):
     entropy: Doubles
 
     def bound(self) -> tuple[Doubles, Doubles]:
-        """E_q log p(x|z) and KL(q || p(z)), (n,): the entropy exact, the rest means over the draws.
+        """E_q log p(x|z) and KL(q || p(z)), (n,): the entropy in closed form, the rest means over the draws.
 
-        Source: Kingma and Welling (2013), equation 6, with the part of it that has a closed form in that form.
+        Source:
+            Kingma and Welling (2013), equation 6.
         """
         return self.log_likelihood.mean(1), -self.entropy - self.log_prior.mean(1)
 
     def weighted(self) -> tuple[Doubles, Doubles]:
         """log of the mean weight p(x, z) / q(z), and, by the delta method, its standard error, (n,).
 
-        Source: Burda, Grosse and Salakhutdinov (2015), equation 8.
+        Source:
+            Burda, Grosse and Salakhutdinov (2015), equation 8.
         """
         log_weights = self.log_likelihood + self.log_prior - self.log_q
         largest = log_weights.max(1)
@@ -77,8 +79,16 @@ class Terms(NamedTuple):
         return largest + np.log(mean), np.sqrt(spread / draws) / mean
 
 
-class Wish(NamedTuple):
-    """How to score, and what to give: see `ScoreOptions`. weighted: whether the images have a probability at all."""
+class ScoreChoices(NamedTuple):
+    """How to score, and what to return: see `ScoreOptions`.
+
+    Args:
+        binarisation: `sample`, `threshold` or `none`.
+        weighted: Whether the images have a probability, so that importance weights exist.
+        refined: Whether q is refined for each image.
+        draws: Draws for each image.
+        error: Whether the answer holds the squared error.
+    """
 
     binarisation: str
     weighted: bool
@@ -88,35 +98,47 @@ class Wish(NamedTuple):
 
 
 async def score(
-    plan: Plan, submit: Submit, x: Rows, wish: Wish, noise: Noise, observe: Observe | None = None
+    plan: Plan, submit: Submit, x: Rows, choices: ScoreChoices, noise: Noise, observe: Observe | None = None
 ) -> Result:
-    """Figures of every image x (n, c, h, w), each (n,); with `error`, its squared error too."""
+    """Scores of images.
+
+    Args:
+        plan: Gives the model's programs.
+        submit: Submits a program.
+        x: Images, (n, c, h, w).
+        choices: How to score.
+        noise: The request's noise.
+        observe: Called after every window of a refinement.
+
+    Returns:
+        Figures, (n,) in nats, and on request the squared error, (n, c, h, w).
+    """
     seed, noise = noise.settled()
-    x = binarised(x, wish.binarisation, noise)
+    x = binarised(x, choices.binarisation, noise)
     trip = await submit(plan("encode", encode_rows), (x,))
     q: Posterior = (trip.arrays[0], trip.arrays[1])
-    _, eps = noise.normal(len(x), (wish.draws, *q[0].shape[1:]))
+    _, eps = noise.normal(len(x), (choices.draws, *q[0].shape[1:]))
     terms, trip = await _terms(plan, submit, x, q, eps, trip)
     log_likelihood, kl = terms.bound()
     figures = {"elbo": log_likelihood - kl, "log_likelihood": log_likelihood, "kl": kl}
-    if wish.refined:
+    if choices.refined:
         q, trip = await _refined(plan, submit, x, q, noise, trip, observe)
         terms, trip = await _terms(plan, submit, x, q, eps, trip)
         log_likelihood, kl = terms.bound()
         figures["refined_elbo"] = log_likelihood - kl
-    if wish.weighted:
+    if choices.weighted:
         figures["importance_weighted"], error = terms.weighted()
-        if wish.draws > 1:
+        if choices.draws > 1:
             figures["standard_error"] = error
     outputs = {name: figure.astype(np.float32) for name, figure in figures.items()}
-    if wish.error:
+    if choices.error:
         trip = (await submit(plan("decode", decode_rows), (q[0],))).after(trip)
         outputs["error"] = np.square(trip.arrays[0] - x)
-    return Result(outputs, {"seed": seed, "binarisation": wish.binarisation}, trip)
+    return Result(outputs, {"seed": seed, "binarisation": choices.binarisation}, trip)
 
 
 def binarised(x: Rows, how: str, noise: Noise) -> Rows:
-    """Black and white: each pixel drawn with its grey level as its probability, or cut at a half; or x as it is."""
+    """x in black and white: pixels drawn with grey levels as probabilities, or cut at 0.5; x itself for `none`."""
     if how == "none":
         return x
     seed, _ = noise.settled()
@@ -125,7 +147,7 @@ def binarised(x: Rows, how: str, noise: Noise) -> Rows:
 
 
 async def _terms(plan: Plan, submit: Submit, x: Rows, q: Posterior, eps: Rows, before: Trip) -> tuple[Terms, Trip]:
-    """The terms at mean + std * eps (n, L, *latent), and the time with that of what was before."""
+    """The terms at mean + std * eps (n, L, *latent), and the time with that of `before`."""
     n, draws = eps.shape[:2]
     slices = range(0, draws, SLICE)
     rounds = 1 if n * draws <= SLICE else max(2, len(slices))
@@ -147,7 +169,7 @@ async def _terms(plan: Plan, submit: Submit, x: Rows, q: Posterior, eps: Rows, b
 async def _refined(
     plan: Plan, submit: Submit, x: Rows, q: Posterior, noise: Noise, before: Trip, observe: Observe | None
 ) -> tuple[Posterior, Trip]:
-    """The q of each image that raises its ELBO, from q(z|x) on, and the time likewise."""
+    """q refined for each image from q(z|x) on, and the time with that of `before`."""
     _, eps = noise.normal(len(x), (STEPS, *q[0].shape[1:]), REFINEMENT_STREAM)
     program = plan("climb", climb_rows, 0, "elbo_gradient", x.shape[1:], NEARBY_RATE, rounds=STEPS)
 

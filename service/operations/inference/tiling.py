@@ -1,4 +1,4 @@
-"""Images larger than the model's, cut into overlapping tiles of its size and put together again without seams."""
+"""Tiling: images larger than the model's, cut into overlapping tiles and blended again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ from service.errors import InvalidShape
 
 
 class Tiling(NamedTuple):
-    """Where the tiles of `images` images of one size lie: rows and columns of their upper left corners."""
+    """Places of the tiles of images of one size.
+
+    Args:
+        images: Number of images.
+        tile: Height and width of a tile.
+        size: Height and width of an image.
+        tops: Rows of the upper edges.
+        lefts: Columns of the left edges.
+    """
 
     images: int
     tile: tuple[int, int]
@@ -22,12 +30,12 @@ class Tiling(NamedTuple):
 
     @property
     def tiles(self) -> int:
-        """Of one image."""
+        """Number of tiles of one image."""
         return len(self.tops) * len(self.lefts)
 
     @property
     def rows(self) -> int:
-        """Tiles of all images."""
+        """Number of tiles of all images."""
         return self.images * self.tiles
 
     def cut(self, images: Pixels) -> Pixels:
@@ -37,7 +45,7 @@ class Tiling(NamedTuple):
         return np.ascontiguousarray(np.stack(places, 1)).reshape(-1, images.shape[1], height, width)
 
     def joined(self, tiles: Pixels) -> Pixels:
-        """(n * tiles, ..., *tile) -> (n, ..., *size): where tiles overlap, a mean that favours their middles."""
+        """(n * tiles, ..., *tile) -> (n, ..., *size): means of overlapping tiles, weighted to their centres."""
         height, width = self.tile
         parts = tiles.reshape(self.images, self.tiles, *tiles.shape[1:])
         weight = _slope(height)[:, None] * _slope(width)
@@ -55,7 +63,13 @@ class Tiling(NamedTuple):
 def tiling(images: int, size: tuple[int, int], tile: tuple[int, int]) -> Tiling:
     """Tiles that overlap by at least half.
 
-    Raises: InvalidShape for images smaller than a tile.
+    Args:
+        images: Number of images.
+        size: Height and width of an image.
+        tile: Height and width of a tile.
+
+    Raises:
+        InvalidShape: The images are smaller than a tile.
     """
     if size[0] < tile[0] or size[1] < tile[1]:
         raise InvalidShape(
@@ -66,12 +80,12 @@ def tiling(images: int, size: tuple[int, int], tile: tuple[int, int]) -> Tiling:
 
 
 def _starts(length: int, tile: int) -> tuple[int, ...]:
-    """Evenly spread, so that the last tile ends where the image does."""
+    """Evenly spaced starts; the last tile ends at the edge of the image."""
     count = -(-(length - tile) // max(1, tile // 2)) + 1
     return tuple(round(k * (length - tile) / max(1, count - 1)) for k in range(count))
 
 
 def _slope(length: int) -> NDArray[np.float32]:
-    """Rising from the edges to the middle."""
+    """Weights that rise from the edges to the middle."""
     place = np.arange(length, dtype=np.float32)
     return np.minimum(place + 1, length - place)

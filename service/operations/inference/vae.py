@@ -1,7 +1,7 @@
-"""The operations, as pure composition over a model's graphs.
+"""Encoding, decoding and sampling, composed of a model's graphs.
 
-Each operation has two halves. A program is what travels through the batcher as one trip: arrays of rows in, arrays of
-rows out, no randomness. Around it, a function draws the request's noise, submits, and names what comes back.
+Each has two halves. A program is one trip through the batcher: arrays of rows in, arrays of rows out, no randomness.
+Around it, a function draws the request's noise, submits the program, and names its outputs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ Rows = NDArray[np.float32]
 
 
 class Result(NamedTuple):
-    """Outputs by name, one row a row; what else is worth saying; where the time went."""
+    """The result of an operation.
+
+    Args:
+        outputs: Arrays by name, one row for each row of the request.
+        about: Further fields of the answer.
+        trip: Time in the queue and in the model.
+    """
 
     outputs: dict[str, Rows]
     about: dict[str, Any]
@@ -31,9 +37,9 @@ def noted(result: Result, code: str, rows: Iterable[int], detail: str) -> Result
     """The result with one more note about some of its rows.
 
     Args:
-        result: What an operation found.
-        code: Stable: clients may branch on it.
-        rows: Places in the request.
+        result: The result of an operation.
+        code: Stable code that clients may branch on.
+        rows: Indices of the rows in the request.
         detail: A sentence for people, in ASCII.
     """
     notes = [*result.about.get("notes", ()), {"code": code, "rows": [int(row) for row in rows], "detail": detail}]
@@ -41,7 +47,7 @@ def noted(result: Result, code: str, rows: Iterable[int], detail: str) -> Result
 
 
 Observe = Callable[[Result], None]
-"""Told by long work while it runs: `about` says how far it is, the outputs, if any, are what is found so far."""
+"""Called with the progress of iterative work: `about` has the step, the outputs, if any, are the estimates so far."""
 
 
 # Programs: (graphs, static choices...) -> a function from arrays of rows to arrays of rows.
@@ -85,7 +91,7 @@ def decode_draws(graphs: Graphs, z: Rows) -> Rows:
     return decoded.reshape(*z.shape[:2], *decoded.shape[1:])
 
 
-# Operations: what a request does around its one trip.
+# Around a program: noise, submission, names.
 
 
 async def encode(plan: Plan, submit: Submit, shape: tuple[int, ...], x: Rows, draws: int, noise: Noise) -> Result:
@@ -122,7 +128,7 @@ async def sample(
 
 
 async def transform(plan: Plan, submit: Submit, eps: Rows, *, latents: bool) -> Result:
-    """The images, and the latents if asked, that the prior makes of given noise."""
+    """The images, and on request the latents, that the prior makes of given noise."""
     trip = await submit(plan("sample", sample_rows), (eps,))
     images, z = trip.arrays
     return _with_latents(images, z, trip, latents=latents)
@@ -131,7 +137,7 @@ async def transform(plan: Plan, submit: Submit, eps: Rows, *, latents: bool) -> 
 async def interpolate(
     plan: Plan, submit: Submit, ends: Rows, steps: int, *, encoded: bool, spherical: bool, latents: bool
 ) -> Result:
-    """E[x|z] on the way between two latents, or two images' posterior means; the ends and `steps` - 2 between."""
+    """E[x|z] at `steps` points of a path between two latents, or between the posterior means of two images."""
     z = ends if encoded else (await submit(plan("encode", encode_rows), (ends,))).arrays[0]
     between = latent.path(z[0], z[1], steps, spherical=spherical)
     trip = await submit(plan("decode", decode_rows), (between,))
@@ -143,7 +149,7 @@ def _with_latents(images: Rows, z: Rows, trip: Trip, *, latents: bool) -> Result
 
 
 def drawn_noise(noise: Noise, rows: int, draws: int, shape: tuple[int, ...]) -> tuple[Arrays, dict[str, Any]]:
-    """The request's eps (n, L, *latent) and the seed it came from; nothing where nothing is drawn."""
+    """The request's eps (n, L, *latent) and its seed; nothing without draws."""
     if not draws:
         return (), {}
     seed, eps = noise.normal(rows, (draws, *shape))

@@ -1,7 +1,8 @@
-"""What the operations that restore images share: options, and the way from a request to an observation."""
+"""Restoration: the options of denoise, inpaint and super-resolve, and their way from a request to an answer."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -9,47 +10,78 @@ from numpy.typing import NDArray
 
 from service.contract.calibration import calibrated
 from service.contract.corruption import Observation, OperatorName, Rows
-from service.contract.images import Fit
+from service.contract.images import FIT_ADVICE, Fit
 from service.errors import InvalidOption
 from service.operations.inference.latent import Noise
-from service.operations.inference.restoration import LEAST_LEVEL, MOST_LEVEL, Wish, level_rows, prior_mean, restore
+from service.operations.inference.refinement import STEPS
+from service.operations.inference.restoration import (
+    LEAST_LEVEL,
+    MOST_LEVEL,
+    RestoreChoices,
+    level_rows,
+    prior_mean,
+    restore,
+)
 from service.operations.inference.tiling import Tiling
 from service.operations.inference.vae import Observe, Result, noted
-from service.operations.operation import DrawOptions, Inputs, check_refinable
+from service.operations.operation import MEANS, PIXELS, SEED, DrawOptions, Inputs, Tensor, check_refinable
 from service.runtime.model import Model
 from service.runtime.program import Submit
 
 NEEDS = ("recognition", "noise_level", "fusion", "correction")
+OUTPUTS = (
+    replace(MEANS, meaning="Restored images, E[x | y]"),
+    Tensor("std", ("n", *PIXELS), "Posterior standard deviation, with `uncertainty`", required=False),
+    Tensor("completions", ("n", "draws", *PIXELS), "Draws of restored images, with `completions`", required=False),
+    Tensor("level", ("n",), "Level of the noise, as given or estimated; absent without noise", required=False),
+    Tensor("elbo", ("n",), "Lower bound on log p(y), in nats, with `quality=refined`", required=False),
+    replace(SEED, required=False),
+)
+WARM_UP: tuple[dict[str, Any], ...] = ({}, {"quality": "refined"})
 
 
 class RestoreOptions(DrawOptions):
-    """How well, and what else."""
+    """How accurately to restore, and what else to return."""
 
     quality: Literal["fast", "refined"] = "fast"
-    """`fast` is one pass through the recognition model of corrupted images; `refined` goes on from there by variational
-    inference for each image, some hundred times as much work, which gives way to everybody else's."""
+    """`fast` is one pass through the recognition model. `refined` continues from there by variational inference for
+    each image: about 100 times as much work, at low priority."""
     uncertainty: bool = False
-    """Whether the answer holds `std`, the posterior standard deviation of every pixel, such that the true pixel lies
-    within 1.645 of them nine times in ten."""
+    """Whether the answer holds `std`, the posterior standard deviation of each pixel. It is calibrated: 90% of the true
+    pixels lie within 1.645 `std`."""
     completions: bool = False
-    """Whether the answer holds the images of all `draws`, (n, draws, c, h, w), beside their mean."""
+    """Whether the answer holds the images of all `draws`, (n, draws, c, h, w), besides their mean."""
     preview: bool = False
-    """Whether events of progress hold `images` as they are thought to be so far; without effect on other answers."""
+    """Whether progress events hold the `images` as estimated so far. Other answers ignore it."""
 
-    @property
-    def pictures(self) -> int:
-        """What was seen and what of it, the mean, the deviation, the completions."""
-        return 3 + self.uncertainty + (self.draws if self.completions else 0)
+    def memory_numbers(self, image: int, latent: int) -> int:
+        """Numbers that are in memory for one row of the request while it is answered."""
+        images = 3 + self.uncertainty + (self.draws if self.completions else 0)  # observation, mask and mean, and more
+        noise = STEPS * latent if self.quality == "refined" else 0
+        return images * image + self.multiplicity * latent + noise
 
 
 class TiledOptions(RestoreOptions):
-    """Of what can be done tile by tile."""
+    """Options of restoration that also works tile by tile."""
 
     tiles = True
-    fit: Fit | Literal["tile"] | None = None  # type: ignore[assignment]  # one more way than for other operations
-    """Bring images of another size to the model's: `resize` stretches, `pad` adds black, `crop` cuts; `tile` restores a
-    larger image as overlapping tiles of the model's size, and the answer has the image's size; only where the model is
+    fit: Literal[Fit, "tile"] | None = None  # type: ignore[assignment]  # one more way than for other operations
+    """Bring images of another size to the model's: `resize` stretches, `pad` adds black, `crop` cuts. `tile` restores a
+    larger image as overlapping tiles of the model's size, and the answer has the image's size; the model must be
     `tileable`."""
+
+    def check(self, model: Model) -> None:
+        """Refuse tiles of a model that knows whole images alone.
+
+        Raises:
+            InvalidOption: The message names what works.
+        """
+        if self.fit == "tile" and not model.manifest.tileable:
+            _, height, width = model.input_shape
+            raise InvalidOption(
+                f"fit is tile, but model {model.manifest.name} is not tileable: it knows whole images, not parts of "
+                f"larger ones; {FIT_ADVICE} brings images to its {height} x {width}"
+            )
 
 
 def observed(
@@ -59,9 +91,17 @@ def observed(
     level: float | Literal["auto"],
     operator: OperatorName | None = None,
 ) -> Observation:
-    """The request's rows as what was seen of images.
+    """The request's rows as an observation.
 
-    Raises: InvalidOption for a family of noise that the model does not know.
+    Args:
+        model: The model.
+        inputs: Images as they were observed, and the mask.
+        noise: Family of the noise, None without noise.
+        level: Level of the noise, or `auto` to estimate it.
+        operator: Blur or shrinking of the images before the noise.
+
+    Raises:
+        InvalidOption: The model does not know this family of noise.
     """
     families = model.manifest.noise_families
     if noise is not None and noise not in families:
@@ -76,9 +116,11 @@ def observed(
 
 
 async def restored(model: Model, submit: Submit, inputs: Inputs, seen: Observation, options: RestoreOptions) -> Result:
-    """E[x | y], as the options say.
+    """E[x | y], restored as the options say.
 
-    Raises: UnsupportedOperation where the model cannot refine; InvalidOption for completions without draws.
+    Raises:
+        UnsupportedOperation: The model cannot refine.
+        InvalidOption: Completions are asked for without draws.
     """
     refined = options.quality == "refined"
     if refined:
@@ -88,9 +130,9 @@ async def restored(model: Model, submit: Submit, inputs: Inputs, seen: Observati
     estimated = seen.estimated is not None
     if inputs.tiling is not None and not seen.known:
         seen = await _of_one_level(model, submit, seen, inputs.tiling)
-    wish = Wish(refined, options.draws, options.uncertainty, options.completions, options.preview)
+    choices = RestoreChoices(refined, options.draws, options.uncertainty, options.completions, options.preview)
     noise, observe = Noise(options.seed, inputs.first), _of_whole_images(inputs.observe, inputs.tiling)
-    result = await restore(model.plan, submit, model.latent_shape, seen, wish, noise, observe)
+    result = await restore(model.plan, submit, model.latent_shape, seen, choices, noise, observe)
     if options.uncertainty:
         result.outputs["std"] = _calibrated(model, result.outputs["std"], seen, options.quality)
     sighted: NDArray[np.bool_] = np.any(seen.mask, axis=(1, 2, 3))
@@ -102,7 +144,7 @@ async def restored(model: Model, submit: Submit, inputs: Inputs, seen: Observati
 
 
 def _calibrated(model: Model, std: Rows, seen: Observation, quality: str) -> Rows:
-    """As the manifest has it, if it says anything."""
+    """The standard deviation, scaled by the manifest's calibration if there is one."""
     calibration = model.manifest.calibration
     if calibration is None:
         return std
@@ -110,21 +152,21 @@ def _calibrated(model: Model, std: Rows, seen: Observation, quality: str) -> Row
 
 
 async def _of_one_level(model: Model, submit: Submit, seen: Observation, tiling: Tiling) -> Observation:
-    """The level of an image's noise is that of all its tiles: the median of what is estimated of them."""
+    """The observation with one noise level an image: the median of the estimates of its tiles."""
     trip = await submit(model.plan("level", level_rows, 0, seen.estimated), seen.lifted())
     estimates = trip.arrays[0].reshape(tiling.images, tiling.tiles, -1)
     return seen._replace(level=np.repeat(np.median(estimates, 1), tiling.tiles, axis=0), known=True)
 
 
 def _of_whole_images(observe: Observe | None, tiling: Tiling | None) -> Observe | None:
-    """Tells of images what is found of their tiles."""
+    """An observer of whole images, for progress that is about their tiles."""
     if observe is None or tiling is None:
         return observe
     return lambda so_far: observe(_joined(so_far, tiling))
 
 
 def _joined(result: Result, tiling: Tiling) -> Result:
-    """Tiles to images; of what is said a tile, the mean."""
+    """The result for images from that for their tiles. Figures are means over the tiles."""
     outputs = {name: tiling.joined(array) for name, array in result.outputs.items()}
     about = {
         name: value.reshape(tiling.images, -1).mean(1) if isinstance(value, np.ndarray) else value
@@ -134,7 +176,7 @@ def _joined(result: Result, tiling: Tiling) -> Result:
 
 
 async def _without_sight(model: Model, submit: Submit, result: Result, unseen: NDArray[Any], inputs: Inputs) -> Result:
-    """The prior's mean where nothing was seen, which is said."""
+    """The result with the prior's mean in rows whose mask hides everything, and a note that says so."""
     mean, std = await prior_mean(model.plan, submit, model.noise_shape)
     for name, known in (("images", mean), ("std", std)):
         if name in result.outputs:
@@ -145,7 +187,7 @@ async def _without_sight(model: Model, submit: Submit, result: Result, unseen: N
 
 
 def _with_clipped_level(result: Result, sighted: NDArray[np.bool_], inputs: Inputs) -> Result:
-    """Says so where an estimated level is at a bound."""
+    """The result with a note about estimated levels that are at a bound."""
     level = result.about["level"]
     clipped = np.flatnonzero(sighted & ((level <= LEAST_LEVEL) | (level >= MOST_LEVEL)))
     if not len(clipped):
@@ -158,7 +200,7 @@ def _with_clipped_level(result: Result, sighted: NDArray[np.bool_], inputs: Inpu
 
 
 def _places(rows: NDArray[Any], inputs: Inputs) -> NDArray[Any]:
-    """Rows, or the images whose tiles they are, as places in the request."""
+    """Indices in the request of rows, or of the images whose tiles the rows are."""
     tiles = inputs.tiling.tiles if inputs.tiling else 1
     found: NDArray[Any] = inputs.first + np.unique(rows // tiles)
     return found

@@ -1,0 +1,245 @@
+"""The OpenAPI document of the operations, derived from their declarations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import orjson
+
+from service.api import problems
+from service.codecs import EVENTS, OPTION_FORMS, READERS, WRITERS
+from service.operations.operation import Operation, Tensor
+
+Schema = dict[str, Any]
+
+PATHS = (
+    ("/v1", ()),
+    ("/v1/models/{model}", ("model",)),
+    ("/v1/models/{model}/versions/{version}", ("model", "version")),
+)
+"""Prefixes of every operation, with the names of their parameters."""
+PARAMETERS = {"model": "Name of a model, see /v1/models", "version": "One of its versions"}
+BINARY: Schema = {"type": "string", "format": "binary"}
+NULL: Schema = {"type": "null"}
+FORM_NAMES = {"multipart/form-data": "Form", "application/x-www-form-urlencoded": "Fields"}
+"""Endings of the names of the schemas of forms."""
+STREAM = (
+    "Events, each a JSON object: `progress` during iterative work, then `answer` with the fields of the JSON answer, "
+    "or `error` with those of a problem if something fails after the first event."
+)
+ELEMENTS = {"float32": "number", "int64": "integer", "string": "string"}
+"""JSON types of the elements of a tensor."""
+LATENT_AXES = (1, 3)
+"""Axes of a latent: a vector, or channels, height and width."""
+FILES: dict[str, Schema] = {
+    name: {"type": "array", "items": BINARY, "minItems": 1, "description": text}
+    for name, text in (
+        ("file", "Pictures of one size, or .npy files; each is one or more rows"),
+        ("mask", "A picture, black or transparent where a pixel is missing, or .npy: one for all rows, or one a row"),
+    )
+}
+"""Fields of a form that hold files."""
+
+
+def _nested(axes: int, of: str = "number") -> Schema:
+    """Arrays in arrays, `axes` deep."""
+    return {"type": "array", "items": _nested(axes - 1, of)} if axes else {"type": of}
+
+
+# The first form of each is one that a generated Python client passes through as it is.
+ARRAYS: dict[str, Schema] = {
+    "images": {
+        "anyOf": [{**_nested(1, "string"), "minItems": 1}, *map(_nested, (2, 3, 4)), {"type": "string"}],
+        "description": "Rows as nested numbers, (n, channels, height, width), (n, height, width, channels) or, if "
+        "grey, (n, height, width) or (height, width); or base64 strings of PNG, JPEG, WebP or BMP files",
+    },
+    "latents": {
+        "anyOf": [*map(_nested, (1, 2, 3, 4))],
+        "description": "Rows as nested numbers, of the model's latent shape",
+    },
+    "mask": {
+        "anyOf": [*map(_nested, (2, 3, 4))],
+        "description": "1 where a pixel is seen, 0 where it is missing: one for all images or one an image",
+    },
+}
+"""Arrays of a request in JSON, by name."""
+NOTE: Schema = {
+    "type": "object",
+    "required": ["code", "rows", "detail"],
+    "properties": {
+        "code": {"type": "string", "description": "Stable: nothing_seen, level_clipped or grey_levels"},
+        "rows": {"type": "array", "items": {"type": "integer"}, "description": "Indices of rows in the request"},
+        "detail": {"type": "string", "description": "For people"},
+    },
+}
+ABOUT: dict[str, Schema] = {
+    "model": {"type": "string", "description": "Name of the model"},
+    "version": {"type": "string", "description": "Version of the model"},
+    "fingerprint": {"type": "string", "description": "Identity of the model's weights"},
+}
+"""Fields of every answer."""
+
+
+def with_operations(document: dict[str, Any], operations: Iterable[Operation]) -> dict[str, Any]:
+    """An OpenAPI document with the paths and schemas of the operations.
+
+    Args:
+        document: The document of all other routes.
+        operations: The operations.
+    """
+    operations, components = tuple(operations), document.get("components", {})
+    schemas = {_title(name): schema for name, schema in ARRAYS.items()} | {"Note": NOTE, "Problem": problems.SCHEMA}
+    for operation in operations:
+        schemas |= _schemas(operation)
+    keys: list[dict[str, list[str]]] = [{name: []} for name in components.get("securitySchemes", ())]
+    paths = {
+        f"{prefix}/{operation.name}": {"post": _post(operation, names) | ({"security": keys} if keys else {})}
+        for prefix, names in PATHS
+        for operation in operations
+    }
+    components = {**components, "schemas": {**components.get("schemas", {}), **schemas}}
+    return {**document, "paths": {**paths, **document["paths"]}, "components": components}
+
+
+def _post(operation: Operation, names: tuple[str, ...]) -> dict[str, Any]:
+    """One operation at one path."""
+    return {
+        "tags": [operation.name],
+        "summary": operation.summary,
+        "description": operation.description,
+        "operationId": "_".join((operation.name, *names)),
+        "parameters": [*_in_path(names), *_in_query(operation), *_in_headers(operation)],
+        "requestBody": {"required": bool(operation.inputs), "content": _bodies(operation)},
+        "responses": {
+            "200": {"description": "The answer, in the form that Accept asks for", "content": _answers(operation)},
+            **{str(status): problem for status, problem in problems.documented().items()},
+        },
+    }
+
+
+def _in_path(names: tuple[str, ...]) -> list[Schema]:
+    return [
+        {"name": name, "in": "path", "required": True, "description": PARAMETERS[name], "schema": {"type": "string"}}
+        for name in names
+    ]
+
+
+def _in_query(operation: Operation) -> list[Schema]:
+    """The options. A query string has no null, so an option without a value is left out."""
+    found = []
+    for name, option in _options(operation)[0].items():
+        description, forms = option.pop("description"), [form for form in option.pop("anyOf", ()) if form != NULL]
+        schema = option | ({"anyOf": forms} if len(forms) > 1 else forms[0] if forms else {})
+        found.append({"name": name, "in": "query", "required": False, "description": description, "schema": schema})
+    return found
+
+
+def _in_headers(operation: Operation) -> list[Schema]:
+    """The option that may also be a header."""
+    option = operation.options.model_fields.get("fingerprint")
+    if option is None:
+        return []
+    named = {"name": "X-Fingerprint", "in": "header", "required": False}
+    return [{**named, "description": option.description, "schema": {"type": "string"}}]
+
+
+def _bodies(operation: Operation) -> dict[str, Any]:
+    """The request body in every form that the operation reads."""
+    name = _title(operation.name)
+    bodies: dict[str, Any] = {
+        "application/json": {"schema": _reference(f"{name}Request"), "example": operation.example},
+    }
+    if not operation.inputs:
+        return bodies | {form: {"schema": _reference(name + FORM_NAMES[form])} for form in OPTION_FORMS[1:]}
+    pictures = [form for form in READERS if form.startswith("image/")] if operation.takes == "images" else []
+    for form in ("application/x-npy", "application/octet-stream", *pictures):
+        bodies[form] = {"schema": BINARY}
+    return bodies | {"multipart/form-data": {"schema": _reference(f"{name}Form")}}
+
+
+def _answers(operation: Operation) -> dict[str, Any]:
+    """The answer in every form that it can have."""
+    answer = _reference(f"{_title(operation.name)}Answer")
+    content: dict[str, Any] = {"application/json": {"schema": answer, "example": operation.answer}}
+    pictures = "images" in (tensor.name for tensor in operation.outputs)
+    for form in WRITERS:
+        if form in EVENTS:
+            content[form] = {"schema": {"type": "string", "description": STREAM}, "example": _stream(operation, form)}
+        elif form != "application/json" and (pictures or not form.startswith("image/")):
+            content[form] = {"schema": BINARY}
+    return content
+
+
+def _stream(operation: Operation, form: str) -> str:
+    """An example of a stream of events."""
+    events = [*([("progress", operation.progress)] if operation.progress else []), ("answer", operation.answer)]
+    return b"".join(EVENTS[form].frame(kind, orjson.dumps(content)) for kind, content in events).decode()
+
+
+def _schemas(operation: Operation) -> dict[str, Schema]:
+    """The named schemas of an operation: its request, its forms, its answer."""
+    name, (options, words) = _title(operation.name), _options(operation)
+    arrays = {tensor.name: _reference(_title(tensor.name)) for tensor in operation.inputs}
+    request = _object({**arrays, **options}, [tensor.name for tensor in operation.inputs if tensor.required])
+    files = {field: FILES[field] for field in ("file", "mask") if field == "file" or operation.observed}
+    forms = (
+        {f"{name}Form": _object({**files, **options}, ["file"])}
+        if operation.inputs
+        else {name + ending: _object(options, []) for ending in FORM_NAMES.values()}
+    )
+    outputs = {tensor.name: _output(tensor) for tensor in operation.outputs}
+    notes = {
+        "type": "array",
+        "items": _reference("Note"),
+        "description": "What is special about some rows, if anything",
+    }
+    answer = {
+        "type": "object",
+        "required": [*ABOUT, *(tensor.name for tensor in operation.outputs if tensor.required)],
+        "properties": {**ABOUT, **outputs, "notes": notes},
+    }
+    return {**words, f"{name}Request": request, **forms, f"{name}Answer": answer}
+
+
+def _object(properties: dict[str, Schema], required: list[str]) -> Schema:
+    return {"type": "object", "required": required, "properties": properties, "additionalProperties": False}
+
+
+def _options(operation: Operation) -> tuple[dict[str, Schema], dict[str, Schema]]:
+    """The options by name, and the named schemas of those that are one of several words.
+
+    The description names the default. A `default` would make the option required in generated TypeScript.
+    """
+    options: dict[str, Schema] = {}
+    words: dict[str, Schema] = {}
+    for name, known in operation.options.model_json_schema().get("properties", {}).items():
+        title, default = _title(operation.name) + _title(name), known.pop("default", None)
+        forms = known.pop("anyOf", [{key: known.pop(key) for key in ("type", "enum") if key in known}])
+        for form in forms:
+            if "enum" in form:
+                words[title] = form
+        forms = [_reference(title) if "enum" in form else form for form in forms]
+        told = known["description"].replace("\n", " ")
+        told += "" if default is None else f" Default: {orjson.dumps(default).decode()}."
+        rest = {key: value for key, value in known.items() if key not in ("title", "description")}
+        options[name] = rest | {"description": told} | ({"anyOf": forms} if len(forms) > 1 else forms[0])
+    return options, words
+
+
+def _output(tensor: Tensor) -> Schema:
+    """A tensor of an answer, as nested arrays."""
+    described = {"description": f"{tensor.meaning}, ({', '.join(tensor.shape)})" if tensor.shape else tensor.meaning}
+    axes, element = len(tensor.shape), ELEMENTS[tensor.dtype]
+    if "latent" not in tensor.shape:
+        return {**_nested(axes, element), **described}
+    return {"anyOf": [_nested(axes - 1 + further, element) for further in LATENT_AXES], **described}
+
+
+def _title(name: str) -> str:
+    """`super-resolve` as the name of a schema, `SuperResolve`."""
+    return "".join(part.capitalize() for part in name.split("-"))
+
+
+def _reference(name: str) -> Schema:
+    return {"$ref": f"#/components/schemas/{name}"}
