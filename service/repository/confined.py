@@ -16,16 +16,25 @@ class TookTooLong(Exception):
 
 
 class Killed(Exception):
-    """The process did not end by itself; the message names the signal."""
+    """The process ended by a signal, or with another exit status than 0; the message names it."""
 
 
 def run_module(module: str, argument: str, limit_s: float) -> bytes:
-    """What `python -m module argument` writes to standard output.
+    """Run `python -m module <process id of the parent> argument`, which inherits no file or socket.
 
-    It inherits no file or socket, and is killed with the thread that calls this.
-    Raises: TookTooLong; Killed.
+    Args:
+        module: Name of the module.
+        argument: Its argument.
+        limit_s: Limit on its time, in seconds.
+
+    Returns:
+        What it writes to standard output.
+
+    Raises:
+        TookTooLong: Its time was up.
+        Killed: It ended by a signal, or with another exit status than 0.
     """
-    # Its modules come from where ours do, and never from the working directory (-P).
+    # It imports from the same places as this process, and never from the working directory (-P).
     path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)  # noqa: PTH100  # "" is the current folder
     command = [sys.executable, "-P", "-m", module, str(os.getpid()), argument]
     with subprocess.Popen(  # noqa: S603  # our own interpreter and module

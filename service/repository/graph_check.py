@@ -1,4 +1,4 @@
-"""What an ONNX graph must not hold, found with protobuf before onnxruntime sees it."""
+"""Checks an ONNX graph with protobuf before onnxruntime opens it: what it must not contain."""
 
 from __future__ import annotations
 
@@ -43,21 +43,21 @@ MESSAGES: dict[str, dict[int, tuple[str, str]]] = {
     "SparseTensor": {1: ("values", "Tensor"), 2: ("indices", "Tensor")},
     "Tensor": {8: ("name", ""), 13: ("external_data", ""), 14: ("data_location", "number")},
 }
-"""Of each message of onnx.proto the fields that lead to tensors and nodes, by number: name and type ("" is text).
+"""The fields of onnx.proto's messages that lead to tensors and nodes, by number: name and type ("" is text).
 
-Every field is declared repeated: a message that stands twice where one belongs is seen twice, and not merged.
+Every field is declared repeated, so that a message that occurs twice where one belongs is checked twice, not merged.
 """
 OWN = {"", "ai.onnx", "ai.onnx.ml"}
-"""Domains of ONNX's own operators. Those of other domains may run other code or read files, as EPContext does."""
+"""Domains of ONNX's own operators. Operators of other domains may run code or read files, as EPContext does."""
 RANDOM = {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
 TRAINING_INPUT = 2
-"""The place of Dropout's input that makes it draw random numbers."""
+"""Index of Dropout's input that makes it draw random numbers."""
 
 
 def check_graph(name: str, content: bytes) -> None:
     """Refuse a graph with data outside its file, with random operators, or with operators that are not ONNX's own.
 
-    Subgraphs, attributes, sparse tensors, functions and training information are looked through too.
+    Subgraphs, attributes, sparse tensors, functions and training information are checked too.
 
     Args:
         name: Name of the graph in the message.
@@ -94,7 +94,7 @@ def _check_tensor(name: str, tensor: Any) -> None:
 
 
 def _check_node(name: str, node: Any, functions: AbstractSet[tuple[str, str]]) -> None:
-    """Of a field that stands several times the last counts; here each does."""
+    """Check every value of a field: parsers take the last one where it occurs several times."""
     for domain, operator in product(_texts(node.domain), _texts(node.op_type)):
         where = f"{name}: node {shown(_last(node.name))} ({shown(operator)} of domain {shown(domain or 'ai.onnx')})"
         if domain not in OWN and (domain, operator) not in functions:
@@ -104,7 +104,7 @@ def _check_node(name: str, node: Any, functions: AbstractSet[tuple[str, str]]) -
 
 
 def _texts(found: Iterable[bytes]) -> list[str]:
-    """The values of a text field, which is empty where it is not there."""
+    """Return the values of a text field; an absent field is one empty text."""
     return [value.decode(errors="replace") for value in found] or [""]
 
 
@@ -114,7 +114,7 @@ def _last(found: Iterable[bytes]) -> str:
 
 @cache
 def _model_class() -> Any:
-    """A protobuf message class of `MESSAGES`; fields that are not there are skipped."""
+    """Return a protobuf message class of `MESSAGES`; it skips all other fields."""
     file = FileDescriptorProto(name="vae_graph.proto", package="vae_graph", syntax="proto2")
     kinds = {"": FieldDescriptorProto.TYPE_BYTES, "number": FieldDescriptorProto.TYPE_INT32}
     for message, fields in MESSAGES.items():

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from service.contract import manifest as manifests
-from service.contract.manifest import ManifestError
 from service.errors import NotReady, StartError, UnknownModel, quoted
 from service.repository.overrides import WHOLE, Overrides
 from service.repository.selection import Selection, version_key
-from service.repository.version import LoadLimits, check_files, open_model
+from service.repository.version import LoadLimits, check_files, open_model, start_errors
 from service.runtime.model import Model
 
 State = Literal["ready", "loading", "unloaded", "failed"]
@@ -62,11 +61,9 @@ class ModelFolder:
             StartError: It cannot be read, or its files are not as its manifest says.
         """
         folder = self.path / model.manifest.name / model.manifest.version
-        try:
+        with start_errors():
             if manifests.read(folder) != model.manifest:
                 return True
-        except ManifestError as error:
-            raise StartError(str(error)) from error
         check_files(folder, model.manifest)
         return False
 
@@ -317,10 +314,8 @@ def _named_in(path: Path) -> str:
     if not path.exists() or path.is_dir():  # a model of that name
         return ""
     advice = "write one model's name into it, or set VAE_DEFAULT_MODEL"
-    try:
+    with start_errors():
         text = manifests.read_file(path.parent, path.name, manifests.MAX_DEFAULT_BYTES, advice)
-    except ManifestError as error:
-        raise StartError(str(error)) from error
     return text.decode(errors="replace").strip()
 
 

@@ -1,7 +1,7 @@
-"""`python -m service.repository.trial`: one version read, checked, opened, replayed and timed in a confined process.
+"""`python -m service.repository.trial`: reads, checks, opens, replays and times a version in a confined process.
 
 A graph may loop for ever, take all memory or crash onnxruntime, even while it is opened. So the serving process opens
-only what has passed here.
+a version only after it has passed here.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from service import process
 from service.contract.manifest import ManifestError
 from service.errors import StartError, one_line
 from service.repository.graph_check import check_graph
-from service.repository.version import Trial, assembled, read_version
+from service.repository.version import Trial, assemble, read_version
 from service.repository.warm_up import warm
 from service.runtime.session import PROVIDERS
 
 
 def main(arguments: list[str]) -> int:
-    """Try a version and write the outcome to standard output, in JSON.
+    """Try a version, and write the outcome to standard output in JSON.
 
     Args:
         arguments: Process id of the parent, and a `Trial` in JSON.
@@ -30,13 +30,13 @@ def main(arguments: list[str]) -> int:
     process.end_with_parent(parent)
     process.disable_core_dumps()
     try:
-        outcome = tried(asked)
+        outcome = run(asked)
     except MemoryError:
         outcome = {
             "refused": f"{asked.folder} needs more memory than the {asked.memory_bytes} bytes of "
             "VAE_LOAD_MEMORY_BYTES, or than is free"
         }
-    except Exception as error:  # noqa: BLE001  # whatever a hostile file brings about
+    except Exception as error:  # noqa: BLE001  # a hostile file may cause any error
         known = isinstance(error, StartError)
         outcome = {
             "refused": one_line(error if known else f"{asked.folder} cannot be opened: {type(error).__name__}: {error}")
@@ -45,10 +45,12 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def tried(asked: Trial) -> dict[str, Any]:
-    """The manifest's digest, and the timings of the programs as pairs of rows and seconds.
+def run(asked: Trial) -> dict[str, Any]:
+    """Return the manifest's digest, and the timings of the programs as pairs of rows and seconds.
 
-    Raises: StartError; MemoryError.
+    Raises:
+        StartError: The version cannot be served.
+        MemoryError: There is too little memory.
     """
     process.limit_memory(asked.memory_bytes)
     version = read_version(Path(asked.folder))
@@ -59,8 +61,8 @@ def tried(asked: Trial) -> dict[str, Any]:
             raise StartError(f"{asked.folder} cannot be opened: {error}") from error
     process.limit_memory(asked.memory_bytes, asked.threads * len(version.graphs))
     process.forbid_files()
-    # On the CPU wherever it is served: other providers need files, and more address space than they use.
-    model = assembled(version, PROVIDERS["cpu"], asked.threads)
+    # On the CPU in any case: other providers need files, and reserve more address space than they use.
+    model = assemble(version, PROVIDERS["cpu"], asked.threads)
     timings = warm(model, version.golden, asked.max_rows) if asked.timed else []
     return {"digest": version.digest, "timings": [list(timing.items()) for timing in timings]}
 

@@ -1,8 +1,10 @@
-"""One version of a model: read, checked, tried in a confined process, then opened and replayed."""
+"""One version of a model: read and checked, tried in a confined process, then opened and replayed."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +24,7 @@ OWN_THREAD = ("refinement", "elbo_gradient", "log_joint")
 
 
 class Version(NamedTuple):
-    """The files of a version, all as its manifest says. digest: of the manifest, and so of everything."""
+    """The files of a version, checked against its manifest, whose digest covers all of them."""
 
     folder: Path
     digest: str
@@ -32,14 +34,14 @@ class Version(NamedTuple):
 
 
 class LoadLimits(NamedTuple):
-    """Time and memory that opening a version may take."""
+    """Limits on the time and the memory of loading a version."""
 
     time_s: float = 60.0
     memory_bytes: int = 4 * 2**30
 
 
 class Trial(NamedTuple):
-    """What `python -m service.repository.trial` is asked for. timed: whether the programs are timed too."""
+    """The argument of `python -m service.repository.trial`. `timed` says whether programs are timed too."""
 
     folder: str
     threads: int
@@ -55,17 +57,25 @@ def open_model(
     max_rows: int,
     limits: LoadLimits = LoadLimits(),  # noqa: B008  # a tuple
 ) -> Model:
-    """Try one version in a process of its own, then open and replay it here.
+    """Try a version in a process of its own, then open, replay and warm it here.
 
-    Raises: StartError.
+    Args:
+        folder: Folder of the version.
+        provider: onnxruntime's name of the execution provider.
+        threads: Threads of a graph.
+        max_rows: Rows of a batch, for the warm-up.
+        limits: Limits on the trial.
+
+    Raises:
+        StartError: It cannot be served; the message names the file and the fix.
     """
     on_cpu = provider == PROVIDERS["cpu"]
-    digest, timings = _tried(Trial(str(folder), threads, max_rows, limits.memory_bytes, on_cpu), limits.time_s)
+    digest, timings = _try(Trial(str(folder), threads, max_rows, limits.memory_bytes, on_cpu), limits.time_s)
     try:
         version = read_version(folder)
         if version.digest != digest:
             raise StartError(f"{folder} was changed while it was opened; load it again")
-        model = assembled(version, provider, threads)
+        model = assemble(version, provider, threads)
         if on_cpu:
             take_timings(model, version.golden, max_rows, timings)
         else:
@@ -76,46 +86,47 @@ def open_model(
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
-    """Refuse a version whose files are no longer as its manifest says.
+    """Check that the files of a version are as its manifest says.
 
-    Raises: StartError.
+    Raises:
+        StartError: One is not.
     """
     golden = manifest.golden
-    try:
+    with start_errors():
         for entry in manifest.files():
             if not manifests.has_digest(folder, entry, archive_bytes(manifest) if entry is golden else MAX_FILE_BYTES):
                 raise _changed(folder, entry)
-    except ManifestError as error:
-        raise StartError(str(error)) from error
 
 
 def read_version(folder: Path) -> Version:
-    """Read the files of a version; those that the manifest does not list are left alone.
+    """Read the files of a version that its manifest lists.
 
-    Raises: StartError where one is not as the manifest says.
+    Raises:
+        StartError: One is not as the manifest says.
     """
-    try:
+    with start_errors():
         text = manifests.read_text(folder)
         manifest = manifests.parse_file(folder, text)
-        if (manifest.name, manifest.version) != (folder.parent.name, folder.name):
-            raise StartError(
-                f"{folder} holds version {manifest.version} of {manifest.name}; name the folders after them"
-            )
-    except ManifestError as error:
-        raise StartError(str(error)) from error
-    graphs = {name: _checked(folder, graph, MAX_FILE_BYTES) for name, graph in manifest.graphs.items()}
-    archive = _checked(folder, manifest.golden, archive_bytes(manifest))
-    try:
+    if (manifest.name, manifest.version) != (folder.parent.name, folder.name):
+        raise StartError(f"{folder} holds version {manifest.version} of {manifest.name}; name the folders after them")
+    graphs = {name: _read(folder, graph, MAX_FILE_BYTES) for name, graph in manifest.graphs.items()}
+    archive = _read(folder, manifest.golden, archive_bytes(manifest))
+    with start_errors(f"{folder} cannot be opened: "):
         golden = read_golden(archive, manifest)
-    except ManifestError as error:
-        raise StartError(f"{folder} cannot be opened: {error}") from error
     return Version(folder, manifests.digest(text), manifest, graphs, golden)
 
 
-def assembled(version: Version, provider: str, threads: int) -> Model:
-    """The model, whose graphs are opened as many at a time as there are threads, and replayed.
+def assemble(version: Version, provider: str, threads: int) -> Model:
+    """Open the graphs of a version, as many at a time as there are threads, and replay them.
 
-    Raises: StartError; MemoryError.
+    Args:
+        version: The version.
+        provider: onnxruntime's name of the execution provider.
+        threads: Threads of a graph.
+
+    Raises:
+        StartError: A graph cannot be opened, or is off its golden vectors.
+        MemoryError: There is too little memory.
     """
     shapes = version.manifest.graphs
 
@@ -140,10 +151,20 @@ def assembled(version: Version, provider: str, threads: int) -> Model:
     return model
 
 
-def _tried(trial: Trial, limit_s: float) -> tuple[str, list[Timing]]:
-    """The digest of the manifest that has passed, and how long its programs take.
+@contextmanager
+def start_errors(prefix: str = "") -> Iterator[None]:
+    """Raise a ManifestError of the block as a StartError, with words before its message."""
+    try:
+        yield
+    except ManifestError as error:
+        raise StartError(f"{prefix}{error}") from error
 
-    Raises: StartError.
+
+def _try(trial: Trial, limit_s: float) -> tuple[str, list[Timing]]:
+    """Run the trial of a version; returns its manifest's digest and the timings of its programs.
+
+    Raises:
+        StartError: It has failed.
     """
     try:
         answer = json.loads(run_module("service.repository.trial", json.dumps(trial), limit_s))
@@ -162,15 +183,14 @@ def _tried(trial: Trial, limit_s: float) -> tuple[str, list[Timing]]:
     return answer["digest"], [dict(map(tuple, timing)) for timing in answer["timings"]]
 
 
-def _checked(folder: Path, entry: Graph | Golden, max_bytes: int) -> bytes:
-    """A file's content, read once, so that what was digested is what is opened.
+def _read(folder: Path, entry: Graph | Golden, max_bytes: int) -> bytes:
+    """Read a file once, so that the content that was checked is the content that is opened.
 
-    Raises: StartError.
+    Raises:
+        StartError: It is not as the manifest says.
     """
-    try:
+    with start_errors():
         content = manifests.read_file(folder, entry.file, max_bytes)
-    except ManifestError as error:
-        raise StartError(str(error)) from error
     if manifests.digest(content) != entry.sha256:
         raise _changed(folder, entry)
     return content

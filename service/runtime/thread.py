@@ -1,4 +1,4 @@
-"""Daemon threads that work off a queue in order. A process that ends does not wait for them, as one may be stuck."""
+"""Daemon threads that run work from a queue, in order. A process ends without waiting for them: one may be stuck."""
 
 from __future__ import annotations
 
@@ -16,31 +16,30 @@ Found = TypeVar("Found")
 
 
 class ComputingThreads:
-    """Threads started with the first work, and ended by `close` or with their owner.
+    """Threads that start with the first work, and end with `close` or when this object is deleted.
 
     Args:
         name: Name of the threads.
-        count: How many of them.
-        prepare: Run in each thread before any work.
+        count: Number of the threads.
+        prepare: Called in each thread before any work.
     """
 
     def __init__(self, name: str, count: int = 1, prepare: Work | None = None) -> None:
         self._queue: SimpleQueue[Work | None] = SimpleQueue()
         self._threads = [
-            threading.Thread(target=_work_off, args=(self._queue, prepare), name=name, daemon=True)
-            for _ in range(count)
+            threading.Thread(target=_run_all, args=(self._queue, prepare), name=name, daemon=True) for _ in range(count)
         ]
         weakref.finalize(self, _end, self._queue, count)
 
     def run(self, work: Work) -> None:
-        """Compute it as soon as a thread is free; errors are the work's own business."""
+        """Run some work as soon as a thread is free. The work handles its own errors."""
         if self._threads[0].ident is None:
             for thread in self._threads:
                 thread.start()
         self._queue.put(work)
 
     def submit(self, work: Callable[[], Found]) -> Future[Found]:
-        """Compute it as soon as a thread is free; the future gives its result or its error."""
+        """Run some work as soon as a thread is free; the future gives its result or its error."""
         future: Future[Found] = Future()
 
         def compute() -> None:
@@ -48,14 +47,14 @@ class ComputingThreads:
                 return
             try:
                 future.set_result(work())
-            except BaseException as error:  # noqa: BLE001  # raised again where the future is waited for
+            except BaseException as error:  # noqa: BLE001  # raised where the future is awaited
                 future.set_exception(error)
 
         self.run(compute)
         return future
 
     def close(self) -> None:
-        """End the threads after the work that they have, without waiting."""
+        """End the threads once the queue is empty. Does not wait for that."""
         _end(self._queue, len(self._threads))
 
 
@@ -64,17 +63,17 @@ def _end(queue: SimpleQueue[Work | None], threads: int) -> None:
         queue.put(None)
 
 
-def _work_off(queue: SimpleQueue[Work | None], prepare: Work | None) -> None:
-    """Knows the queue alone, so that a thread does not keep its owner alive."""
+def _run_all(queue: SimpleQueue[Work | None], prepare: Work | None) -> None:
+    """Run work from a queue. Takes no reference to the owner of the thread, which may be deleted first."""
     if prepare is not None:
         prepare()
     while (work := queue.get()) is not None:
         work()
-        del work  # with its batch, which would live until the next one comes
+        del work  # and its batch, which would stay in memory until the next work arrives
 
 
 def in_threads(function: Callable[[Given], Found], values: Iterable[Given], count: int) -> list[Found]:
-    """`function` of every value in their order, computed in `count` threads; raises the first error."""
+    """Return `function` of every value, in order, computed in `count` threads; raises the first error."""
     threads = ComputingThreads("in_threads", count)
     try:
         futures = [threads.submit(partial(function, value)) for value in values]
