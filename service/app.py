@@ -25,9 +25,9 @@ from service.api.admin.docs import docs_router
 from service.api.admin.health import health_router
 from service.api.admin.metrics import metrics_router
 from service.api.admin.models import models_router, readiness_router
+from service.api.invoke import Context
 from service.api.memory import Memory
 from service.api.offload import Offload
-from service.api.v1.endpoint import Context
 from service.api.v1.route import Shortcut
 from service.api.v1.routes import OPERATIONS, add_operations
 from service.contract.cores import cpu_count

@@ -15,7 +15,7 @@ from httptools import HttpParserCallbackError, HttpParserError, HttpParserUpgrad
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from service.api import problems
-from service.api.body import WHOLE
+from service.api.reply import WHOLE
 from service.errors import (
     HeadersTooLarge,
     Malformed,
@@ -67,7 +67,7 @@ def head_of(status: int, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
 
 
 class Cycle(RequestResponseCycle):
-    """One request and its answer. An answer that comes whole, as `intake.WHOLE` says it may, is written at once."""
+    """One request and its answer. An answer that comes whole, as `reply.WHOLE` says it may, is written at once."""
 
     async def send(self, message: Any) -> None:
         """As uvicorn's; `content` in `http.response.start` is the whole body."""

@@ -106,10 +106,19 @@ def test_manifest_needs_the_standard_library_alone() -> None:
     assert roots(ROOT / "service" / "contract" / "manifest.py") <= sys.stdlib_module_names
 
 
-@pytest.mark.parametrize("name", ["runtime/batcher.py", "errors.py", "operations/inference/latent.py"])
+@pytest.mark.parametrize(
+    "name", ["runtime/batcher.py", "errors.py", "operations/inference/latent.py", "api/invoke.py", "api/progress.py"]
+)
 def test_inner_layers_know_neither_http_nor_onnx(name: str) -> None:
-    """Batcher, errors and latents work without a web framework and without onnxruntime."""
+    """Batcher, errors, latents and `invoke` work without a web framework and without onnxruntime."""
     assert not roots(ROOT / "service" / name) & {"fastapi", "starlette", "uvicorn", "httpx", "onnxruntime", "PIL"}
+
+
+@pytest.mark.parametrize("path", sources("service/codecs"), ids=name_of)
+def test_codecs_know_the_contract_alone(path: Path) -> None:
+    """A wire format imports neither operations nor HTTP: of the service, `contract` and the errors."""
+    rooms = {name.split(".")[1] for name in imported(path) if name.startswith("service.")}
+    assert rooms <= {"codecs", "contract", "errors"}
 
 
 def test_a_clock_that_is_set_back_is_noticed_by_nobody() -> None:

@@ -16,7 +16,8 @@ from fastapi.routing import APIRoute
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.api.v1.endpoint import Context, OperationApp
+from service.api.invoke import Context
+from service.api.v1.endpoint import OperationApp
 from service.operations.operation import Operation
 
 LONGEST_PATH = 256

@@ -8,9 +8,10 @@ import orjson
 from fastapi import FastAPI
 
 from service.api import problems
-from service.api.v1.endpoint import Context
+from service.api.invoke import Context
 from service.api.v1.route import OperationRoute, endpoint
-from service.codecs import EVENTS, OPTION_FORMS, READERS, WRITERS
+from service.codecs import CODECS, JSON
+from service.codecs.codec import EventForm
 from service.operations.decode import decode
 from service.operations.denoise import denoise
 from service.operations.encode import encode
@@ -51,12 +52,6 @@ def add_operations(app: FastAPI, context: Context) -> None:
             )
 
 
-STREAM = (
-    "Events, each a JSON object: `progress` as long work goes on, then `answer` with the fields of the JSON answer, or "
-    "`error` with those of a problem where something goes wrong after the first event."
-)
-
-
 FILES = {
     name: {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1, "description": text}
     for name, text in (
@@ -77,12 +72,13 @@ def _bodies(operation: Operation) -> dict[str, Any]:
         "application/json": {"schema": _object(operation), "example": operation.example},
     }
     if not operation.takes:
-        for form in OPTION_FORMS[1:]:
-            forms[form] = {"schema": {"type": "object", "properties": options, "additionalProperties": False}}
+        schema = {"type": "object", "properties": options, "additionalProperties": False}
+        forms |= {codec.media_type: {"schema": schema} for codec in CODECS if codec.options and codec is not JSON}
         return {"requestBody": {"required": False, "content": forms}}
-    pictures = [form for form in READERS if form.startswith("image/")] if operation.takes == "images" else []
-    for form in ("application/x-npy", "application/octet-stream", *pictures):
-        forms[form] = {"schema": {"type": "string", "format": "binary"}}
+    for codec in CODECS:
+        fits = operation.takes == "images" or not codec.media_type.startswith("image/")
+        if codec.read and codec.schema and fits:
+            forms[codec.media_type] = {"schema": codec.schema}
     files = {name: FILES[name] for name in ("file", "mask") if name == "file" or operation.observed}
     form_schema = {"type": "object", "required": ["file"], "properties": {**files, **options}}
     forms["multipart/form-data"] = {"schema": {**form_schema, "additionalProperties": False}}
@@ -143,17 +139,16 @@ def _answer(operation: Operation) -> dict[str, Any]:
 
 
 def _answers(operation: Operation) -> dict[str, Any]:
-    content: dict[str, Any] = {"application/json": {"schema": _answer(operation), "example": operation.answer}}
-    pictures = "images" in operation.answer
-    for form in WRITERS:
-        if form in EVENTS:
-            content[form] = {"schema": {"type": "string", "description": STREAM}, "example": _told(operation, form)}
-        elif form != "application/json" and (pictures or not form.startswith("image/")):
-            content[form] = {"schema": {"type": "string", "format": "binary"}}
+    content: dict[str, Any] = {JSON.media_type: {"schema": _answer(operation), "example": operation.answer}}
+    for codec in CODECS:
+        fits = "images" in operation.answer or not codec.media_type.startswith("image/")
+        if codec.write and codec.schema and fits:
+            example = {"example": _told(operation, codec.events)} if codec.events else {}
+            content[codec.media_type] = {"schema": codec.schema, **example}
     return {"description": "The answer, in the form that Accept asks for", "content": content}
 
 
-def _told(operation: Operation, form: str) -> str:
+def _told(operation: Operation, form: EventForm) -> str:
     """An example of a whole stream."""
     events = [*([("progress", operation.progress)] if operation.progress else []), ("answer", operation.answer)]
-    return b"".join(EVENTS[form].frame(kind, orjson.dumps(content)) for kind, content in events).decode()
+    return b"".join(form.frame(kind, orjson.dumps(content)) for kind, content in events).decode()
