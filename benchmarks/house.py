@@ -11,10 +11,10 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
+
+from benchmarks import walk
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("service", "training")
@@ -143,10 +143,9 @@ def report(root: Path) -> Iterator[str]:
     yield row("largest flat folder, modules", most, FLAT_FOLDER)
     yield row("classes and type aliases", sum(map(len, named.values())), CLASSES)
     yield row("longest chain of imports, modules", len(chain), IMPORT_DEPTH)
-    if find_spec("benchmarks.walk"):
-        files, calls = import_module("benchmarks.walk").walked()
-        yield row("files of one warm encode", files, FILES_OF_A_REQUEST)
-        yield row("functions of one warm encode", calls, FUNCTIONS_OF_A_REQUEST)
+    files, calls = walk.walked()
+    yield row("files of one warm encode", files, FILES_OF_A_REQUEST)
+    yield row("functions of one warm encode", calls, FUNCTIONS_OF_A_REQUEST)
     yield row("names of two classes or aliases", len(twice), 0)
     yield row("docstrings with words to avoid", len(riddles), 0)
     yield row("longest function, lines", lengths[-1][0], None)

@@ -21,9 +21,10 @@ from service.api.admin.docs import SCRIPT_HASHES, docs_router
 from service.api.admin.health import health_router
 from service.api.admin.metrics import metrics_router
 from service.api.admin.models import models_router, readiness_router
+from service.api.invoke import Context
 from service.api.memory import Memory
 from service.api.offload import Offload
-from service.api.v1.endpoint import Context, OperationApp
+from service.api.v1.endpoint import OperationApp
 from service.api.v1.openapi import PATHS, with_operations
 from service.contract.cores import cpu_count
 from service.errors import ServiceError

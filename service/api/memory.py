@@ -1,4 +1,4 @@
-"""What requests take in memory, by estimates, so that too much is refused before it is there and nothing is killed."""
+"""The memory budget of all requests, by estimates: too much is refused before it is allocated."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from service.errors import Overloaded, TooLarge
 from service.runtime.model import Model
 
 NUMBER_BYTES = 16
-"""Of an answer, as array and as text."""
+"""Memory of one number of an answer, as array and as text."""
 RETRY_S = 1.0
 
 
 class Memory:
-    """Bytes that all requests under way may take together; they are taken in the event loop and in threads."""
+    """Bytes that all requests under way may take together. Locked: the event loop and threads take from it."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.taken = limit, 0
@@ -23,9 +23,9 @@ class Memory:
 
 
 class Share:
-    """One request's part of the memory: its body, what reading it takes, and what its answer needs.
+    """One request's share of the memory: its body, the reading of it, its answer.
 
-    Returned when everybody who holds it has let go: the request, and a thread that still reads its body.
+    It returns to the budget when the last holder gives it back: the request, or a thread that still reads its body.
     """
 
     __slots__ = ("_answer", "_body", "_holders", "_memory", "_reading")
@@ -34,37 +34,37 @@ class Share:
         self._memory, self._body, self._reading, self._answer, self._holders = memory, 0, 0, 0, 1
 
     def grow(self, size: int) -> None:
-        """Take `size` bytes for a further piece of the body.
+        """Take `size` bytes for the next piece of the body.
 
         Raises:
-            TooLarge: The request needs more than there is.
+            TooLarge: The request needs more than VAE_MEMORY_BYTES.
             Overloaded: Other requests leave too little.
         """
         self._take(size)
         self._body += size
 
     def reserve(self, size: int) -> None:
-        """Take `size` bytes for reading the body, on top of earlier ones.
+        """Take `size` further bytes for reading the body.
 
         Raises:
-            TooLarge: The request needs more than there is.
+            TooLarge: The request needs more than VAE_MEMORY_BYTES.
             Overloaded: Other requests leave too little.
         """
         self._take(size)
         self._reading += size
 
     def keep(self, size: int) -> None:
-        """Return what reading took but for `size` bytes, those of the rows that were read."""
+        """Return what reading took, except `size` bytes: the rows that were read."""
         surplus = self._reading - size
         if surplus > 0:
             self._reading = size
             self._take(-surplus)
 
     def need(self, size: int) -> None:
-        """Take what the answer needs at once, in bytes; what it was said to need before is part of it.
+        """Take the bytes that the answer needs at a time; an earlier, smaller need is part of it.
 
         Raises:
-            TooLarge: The request needs more than there is.
+            TooLarge: The request needs more than VAE_MEMORY_BYTES.
             Overloaded: Other requests leave too little.
         """
         if size > self._answer:
@@ -72,11 +72,11 @@ class Share:
             self._answer = size
 
     def hold(self) -> None:
-        """Keep the memory taken until one more `give_back`."""
+        """Add a holder, who must call `give_back`."""
         self._holders += 1
 
     def give_back(self) -> None:
-        """Let go of it; the last one to do so returns it."""
+        """Remove a holder; the last one returns the share to the budget."""
         self._holders -= 1
         if not self._holders:
             with self._memory.lock:

@@ -18,9 +18,11 @@ T = TypeVar("T")
 
 
 class Offload:
-    """Runs functions in `threads` threads. A function cannot be stopped, so its thread and its memory count as taken
-    until it ends, even where its caller has long been answered.
-    """  # noqa: D205  # one promise
+    """Runs functions in a fixed number of threads.
+
+    A function cannot be stopped, so its thread and its memory count as taken until it ends, even after its caller has
+    been answered.
+    """
 
     def __init__(self, threads: int = 1) -> None:
         self._threads = ComputingThreads("codec", threads)
@@ -30,10 +32,10 @@ class Offload:
         """Run `work` in a thread once one is free.
 
         Args:
-            work: What to run; it sees the context variables of the caller.
-            share: The request's memory, held until `work` ends.
-            deadline: The time, by time.monotonic(), until which the request waits.
-            gone: Whether the caller has hung up; asked once a thread is free.
+            work: What to run, with the context variables of the caller.
+            share: The request's memory; held until `work` ends.
+            deadline: By time.monotonic().
+            gone: Whether the caller has hung up; called once a thread is free.
 
         Returns:
             What `work` returns.
@@ -71,7 +73,7 @@ class Offload:
             return await found
 
     def close(self) -> None:
-        """End the threads after what they are at, without waiting."""
+        """End the threads after their current functions, without waiting."""
         self._threads.close()
 
 

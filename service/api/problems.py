@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
 INTERNAL = 500
-CLIENT_CLOSED_REQUEST = 499  # as nginx logs it; it reaches nobody
+CLIENT_CLOSED_REQUEST = 499  # nginx's; only the log sees it
 CONTROL = (errors.ControlOff, errors.LoadRefused, errors.NoRoom)
 """Errors of loading and unloading alone."""
 STATUS: dict[type[errors.ServiceError], int] = {
@@ -89,15 +89,16 @@ SCHEMA = {
 
 
 def problem(status: int, code: str, detail: str) -> bytes:
-    """The body of a problem."""
+    """The body of a problem, as RFC 9457 has it."""
     title = TITLES.get(status, "Error")
     return orjson.dumps({"type": "about:blank", "title": title, "status": status, "code": code, "detail": detail})
 
 
 def describe(error: Exception) -> tuple[int, str, bytes, dict[str, str]]:
-    """(status, code, body, headers) of any error; one that is not ours is a bug, logged and not told.
+    """(status, code, body, headers) of the answer to any error.
 
-    What is the service's own fault is logged under the id of the request.
+    An error of status 500 is logged under the id of the request. One that is no ServiceError is a bug: its message
+    stays in the log.
     """
     if isinstance(error, MemoryError):
         log.error("request %s: no memory", request_id(), exc_info=error)
@@ -127,7 +128,7 @@ def respond(error: Exception) -> Response:
 
 
 def documented(*kinds: type[errors.ServiceError]) -> dict[int | str, dict[str, Any]]:
-    """The statuses of these errors, without any of all that an operation may answer with, for OpenAPI."""
+    """OpenAPI's responses for some errors; without arguments, for all that an operation may answer with."""
     codes: dict[int, list[str]] = {}
     for kind in kinds or [
         kind for kind in STATUS if kind not in (errors.CallerGone, errors.NotFound, errors.ReaderFault, *CONTROL)

@@ -1,4 +1,4 @@
-"""Long work watched while it runs: what it reports, then its result, for a reader of any speed. Knows no HTTP."""
+"""Long work as a stream: its newest report, as fast as the reader takes them, then its answer. No transport."""
 
 from __future__ import annotations
 
@@ -8,32 +8,41 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
 from typing import NamedTuple
 
-from service.operations.inference.vae import Observe, Result
+from service.codecs.payload import Answer
 
 SILENCE_S = 15.0
-"""After so long without news it is said that there is none, for proxies that close what seems idle."""
+"""Seconds without a report after which the stream says so: proxies close connections that seem idle."""
 
 
 class Event(NamedTuple):
-    """What is new: `progress`, or the `answer` at the end."""
+    """One report: `progress`, or at the end the `answer`."""
 
     kind: str
-    result: Result
+    answer: Answer
 
 
 async def watched(
-    run: Callable[[Observe], Awaitable[Result]], silence_s: float = SILENCE_S
+    run: Callable[[Callable[[Answer], None]], Awaitable[Answer]], silence_s: float = SILENCE_S
 ) -> AsyncGenerator[Event | None, None]:
-    """What `run` reports and at last its result; None after every `silence_s` seconds without news.
+    """Run long work and report on it.
 
-    Only the newest report is kept: who reads slowly misses some, and holds up neither the work nor the memory. The
-    work is cancelled with the generator.
-    Raises: whatever `run` raises.
+    Only the newest report is kept: a slow reader misses some, and delays neither the work nor the release of memory.
+    The work is cancelled when the generator is closed.
+
+    Args:
+        run: The work. It is given a function to report with, and returns the answer.
+        silence_s: Seconds without a report after which None is given.
+
+    Yields:
+        Reports, None for silence, and at last the answer.
+
+    Raises:
+        Exception: What `run` raises.
     """
-    newest: deque[Result] = deque(maxlen=1)
+    newest: deque[Answer] = deque(maxlen=1)
     news = asyncio.Event()
 
-    def observe(so_far: Result) -> None:
+    def observe(so_far: Answer) -> None:
         newest.append(so_far)
         news.set()
 

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service.codecs import Payload
-from service.codecs.payload import as_images, as_rows, viewed, within
+from service.codecs.payload import Payload, as_images, as_rows, viewed, within
 from service.contract.images import FIT_ADVICE, fit
 from service.errors import InvalidOption, InvalidShape, InvalidValue, TooLarge
 from service.operations.inference.tiling import Tiling, tiling

@@ -1,7 +1,7 @@
-"""Picture files before decoding: format and size by a few bytes, metadata removed, what decoding costs.
+"""Picture files before decoding: finds format, size and cost of decoding, and removes metadata.
 
-Pillow limits metadata, and spends time and memory on it. Pixels, palette, transparency and EXIF are all that matters
-here. Sources: PNG 3rd edition, 5; ITU-T T.81, annex B; RFC 9649 (WebP); Microsoft, "Bitmap header types".
+Pillow limits metadata and spends time and memory on it. Only pixels, palette, transparency and EXIF are needed here.
+Sources: PNG 3rd edition, 5; ITU-T T.81, annex B; RFC 9649 (WebP); Microsoft, "Bitmap header types".
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from service.codecs.payload import Body
 from service.errors import TooLarge, Unreadable
 
 MAX_CHUNKS = 2**15
-"""Chunks of a PNG or a WebP, segments of a JPEG before its first scan."""
+"""Most chunks of a PNG or a WebP, and most segments of a JPEG before its first scan."""
 MAX_JUNK = 2**16
-"""Bytes between the segments of a JPEG that belong to none."""
+"""Most bytes between the segments of a JPEG."""
 MAX_TAGS = 1024
 ORIENTATION, SHORT = 0x0112, 3
-"""A tag of EXIF, and its type."""
+"""The EXIF tag of the orientation, and its type."""
 MAX_SCANS = 100
-"""Scans of a JPEG: cameras and converters write about ten."""
+"""Most scans of a JPEG; cameras and converters write about ten."""
 MAX_SCANNED = 2**30
-"""Pixels times scans of a JPEG, for each scan visits every pixel however little it holds."""
+"""Most pixels times scans of a JPEG: each scan visits every pixel, however little it holds."""
 PNG = b"\x89PNG\r\n\x1a\n"
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 PNG_KEPT = (b"PLTE", b"tRNS")
@@ -34,15 +34,15 @@ START_OF_SCAN, END_OF_IMAGE = 0xDA, 0xD9
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 PROGRESSIVE = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
 ALONE = frozenset({0x01, *range(0xD0, 0xD9)})
-"""Markers without a length."""
+"""Markers that have no length."""
 COMMENTS = frozenset({*range(0xE0, 0xF0), 0xFE})
 WEBP_KEPT = (b"VP8X", b"VP8 ", b"VP8L", b"ALPH", b"EXIF")
 ANIMATED, ALPHA = 0x02, 0x10
 BMP_RAW = (0, 3)
-"""Compression: none, or none with bit masks for the colours."""
+"""Values of the field compression: none, or none with bit masks for the colours."""
 
 WEBP_BYTES = 16
-"""Of memory a pixel that libwebp's decoder of animations takes, whatever the file holds."""
+"""Memory a pixel of libwebp's animation decoder, whatever the file holds."""
 
 CONVERT = "convert it to PNG, for example with ImageMagick: magick picture.{} picture.png"
 OTHERS: tuple[tuple[bytes, str, str], ...] = (
@@ -66,12 +66,12 @@ OTHERS: tuple[tuple[bytes, str, str], ...] = (
     (b"\x1f\x8b", "gzip", "send it uncompressed"),
     *((b"P%d%c" % (kind, space), "a PNM file", CONVERT.format("pnm")) for kind in range(1, 8) for space in b"\n\r\t "),
 )
-"""(how the file begins, what it is, what to do)."""
+"""(first bytes, name of the format, advice)."""
 BRANDS = {
     "an AVIF": (CONVERT.format("avif"), (b"avif", b"avis")),
     "a HEIC": (CONVERT.format("heic"), (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")),
 }
-"""Of ISO base media files."""
+"""Formats in ISO base media files: name -> (advice, brands)."""
 UNREAD_TYPES = {
     "image/gif": "GIF",
     "image/tiff": "TIFF",
@@ -88,14 +88,20 @@ UNREAD_TYPES = {
     "image/svg+xml": "SVG",
     "application/pdf": "PDF",
 }
-"""Media types that are known and not read."""
+"""Media types that are recognised but not read, with the name of the format."""
 
 
 class Picture(NamedTuple):
-    """A picture file: its format as Pillow names it, its size, its bytes without metadata, and what it decodes to.
+    """A picture file that has not been decoded.
 
-    decoded: bytes a pixel that the decoder takes. transparent: whether it may have pixels that are not opaque.
-    orientation: how to turn it, as EXIF counts, 1 for not at all.
+    Attributes:
+        form: Format as Pillow names it.
+        width: Pixels.
+        height: Pixels.
+        content: The file without metadata.
+        decoded: Bytes a pixel that the decoder takes.
+        transparent: Whether it may have pixels that are not opaque.
+        orientation: How to turn it, as EXIF counts; 1 is not at all.
     """
 
     form: str
@@ -107,18 +113,15 @@ class Picture(NamedTuple):
     orientation: int = 1
 
     def pixel_bytes(self, channels: int) -> int:
-        """Most memory that decoding and converting a pixel takes, stacking it with others included.
-
-        Measured; tests/service/test_pictures.py measures again.
-        """
+        """Most bytes a pixel of decoding, converting and stacking; tests/service/test_pictures.py measures them."""
         return self.decoded + 6 * channels + (14 if self.transparent else 8)
 
 
 def picture(body: Body) -> Picture:
-    """What the file says of itself.
+    """Examine a picture file.
 
     Raises:
-        Unreadable: It is of a format that is not read, which the message names, or its structure is broken.
+        Unreadable: Its format is not read, which the message names, or its structure is broken.
         TooLarge: It has more chunks or scans than any picture needs.
     """
     head = bytes(body[:16])
@@ -138,7 +141,7 @@ def picture(body: Body) -> Picture:
 
 
 def _unread(head: bytes) -> str:
-    """Which format that is, as far as it is known, and what to do."""
+    """The message for a format that is not read: its name, where known, and advice."""
     known = "PNG, JPEG, WebP and BMP are read"
     if head[4:8] == b"ftyp":
         brands = head[8:64]
@@ -166,9 +169,12 @@ def _too_many(form: str) -> TooLarge:
 
 
 def _orientation(exif: bytes | memoryview) -> int:
-    """What EXIF says of how the picture is to be turned; 1, not at all, where it cannot be read.
+    """EXIF's orientation; 1 where it cannot be read.
 
-    Pillow would read every tag, and warn of each that is broken. Source: TIFF 6.0, 2.
+    Pillow would read every tag and warn of each that is broken.
+
+    Source:
+        TIFF 6.0, 2.
     """
     content = bytes(exif[: 2**16]).removeprefix(b"Exif\0\0")
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(content[:4])
@@ -185,7 +191,7 @@ def _orientation(exif: bytes | memoryview) -> int:
 
 
 def _png(body: Body) -> Picture:
-    """All image data as one chunk, which spares the decoder many small ones; of the rest what tells of pixels."""
+    """Examine a PNG. All image data becomes one chunk; of the others, those that affect pixels are kept."""
     if len(body) < 33 or bytes(body[12:16]) != b"IHDR":
         raise _broken("PNG")
     kept: dict[bytes, memoryview] = {}
@@ -211,7 +217,7 @@ def _png(body: Body) -> Picture:
 
 
 def _png_chunks(body: Body) -> Iterator[tuple[bytes, memoryview]]:
-    """(type, whole chunk) after the header up to the end, which may be missing."""
+    """(type, whole chunk) from the header to the end chunk, which may be missing."""
     view, place = memoryview(body), 33
     for _ in range(MAX_CHUNKS):
         if place + 8 > len(body):
@@ -228,9 +234,9 @@ def _png_chunks(body: Body) -> Iterator[tuple[bytes, memoryview]]:
 
 
 def _jpeg(body: Body) -> Picture:
-    """Tables, frame and scans; of the application's segments JFIF and Adobe's, which tells of colours.
+    """Examine a JPEG. Tables, frame and scans are kept, and of the application's segments JFIF and Adobe's (colours).
 
-    Scans are counted where the decoder would go through all of them.
+    Scans are counted where the decoder would decode each of them.
     """
     kept: list[bytes | memoryview] = [b"\xff\xd8"]
     frames: list[tuple[int, int, int, int]] = []
@@ -256,7 +262,7 @@ def _jpeg(body: Body) -> Picture:
 
 
 def _jpeg_segments(body: Body) -> Iterator[tuple[int, int, memoryview]]:
-    """(marker, place, whole segment) of those that have a length; what lies between is skipped."""
+    """(marker, offset, whole segment) of the segments that have a length; bytes between them are skipped."""
     view, place, junk = memoryview(body), 2, 0
     for _ in range(MAX_CHUNKS):
         found = MARKER.search(body, place, place + MAX_JUNK - junk)
@@ -283,7 +289,7 @@ def _check_scans(scans: int, pixels: int) -> None:
 
 
 def _webp(body: Body) -> Picture:
-    """The one picture in it, with its transparency and EXIF."""
+    """Examine a WebP of one picture; transparency and orientation are kept."""
     kept: dict[bytes, memoryview] = {}
     for kind, content in _webp_chunks(body):
         if kind in WEBP_KEPT:
@@ -343,7 +349,7 @@ def _webp_size(kind: bytes, content: memoryview) -> tuple[int, int]:
 
 
 def _bmp(body: Body) -> Picture:
-    """As it is; what is compressed by runs is refused, for Pillow decodes it byte by byte in Python."""
+    """Examine a BMP. One compressed by runs is refused, because Pillow decodes it byte by byte in Python."""
     if len(body) < 26:
         raise _broken("BMP")
     (header,) = struct.unpack_from("<I", body, 14)

@@ -1,4 +1,7 @@
-"""image/png, image/jpeg, image/webp, image/bmp in; image/png out. The file's own first bytes decide, not the header."""
+"""image/png, image/jpeg, image/webp, image/bmp: all are read, PNG is written.
+
+The first bytes of the file decide its format, not Content-Type.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import TypeVar
 
 from PIL import Image
 
+from service.codecs.codec import Codec
 from service.codecs.container import picture
 from service.codecs.payload import Answer, Body, Intake, Meter, Payload, images_only
 from service.contract.images import DECODER_ERRORS, MODES, Pixels, opacity, seen, to_array, to_image, turned
@@ -19,18 +23,24 @@ Decoded = TypeVar("Decoded")
 
 
 def read(body: Body, _content_type: str, intake: Intake) -> Payload:
-    """One picture as (1, c, h, w); where a mask is wanted, its opacity as that."""
+    """One picture as (1, c, h, w), with its opacity as the mask where one is wanted. Raises as `parse` does."""
     pixels, mask = parse(body, intake)
     return Payload(pixels[None], None if mask is None else mask[None])
 
 
 def parse(body: Body, intake: Intake) -> tuple[Pixels, Pixels | None]:
-    """A picture file as (c, h, w) in [0, 1], of its own size; its opacity (1, h, w) where wanted and there is one.
+    """Decode a picture file.
+
+    Returns:
+        Pixels (c, h, w) in [0, 1], of the picture's own size; its opacity (1, h, w) where the operation wants a mask
+        and the picture has transparency, else None.
 
     Raises:
-        Unreadable: It is no picture, or a broken one, or the operation takes none.
-        TooLarge: It has too many pixels, or needs too much memory; known before it is decoded.
-        Overloaded, DeadlinePassed: As `Meter.picture` does.
+        Unreadable: The file is no picture or a broken one, or the operation takes none.
+        TooLarge: It has too many pixels or needs too much memory; raised before it is decoded.
+        Overloaded: Other requests leave too little memory.
+        DeadlinePassed: The request's time is up.
+        Deferred: Decoding takes too long for the event loop.
     """
     if not intake.is_images:
         raise Unreadable(f"this operation takes {intake.name or 'options'}, not pictures")
@@ -45,9 +55,10 @@ def parse(body: Body, intake: Intake) -> tuple[Pixels, Pixels | None]:
 
 
 def parse_mask(body: Body, intake: Intake) -> Pixels:
-    """A mask drawn as a picture, (1, h, w) in [0, 1]: transparent or black where a pixel is missing.
+    """Decode a mask drawn as a picture: transparent or black where a pixel is missing. Raises as `parse` does.
 
-    Raises: as `parse` does.
+    Returns:
+        (1, h, w) in [0, 1].
     """
     return _decoded(body, 1, intake.meter, seen)
 
@@ -64,10 +75,16 @@ def _decoded(body: Body, channels: int, meter: Meter, convert: Callable[[Image.I
 
 
 def write(answer: Answer) -> bytes | None:
-    """A PNG; several rows become one sheet."""
+    """The images as a PNG, several as one sheet; None for an answer that holds anything else."""
     images = images_only(answer)
     if images is None or images.shape[1] not in (1, 3, 4):
         return None
     file = io.BytesIO()
     to_image(images).save(file, "PNG", compress_level=1)
     return file.getvalue()
+
+
+PNG = Codec("image/png", ("image/x-png", "image/apng"), read, write)
+JPEG = Codec("image/jpeg", ("image/jpg", "image/pjpeg"), read, answered_in=PNG.media_type)
+WEBP = Codec("image/webp", ("image/x-webp",), read, answered_in=PNG.media_type)
+BMP = Codec("image/bmp", ("image/x-ms-bmp", "image/x-bmp", "image/x-windows-bmp"), read, answered_in=PNG.media_type)

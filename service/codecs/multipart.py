@@ -19,10 +19,11 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
 from service.codecs import image, npy
+from service.codecs.codec import Codec
 from service.codecs.payload import Body, Intake, Payload, as_images, as_rows, check_pictures
 from service.errors import InvalidOption, InvalidShape, InvalidValue, TooLarge, Unreadable, quoted
 
-logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it warns of what the caller is told
+logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # its warnings repeat what the answer says
 
 MAX_URLENCODED_BYTES = 2**16
 MAX_PARTS = 1024
@@ -43,7 +44,14 @@ class Part(NamedTuple):
 
 
 def read(body: Body, content_type: str, intake: Intake) -> Payload:
-    """The form's files as arrays, its other fields as options; what is empty counts as not sent."""
+    """The files of a form as arrays, its other fields as options; empty fields are ignored.
+
+    Raises:
+        Unreadable: The form is malformed or has no file.
+        InvalidOption: A file is in an unknown field, or an option is named twice.
+        InvalidShape: Its files are of several sizes, or not of the operation's shape.
+        TooLarge: It has too many parts, or needs too much memory.
+    """
     parts = [part for part in _parse(body, content_type, intake) if part.content]
     options = _options((part.name, _text(part)) for part in parts if not part.is_file)
     files = {name: [part.content for part in parts if part.is_file and part.name == name] for name in FILES}
@@ -64,7 +72,13 @@ def read(body: Body, content_type: str, intake: Intake) -> Payload:
 
 
 def read_urlencoded(body: Body, _content_type: str, _intake: Intake) -> Payload:
-    """Options alone, which are short; decoding them takes thirty times the memory of the text."""
+    """Options; the form is limited, because decoding takes thirty times the memory of the text.
+
+    Raises:
+        Unreadable: The form is not UTF-8.
+        InvalidOption: An option is named twice.
+        TooLarge: It is too long or has too many fields.
+    """
     if len(body) > MAX_URLENCODED_BYTES:
         raise TooLarge(f"the form of options is above {MAX_URLENCODED_BYTES} bytes; send files as multipart/form-data")
     try:
@@ -119,7 +133,7 @@ def _joined(arrays: list[Array], name: str) -> Array:
 
 
 def _read(content: bytes, field: str, intake: Intake) -> tuple[Array, Array | None]:
-    """A file as rows, and its opacity where that is the mask."""
+    """A file as (rows, mask): the mask is the picture's opacity where the operation wants one."""
     try:
         if content.startswith(npy.MAGIC):
             return npy.parse(content, intake), None
@@ -133,10 +147,10 @@ def _read(content: bytes, field: str, intake: Intake) -> tuple[Array, Array | No
 
 
 def _parse(body: Body, content_type: str, intake: Intake) -> list[Part]:
-    """Every part in the order of the form.
+    """The parts in the order of the form.
 
     Raises:
-        Unreadable: The form is not what RFC 7578 says, or ends before its closing boundary.
+        Unreadable: The form does not follow RFC 7578, or ends before its closing boundary.
         TooLarge: It has too many parts, or too little memory is left.
     """
     _, parameters = parse_options_header(content_type if content_type.count(";") <= MAX_PARAMETERS else "")
@@ -157,7 +171,7 @@ def _parse(body: Body, content_type: str, intake: Intake) -> list[Part]:
 
 
 class _Parts:
-    """Collects the parts of one form as the parser comes to them."""
+    """Collects the parts of one form from the parser's callbacks."""
 
     def __init__(self) -> None:
         self.parts: list[Part] = []
@@ -167,7 +181,7 @@ class _Parts:
         self._pieces: list[bytes] = []
 
     def callbacks(self) -> Any:
-        """By the parser's own names."""
+        """The callbacks by the parser's names."""
         return {
             "on_part_begin": self._begin,
             "on_header_field": self._field,
@@ -218,3 +232,7 @@ class _Parts:
 
     def _finish(self) -> None:
         self.ended = True
+
+
+FORM = Codec("multipart/form-data", read=read, options=True, answered_in=image.PNG.media_type, schema=None)
+URLENCODED = Codec("application/x-www-form-urlencoded", read=read_urlencoded, arrays=False, options=True, schema=None)

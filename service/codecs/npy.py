@@ -13,6 +13,7 @@ import numpy as np
 from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
+from service.codecs.codec import binary
 from service.codecs.payload import FLOAT, Body, Intake, Payload
 from service.errors import InvalidShape, Unreadable
 
@@ -25,17 +26,20 @@ KEYS = {"descr", "fortran_order", "shape"}
 
 
 def read(body: Body, _content_type: str, intake: Intake) -> Payload:
-    """A view of the body where it is little-endian, C-ordered; sizes are checked before anything is allocated."""
+    """The array of the file: a view of the body where it is little-endian. Raises as `parse` does."""
     return Payload(parse(body, intake))
 
 
 def parse(body: Body, intake: Intake) -> NDArray[Any]:
     """The array in an .npy file: bool, uint8, float16, float32 or float64 of either byte order.
 
+    Sizes are checked before anything is allocated.
+
     Raises:
-        Unreadable: It is no .npy file, of another type, or its length is not what its header says.
-        InvalidShape: It holds no numbers.
-        TooLarge, Overloaded: The memory to convert it is not there.
+        Unreadable: The body is no .npy file, is of another type, or its length differs from its header.
+        InvalidShape: The array is empty.
+        TooLarge: The request needs more memory than VAE_MEMORY_BYTES to convert it.
+        Overloaded: Other requests leave too little memory.
     """
     start = _start(body)
     shape, fortran, dtype = _header(bytes(body[:start]))
@@ -54,7 +58,7 @@ def parse(body: Body, intake: Intake) -> NDArray[Any]:
 
 
 def _start(body: Body) -> int:
-    """Where the numbers begin."""
+    """Offset of the numbers."""
     if len(body) < 12 or bytes(body[:6]) != MAGIC:
         raise Unreadable("the body is not an .npy file; make one with numpy.save")
     version, size = body[6], 2 if body[6] == 1 else 4
@@ -68,9 +72,10 @@ def _start(body: Body) -> int:
 
 @lru_cache(256)
 def _header(head: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Shape, whether columns come first, and type, from all that comes before the numbers.
+    """(shape, whether the order is Fortran's, type) from the bytes before the numbers.
 
-    Raises: Unreadable.
+    Raises:
+        Unreadable: The header is malformed, or of a type that is not read.
     """
     text = head[10 if head[6] == 1 else 12 :].decode("utf-8" if head[6] == 3 else "latin-1", "replace")
     try:
@@ -103,7 +108,10 @@ def _other_type(name: Any) -> str:
 
 @lru_cache(1024)
 def header(shape: tuple[int, ...]) -> bytes:
-    """What comes before the numbers of a float32 array of that shape."""
+    """The bytes before the numbers of a float32 array of that shape."""
     file = io.BytesIO()
     npy_format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
     return file.getvalue()
+
+
+NPY = binary("application/x-npy", read, header, ("application/npy", "application/x-numpy"))

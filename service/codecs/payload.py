@@ -1,4 +1,4 @@
-"""What passes between a codec and an operation."""
+"""Data between codecs and operations: what is wanted, what was read, what is written; arrays brought to rows."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from service.contract.images import FIT_ADVICE, Pixels
 from service.errors import Deferred, InvalidShape, InvalidValue, TooLarge
 
 FLOAT = np.dtype("<f4")
-"""What travels in binary."""
+"""Numbers in binary formats."""
 LARGEST = float(np.finfo(FLOAT).max)
 UNSIGNED = {4: np.uint32, 8: np.uint64}
 
 
 LOOP_PIXELS, LOOP_PICTURES = 2**14, 4
-"""What the event loop decodes of one body; more goes to a thread."""
+"""Most pixels and pictures of one body that the event loop decodes; more go to a thread."""
 
 
 class Meter:
-    """What reading one body may cost: pixels of all its pictures, rows, memory, time.
+    """Limits on reading one body: pixels of all its pictures, rows, memory, time.
 
-    A reader asks it before it allocates or decodes, since work in a thread cannot be cancelled.
+    A codec asks before it allocates or decodes, because work in a thread cannot be cancelled.
     """
 
     def __init__(
@@ -45,9 +45,9 @@ class Meter:
             max_pixels: Pixels of all pictures together, masks included (VAE_MAX_PIXELS).
             max_rows: Rows of one request (VAE_MAX_REQUEST_ROWS).
             reserve: Takes a number of bytes from the memory budget until the request is answered; raises TooLarge or
-                Overloaded where they are not there.
-            check_time: Raises DeadlinePassed after the request's deadline. To be called between parts of long work.
-            in_loop: Whether the event loop waits for the reader, so that only few small pictures may be decoded.
+                Overloaded where they are not free.
+            check_time: Raises DeadlinePassed after the request's deadline. Long work calls it between its parts.
+            in_loop: Whether the codec runs in the event loop, where only few small pictures may be decoded.
         """
         self.max_pixels, self.max_rows = max_pixels, max_rows
         self.reserve, self.check_time = reserve, check_time
@@ -55,7 +55,7 @@ class Meter:
         self._in_loop = in_loop
 
     def picture(self, width: int, height: int, pixel_bytes: int) -> None:
-        """Count a picture, known from its header, before it is decoded.
+        """Count a picture by the size in its header, before it is decoded.
 
         Args:
             width: Pixels a row.
@@ -80,9 +80,14 @@ class Meter:
 
 
 class Intake(NamedTuple):
-    """What the operation takes: the array's name, the shape of one row, and what reading may cost.
+    """What an operation takes, for the codec that reads it.
 
-    masked: whether a picture's transparency is a mask. or_latents: whether latents may come in place of images.
+    Attributes:
+        name: `images` or `latents`; empty where the operation takes no array.
+        shape: Of one row, without the axis of rows.
+        meter: Limits on reading.
+        masked: Whether the transparency of a picture is a mask.
+        or_latents: Whether `latents` may be sent in place of images.
     """
 
     name: str
@@ -98,43 +103,36 @@ class Intake(NamedTuple):
 
 
 class Payload(NamedTuple):
-    """A body read: the array as it was sent, an optional mask beside it, and the options it named."""
+    """The content of a body: the array as it was sent, a mask beside it, and the options that it names."""
 
     array: NDArray[Any] | None
     mask: NDArray[Any] | None = None
     options: Mapping[str, Any] = MappingProxyType({})
     latents: bool = False
-    """Whether the array is of latents, sent in place of images."""
+    """Whether the array holds latents, sent in place of images."""
 
 
 class Answer(NamedTuple):
-    """What an operation gives: arrays by name, each with one row a row, and what it took to make them."""
+    """The outcome of an operation, for the codec that writes it.
+
+    Attributes:
+        outputs: Arrays by name; the first axis is rows.
+        about: Fields that describe them, by name: model, version, seed, notes.
+        queue_s: Seconds in the queue.
+        inference_s: Seconds in the model.
+    """
 
     outputs: dict[str, NDArray[np.float32]]
     about: Mapping[str, Any] = MappingProxyType({})
+    queue_s: float = 0.0
+    inference_s: float = 0.0
 
 
 Body = bytes | bytearray
-Reader = Callable[[Body, str, Intake], Payload]
-"""(body, whole content type, what is wanted) -> Payload; raises Unreadable, InvalidShape, TooLarge."""
-Writer = Callable[[Answer], Body | None]
-"""None where the format cannot hold this answer."""
-Header = Callable[[tuple[int, ...]], bytes]
-"""Of a binary form: what comes before the numbers of an array of that shape."""
-
-
-def binary(header: Header) -> Writer:
-    """The writer of a form that is a header and then the numbers of one array."""
-
-    def write(answer: Answer) -> bytes | None:
-        array = single_array(answer.outputs)
-        return None if array is None else header(array.shape) + array.tobytes()
-
-    return write
 
 
 def single_array(outputs: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32] | None:
-    """The one array of a binary answer, little-endian: several outputs of one shape are stacked along axis 1."""
+    """The outputs as one little-endian array; several of one shape are stacked along axis 1. None for other shapes."""
     arrays = list(outputs.values())
     if len(arrays) == 1:
         return np.ascontiguousarray(arrays[0], FLOAT)
@@ -143,30 +141,38 @@ def single_array(outputs: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float
 
 
 def images_only(answer: Answer) -> Pixels | None:
-    """The images of an answer that has nothing else."""
+    """The images of an answer that holds nothing else; None for any other."""
     return answer.outputs["images"] if set(answer.outputs) == {"images"} else None
 
 
 def check_pictures(count: int, meter: Meter) -> None:
-    """Refuse more pictures than one request may have rows, before any is decoded.
+    """Refuse more pictures than VAE_MAX_REQUEST_ROWS before any is decoded.
 
-    Raises: TooLarge.
+    Raises:
+        TooLarge: There are more.
     """
     if count > meter.max_rows:
         raise TooLarge(f"{count} pictures in one request; VAE_MAX_REQUEST_ROWS is {meter.max_rows}")
 
 
 def as_rows(array: NDArray[Any], shape: tuple[int, ...], name: str, larger: str = "") -> NDArray[np.float32]:
-    """Float32 rows (n, *shape) of the model's shape.
+    """An array as float32 rows of the model's shape.
 
-    Also taken are one bare row, for one channel the same without the channel axis, and, unless they are latents, images
-    whose last axis is the channels'. A view where the array already is what is wanted.
+    A single row without the axis of rows is accepted; so are images with the channels last, and grey images without an
+    axis of channels.
 
-    larger: what else than `fit` may be advised for images of another size.
+    Args:
+        array: As it was sent.
+        shape: Of one row.
+        name: `images`, `latents` or `mask`, for messages; latents have no channels to move.
+        larger: Advice for images of another size, beside `fit`.
+
+    Returns:
+        Rows (n, *shape); a view where the array already is that.
 
     Raises:
-        InvalidShape: No reading fits; the message names both shapes and the fix.
-        InvalidValue: Integers whose scale is not known.
+        InvalidShape: The array cannot be read as such rows; the message names both shapes and the fix.
+        InvalidValue: It holds integers of unknown scale.
     """
     found = array.shape
     if found[1:] == shape or found == shape:
@@ -185,11 +191,13 @@ def as_rows(array: NDArray[Any], shape: tuple[int, ...], name: str, larger: str 
 
 
 def as_images(array: NDArray[Any], shape: tuple[int, ...], name: str) -> Pixels:
-    """Float32 (n, channels, h, w) of any size from the same forms as `as_rows`; the model's own shape is tried first.
+    """An array as float32 images (n, channels, h, w) of any size, from the same layouts as `as_rows`.
+
+    The model's own shape is tried first.
 
     Raises:
-        InvalidShape: No reading fits, or more than one does.
-        InvalidValue: As `as_rows` does.
+        InvalidShape: The array cannot be read as images, or in more than one way.
+        InvalidValue: It holds integers of unknown scale.
     """
     found, moved = array.shape, viewed(array, shape, name)
     if moved is None:
@@ -200,7 +208,7 @@ def as_images(array: NDArray[Any], shape: tuple[int, ...], name: str) -> Pixels:
 
 
 def viewed(array: NDArray[Any], shape: tuple[int, ...], name: str) -> NDArray[Any] | None:
-    """The array as (n, channels, h, w), of any size and type; None where it cannot be read so."""
+    """The array as (n, channels, h, w) of any size and type; None where it cannot be read as images."""
     found, channels = array.shape, shape[0]
     if 0 in found:
         return None
@@ -210,11 +218,11 @@ def viewed(array: NDArray[Any], shape: tuple[int, ...], name: str) -> NDArray[An
 
 
 COLOURS = (3, 4)
-"""Channels of colour pictures."""
+"""Numbers of channels of colour pictures."""
 
 
 def _exact(array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any] | None:
-    """Images of exactly that size: grey ones without an axis of channels, or any with that axis last."""
+    """Images of exactly that shape, sent without an axis of channels (grey) or with that axis last; else None."""
     channels, height, width = shape
     found = array.shape
     if channels == 1 and found[-2:] == (height, width) and len(found) <= 3:
@@ -240,7 +248,7 @@ def _of_any_size(array: NDArray[Any], shape: tuple[int, ...], name: str) -> NDAr
 
 
 def _advice(found: tuple[int, ...], shape: tuple[int, ...], name: str, larger: str = "") -> str:
-    """What to do about an array that is none of these."""
+    """How to mend an array of the wrong shape, to be appended to a message."""
     flat = math.prod(shape)
     if found and flat == found[-1] and len(found) <= 2 and len(shape) > 1:
         one = f", or a single image to (1, 1, {found[0]}, {flat})" if len(found) == 2 and shape[0] == 1 else ""
@@ -262,9 +270,9 @@ def _advice(found: tuple[int, ...], shape: tuple[int, ...], name: str, larger: s
 
 
 def within(array: NDArray[np.floating[Any]], high: float) -> bool:
-    """Whether every value lies in [0, high] and is not -0.0, in one pass.
+    """Whether every value lies in [0, high] and none is -0.0, in one pass.
 
-    As unsigned integers, the bits of negative numbers, NaN and infinity are above those of all other values. numpy's
+    Read as unsigned integers, the bits of negative numbers, NaN and infinity exceed those of all other values. numpy's
     `argmax` takes a quarter of the time of `max`.
     """
     bits = array.view(UNSIGNED[array.itemsize])
@@ -276,26 +284,23 @@ def _bits(value: float, kind: np.dtype[Any]) -> int:
     return int(np.array(value, kind).view(UNSIGNED[kind.itemsize]))
 
 
-def _narrowed(array: NDArray[Any]) -> NDArray[np.float32]:
-    """Float32; what that cannot hold becomes infinite, and is refused with the range."""
-    if array.dtype == np.float64 and within(array, LARGEST):
-        return array.astype(np.float32, "C")
-    with np.errstate(over="ignore"):
-        return array.astype(np.float32, "C")
-
-
 def as_floats(array: NDArray[Any], name: str) -> NDArray[np.float32]:
-    """Float32 in C order: bool as 0 and 1, uint8 images as 255ths, uint8 masks of 0 and 1 or of 0 and 255.
+    """An array as float32 in C order: bool as 0 and 1, uint8 images as 255ths, uint8 masks as 0 and 1.
+
+    Float64 beyond the range of float32 becomes infinite; the check of the value range refuses it later.
 
     Raises:
-        InvalidShape: The array is not of numbers, or latents are integers.
-        InvalidValue: It is not known what 8-bit levels mean.
+        InvalidShape: The array does not hold numbers, or latents are integers.
+        InvalidValue: The scale of 8-bit levels is unknown.
     """
     kind = array.dtype.kind
     if kind == "f" and array.dtype.itemsize <= FLOAT.itemsize:
         return np.ascontiguousarray(array, np.float32)
+    if kind == "f" and array.dtype == np.float64 and within(array, LARGEST):
+        return array.astype(np.float32, "C")
     if kind == "f":
-        return _narrowed(array)
+        with np.errstate(over="ignore"):
+            return array.astype(np.float32, "C")
     if name == "latents" or array.dtype not in (np.bool_, np.uint8):
         raise InvalidShape(f"{name} must be floats, not {array.dtype}")
     if kind == "b":

@@ -1,4 +1,4 @@
-"""application/octet-stream: little-endian float32 rows of the model's shape, nothing else."""
+"""application/octet-stream: little-endian float32 rows of the model's shape, without a header."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ import math
 
 import numpy as np
 
+from service.codecs.codec import binary
 from service.codecs.payload import FLOAT, Body, Intake, Payload
 from service.errors import InvalidShape
 
 
 def read(body: Body, _content_type: str, intake: Intake) -> Payload:
-    """A view of the body."""
+    """The rows as a view of the body.
+
+    Raises:
+        InvalidShape: The body is not a whole number of rows.
+    """
     row_bytes = math.prod(intake.shape) * FLOAT.itemsize
     if len(body) == 0 or len(body) % row_bytes:
         raise InvalidShape(
@@ -21,5 +26,8 @@ def read(body: Body, _content_type: str, intake: Intake) -> Payload:
 
 
 def header(_shape: tuple[int, ...]) -> bytes:
-    """Nothing: the numbers are all there is."""
+    """Empty."""
     return b""
+
+
+RAW = binary("application/octet-stream", read, header)

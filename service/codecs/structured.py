@@ -17,35 +17,36 @@ import simdjson
 from numpy.typing import NDArray
 
 from service.codecs import image
+from service.codecs.codec import Codec
 from service.codecs.payload import Answer, Body, Intake, Payload, check_pictures
 from service.contract.images import Pixels
 from service.errors import InvalidOption, InvalidShape, Unreadable, quoted
 
 MOST_AXES = 8
 LARGE = 2**20
-"""Bytes of a body that is worth a look at how much reading it takes."""
+"""Bytes of a body from which on its memory is reserved and its parser shared."""
 NUMBER_BYTES = 48
-"""What the parser and the array take for one number."""
+"""Memory of one number in the parser and in the array."""
 MOST_FIELDS = 64
-"""Fields of the object: more than any operation has options."""
+"""Most fields of the object: more than any operation has options."""
 SLICE_NUMBERS = 2**16
-"""Numbers of an answer that are written at once: at most 16 bytes of text each, so 1 MiB."""
+"""Numbers of an answer in one slice: at most 16 bytes of text each, so 1 MiB."""
 NO_NUMBERS = (b"NaN", b"Infinity", b"nan", b"inf")
-"""What writers of JSON write who allow more numbers than JSON."""
+"""Numbers outside JSON that some writers produce."""
 NO_NUMBER = re.compile(rb"(?<![\w\"])[-+]?(?:NaN|Infinity|nan|inf)\b")
 MOST_PLACES = 16
-"""Occurrences of each of these words that are checked for being a value, and not part of a text."""
+"""Occurrences of each of these words that are checked for being a value rather than part of a string."""
 TURN_S = 0.001
-"""In which the event loop may take the interpreter's lock between two large texts."""
+"""Pause between two large texts, in which the event loop may take the interpreter's lock."""
 URL_SAFE = str.maketrans("-_", "+/")
 NUMBERS = "{} must be nested lists of numbers, without text, null, true or false"
 
 
 class Parsers:
-    """Large texts are parsed one at a time.
+    """A lock under which large texts are parsed one at a time.
 
-    A parser holds the interpreter's lock, so that the event loop would wait for all that run at once; and touching new
-    memory takes half of its time, so that the next in the queue gets it with its memory.
+    A parser holds the interpreter's lock, so the event loop would wait for all that run at once. Touching new memory
+    takes half of its time, so the next in the queue gets the parser with its memory.
     """
 
     def __init__(self) -> None:
@@ -55,7 +56,7 @@ class Parsers:
 
     @contextmanager
     def one(self) -> Iterator[simdjson.Parser]:
-        """A parser, when those before are done; what it has parsed must be gone at the end, unless that is an error."""
+        """Wait for a parser. What it has parsed must be deleted before the block ends, unless the block raises."""
         with self._count:
             self._waiting += 1
         with self._turn:
@@ -75,10 +76,16 @@ PARSERS = Parsers()
 
 
 def read(body: Body, _content_type: str, intake: Intake) -> Payload:
-    """{"images" or "latents": nested numbers or base64 pictures, "mask": ..., and any option by its name}.
+    """An object: "images" or "latents" as nested numbers or base64 pictures, "mask", and any option by its name.
 
-    Numbers go from the text to the array without becoming Python's. What is neither an array of the operation nor one
-    value is not converted.
+    Numbers go from the text to the array without becoming Python objects. Lists and objects that are no array of the
+    operation are not converted.
+
+    Raises:
+        Unreadable: The body is not a JSON object, or a string is no picture in base64.
+        InvalidShape: An array is not rectangular or not of numbers.
+        InvalidOption: A field is there twice, or there are too many.
+        TooLarge: It needs too much memory.
     """
     if len(body) <= LARGE:
         return _read(simdjson.Parser(), body, intake)
@@ -121,7 +128,7 @@ def _named(content: simdjson.Object) -> dict[str, Any]:
 
 
 def write(answer: Answer) -> Body:
-    """Every output by its name, as nested numbers, then what is said about them."""
+    """An object: every output by its name, as nested numbers, then the fields that describe them."""
     parts = slices(answer)
     text: Body = next(parts)
     for further in parts:
@@ -131,7 +138,7 @@ def write(answer: Answer) -> Body:
 
 
 def slices(answer: Answer) -> Iterator[bytes]:
-    """The text of `write` in slices of about 1 MiB, so that other work may run between them."""
+    """The text of `write` in slices of about 1 MiB, between which other work may run."""
     arrays = {name: np.ascontiguousarray(array) for name, array in answer.outputs.items()}
     if sum(array.size for array in arrays.values()) <= SLICE_NUMBERS:
         yield orjson.dumps({**arrays, **answer.about}, option=orjson.OPT_SERIALIZE_NUMPY)
@@ -159,7 +166,7 @@ def _array_slices(array: NDArray[np.float32]) -> Iterator[bytes]:
 
 
 def _not_json(body: Body, error: Exception) -> str:
-    """What is wrong with the text, as far as can be said."""
+    """What is wrong with the text, for the message."""
     for place in _places(body):
         found = NO_NUMBER.match(body, place)
         if found:
@@ -168,7 +175,7 @@ def _not_json(body: Body, error: Exception) -> str:
 
 
 def _places(body: Body) -> Iterator[int]:
-    """Where one of `NO_NUMBERS` may begin; `find` takes a hundredth of a pattern's time."""
+    """Offsets at which one of `NO_NUMBERS` may begin. `find` takes a hundredth of a pattern's time."""
     for word in NO_NUMBERS:
         place = body.find(word)
         for _ in range(MOST_PLACES):
@@ -179,7 +186,7 @@ def _places(body: Body) -> Iterator[int]:
 
 
 def _arrays(value: Any, intake: Intake) -> tuple[NDArray[Any], NDArray[Any] | None]:
-    """The rows, and a mask where pictures have one each."""
+    """(rows, mask): the mask is there where every picture has one."""
     texts = [value] if isinstance(value, str) else value
     if not (isinstance(texts, list | simdjson.Array) and len(texts) and isinstance(texts[0], str)):
         return _numbers(value, intake.name), None
@@ -196,7 +203,7 @@ def _arrays(value: Any, intake: Intake) -> tuple[NDArray[Any], NDArray[Any] | No
 
 
 def _base64(text: Any) -> bytes:
-    """As of a data URL, with line breaks, of either alphabet, with or without padding."""
+    """Decode base64: alone or in a data URL, with line breaks, in either alphabet, with or without padding."""
     if not isinstance(text, str):
         raise InvalidShape("images must be all numbers or all base64 strings")
     kind, comma, payload = text.partition(",")
@@ -215,8 +222,16 @@ def _base64(text: Any) -> bytes:
 
 
 def _numbers(value: Any, name: str) -> NDArray[np.float64]:
-    """Nested lists of numbers, rectangular."""
-    shape = _shape(value)
+    """Rectangular nested lists of numbers as an array.
+
+    Raises:
+        InvalidShape: They are not rectangular, or hold anything else.
+    """
+    shape: tuple[int, ...] = ()  # the lengths of the list, of its first entry, of that one's first entry, and so on
+    first = value
+    while isinstance(first, simdjson.Array) and len(shape) < MOST_AXES:
+        shape = (*shape, len(first))
+        first = first[0] if shape[-1] else None
     if not shape:
         raise InvalidShape(NUMBERS.format(name))
     if not _is_rectangular(value, shape):
@@ -230,17 +245,8 @@ def _numbers(value: Any, name: str) -> NDArray[np.float64]:
     return numbers.reshape(shape)
 
 
-def _shape(value: Any) -> tuple[int, ...]:
-    """The lengths of the list, of its first entry, of that one's first entry, and so on; no deeper than arrays are."""
-    shape: list[int] = []
-    while isinstance(value, simdjson.Array) and len(shape) < MOST_AXES:
-        shape.append(len(value))
-        value = value[0] if shape[-1] else None
-    return tuple(shape)
-
-
 def _is_rectangular(value: Any, shape: tuple[int, ...]) -> bool:
-    """Whether the lists of a level are all as long as the first one; the innermost entries are not looked at."""
+    """Whether all lists of a level are as long as the first one. The innermost entries are not looked at."""
     if not isinstance(value, simdjson.Array) or len(value) != shape[0]:
         return False
     if len(shape) == 1:
@@ -252,7 +258,10 @@ def _is_rectangular(value: Any, shape: tuple[int, ...]) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """One value as Python has it; lists and objects, which no option takes, as empty ones."""
+    """One value as a Python object; a list or an object, which no option takes, as an empty one."""
     if isinstance(value, simdjson.Object):
         return {}
     return [] if isinstance(value, simdjson.Array) else value
+
+
+JSON = Codec("application/json", read=read, write=write, options=True, text=True, schema=None)

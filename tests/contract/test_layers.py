@@ -144,11 +144,18 @@ def test_the_contract_needs_numpy_and_pydantic_alone(path: Path) -> None:
     assert {name.split(".")[0] for name in needed} <= allowed
 
 
-@pytest.mark.parametrize("room", ["contract", "runtime", "operations", "errors.py"])
+@pytest.mark.parametrize("room", ["contract", "runtime", "operations", "errors.py", "invoke.py", "progress.py"])
 def test_inner_rooms_know_no_http(room: str) -> None:
-    """Operations and what lies below them work without a web framework."""
+    """Operations, what lies below them, and `invoke` work without a web framework."""
     for path in (one for one in sources("service") if room in one.relative_to(ROOT / "service").parts):
         assert not roots(path) & {"fastapi", "starlette", "uvicorn", "httpx"}, name_of(path)
+
+
+@pytest.mark.parametrize("path", sources("service/codecs"), ids=name_of)
+def test_codecs_know_the_contract_alone(path: Path) -> None:
+    """A wire format imports neither operations nor HTTP: of the service, `contract` and the errors."""
+    rooms = {name.split(".")[1] for name in imported(path) if name.startswith("service.")}
+    assert rooms <= {"codecs", "contract", "errors"}
 
 
 def test_a_clock_that_is_set_back_is_noticed_by_nobody() -> None:

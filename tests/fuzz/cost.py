@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from service.codecs import Meter, Payload
+from service.codecs.payload import Meter, Payload
 
 MAX_PIXELS = 2**20
 BASE_S, UNIT_S = 0.25, 2e-6

@@ -25,13 +25,13 @@ import numpy as np
 from PIL import Image
 
 with atheris.instrument_imports(include=["service", "python_multipart"]):
+    from service.api.invoke import Context
     from service.api.memory import Memory
     from service.api.offload import Offload
-    from service.api.v1.endpoint import Context, OperationApp
+    from service.api.v1.endpoint import OperationApp
     from service.api.validation import in_range
-    from service.codecs import OPTION_FORMS, READERS, Intake
-    from service.codecs.negotiation import acceptable
-    from service.codecs.payload import as_images, as_rows
+    from service.codecs.negotiation import READ, acceptable
+    from service.codecs.payload import Intake, as_images, as_rows
     from service.contract import manifest
     from service.errors import ServiceError
     from service.observability.metrics import Telemetry
@@ -63,11 +63,13 @@ APPS = [OperationApp(operation, CONTEXT) for operation in OPERATIONS]
 
 def body(form: str) -> Target:
     """The reader of that media type, and what becomes of its array; the first byte says what is wanted."""
-    intakes = INTAKES if form in OPTION_FORMS else INTAKES[:-1]
+    reader = READ[form].read
+    assert reader is not None
+    intakes = INTAKES if READ[form].options else INTAKES[:-1]
 
     def read(data: bytes, ledger: Ledger) -> None:
         intake = Intake(meter=ledger, **intakes[data[0] % len(intakes) if data else 0])
-        payload = READERS[form](data[1:], CONTENT_TYPES.get(form, form), intake)
+        payload = reader(data[1:], CONTENT_TYPES.get(form, form), intake)
         check_result(payload, ledger, len(data))
         for app in APPS[:1] if payload.options else ():
             app._options({key: value for key, value in payload.options.items() if isinstance(key, str)})

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from service.codecs import Meter, Payload
+from service.codecs.payload import Meter, Payload
 from service.errors import TooLarge, Unreadable
 from tests.fuzz.cost import (
     BASE_BYTES,

@@ -22,11 +22,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from service.api.progress import Event, watched
 from service.app import create_app
+from service.codecs.payload import Answer
 from service.operations.inference.refinement import STEPS, WINDOW
-from service.operations.inference.vae import Observe, Result
 from service.repository.repository import Repository
 from service.runtime.model import Model
-from service.runtime.program import Trip
 from service.settings import Settings
 
 SSE, LINES, JSON = "text/event-stream", "application/x-ndjson", "application/json"
@@ -34,6 +33,7 @@ REFINED = "/v1/denoise?level=0.2&quality=refined&seed=4"
 Rows = NDArray[np.float32]
 Serve = Callable[[FastAPI], AbstractContextManager[str]]
 Told = list[tuple[str, dict[str, Any]]]
+Observe = Callable[[Answer], None]
 
 
 def of_event_stream(body: bytes) -> Told:
@@ -245,8 +245,8 @@ def test_the_first_event_does_not_wait_for_the_answer_and_who_leaves_stops_the_w
         assert len(asked) == steps
 
 
-def result(step: int) -> Result:
-    return Result({}, {"step": step}, Trip((), 0.0, 0.0))
+def answer_of(step: int) -> Answer:
+    return Answer({}, {"step": step})
 
 
 def test_a_slow_reader_gets_the_newest_and_the_answer() -> None:
@@ -257,20 +257,20 @@ def test_a_slow_reader_gets_the_newest_and_the_answer() -> None:
 
     kept: weakref.WeakSet[Estimate] = weakref.WeakSet()
 
-    async def run(observe: Observe) -> Result:
+    async def run(observe: Observe) -> Answer:
         for step in range(1, 1001):
             estimate = Estimate()
             kept.add(estimate)
-            observe(Result({}, {"step": step, "estimate": estimate}, Trip((), 0.0, 0.0)))
+            observe(Answer({}, {"step": step, "estimate": estimate}))
             await asyncio.sleep(0)
         assert len(kept) < 5
-        return result(-1)
+        return answer_of(-1)
 
     async def read() -> list[tuple[str, int]]:
         found = []
         async for event in watched(run):
             assert event is not None
-            found.append((event.kind, event.result.about["step"]))
+            found.append((event.kind, event.answer.about["step"]))
             await asyncio.sleep(0 if len(found) == 1 else 0.05)
         return found
 
@@ -284,13 +284,13 @@ def test_silence_is_said_and_leaving_cancels() -> None:
     """None while nothing is new; the work does not outlive its watcher."""
     ended = []
 
-    async def run(observe: Observe) -> Result:
+    async def run(observe: Observe) -> Answer:
         try:
-            observe(result(1))
+            observe(answer_of(1))
             await asyncio.sleep(60)
         finally:
             ended.append(True)
-        return result(-1)
+        return answer_of(-1)
 
     async def read() -> list[Event | None]:
         found: AsyncGenerator[Event | None, None] = watched(run, 0.01)
@@ -300,7 +300,7 @@ def test_silence_is_said_and_leaving_cancels() -> None:
         assert ended == [True]
         return events
 
-    assert asyncio.run(read()) == [Event("progress", result(1)), None, None]
+    assert asyncio.run(read()) == [Event("progress", answer_of(1)), None, None]
 
 
 def test_streams_are_documented_with_examples_that_parse(client: httpx.Client) -> None:

@@ -6,13 +6,14 @@ import httpx
 import numpy as np
 import pytest
 
-from service.codecs import WRITERS
-from service.codecs.negotiation import SHORT, acceptable, fields
+from service.api.request import fields
+from service.codecs import CODECS, negotiation
+from service.codecs.negotiation import READ, SHORT, WRITTEN
 from service.errors import Malformed, NotAcceptable
 
 JSON, NPY, RAW, PNG = "application/json", "application/x-npy", "application/octet-stream", "image/png"
 EVENTS, LINES = "text/event-stream", "application/x-ndjson"
-LIKE_NPY = (NPY, *(form for form in WRITERS if form != NPY))
+LIKE_NPY = (NPY, *(form for form in WRITTEN if form != NPY))
 NO_JSON = tuple(form for form in LIKE_NPY if form != JSON)
 PADDING = ", ".join(f"application/vnd.example.v{number}+json" for number in range(600))
 
@@ -49,10 +50,20 @@ CASES = {
 }  # fmt: skip
 
 
+def acceptable(accept: str, form: str) -> tuple[str, ...]:
+    return tuple(codec.media_type for codec in negotiation.acceptable(accept, READ[form]))
+
+
 @pytest.mark.parametrize(("accept", "forms"), CASES.values(), ids=CASES)
 def test_accept_chooses_the_forms_and_their_order(accept: str, forms: tuple[str, ...]) -> None:
     """The forms that answer a request in npy, best first."""
     assert acceptable(accept, NPY) == forms
+
+
+def test_every_name_of_a_format_belongs_to_one_codec() -> None:
+    """Each media type and alias; else the later codec would take the place of the earlier one."""
+    names = [name for codec in CODECS for name in (codec.media_type, *codec.aliases)]
+    assert sorted(set(names)) == sorted(names)
 
 
 @pytest.mark.parametrize(

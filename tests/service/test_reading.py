@@ -25,12 +25,13 @@ import pytest
 from PIL import Image
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.api.body import MOST_MEMBERS, Limit, inflated
+from service.api.invoke import Context
 from service.api.memory import Memory, Share
 from service.api.offload import Offload
-from service.api.v1.endpoint import LOOP_BYTES, Context, OperationApp
-from service.codecs import EVENTS, READERS, Answer, Intake, Meter, structured
-from service.codecs.payload import LOOP_PICTURES
+from service.api.request import MOST_MEMBERS, Limit, inflated
+from service.api.v1.endpoint import LOOP_BYTES, OperationApp
+from service.codecs import CODECS, structured
+from service.codecs.payload import LOOP_PICTURES, Answer, Intake, Meter
 from service.codecs.structured import Parsers
 from service.errors import CallerGone, DeadlinePassed, Deferred, InvalidOption, TooLarge, Unreadable
 from service.observability.metrics import Telemetry
@@ -256,7 +257,7 @@ def saved(array: Any) -> bytes:
 def test_what_is_no_option_is_not_converted() -> None:
     """A list under an unknown name stays what the parser made of it."""
     body = b'{"images": [[0.5]], "x": [' + b",".join([b"[0]"] * 1000) + b'], "y": {"a": [1]}, "z": 3}'
-    payload = READERS["application/json"](body, "", image_intake())
+    payload = structured.read(body, "", image_intake())
     assert payload.options == {"x": [], "y": {}, "z": 3}
 
 
@@ -264,7 +265,7 @@ def test_the_fields_of_an_object_are_counted_before_they_are_looked_at() -> None
     """150,000 of them are refused by their number."""
     body = orjson.dumps({f"k{k}": 0 for k in range(150_000)})
     with pytest.raises(InvalidOption, match="150000 fields"):
-        READERS["application/json"](body, "", image_intake())
+        structured.read(body, "", image_intake())
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -311,7 +312,7 @@ def test_slices_are_the_text_that_would_be_written_at_once(case: str, about: dic
     pieces = list(structured.slices(Answer(outputs, about)))
     assert b"".join(pieces) == orjson.dumps({**outputs, **about}, option=orjson.OPT_SERIALIZE_NUMPY)
     assert max(map(len, pieces)) <= 2**20
-    for form in EVENTS.values():
+    for form in (codec.events for codec in CODECS if codec.events):
         whole = b"".join(form.event("answer", Answer(outputs, about)))
         if about or outputs:
             assert whole == form.frame("answer", b"".join(pieces))

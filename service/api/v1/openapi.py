@@ -8,7 +8,8 @@ from typing import Any
 import orjson
 
 from service.api import problems
-from service.codecs import EVENTS, OPTION_FORMS, READERS, WRITERS
+from service.codecs import CODECS, JSON
+from service.codecs.codec import EventForm
 from service.operations.operation import Operation, Tensor
 
 Schema = dict[str, Any]
@@ -24,10 +25,6 @@ BINARY: Schema = {"type": "string", "format": "binary"}
 NULL: Schema = {"type": "null"}
 FORM_NAMES = {"multipart/form-data": "Form", "application/x-www-form-urlencoded": "Fields"}
 """Endings of the names of the schemas of forms."""
-STREAM = (
-    "Events, each a JSON object: `progress` during iterative work, then `answer` with the fields of the JSON answer, "
-    "or `error` with those of a problem if something fails after the first event."
-)
 ELEMENTS = {"float32": "number", "int64": "integer", "string": "string"}
 """JSON types of the elements of a tensor."""
 LATENT_AXES = (1, 3)
@@ -151,10 +148,12 @@ def _bodies(operation: Operation) -> dict[str, Any]:
         "application/json": {"schema": _reference(f"{name}Request"), "example": operation.example},
     }
     if not operation.inputs:
-        return bodies | {form: {"schema": _reference(name + FORM_NAMES[form])} for form in OPTION_FORMS[1:]}
-    pictures = [form for form in READERS if form.startswith("image/")] if operation.takes == "images" else []
-    for form in ("application/x-npy", "application/octet-stream", *pictures):
-        bodies[form] = {"schema": BINARY}
+        forms = [codec.media_type for codec in CODECS if codec.options and codec is not JSON]
+        return bodies | {form: {"schema": _reference(name + FORM_NAMES[form])} for form in forms}
+    for codec in CODECS:
+        fits = operation.takes == "images" or not codec.media_type.startswith("image/")
+        if codec.read and codec.schema and fits:
+            bodies[codec.media_type] = {"schema": codec.schema}
     return bodies | {"multipart/form-data": {"schema": _reference(f"{name}Form")}}
 
 
@@ -163,18 +162,17 @@ def _answers(operation: Operation) -> dict[str, Any]:
     answer = _reference(f"{_title(operation.name)}Answer")
     content: dict[str, Any] = {"application/json": {"schema": answer, "example": operation.answer}}
     pictures = "images" in (tensor.name for tensor in operation.outputs)
-    for form in WRITERS:
-        if form in EVENTS:
-            content[form] = {"schema": {"type": "string", "description": STREAM}, "example": _stream(operation, form)}
-        elif form != "application/json" and (pictures or not form.startswith("image/")):
-            content[form] = {"schema": BINARY}
+    for codec in CODECS:
+        if codec.write and codec.schema and (pictures or not codec.media_type.startswith("image/")):
+            example = {"example": _stream(operation, codec.events)} if codec.events else {}
+            content[codec.media_type] = {"schema": codec.schema, **example}
     return content
 
 
-def _stream(operation: Operation, form: str) -> str:
+def _stream(operation: Operation, form: EventForm) -> str:
     """An example of a stream of events."""
     events = [*([("progress", operation.progress)] if operation.progress else []), ("answer", operation.answer)]
-    return b"".join(EVENTS[form].frame(kind, orjson.dumps(content)) for kind, content in events).decode()
+    return b"".join(form.frame(kind, orjson.dumps(content)) for kind, content in events).decode()
 
 
 def _schemas(operation: Operation) -> dict[str, Schema]:

@@ -1,50 +1,87 @@
-"""A request's body: received, decompressed; and whether its sender is still there."""
+"""What every HTTP face reads of a request: header fields, deadline, body; and whether the caller is still there."""
 
 from __future__ import annotations
 
+import time
 import zlib
 from typing import Any, NamedTuple
 
 from starlette.types import Receive
 
 from service.api.memory import Share
-from service.codecs import Body, Meter
-from service.errors import Malformed, TooLarge, Unreadable, UnsupportedMediaType
+from service.codecs.payload import Body, Meter
+from service.errors import InvalidOption, Malformed, TooLarge, Unreadable, UnsupportedMediaType
 
-WHOLE = "vae.whole_answer"
-"""ASGI extension of `protocol.Protocol`: `http.response.start` may hold the whole body as `content`, which ends the
-answer. Head and body are then one write, where two cost a small request a fifth of its time."""
+SINGLE = {b"content-type", b"content-encoding", b"x-timeout-ms", b"x-fingerprint"}
+"""Header fields that must not be repeated: two readers might use different ones."""
+LONGEST_TIMEOUT = 12
+"""Most digits of X-Timeout-Ms."""
 LONGEST_LENGTH = 19
-"""Digits in a Content-Length; more are above every limit."""
+"""Most digits of Content-Length; a longer one is above every limit."""
 IDENTITY = b"identity"
 WINDOW_BITS = {b"gzip": 31, b"x-gzip": 31, b"deflate": 15}
-"""What zlib calls each content coding."""
+"""zlib's parameter for each content coding."""
 RAW_DEFLATE = -15
 PIECE = 2**20
-"""Bytes that are decompressed at once."""
+"""Bytes that are decompressed between two checks."""
 MOST_MEMBERS = 256
-"""Streams, one after the other, in a body of gzip."""
+"""Most gzip streams, one after the other, in one body."""
 
 
 class Limit(NamedTuple):
-    """How large a body may be, compressed or not."""
+    """Most bytes of a body, compressed or not, with the setting that raises it and further advice."""
 
     size: int
     setting: str
     advice: str
 
     def exceeded(self) -> TooLarge:
-        """What a larger one is answered with."""
+        """The error for a larger body."""
         return TooLarge(f"the body is above {self.setting} ({self.size}); {self.advice}")
 
 
-async def read_body(receive: Receive, headers: dict[bytes, bytes], limit: Limit, share: Share) -> Body | None:
-    """The whole body as it was sent; None where the caller has gone.
+def fields(headers: list[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
+    """Header fields by name. Accept, which is a list, may be sent in several lines.
 
     Raises:
-        TooLarge: It is above the limit; or, as Overloaded, there is no memory for it. Raised before the rest is read.
+        Malformed: A field of `SINGLE` is repeated.
+    """
+    found = dict(headers)
+    if len(found) == len(headers):
+        return found
+    for name in found.keys() & SINGLE:
+        if sum(sent == name for sent, _ in headers) > 1:
+            raise Malformed(f"the header {name.decode().title()} is there twice; send it once")
+    if b"accept" in found:
+        found[b"accept"] = b", ".join(value for name, value in headers if name == b"accept")
+    return found
+
+
+def deadline_of(headers: dict[bytes, bytes], timeout_s: float) -> float:
+    """The request's deadline by time.monotonic(): X-Timeout-Ms from now, at most `timeout_s`.
+
+    Raises:
+        InvalidOption: X-Timeout-Ms is not a positive whole number.
+    """
+    wished = headers.get(b"x-timeout-ms")
+    if wished is not None:
+        if not wished.isdigit() or len(wished) > LONGEST_TIMEOUT or int(wished) == 0:
+            raise InvalidOption("X-Timeout-Ms must be a whole number of milliseconds, from 1 to 12 digits long")
+        timeout_s = min(timeout_s, int(wished) / 1000.0)
+    return time.monotonic() + timeout_s
+
+
+async def read_body(receive: Receive, headers: dict[bytes, bytes], limit: Limit, share: Share) -> Body | None:
+    """Receive a body; its bytes are taken from the memory budget as they arrive.
+
+    Returns:
+        The whole body as it was sent; None where the caller has hung up.
+
+    Raises:
+        TooLarge: It is above the limit or needs more memory than there is; raised before the rest is received.
+        Overloaded: Other requests leave too little memory.
         UnsupportedMediaType: It has a transfer coding other than chunked.
-        Malformed: Content-Length is no number.
+        Malformed: Content-Length is not a number.
     """
     if headers.get(b"transfer-encoding", b"chunked").lower() != b"chunked":
         raise UnsupportedMediaType("Transfer-Encoding must be chunked; compress with Content-Encoding: gzip or deflate")
@@ -69,7 +106,7 @@ async def read_body(receive: Receive, headers: dict[bytes, bytes], limit: Limit,
 
 
 def disconnected(receive: Receive) -> bool:
-    """Whether the caller has hung up: one step of ASGI's receive, which says so at once or would wait."""
+    """Whether the caller has hung up: one step of ASGI's receive, which returns at once where it has, else waits."""
     step: Any = receive()
     try:
         step.send(None)
@@ -80,10 +117,10 @@ def disconnected(receive: Receive) -> bool:
 
 
 def coding_of(headers: dict[bytes, bytes]) -> bytes:
-    """The body's content coding.
+    """The content coding of the body, in lower case.
 
     Raises:
-        UnsupportedMediaType: It has another coding than gzip or deflate, or several.
+        UnsupportedMediaType: It is neither gzip nor deflate nor identity, or there are several.
     """
     coding = headers.get(b"content-encoding", IDENTITY).strip().lower() or IDENTITY
     if coding != IDENTITY and coding not in WINDOW_BITS:
@@ -92,11 +129,15 @@ def coding_of(headers: dict[bytes, bytes]) -> bytes:
 
 
 def inflated(body: Body, coding: bytes, limit: Limit, meter: Meter) -> bytearray:
-    """The body without its content coding, `deflate` with or without zlib's header (RFC 9110, section 8.4.1.2).
+    """Decompress a body; `deflate` is read with and without zlib's header.
 
     Raises:
-        TooLarge: It is above the limit when decompressed, or needs too much memory.
+        TooLarge: The decompressed body is above the limit, or needs too much memory.
         Unreadable: It is not of that coding, or is cut short.
+        DeadlinePassed: The request's time is up.
+
+    Source:
+        RFC 9110, section 8.4.1.2.
     """
     source, start, found = memoryview(body), 0, bytearray()
     for _ in range(MOST_MEMBERS):
@@ -125,6 +166,6 @@ def inflated(body: Body, coding: bytes, limit: Limit, meter: Meter) -> bytearray
 
 
 def _window_bits(body: memoryview, coding: bytes) -> int:
-    """Raw deflate is told from zlib's format by the check bits of its header (RFC 1950, section 2.2)."""
+    """zlib's parameter. Raw deflate lacks the check bits of zlib's header (RFC 1950, section 2.2)."""
     raw = coding == b"deflate" and (len(body) < 2 or body[0] & 15 != zlib.DEFLATED or (body[0] << 8 | body[1]) % 31)
     return RAW_DEFLATE if raw else WINDOW_BITS[coding]

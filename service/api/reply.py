@@ -1,0 +1,196 @@
+"""HTTP replies: an answer sent whole, in parts or as events, and errors as problems; for every HTTP face."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from functools import lru_cache
+from traceback import clear_frames
+from typing import Any, NamedTuple
+
+from starlette.types import Send
+
+from service.api import problems
+from service.api.progress import Event
+from service.codecs.codec import Codec, EventForm
+from service.codecs.payload import Answer, Body, single_array
+from service.errors import ServiceError
+from service.observability.metrics import server_timing
+from service.runtime.model import Model
+
+WHOLE = "vae.whole_answer"
+"""ASGI extension of `protocol.Protocol`: `http.response.start` may hold the whole body as `content`, which ends the
+answer. Head and body are then one write, where two cost a small request a fifth of its time."""
+ONE_WRITE = 2**16
+"""Most bytes of an answer that are joined to its head."""
+HEADER_NUMBERS = 16
+"""Longer lists are not repeated in a header."""
+NAMED = ("seed", "binarisation")
+"""Fields of an answer that have a header of their own."""
+
+Headers = list[tuple[bytes, bytes]]
+
+UNBUFFERED: Headers = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+"""Make proxies pass each event on at once."""
+
+
+class Reply(NamedTuple):
+    """An HTTP response, and how it is counted.
+
+    Attributes:
+        status: Status code.
+        headers: Without Content-Length.
+        content: The body, or its beginning where parts follow.
+        outcome: `ok` or the code of a problem, for metrics and the access log.
+        rows: Rows of the request.
+        length: Bytes of the body where parts follow; None where that is unknown.
+        parts: The rest of the body.
+        events: Set where the parts are events, so that a late error can be sent as one.
+    """
+
+    status: int
+    headers: Headers
+    content: Body
+    outcome: str
+    rows: int
+    length: int | None = None
+    parts: AsyncGenerator[bytes | memoryview, None] | None = None
+    events: EventForm | None = None
+
+    async def send(self, send: Send, *, whole: bool) -> str:
+        """Send the response. One that breaks off leaves its connection closed, except that events end with an error.
+
+        Args:
+            send: ASGI's.
+            whole: Whether the server offers the extension `WHOLE`.
+
+        Returns:
+            The outcome: an error may come up after the first byte.
+        """
+        length = len(self.content) if self.parts is None else self.length
+        head = self.headers if length is None else [*self.headers, (b"content-length", b"%d" % length)]
+        start = {"type": "http.response.start", "status": self.status, "headers": head}
+        if whole and self.parts is None and len(self.content) <= ONE_WRITE:
+            await send({**start, "content": self.content})
+            return self.outcome
+        await send(start)
+        if self.parts is None:
+            await send({"type": "http.response.body", "body": self.content})
+            return self.outcome
+        outcome, end = self.outcome, b""
+        await send({"type": "http.response.body", "body": self.content, "more_body": True})
+        try:
+            async with aclosing(self.parts):
+                async for part in self.parts:
+                    await send({"type": "http.response.body", "body": part, "more_body": True})
+        except Exception as error:  # noqa: BLE001  # the status has been sent
+            _, outcome, content, _ = problems.describe(error)
+            if self.events is None:
+                return outcome
+            end = self.events.frame("error", content)
+        await send({"type": "http.response.body", "body": end})
+        return outcome
+
+
+def refusal(error: Exception) -> Reply:
+    """An error as a problem. Its traceback is cleared: it holds the body, in a reference cycle with the error."""
+    status, code, content, extra = problems.describe(error)
+    head = [(b"content-type", problems.MEDIA_TYPE.encode())]
+    head += [(name.encode(), value.encode()) for name, value in extra.items()]
+    outcome = error.outcome if isinstance(error, ServiceError) else ""
+    clear_frames(error.__traceback__)
+    return Reply(status, head, content, outcome or code, 0)
+
+
+async def parts_reply(codec: Codec, parts: AsyncGenerator[Answer, None], rows: int) -> Reply | None:
+    """Answers of some rows each, sent one by one as one array.
+
+    Args:
+        codec: Of a binary format.
+        parts: Computed one ahead; the first is awaited here, so that its errors are problems.
+        rows: Of all parts.
+
+    Returns:
+        The reply; None where the format cannot hold the answer.
+    """
+    first = await anext(parts)
+    array = single_array(first.outputs)
+    if array is None:
+        await parts.aclose()
+        return None
+    assert codec.header is not None
+    head = codec.header((rows, *array.shape[1:]))
+    length = len(head) + rows * array[0].nbytes
+    sent = _arrays(array.data.cast("B"), parts)
+    return Reply(200, headers_of(codec, first, None), head, "ok", rows, length, sent)
+
+
+async def _arrays(first: memoryview, parts: AsyncGenerator[Answer, None]) -> AsyncGenerator[memoryview, None]:
+    async with aclosing(parts):
+        yield first
+        async for part in parts:
+            array = single_array(part.outputs)
+            assert array is not None  # as the first
+            yield array.data.cast("B")
+
+
+async def events_reply(codec: Codec, model: Model, events: AsyncGenerator[Event | None, None], rows: int) -> Reply:
+    """Events, sent one by one. The first is awaited here, so that errors before it are problems."""
+    manifest = model.manifest
+    head = [*_described(codec, manifest.name, manifest.version, manifest.fingerprint), *UNBUFFERED]
+    assert codec.events is not None
+    parts = _framed(codec.events, await anext(events), events)
+    return Reply(200, head, b"", "ok", rows, parts=parts, events=codec.events)
+
+
+async def _framed(
+    form: EventForm, event: Event | None, further: AsyncGenerator[Event | None, None]
+) -> AsyncGenerator[bytes, None]:
+    async with aclosing(further):
+        while True:
+            for piece in form.event(event.kind, event.answer) if event else (form.keep_alive,):
+                yield piece
+                await asyncio.sleep(0)  # other requests come between the pieces of a large event
+            try:
+                event = await anext(further)
+            except StopAsyncIteration:
+                return
+
+
+def headers_of(codec: Codec, answer: Answer, inference_s: float | None) -> Headers:
+    """The headers that describe an answer.
+
+    Args:
+        codec: Writes it.
+        answer: Its fields have the names of the JSON answer.
+        inference_s: Seconds in the model, where all of it has run.
+    """
+    about = answer.about
+    named = _described(codec, about["model"], about["version"], about["fingerprint"], *answer.outputs)
+    head = [*named, (b"server-timing", server_timing(answer.queue_s, inference_s).encode())]
+    head += [(b"x-" + name.encode(), str(about[name]).encode()) for name in NAMED if name in about]
+    if "notes" in about:
+        head.append((b"x-note", ", ".join(map(_noted, about["notes"])).encode("ascii", "replace")))
+    if "level" in about and len(about["level"]) <= HEADER_NUMBERS:
+        head.append((b"x-level", ",".join(f"{value:.4g}" for value in about["level"]).encode()))
+    return head
+
+
+def _noted(note: Mapping[str, Any]) -> str:
+    """A note as an item of a list of structured fields (RFC 9651): code;rows="0 1";detail="..."."""
+    rows = " ".join(map(str, note["rows"][:HEADER_NUMBERS])) + (" ..." if len(note["rows"]) > HEADER_NUMBERS else "")
+    detail = note["detail"].replace("\\", "\\\\").replace('"', '\\"')
+    return f'{note["code"]};rows="{rows}";detail="{detail}"'
+
+
+@lru_cache(1024)
+def _described(codec: Codec, model: str, version: str, fingerprint: str, *outputs: str) -> Headers:
+    """The headers that many answers share."""
+    return [
+        (b"content-type", codec.media_type.encode()),
+        (b"x-model", model.encode()),
+        (b"x-model-version", version.encode()),
+        (b"x-fingerprint", fingerprint.encode()),
+        *([(b"x-outputs", ",".join(outputs).encode())] if outputs else []),
+    ]
