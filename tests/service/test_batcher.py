@@ -308,6 +308,7 @@ def test_closing_answers_or_refuses_everyone() -> None:
         await asyncio.sleep(0)
         closing = asyncio.create_task(engine.close())
         await asyncio.sleep(0)
+        assert not closing.done()
         gate.set()
         assert values(await running) == [2]
         with pytest.raises(NotReady):
