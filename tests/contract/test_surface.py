@@ -78,11 +78,9 @@ SIGNATURES = {
         "set": "self, value, timestamp=None",
         "set_exemplar": "self, exemplar",
     },
-    # training/export/onnx_library.py
-    "torch.onnx._internal.exporter._registration:ONNXRegistry": {
-        "__init__": "self",
-        "from_torchlib": "opset_version=18",
-    },
+    # training/export/onnx_library.py, which holds torch's `from_torchlib`: an export in this process replaces it
+    "torch.onnx._internal.exporter._registration:ONNXRegistry": {"__init__": "self"},
+    "training.export.onnx_library:_compile": {"": "opset_version=18"},
     # training/inference/refinement.py
     "torch.fx.experimental.proxy_tensor:make_fx": {
         "": "f, decomposition_table=None, tracing_mode='real', _allow_non_fake_inputs=False, *, "
