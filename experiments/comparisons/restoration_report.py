@@ -11,7 +11,7 @@ from typing import Any
 from experiments.comparisons.methods import RIDGES
 from experiments.comparisons.restore import Findings
 from experiments.paper import curves
-from training.evaluation.canvas import panels
+from training.canvas import panels
 from training.evaluation.measures import DEVIATIONS, LEAST_STD, MOST_DB
 from training.evaluation.tasks import SCATTERED
 from training.extras import installed

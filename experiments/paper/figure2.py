@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from experiments.paper import curves
+from training.canvas import panels
 from training.config import Run
 from training.data import ImageSet, as_float
-from training.evaluation.canvas import panels
 from training.loop.randomness import keyed_generator
 from training.loop.stages import vae_stage
 from training.loop.trainer import train

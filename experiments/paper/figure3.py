@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from experiments.paper import curves
+from training.canvas import panels
 from training.config import Run
 from training.data import ImageSet, Mnist, binarise
-from training.evaluation.canvas import panels
 from training.inference.marginal import reciprocal_log_likelihood
 from training.loop.em import EmStage, train_by_em
 from training.loop.randomness import keyed_generator

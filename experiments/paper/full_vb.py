@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from experiments.paper import curves
+from training.canvas import panels
 from training.config import Run
 from training.data import ImageSet, binarise
 from training.errors import CheckpointError
-from training.evaluation.canvas import panels
 from training.loop.checkpoint import read_trained
 from training.loop.randomness import keyed_generator
 from training.loop.stages import build_vae

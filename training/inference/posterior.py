@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from training.canvas import panels
 from training.data.table import Table
 from training.errors import ConfigError, DiskError
-from training.evaluation.canvas import panels
 from training.inference import advi, hmc, model_file
 from training.progress import tell, warn
 
