@@ -148,7 +148,7 @@ def test_images_of_any_model_are_those_that_its_training_held_out() -> None:
 
 def test_a_model_that_does_not_tell_its_data_is_named() -> None:
     """One that another program exported."""
-    with pytest.raises(ConfigError, match=r"cells does not tell its data set"):
+    with pytest.raises(ConfigError, match=r"cells does not name its data set"):
         subject_of(told(training={}))
 
 

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from service.repository.model import Model, open_model
 
 from service.contract.graphs import GRAPHS, free_axes, shape_of
 from service.contract.manifest import Graph, parse
 from service.errors import StartError
+from service.repository.version import open_model
+from service.runtime.model import Model
 from service.runtime.session import Session
 
 CPU = "CPUExecutionProvider"

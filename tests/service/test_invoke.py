@@ -12,18 +12,20 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from service.repository.model import Model
 
 from service.api.invoke import Caller, Context, Invocation, invoke, invoke_events, invoke_parts, prepare
 from service.api.memory import Memory, Share
 from service.api.offload import Offload
 from service.codecs.payload import Answer, Meter
 from service.errors import CallerGone, DeadlinePassed, Deferred, TooLarge
+from service.observability.metrics import Telemetry
 from service.operations.denoise import denoise
 from service.operations.encode import encode
 from service.operations.operation import Inputs, Operation
 from service.operations.sample import sample
 from service.repository.repository import Repository
+from service.runtime.model import Model
+from service.runtime.program import Submit
 from service.runtime.scheduler import Engine
 from service.settings import Settings
 
@@ -39,13 +41,13 @@ def invocation(model: Model, operation: Operation, rows: Rows, who: Caller, **op
     return Invocation(model, operation, Inputs(rows), operation.options(**options), who)
 
 
-def run(work: Callable[[Engine], Awaitable[T]]) -> T:
+def run(work: Callable[[Submit], Awaitable[T]]) -> T:
     """Run with an engine, which is closed afterwards."""
 
     async def scenario() -> T:
-        engine = Engine(Settings(max_rows=8))
+        engine = Engine(max_rows=8, queue_rows=4096)
         try:
-            return await work(engine)
+            return await work(engine.submit)
         finally:
             await engine.close()
 
@@ -56,7 +58,7 @@ def test_an_answer_has_the_outputs_of_the_graph_and_names_the_model(
     model: Model, graphs: dict[str, Callable[..., tuple[Rows, ...]]], images: Rows
 ) -> None:
     """`invoke` needs no request."""
-    answer = run(lambda engine: invoke(engine, invocation(model, encode, images, caller())))
+    answer = run(lambda submit: invoke(submit, invocation(model, encode, images, caller())))
     mean, log_var = graphs["encoder"](images)
     np.testing.assert_allclose(answer.outputs["mean"], mean, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(answer.outputs["log_var"], log_var, rtol=1e-5, atol=1e-6)
@@ -69,11 +71,11 @@ def test_parts_are_the_whole_answer(model: Model, seed: int | None) -> None:
     """Bit for bit; without a seed, all parts have the one drawn for the first."""
     nothing = np.empty((300, 0), np.float32)
 
-    async def work(engine: Engine) -> tuple[list[Answer], Answer]:
+    async def work(submit: Submit) -> tuple[list[Answer], Answer]:
         asked = invocation(model, sample, nothing, caller(), count=300, seed=seed)
-        parts = [part async for part in invoke_parts(engine, asked, 128)]
+        parts = [part async for part in invoke_parts(submit, asked, 128)]
         same = asked.options.model_copy(update={"seed": parts[0].about["seed"]})
-        return parts, await invoke(engine, asked._replace(options=same))
+        return parts, await invoke(submit, asked._replace(options=same))
 
     parts, whole = run(work)
     assert [len(part.outputs["images"]) for part in parts] == [128, 128, 44]
@@ -85,21 +87,21 @@ def test_parts_end_when_the_caller_hangs_up_and_not_at_the_deadline(model: Model
     """The deadline is for the first part, which a later one has kept."""
     nothing = np.empty((300, 0), np.float32)
 
-    async def hung_up(engine: Engine) -> None:
+    async def hung_up(submit: Submit) -> None:
         gone: list[bool] = []
         asked = invocation(model, sample, nothing, caller(lambda: bool(gone)), count=300)
-        parts = invoke_parts(engine, asked, 64)
+        parts = invoke_parts(submit, asked, 64)
         await anext(parts)
         await anext(parts)
         gone.append(True)
         with pytest.raises(CallerGone):
             await anext(parts)
 
-    async def late(engine: Engine) -> None:
+    async def late(submit: Submit) -> None:
         asked = invocation(model, sample, nothing, caller(deadline=0.0), count=300)
         with pytest.raises(DeadlinePassed):
-            await invoke(engine, asked)
-        await invoke(engine, asked._replace(begun=True))
+            await invoke(submit, asked)
+        await invoke(submit, asked._replace(begun=True))
 
     run(hung_up)
     run(late)
@@ -108,10 +110,10 @@ def test_parts_end_when_the_caller_hangs_up_and_not_at_the_deadline(model: Model
 def test_events_are_progress_and_then_the_answer_of_invoke(model: Model, images: Rows) -> None:
     """Of the same kind, all of them: what a codec writes."""
 
-    async def work(engine: Engine) -> tuple[list[tuple[str, Answer]], Answer]:
+    async def work(submit: Submit) -> tuple[list[tuple[str, Answer]], Answer]:
         asked = invocation(model, denoise, images, caller(), quality="refined", level=0.2, seed=4)
-        events = [(event.kind, event.answer) async for event in invoke_events(engine, asked) if event]
-        return events, await invoke(engine, asked)
+        events = [(event.kind, event.answer) async for event in invoke_events(submit, asked) if event]
+        return events, await invoke(submit, asked)
 
     (*progress, (kind, answer)), plain = run(work)
     assert {kind for kind, _ in progress} == {"progress"}
@@ -132,7 +134,14 @@ def test_reading_that_takes_long_is_begun_again_in_a_thread(small_models: Path) 
 
     async def scenario() -> None:
         offload = Offload(1)
-        context = Context(settings, Repository({}, ""), Engine(settings), Memory(100_000), offload)
+        context = Context(
+            settings,
+            Repository({}, ""),
+            Engine(max_rows=8, queue_rows=4096).submit,
+            Telemetry(lambda: (0, 0)),
+            Memory(100_000),
+            offload,
+        )
         for in_loop in (True, False):
             with pytest.raises(TooLarge, match="read"):
                 await prepare(context, read, caller(), "pictures", in_loop=in_loop)

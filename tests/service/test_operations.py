@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from service.repository.model import Model
 
+from service.api.invoke import Context
 from service.api.memory import Memory
 from service.api.offload import Offload
-from service.api.v1.endpoint import Context, OperationApp
+from service.api.v1.endpoint import OperationApp
 from service.api.v1.openapi import with_operations
+from service.observability.metrics import Telemetry
 from service.operations.encode import encode
 from service.operations.inference.latent import standard_normal
 from service.operations.inference.vae import Result, Submit
@@ -28,6 +29,7 @@ from service.operations.reconstruct import reconstruct
 from service.operations.registry import OPERATIONS, warm_up
 from service.repository.repository import Repository
 from service.runtime.batcher import Arrays, Trip
+from service.runtime.model import Model
 from service.runtime.scheduler import Engine
 from service.settings import Settings
 
@@ -333,7 +335,14 @@ def test_what_is_not_row_wise_is_computed_as_a_whole(small: Repository) -> None:
 
     operation = replace(reconstruct, name="centre", run=centred, row_wise=False)
     settings = Settings()
-    context = Context(settings, small, Engine(settings), Memory(settings.memory_bytes), Offload())
+    context = Context(
+        settings,
+        small,
+        Engine(max_rows=256, queue_rows=4096).submit,
+        Telemetry(lambda: (0, 0)),
+        Memory(settings.memory_bytes),
+        Offload(),
+    )
     served = OperationApp(operation, context)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
