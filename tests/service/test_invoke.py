@@ -134,14 +134,8 @@ def test_reading_that_takes_long_is_begun_again_in_a_thread(small_models: Path) 
 
     async def scenario() -> None:
         offload = Offload(1)
-        context = Context(
-            settings,
-            Repository({}, ""),
-            Engine(max_rows=8, queue_rows=4096).submit,
-            Telemetry(lambda: (0, 0)),
-            Memory(100_000),
-            offload,
-        )
+        submit, telemetry = Engine(max_rows=8, queue_rows=4096).submit, Telemetry(lambda: (0, 0))
+        context = Context(settings, Repository({}, ""), submit, telemetry, Memory(100_000), offload)
         for in_loop in (True, False):
             with pytest.raises(TooLarge, match="read"):
                 await prepare(context, read, caller(), "pictures", in_loop=in_loop)

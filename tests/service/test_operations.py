@@ -335,14 +335,8 @@ def test_what_is_not_row_wise_is_computed_as_a_whole(small: Repository) -> None:
 
     operation = replace(reconstruct, name="centre", run=centred, row_wise=False)
     settings = Settings()
-    context = Context(
-        settings,
-        small,
-        Engine(max_rows=256, queue_rows=4096).submit,
-        Telemetry(lambda: (0, 0)),
-        Memory(settings.memory_bytes),
-        Offload(),
-    )
+    engine, telemetry = Engine(max_rows=256, queue_rows=4096), Telemetry(lambda: (0, 0))
+    context = Context(settings, small, engine.submit, telemetry, Memory(settings.memory_bytes), Offload())
     served = OperationApp(operation, context)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -357,7 +351,7 @@ def test_what_is_not_row_wise_is_computed_as_a_whole(small: Repository) -> None:
                 for accept in ("application/json", "application/x-npy")
             ]
         assert np.array_equal(np.array(json.json()["images"], np.float32), np.load(io.BytesIO(npy.content)))
-        await context.engine.close()
+        await engine.close()
 
     asyncio.run(scenario())
 
