@@ -50,7 +50,15 @@ def matching(curves: Sequence[SomeCurve], pattern: str) -> list[SomeCurve]:
 
 
 def paper_run(name: str, model: dict[str, Any], hidden: int, train: dict[str, Any], **said: Any) -> Run:
-    """The paper's settings, with a curve's own in `model` and `train`, and the rest of the run in `said`."""
+    """The paper's settings for one curve.
+
+    Args:
+        name: Name of the run.
+        model: The curve's own settings of `model`.
+        hidden: Hidden units.
+        train: The curve's own settings of `train`.
+        **said: Other keys of the run.
+    """
     return Run.model_validate(
         {
             "name": name,

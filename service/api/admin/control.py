@@ -1,4 +1,4 @@
-"""POST load and unload: which models and versions are served, without a restart."""
+"""`POST .../load` and `.../unload`: change which models and versions are served, without a restart."""
 
 from __future__ import annotations
 
@@ -31,7 +31,13 @@ ANSWERS = {
 
 
 def control_router(repository: Repository, control: Control, settings: Settings) -> APIRouter:
-    """Routes of one application."""
+    """Make the routes that load and unload versions.
+
+    Args:
+        repository: The models of this worker.
+        control: Carries out a load or unload request in every worker.
+        settings: The settings.
+    """
     router = APIRouter(prefix="/v1/models/{model}", tags=["control"])
 
     async def change(request: Request, model: str, version: str, *, loaded: bool) -> JSONResponse:
@@ -69,9 +75,10 @@ def control_router(repository: Repository, control: Control, settings: Settings)
 
 
 def check_allowed(settings: Settings) -> None:
-    """Where there are API keys, the doors have seen one with the right `control`.
+    """Check that the settings allow load and unload requests. The right of a key is checked in `security`.
 
-    Raises: ControlOff.
+    Raises:
+        ControlOff: VAE_MODEL_CONTROL is off, or it needs API keys and there are none.
     """
     if not settings.model_control:
         raise ControlOff("models are not loaded or unloaded over HTTP here; set VAE_MODEL_CONTROL=true to allow it")
