@@ -209,7 +209,7 @@ def report(table: dict[str, dict[str, dict[str, float]]]) -> None:
         told = f"restoring {family}: {gain:+.1f} dB; level off by a factor of {math.exp(error):.2f} on average"
         tell(f"{told} ({math.exp(guess):.2f} for the best constant)")
         if gain <= 0.0:
-            warn(f"restoring {family} noise lowers PSNR; raise --restoration-epochs or take more images")
+            warn(f"restoring {family} noise does not raise PSNR; raise --restoration-epochs or take more images")
         if error >= guess:
             warn(f"the level of {family} noise is estimated no better than by a constant; raise --restoration-epochs")
 
