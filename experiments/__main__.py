@@ -19,7 +19,14 @@ from training.cli import asking_command, run
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; gives the exit status."""
+    """Run one command.
+
+    Args:
+        arguments: The command and its options; None reads sys.argv.
+
+    Returns:
+        The exit status.
+    """
     return run(_parser(), arguments)
 
 
@@ -29,33 +36,31 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     figure = commands.add_parser("figure", help="repeat a figure of the paper; an interrupted one is resumed")
-    figure.add_argument("number", choices=FIGURES, help="of the figure; F is of appendix F, which has none")
-    figure.add_argument("--data", type=Path, default=Path("data"), help="where the data sets lie (%(default)s)")
+    figure.add_argument("number", choices=FIGURES, help="number of the figure; F is our experiment for appendix F")
+    figure.add_argument("--data", type=Path, default=Path("data"), help="folder of the data sets (%(default)s)")
     figure.add_argument("--runs", type=Path, default=Path("runs"), help="folder for checkpoints (%(default)s)")
-    figure.add_argument("--out", type=Path, default=Path("docs/results"), help="for PNG and CSV (%(default)s)")
-    figure.add_argument("--samples", type=lambda text: int(float(text)), default=10_000_000, help="seen by every curve")
+    figure.add_argument("--out", type=Path, default=Path("docs/results"), help="folder for PNG and CSV (%(default)s)")
+    figure.add_argument("--samples", type=lambda text: int(float(text)), default=10_000_000, help="samples a curve")
     figure.add_argument("--only", default="*", help="pattern of the curves to train, such as mnist-20-*")
-    figure.add_argument("--threads", type=int, help="CPU threads (as many as cores are free)")
+    figure.add_argument("--threads", type=int, help="CPU threads (the number of idle cores)")
     figure.set_defaults(command=_figure)
     oracle = commands.add_parser("oracle", help="score the weights that the paper's first author published")
-    oracle.add_argument("--data", type=Path, default=Path("data"), help="where the data sets lie (%(default)s)")
+    oracle.add_argument("--data", type=Path, default=Path("data"), help="folder of the data sets (%(default)s)")
     oracle.add_argument("--runs", type=Path, default=Path("runs"), help="folder for checkpoints (%(default)s)")
-    oracle.add_argument("--out", type=Path, default=Path("docs/results"), help="for oracle.json (%(default)s)")
+    oracle.add_argument("--out", type=Path, default=Path("docs/results"), help="folder for oracle.json (%(default)s)")
     oracle.add_argument("--draws", type=int, default=500, help="importance samples an image (%(default)s)")
-    oracle.add_argument("--threads", type=int, help="CPU threads (as many as cores are free)")
+    oracle.add_argument("--threads", type=int, help="CPU threads (the number of idle cores)")
     oracle.set_defaults(command=_oracle)
-    restore = asking_command(commands, "restore", "put a service's restored images beside those of other methods")
-    restore.add_argument(
-        "--unet-epochs", type=int, help="passes in which the rival U-Net is trained (the data set's own)"
-    )
+    restore = asking_command(commands, "restore", "compare a service's restored images with those of other methods")
+    restore.add_argument("--unet-epochs", type=int, help="epochs of the compared U-Net (the data set's own number)")
     restore.add_argument("--tasks", nargs="+", default=["*"], help="patterns of the tasks, such as 'Gaussian*'")
     restore.add_argument("--methods", nargs="+", default=["*"], help="patterns of the methods, such as 'ours*'")
     restore.set_defaults(command=_restore)
-    apart = asking_command(commands, "separate", "measure how well a service's score tells images from other pictures")
-    apart.add_argument("--draws", type=int, default=16, help="of the posterior, for each score (%(default)s)")
+    apart = asking_command(commands, "separate", "measure how well a service's score separates images from others")
+    apart.add_argument("--draws", type=int, default=16, help="posterior draws for each score (%(default)s)")
     apart.set_defaults(command=_separate)
     for command in (restore, apart):
-        command.add_argument("--out", type=Path, default=Path("docs/results"), help="for the page (%(default)s)")
+        command.add_argument("--out", type=Path, default=Path("docs/results"), help="folder for the page (%(default)s)")
     return parser
 
 

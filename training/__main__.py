@@ -19,7 +19,14 @@ from training.loop.processes import ALONE, Processes, joined
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; gives the exit status."""
+    """Run one command.
+
+    Args:
+        arguments: The command and its options; None reads sys.argv.
+
+    Returns:
+        The exit status.
+    """
     return run(_parser(), arguments)
 
 
@@ -27,18 +34,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vae-train", description="Train variational auto-encoders and export them.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     fit = _run_command(commands, "fit", "train, evaluate and export one run; an interrupted one is resumed", _fit)
-    evaluate = _run_command(commands, "evaluate", "print what a trained run is worth, in nats per image", _evaluate)
+    evaluate = _run_command(commands, "evaluate", "evaluate a trained run on test images and print JSON", _evaluate)
     export = _run_command(commands, "export", "write a trained run as a model version", _export)
     for command in (fit, export):
         command.add_argument("--out", type=Path, default=Path("models"), help="model repository (%(default)s)")
         command.add_argument("--replace", action="store_true", help="overwrite the version if it exists")
-    fit.add_argument("--epochs", type=int, help="instead of the TOML's; a finished run goes on where there are more")
+    fit.add_argument("--epochs", type=int, help="epochs, instead of the TOML's; with more, a finished run continues")
     fit.add_argument("--restoration-epochs", type=int, help="the same for the recognition model of corrupted images")
     fit.add_argument("--fresh", action="store_true", help="discard the run's checkpoints first")
     for command in (fit, evaluate, export):
         command.add_argument("--draws", type=int, help="importance samples an image, instead of the TOML's")
         command.add_argument("--images", type=int, help="evaluate on a seeded random subset of the test images")
-    widen = asking_command(commands, "calibrate", "fit the deviations that a service tells to held-out images")
+    widen = asking_command(commands, "calibrate", "calibrate the `std` of restored images on held-out images")
     widen.set_defaults(command=_calibrate)
     advi_command(commands)
     fetch = commands.add_parser("download", help="fetch a data set")
@@ -51,10 +58,10 @@ def _parser() -> argparse.ArgumentParser:
 def _run_command(commands, name: str, help: str, command) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]  # noqa: A002, ANN001
     parser: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help)
     parser.add_argument("config", type=Path, metavar="CONFIG", help="the run's TOML")
-    parser.add_argument("--data", type=Path, default=Path("data"), help="where the data set lies (%(default)s)")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the data sets (%(default)s)")
     parser.add_argument("--run", type=Path, help="folder for checkpoints and log (runs/<name>)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--threads", type=int, help="CPU threads (as many as cores are free)")
+    parser.add_argument("--threads", type=int, help="CPU threads (the number of idle cores)")
     parser.set_defaults(command=command)
     return parser
 

@@ -1,4 +1,4 @@
-"""Grids of axes written as PNG: every plot of the trainer and the experiments."""
+"""Plots of the trainer and the experiments: grids of axes, written as PNG."""
 
 from __future__ import annotations
 
@@ -15,7 +15,17 @@ COLUMNS = 5
 def panels(
     count: int, path: Path, columns: int = COLUMNS, size: tuple[float, float] = (3.6, 3.0)
 ) -> Iterator[list[Any]]:
-    """A grid of `count` axes, each of `size` in inches, written to `path` as PNG when the block ends."""
+    """Make a grid of axes, and write it as PNG when the block ends.
+
+    Args:
+        count: Number of axes.
+        path: File of the PNG.
+        columns: Maximum number of columns.
+        size: Width and height of one pair of axes, in inches.
+
+    Yields:
+        At least `count` matplotlib axes, row by row; those after the first `count` are hidden.
+    """
     from matplotlib.figure import Figure  # noqa: PLC0415  # slow to import, and most commands draw nothing
 
     columns = max(1, min(columns, count))

@@ -1,4 +1,4 @@
-"""Shared by the command lines of `training` and `experiments`."""
+"""Parts of a command line that `training` and `experiments` share."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ INTERRUPTED = 130
 
 def run(parser: argparse.ArgumentParser, arguments: list[str] | None) -> int:
     """Run the command that the arguments name.
+
+    Args:
+        parser: A parser whose namespace holds the function `command`.
+        arguments: The arguments; None reads sys.argv.
 
     Returns:
         The exit status: 0, 1 after one line with the error, 130 when interrupted.
@@ -40,16 +44,25 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
 
 
 def asking_command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
-    """Add a command that uses a service over HTTP; `commands` is argparse's action for subcommands."""
+    """Add a command that uses a service over HTTP.
+
+    Args:
+        commands: Result of argparse's `add_subparsers`.
+        name: Name of the command.
+        text: Its help text.
+
+    Returns:
+        The parser of the command.
+    """
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
-    parser.add_argument("--url", help="of the service to ask; without it one is started, and ended afterwards")
-    parser.add_argument("--models", type=Path, default=Path("models"), help="what that one serves (%(default)s)")
+    parser.add_argument("--url", help="URL of a running service; without it one runs for the duration of the command")
+    parser.add_argument("--models", type=Path, default=Path("models"), help="model repository served (%(default)s)")
     parser.add_argument("--model", default="*", help="pattern of the models' names (%(default)s)")
     parser.add_argument(
-        "--data", type=Path, default=Path("data"), help="where the data set lies, as for fit (%(default)s)"
+        "--data", type=Path, default=Path("data"), help="folder of the data sets, as for fit (%(default)s)"
     )
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder for what is kept (%(default)s)")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder for cached results (%(default)s)")
     parser.add_argument("--images", type=int, default=200, help="images of each data set (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the images and of what is done to them (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of images and corruptions (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (%(default)s)")
     return parser

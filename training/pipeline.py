@@ -1,4 +1,4 @@
-"""A run from its settings to a model version: data, stages, evaluation, export."""
+"""One training run, from settings to a model version: data, stages, evaluation, export."""
 
 from __future__ import annotations
 
@@ -38,27 +38,36 @@ LOOK_S = 0.25
 
 
 def device(wanted: str) -> torch.device:
-    """The device `auto`, `cpu` or `cuda`, with its process-wide switches set.
+    """Choose the device, and set torch's process-wide switches.
+
+    Args:
+        wanted: `auto`, `cpu` or `cuda`; `auto` is CUDA if there is a device.
+
+    Returns:
+        The device.
 
     Raises:
-        ConfigError: There is no CUDA device.
+        ConfigError: `cuda` is wanted and torch finds no CUDA device.
     """
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda, but torch finds no CUDA device; use --device cpu")
-    torch.backends.cudnn.benchmark = True  # batches keep their size, so the fastest convolution is worth a search
-    torch.backends.cudnn.allow_tf32 = False  # float32 stays float32: an evaluation is not rounded to 10 bits
+    torch.backends.cudnn.benchmark = True  # batches have one size, so one search for the fastest convolution is enough
+    torch.backends.cudnn.allow_tf32 = False  # TF32 would round convolutions of an evaluation to 10 bits
     return torch.device(wanted)
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run's folder against a second trainer; the lock ends with the process, however it ends.
+    """Lock a run's folder against a second trainer while the block runs. The lock also ends with the process.
+
+    Args:
+        folder: The folder; it is created if absent.
 
     Raises:
-        CheckpointError: Another process holds it.
-        DiskError: The folder cannot be made.
+        CheckpointError: Another process holds the lock.
+        DiskError: The folder cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,34 +85,46 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def threads(wanted: int | None) -> None:
-    """Set torch's number of CPU threads; by default one for each core that is idle now.
+    """Set torch's number of CPU threads.
 
-    More threads than idle cores wait for one another: two threads on two busy cores make a run 30 times as slow.
+    With more threads than idle cores, threads wait for each other: two threads on two busy cores make a run 30 times
+    slower.
+
+    Args:
+        wanted: The number; None is one for each core that is idle now, or the value of OMP_NUM_THREADS.
     """
     if wanted is None and "OMP_NUM_THREADS" in os.environ:
-        return  # torchrun sets it
+        return  # set by torchrun, and read by torch
     torch.set_num_threads(wanted or free_cores())
 
 
 def free_cores() -> int:
-    """Number of idle cores among those this process may use, at least one."""
+    """Number of idle cores that this process may use, at least one, measured over `LOOK_S`."""
     with suppress(OSError, ValueError, ZeroDivisionError):
         before = _ticks()
         time.sleep(LOOK_S)
         idle, total = (now - then for now, then in zip(_ticks(), before, strict=True))
         return max(1, min(cpu_count(), round(idle / total * (os.cpu_count() or 1))))
-    return cpu_count()  # another system than Linux
+    return cpu_count()  # no /proc/stat: not Linux
 
 
 def _ticks() -> tuple[int, int]:
-    """Clock ticks of all cores since the start of the machine: idle ones, and all."""
+    """Clock ticks of all cores since the start of the machine: (idle, total)."""
     ticks = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
     return ticks[3] + ticks[4], sum(ticks)
 
 
 @dataclass(frozen=True)
 class Workshop:
-    """A run with its data in memory, the folder of its checkpoints, and the processes that train."""
+    """A run with its data in memory.
+
+    Attributes:
+        run: The settings.
+        images: Training, validation and test images.
+        folder: Folder of checkpoints and log.
+        device: The device of images and models.
+        processes: The processes that train together.
+    """
 
     run: Run
     images: ImageSet
@@ -114,6 +135,16 @@ class Workshop:
     @classmethod
     def open(cls, run: Run, data: Path, folder: Path, device: torch.device, processes: Processes = ALONE) -> Workshop:
         """Load the data onto the device.
+
+        Args:
+            run: The settings.
+            data: Folder of the data sets.
+            folder: Folder of checkpoints and log.
+            device: The device.
+            processes: The processes that train together.
+
+        Returns:
+            The run, ready to train.
 
         Raises:
             DataError: The data are missing or unreadable.
@@ -127,10 +158,14 @@ class Workshop:
                 path.unlink()
 
     def fit(self, models: Path, *, replace: bool = False) -> Path:
-        """Train what is not trained yet; then the first process evaluates and exports.
+        """Train the stages that are not finished; then the first process evaluates and exports.
+
+        Args:
+            models: The model repository.
+            replace: Whether an existing version is replaced.
 
         Returns:
-            The new version's folder.
+            The folder of the new version.
 
         Raises:
             TrainingError: A subclass for each cause.
@@ -145,14 +180,14 @@ class Workshop:
             return self.export(models, replace=replace)
 
     def _train(self) -> None:
-        """Train both stages; a finished one goes on where the run has more epochs."""
+        """Train both stages. A finished stage continues if the run has more epochs."""
         shape, images = self.images.shape, self.images
         run, before = as_trained(self.run, self.folder, longer=True), trained_epochs(self.folder / "vae.pt")
         self.processes.wait()
         if before is not None and before < run.train.epochs and self.processes.first:
             stale = self.folder / "restoration.pt"
             if stale.exists():
-                tell("training of the VAE goes on, so restoration is trained anew")
+                tell("training of the VAE continues, so restoration is trained again from the start")
                 stale.unlink()
         train(vae_stage(run, shape, self.device), images.train, self.folder, self.processes, images.validation)
         if run.restoration is None:
@@ -161,17 +196,21 @@ class Workshop:
         train(stage, images.train, self.folder, self.processes, images.validation)
 
     def vae(self) -> VAE:
-        """The trained model."""
+        """Load the trained VAE."""
         return trained_vae(self.run, self.images.shape, self.folder, self.device)
 
     def recognition(self) -> Recognition | None:
-        """The trained recognition model of corrupted images; None where the run has none."""
+        """Load the trained recognition model of corrupted images; None if the run has none."""
         if self.run.restoration is None:
             return None
         return trained_recognition(self.run, self.images.shape, self.folder, self.device)
 
     def evaluate(self) -> dict[str, Any]:
-        """Evaluate on the test images; the result holds what is needed to repeat it."""
+        """Evaluate on the test images.
+
+        Returns:
+            The manifest's `quality`: figures in nats per image, with the settings that repeat them.
+        """
         return self._quality(self.vae(), self.recognition())
 
     def _quality(self, vae: VAE, recognition: Recognition | None) -> dict[str, Any]:
@@ -189,8 +228,17 @@ class Workshop:
     def export(self, models: Path, *, replace: bool = False) -> Path:
         """Evaluate and write the model version.
 
+        Args:
+            models: The model repository.
+            replace: Whether an existing version is replaced.
+
+        Returns:
+            The folder of the version.
+
         Raises:
-            ExportError, DiskError, CheckpointError: As their names say.
+            ExportError: The version exists, or a graph differs from torch.
+            DiskError: The folder cannot be written.
+            CheckpointError: The run is not trained, or its checkpoints have other settings.
         """
         version_folder(models, self.run.name, self.run.version, replace=replace)
         vae, recognition = self.vae(), self.recognition()
@@ -208,12 +256,12 @@ class Workshop:
             "scoring": held_out(vae, self.images.validation, self.run.seed, dynamic=self.run.binary),
         }
         tell("exporting; tracing the graphs and replaying them takes up to a minute")
-        # Graphs are traced where they are compared with onnxruntime.
+        # Graphs are traced on the CPU, where onnxruntime's outputs are compared with torch's.
         graphs = exportables(vae.cpu(), None if recognition is None else recognition.cpu(), *self._golden_rows())
         return export(graphs, models, self.run.name, self.run.version, about, replace=replace)
 
     def _check_images(self) -> None:
-        """Refuse other training images than those of the folder's checkpoints."""
+        """Refuse training images that differ from those of the folder's checkpoints."""
         path = self.folder / "images.sha256"
         found = digest(self.images.train.cpu().numpy().tobytes())
         try:

@@ -1,1 +1,1 @@
-"""Comparisons over HTTP and against other ways to train: tables, curves, image sheets."""
+"""Comparisons of a service, over HTTP, with other methods: tables, pages and pictures."""

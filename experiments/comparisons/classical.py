@@ -1,6 +1,7 @@
-"""Classical restorers of one grey plane (h, w): thin calls of scikit-image, scipy and bm3d, with one setting each.
+"""Classical restorers of one grey plane (h, w), with one setting each: calls of scikit-image, scipy and bm3d.
 
-The packages of the extra `evaluation` are imported when they are called.
+Each function takes the plane, the noise level sigma and the setting, and returns the restored plane. The packages
+belong to the extra `evaluation`, and are imported at the first call.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from training.extras import needed
 Plane = NDArray[Any]
 
 LEAST_BM3D = 16
-"""Pixels of the shorter side below which bm3d crashes."""
+"""Minimum pixels of the shorter side; below it bm3d crashes."""
 
 
 def total_variation(y: Plane, _sigma: float, weight: float) -> Plane:
-    """Minimise the total variation.
+    """Minimise the total variation; `weight` is that of the variation.
 
     Source: Chambolle (2004).
     """
@@ -28,7 +29,7 @@ def total_variation(y: Plane, _sigma: float, weight: float) -> Plane:
 
 
 def non_local_means(y: Plane, sigma: float, strength: float) -> Plane:
-    """Average similar patches of 5 x 5 within 13 x 13; the filter's h is `strength` sigma.
+    """Average similar patches of 5 x 5 pixels within 13 x 13; the filter's h is `strength` times sigma.
 
     Source: Buades, Coll and Morel (2005).
     """
@@ -44,7 +45,7 @@ def wiener(y: Plane, sigma: float, window: float) -> Plane:
     """
     from scipy import signal  # noqa: PLC0415  # slow to import, and one method needs it
 
-    with np.errstate(divide="ignore", invalid="ignore"):  # of windows without variance, where it takes the mean
+    with np.errstate(divide="ignore", invalid="ignore"):  # windows without variance divide by 0 and get the mean
         return np.asarray(signal.wiener(y, int(window), noise=sigma**2))
 
 
@@ -54,7 +55,7 @@ def median(y: Plane, _sigma: float, window: float) -> Plane:
 
 
 def bm3d(y: Plane, sigma: float, _setting: float) -> Plane:
-    """Block matching and collaborative filtering, both stages.
+    """Apply both stages of block matching and collaborative filtering.
 
     Source: Dabov, Foi, Katkovnik and Egiazarian (2007).
     """

@@ -1,4 +1,4 @@
-"""The best linear restorer: images as draws of one Gaussian, conditioned exactly on the observation.
+"""The best linear restorer: models images as draws of one Gaussian, and conditions it on the observation.
 
 Source: Bishop (2006), "Pattern recognition and machine learning", equations 2.113 to 2.117.
 """
@@ -15,7 +15,7 @@ Matrix = NDArray[np.float64]
 
 
 class ImageGaussian(NamedTuple):
-    """N(mean, covariance) of flattened images: (d,), (d, d)."""
+    """A Gaussian N(mean, covariance) of flattened images, with mean (d,) and covariance (d, d)."""
 
     mean: Matrix
     covariance: Matrix
@@ -29,15 +29,15 @@ class ImageGaussian(NamedTuple):
         return cls(mean, (centred.T @ centred).astype(np.float64) / len(x))
 
     def given(self, y: NDArray[Any], operator: NDArray[Any], noise: float) -> Matrix:
-        """E[x | y] for y = operator @ x + N(0, noise).
+        """Compute E[x | y] for y = operator @ x + N(0, noise).
 
         Args:
-            y: (n, k).
-            operator: (k, d).
-            noise: A variance above 0; it is also the ridge for pixels that never vary.
+            y: Observations, (n, k).
+            operator: A matrix, (k, d).
+            noise: Variance of the noise, above 0; it is also the ridge for pixels that never vary.
 
         Returns:
-            (n, d).
+            Restored images, (n, d).
         """
         passed = operator @ self.covariance
         seen = passed @ operator.T

@@ -1,4 +1,4 @@
-"""The restorers that are compared: this service and other methods, behind one interface."""
+"""The compared restorers, this service and other methods, behind one interface."""
 
 from __future__ import annotations
 
@@ -33,7 +33,13 @@ QUALITIES: dict[str, dict[str, object]] = {
 
 
 class Restored(NamedTuple):
-    """Images (n, c, h, w) in [0, 1], with the posterior standard deviation and the noise level (n,) where known."""
+    """Restored images.
+
+    Attributes:
+        images: The images, (n, c, h, w), in [0, 1].
+        std: Posterior standard deviations, (n, c, h, w); None if the method gives none.
+        level: Estimated noise levels, (n,); None if the method gives none.
+    """
 
     images: Pixels
     std: Pixels | None = None
@@ -46,20 +52,33 @@ Restore = Callable[[Task, Seen, float], Restored]
 
 @dataclass(frozen=True)
 class Method:
-    """A restorer. Of several settings the one with the highest PSNR on a task's images is used."""
+    """A restorer.
+
+    Attributes:
+        name: Its name.
+        does: Whether it handles a task.
+        restore: Restores the images of a task with a setting.
+        settings: Candidate settings. The one with the highest PSNR on a task's images is used.
+        batched: Whether an image takes less time in a batch.
+        kept: Part of the key of cached results, besides the observation; None caches none between runs.
+    """
 
     name: str
     does: Callable[[Task], bool]
     restore: Restore
     settings: tuple[float, ...] = (0.0,)
     batched: bool = True
-    """Whether an image takes less time in a batch."""
     kept: str | None = None
-    """Key of its kept results, besides the observation; None keeps none between runs."""
 
 
 def ours(client: Client, model: str, seed: int) -> list[Method]:
-    """This service, over HTTP: each quality with known and with estimated level, and a plain reconstruction."""
+    """Make the methods of this service: each quality with known and with estimated level, and a plain reconstruction.
+
+    Args:
+        client: A client of the service.
+        model: Name of the model.
+        seed: Seed of the requests.
+    """
 
     def restore(asked: dict[str, object], auto: bool, task: Task, seen: Seen, _setting: float) -> Restored:
         options = {**asked, **task.asked(auto=auto), "uncertainty": True, "seed": seed}
@@ -78,7 +97,12 @@ def ours(client: Client, model: str, seed: int) -> list[Method]:
 
 
 def rivals(images: ImageSet, seed: int) -> list[Method]:
-    """The classical methods; they are given the kind and level of the noise."""
+    """Make the classical methods. They get the family and level of the noise.
+
+    Args:
+        images: The data set; the Gaussian conditional is fitted to its training images.
+        seed: Seed of the images on which the ridge is chosen.
+    """
     size = images.shape
     gaussian = cache(lambda: ImageGaussian.of(as_float(images.train).numpy()))
     chosen: dict[str, float] = {}
@@ -125,7 +149,7 @@ def rivals(images: ImageSet, seed: int) -> list[Method]:
 
 
 def by_unet(module: Denoiser) -> Method:
-    """The trained U-Net, given the level."""
+    """Make the method of a trained U-Net. It gets the level of the noise."""
 
     @torch.inference_mode()
     def restore(task: Task, seen: Seen, _setting: float) -> Restored:
@@ -137,7 +161,7 @@ def by_unet(module: Denoiser) -> Method:
 
 
 def is_noise(task: Task) -> bool:
-    """Whether pixels are noisy or blurred, and none missing."""
+    """Whether pixels are noisy or blurred, and none is missing."""
     return task.operation == "denoise"
 
 
@@ -147,7 +171,7 @@ def is_gaussian(task: Task) -> bool:
 
 
 def is_flips(task: Task) -> bool:
-    """Whether unknown pixels are replaced."""
+    """Whether pixels at unknown places are replaced by other values."""
     return is_noise(task) and not is_gaussian(task)
 
 
@@ -167,7 +191,11 @@ def is_linear(task: Task) -> bool:
 
 
 def by_plane(function: Callable[[NDArray[Any], float, float], NDArray[Any]]) -> Restore:
-    """Make a restorer of a function of one plane, the level and the setting; its output is clipped to [0, 1]."""
+    """Make a restorer that applies a function to each plane, and clips its output to [0, 1].
+
+    Args:
+        function: (plane, level, setting) -> restored plane.
+    """
 
     def restore(task: Task, seen: Seen, setting: float) -> Restored:
         planes = seen.y.reshape(-1, *seen.y.shape[2:]).astype(np.float64)
@@ -178,7 +206,7 @@ def by_plane(function: Callable[[NDArray[Any], float, float], NDArray[Any]]) -> 
 
 
 def biharmonic(_task: Task, seen: Seen, _setting: float) -> Restored:
-    """Fill in missing pixels by biharmonic equations, clipped to [0, 1]."""
+    """Fill in missing pixels by biharmonic equations, and clip them to [0, 1]."""
     assert seen.mask is not None
     pairs = zip(seen.y.reshape(-1, *seen.y.shape[2:]), seen.mask.reshape(-1, *seen.y.shape[2:]), strict=True)
     found = np.stack([classical.biharmonic(y.astype(np.float64), mask) for y, mask in pairs])
@@ -186,13 +214,13 @@ def biharmonic(_task: Task, seen: Seen, _setting: float) -> Restored:
 
 
 def bicubic(size: tuple[int, int, int], _task: Task, seen: Seen, _setting: float) -> Restored:
-    """Interpolate bicubically between pixel areas, so that it is aligned with means of blocks; clipped to [0, 1]."""
+    """Interpolate bicubically between pixel areas, which aligns with means of blocks, and clip to [0, 1]."""
     return Restored(fit(seen.y, size[1:], "resize").clip(0.0, 1.0))
 
 
 def _conditional(gaussian: ImageGaussian, task: Task, seen: Seen, size: tuple[int, int, int], ridge: float) -> Pixels:
     noise = ridge + (task.level**2 if is_gaussian(task) else 0.0)
-    if task.missing == "scattered":  # another operator an image
+    if task.missing == "scattered":  # every image has its own operator
         rows = [
             gaussian.given(y[None], operator, noise)
             for y, operator in (task.linear(seen, k, size) for k in range(len(seen.y)))

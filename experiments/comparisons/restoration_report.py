@@ -1,4 +1,4 @@
-"""Writes the results of `restore` as a page, a CSV and two pictures."""
+"""The report of `restore`: a page, a CSV and two pictures."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ alone. SSIM: scikit-image's default, a uniform window of 7 x 7, of whole images.
 is sent; every method gets the same float32 arrays, and every answer is cut to [0, 1]. Where missing pixels are
 scattered, they are {SCATTERED:.0%} of all.
 
-The rivals are helped: they are told the kind and level of the noise, and a setting (total variation's weight, the
-strength of non-local means, the window of Wiener's filter and of the median) is the one of a small grid that gives
-these very images their highest mean PSNR; the CSV names it. The Gaussian conditional is the exact one of the mean and
-covariance of the training images, its ridge chosen from {RIDGES[0]:g} to {RIDGES[-1]:g} on validation images. The U-Net
-is told the level and is trained for additive Gaussian noise alone, so it has no row elsewhere. `encode and decode` is a
-plain reconstruction of what was seen. Ours are this service's, by its `quality`; `auto` is not told the level.
+The other methods have an advantage: they get the kind and level of the noise, and a setting (total variation's weight,
+the strength of non-local means, the window of Wiener's filter and of the median) is the one of a small grid with the
+highest mean PSNR on these very images; the CSV names it. The Gaussian conditional uses the mean and covariance of the
+training images, its ridge chosen from {RIDGES[0]:g} to {RIDGES[-1]:g} on validation images. The U-Net gets the level
+and is trained for additive Gaussian noise alone, so it has no row elsewhere. `encode and decode` is a plain
+reconstruction of the observation. Ours are this service's, by its `quality`; with `auto` it estimates the level.
 
 Coverage is the share of true pixels within mean +- {DEVIATIONS} `std`, 0.90 if the posterior is right, over the pixels
 (for inpainting the missing ones) whose `std` is above {LEAST_STD:g}; `std` is calibrated on validation images where the
@@ -44,7 +44,15 @@ than what was seen, cut to [0, 1]. The level's error is that of the estimate, re
 
 
 def write(findings: Findings, out: Path) -> Path:
-    """Write the page with its CSV, bars (restoration.png) and pictures (restoration-pictures.png); returns its path."""
+    """Write restoration.md, its CSV, bars (restoration.png) and pictures (restoration-pictures.png).
+
+    Args:
+        findings: The results.
+        out: The folder.
+
+    Returns:
+        Path of the page.
+    """
     curves.write(findings.rows, FIELDS, out / "restoration.csv")
     draw_bars(findings.rows, out / "restoration.png")
     draw_pictures(findings, out / "restoration-pictures.png")
@@ -54,7 +62,7 @@ def write(findings: Findings, out: Path) -> Path:
 
 
 def page(findings: Findings) -> str:
-    """The page in Markdown."""
+    """Format the page in Markdown."""
     parts = [
         "# Restoration beside classical methods and a U-Net",
         "",
@@ -83,13 +91,13 @@ def _command(findings: Findings) -> str:
     epochs = "" if plan.unet_epochs is None else f" --unet-epochs {plan.unet_epochs}"
     return (
         f"    python -m experiments restore --images {plan.images} --seed {plan.seed}{epochs}{chosen}\n\n"
-        f"{images} test images, chosen and spoilt by seed {plan.seed}; {findings.seconds:.0f} s, answers kept "
+        f"{images} test images, chosen and corrupted by seed {plan.seed}; {findings.seconds:.0f} s, answers kept "
         f"from an earlier run apart. Python {platform.python_version()}, {processor}; {versions}."
     )
 
 
 def _tables(rows: list[Row], timed: str) -> list[str]:
-    """Tables of PSNR, SSIM and the rest, methods down and tasks across; then of the time."""
+    """Tables of PSNR, SSIM and other figures, one row for each method and one column for each task; then of time."""
     own = [row for row in rows if row["method"].startswith("ours")]
     times = [{**row, "task": f"batch of {size}"} | {"ms": row.get(key)} for row in rows if row["task"] == timed
              for size, key in ((1, "ms_batch_1"), (16, "ms_batch_16"))]  # fmt: skip
@@ -112,7 +120,7 @@ def _or_dash(value: float | None, form: str) -> str:
 
 
 def _table(title: str, rows: list[Row], show: Callable[[Row], str], best: str | None = None) -> list[str]:
-    """A table in Markdown, a column's highest `best` in bold."""
+    """Format a table in Markdown, with the highest `best` of each column in bold."""
     tasks, methods = (list(dict.fromkeys(row[key] for row in rows)) for key in ("task", "method"))
     if not tasks:
         return []
@@ -131,7 +139,7 @@ def _table(title: str, rows: list[Row], show: Callable[[Row], str], best: str | 
 
 
 def draw_bars(rows: list[Row], path: Path) -> None:
-    """Draw one panel a task: PSNR of every method, this service's in red."""
+    """Draw a panel for each task: PSNR of every method, this service's in red."""
     tasks = list(dict.fromkeys((row["dataset"], row["task"]) for row in rows))
     with panels(len(tasks), path, columns=3, size=(5.0, 3.2)) as axes:
         for axis, task in zip(axes, tasks, strict=False):
@@ -146,7 +154,7 @@ def draw_bars(rows: list[Row], path: Path) -> None:
 
 
 def draw_pictures(findings: Findings, path: Path) -> None:
-    """Draw one row a task: an image, its observation, and every method's result."""
+    """Draw a row for each task: an image, its observation, and the result of every method."""
     found = {(row["dataset"], row["task"], row["method"]): row for row in findings.rows}
     columns = max(len(shown) for shown in findings.pictures.values())
     with panels(columns * len(findings.pictures), path, columns=columns, size=(1.35, 1.6)) as axes:

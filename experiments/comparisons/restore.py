@@ -1,4 +1,4 @@
-"""Compares this service's restorations over HTTP with classical restorers and a U-Net."""
+"""Comparison of this service's restorations, over HTTP, with classical restorers and a U-Net."""
 
 from __future__ import annotations
 
@@ -25,15 +25,29 @@ from training.extras import needed
 from training.loop.checkpoint import stage_seconds
 
 REPEATS = 5
-"""Requests behind a median time; fewer where they take long."""
+"""Maximum calls behind a median time."""
 PATIENCE_S = 10.0
+"""Time after which no further call is made."""
 EXAMPLE = 0
 """Row of the image in the picture."""
 
 
 @dataclass(frozen=True)
 class RestoreOptions:
-    """Options of the command line."""
+    """Options of `restore`.
+
+    Attributes:
+        data: Folder of the data sets.
+        runs: Folder for cached results and the U-Net's checkpoints.
+        url: URL of a running service; None starts one.
+        models: Model repository of the started service.
+        images: Test images of each data set.
+        seed: Seed of the images and their corruptions.
+        unet_epochs: Epochs of the U-Net; None uses the data set's own number.
+        names: Pattern of the models' names.
+        tasks: Patterns of the tasks' names.
+        methods: Patterns of the methods' names.
+    """
 
     data: Path
     runs: Path
@@ -42,26 +56,23 @@ class RestoreOptions:
     images: int = 200
     seed: int = 0
     unet_epochs: int | None = None
-    """Epochs of the U-Net; None takes the data set's own."""
     names: str = "*"
-    """Pattern of the models' names."""
     tasks: tuple[str, ...] = ("*",)
     methods: tuple[str, ...] = ("*",)
-    """Patterns of names."""
 
 
 @dataclass
 class Findings:
-    """Results of one run: a row a task and method, pictures of one image by (data set, task), remarks."""
+    """Results of one run: a row for each task and method, pictures of one image by (data set, task), and remarks."""
 
     plan: RestoreOptions
     rows: list[dict[str, Any]] = field(default_factory=list)
     pictures: dict[tuple[str, str], dict[str, Pixels]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     models: dict[str, str] = field(default_factory=dict)
-    """By data set: the model, its version and fingerprint."""
+    """Model, version and fingerprint by data set."""
     timed: dict[str, str] = field(default_factory=dict)
-    """By data set: the task on which speed is measured."""
+    """Name of the task on which speed is measured, by data set."""
     seconds: float = 0.0
 
     def note(self, text: str) -> None:
@@ -71,12 +82,22 @@ class Findings:
 
 
 def compare(plan: RestoreOptions) -> Findings:
-    """Run every task of every data set of which a model is served; other methods' results are kept in `plan.runs`.
+    """Run every task of every data set for which a model is served.
+
+    Results of other methods are cached in `plan.runs`.
+
+    Args:
+        plan: The options.
+
+    Returns:
+        The results.
 
     Raises:
-        ConfigError: Nothing is left to compare.
-        DependencyError, ServiceError, DataError: As their names say.
-        TrainingError: As training the U-Net raises.
+        ConfigError: No task and method match.
+        DependencyError: A package of the extra `evaluation` is not installed.
+        ServiceError: The service does not answer.
+        DataError: The images cannot be loaded.
+        TrainingError: Training the U-Net fails.
     """
     needed("skimage")
     findings, began = Findings(plan), time.monotonic()
@@ -101,7 +122,7 @@ def compare(plan: RestoreOptions) -> Findings:
 
 
 def _chosen_models(told: Iterable[dict[str, Any]], findings: Findings) -> Iterator[tuple[str, Subject, dict[str, Any]]]:
-    """The first model of every data set that restores and has a matching name."""
+    """Choose for every data set the first model that restores and whose name matches."""
     seen: set[str] = set()
     for model in offering("denoise", findings.plan.names, told):
         try:
@@ -161,7 +182,7 @@ def _wanted(names: Iterable[str], patterns: tuple[str, ...]) -> set[str]:
 def _cell(
     task: Task, method: Method, seen: Seen, x: Pixels, runs: Path, training: str, *, timed: bool
 ) -> tuple[dict[str, Any], Restored]:
-    """The figures of one method on one task, and its restored images."""
+    """Compute the figures of one method on one task, and its restored images."""
     path = None if method.kept is None else _path(task, method, seen, x, runs, training)
     if path is not None and path.exists():
         with np.load(path) as file:
@@ -182,7 +203,7 @@ def _cell(
 
 
 def _path(task: Task, method: Method, seen: Seen, x: Pixels, runs: Path, training: str) -> Path:
-    """File of kept results, named after a digest of everything they depend on."""
+    """File of cached results, named after a digest of everything on which they depend."""
     arrays = [seen.y, x] if seen.mask is None else [seen.y, x, seen.mask]
     everything = b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)
     key = digest(everything + f"{task} {method.name} {method.kept} {training}".encode())
@@ -190,13 +211,13 @@ def _path(task: Task, method: Method, seen: Seen, x: Pixels, runs: Path, trainin
 
 
 def _best(task: Task, method: Method, seen: Seen, x: Pixels) -> tuple[float, Restored]:
-    """The setting with the highest PSNR on these very images, which favours the other methods, and its result."""
+    """Choose the setting with the highest PSNR on the test images (which favours other methods), and its result."""
     tried = [(setting, method.restore(task, seen, setting)) for setting in method.settings]
     return max(tried, key=lambda one: psnr(one[1].images, x, seen.missing).mean())
 
 
 def _times(task: Task, method: Method, seen: Seen, setting: float) -> Iterator[tuple[str, float]]:
-    """Measure milliseconds an image, the median of several calls."""
+    """Measure milliseconds for each image, the median of several calls."""
     for rows in (1, ROWS) if method.batched else (1,):
         taken: list[float] = []
         end = time.perf_counter() + PATIENCE_S
@@ -210,7 +231,17 @@ def _times(task: Task, method: Method, seen: Seen, setting: float) -> Iterator[t
 
 
 def figures(task: Task, seen: Seen, restored: Restored, x: Pixels) -> dict[str, float]:
-    """PSNR (of the missing pixels, for inpainting), SSIM, coverage and error of the level."""
+    """Compute PSNR, SSIM, coverage, and the error of the level.
+
+    Args:
+        task: The corruption.
+        seen: The corrupted images.
+        restored: The restored images.
+        x: The true images, (n, c, h, w).
+
+    Returns:
+        Figures by name, as in the CSV. PSNR (dB) and coverage of inpainting count the missing pixels alone.
+    """
     reached = psnr(restored.images, x, seen.missing)
     found = {
         "psnr_db": reached.mean(),

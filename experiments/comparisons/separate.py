@@ -1,4 +1,4 @@
-"""Measures how well the service's `score` separates test images from other pictures: AUROC by kind of picture."""
+"""Measurement of how well the service's `score` separates test images from other pictures: AUROC by kind."""
 
 from __future__ import annotations
 
@@ -25,31 +25,48 @@ SCORES = ("elbo", "importance_weighted", "log_likelihood")
 FIELDS = ("kind", "images", *(f"auroc_{score}" for score in SCORES), *(f"mean_{score}" for score in SCORES))
 ROTATIONS = (15, 45, 90)
 SHEAR = 0.5
-"""Shift of a row in columns for each row above the middle."""
+"""Columns by which a row is shifted, for each row above the middle."""
 
 Scores = dict[str, NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
 class SeparateOptions:
-    """Options of the command line."""
+    """Options of `separate`.
+
+    Attributes:
+        data: Folder of the data sets.
+        url: URL of a running service; None starts one.
+        models: Model repository of the started service.
+        names: Pattern of the models' names; the first served one is used.
+        images: Test images.
+        seed: Seed of the images and of other pictures.
+        draws: Posterior draws for each score.
+    """
 
     data: Path
     url: str | None
     models: Path
     names: str = "*"
-    """Pattern of the models' names; the first served one is used."""
     images: int = 500
     seed: int = 0
     draws: int = 16
 
 
 def separate(plan: SeparateOptions, out: Path) -> Path:
-    """Score every kind of picture, then write separation.md, .csv and .png into `out`; returns the page's path.
+    """Score every kind of picture, then write separation.md, separation.csv and separation.png.
+
+    Args:
+        plan: The options.
+        out: The folder.
+
+    Returns:
+        Path of the page.
 
     Raises:
         ConfigError: No model that scores is served.
-        ServiceError, DataError: As their names say.
+        ServiceError: The service does not answer.
+        DataError: The images cannot be loaded.
     """
     with served(plan.url, plan.models) as client:
         model = _scoring_model(client, plan)
@@ -77,7 +94,15 @@ def _scoring_model(client: Client, plan: SeparateOptions) -> dict[str, Any]:
 
 
 def kinds(x: Pixels, plan: SeparateOptions) -> dict[str, Pixels]:
-    """Test images x (n, c, h, w) and as many pictures of every other kind, a function of x and the seed."""
+    """Make as many pictures of every other kind as there are test images.
+
+    Args:
+        x: Test images, (n, c, h, w).
+        plan: The options.
+
+    Returns:
+        Pictures by kind, the test images first, each of the shape of x.
+    """
     generator = np.random.default_rng(plan.seed)
     found = {
         OWN: x,
@@ -90,19 +115,19 @@ def kinds(x: Pixels, plan: SeparateOptions) -> dict[str, Pixels]:
     try:
         faces = chosen(read_frames(plan.data), len(x), plan.seed)
     except DataError:
-        return found  # no licence lets us fetch them
+        return found  # absent: their licence does not allow a download by this program
     found["Frey faces"] = fit(faces, (x.shape[2], x.shape[3]), "resize").repeat(x.shape[1], axis=1)
     return found
 
 
 def rotated(x: Pixels, degrees: float) -> Pixels:
-    """Rotate anticlockwise about the middle, bilinear, black outside."""
+    """Rotate images (n, c, h, w) anticlockwise about the middle, with bilinear interpolation and black outside."""
     turned = ndimage.rotate(x, degrees, axes=(3, 2), reshape=False, order=1)
     return np.asarray(turned.clip(0.0, 1.0), np.float32)
 
 
 def sheared(x: Pixels) -> Pixels:
-    """Move rows sideways in proportion to their height above the middle, bilinear, black outside."""
+    """Shear images (n, c, h, w): shift rows by their height above the middle, bilinear, black outside."""
     matrix = np.eye(4)
     matrix[3, 2] = SHEAR
     offset = np.zeros(4)
@@ -111,12 +136,12 @@ def sheared(x: Pixels) -> Pixels:
 
 
 def figures(scores: dict[str, Scores]) -> list[dict[str, Any]]:
-    """One row a kind: number of pictures, the mean of every score, and its AUROC against test images."""
+    """Compute a row for each kind: number of pictures, mean of every score, and AUROC against test images."""
     rows = []
     for kind, values in scores.items():
         row: dict[str, Any] = {"kind": kind, "images": len(values[SCORES[0]])}
         for score in SCORES:
-            if score not in values:  # grey levels under Bernoulli pixels have a bound alone
+            if score not in values:  # grey levels under Bernoulli pixels have a bound but no importance-weighted score
                 continue
             row[f"mean_{score}"] = round(float(values[score].mean()), 2)
             if kind != OWN:
@@ -126,18 +151,21 @@ def figures(scores: dict[str, Scores]) -> list[dict[str, Any]]:
 
 
 def auroc(inside: NDArray[Any], outside: NDArray[Any]) -> float:
-    """P(an inlier's score is above an outlier's), ties counting half: 1 separates them, 0.5 is chance.
+    """Area under the ROC curve: P(an inlier's score is above an outlier's), where ties count half.
 
     Args:
         inside: Scores of inliers, (n,).
         outside: Scores of outliers, (m,).
+
+    Returns:
+        1 if the scores separate inliers from outliers, 0.5 at chance.
     """
     inlier = np.repeat([1, 0], [len(inside), len(outside)])
     return float(roc_auc_score(inlier, np.concatenate([inside, outside])))
 
 
 def page(rows: list[dict[str, Any]], plan: SeparateOptions, model: str) -> str:
-    """The page in Markdown."""
+    """Format the page in Markdown."""
     lines = [
         f"| {row['kind']} | "
         + " | ".join(f"{row[f'auroc_{score}']:.3f}" if f"auroc_{score}" in row else "" for score in SCORES)
@@ -146,13 +174,13 @@ def page(rows: list[dict[str, Any]], plan: SeparateOptions, model: str) -> str:
     ]
     asked = "" if plan.names == "*" else f" --model {shlex.quote(plan.names)}"
     named = ", ".join(kind for kind in (row["kind"] for row in rows) if kind != OWN)
-    return f"""# Telling test images from other pictures
+    return f"""# Separating test images from other pictures
 
     python -m experiments separate{asked} --images {plan.images} --seed {plan.seed} --draws {plan.draws}
 
-AUROC of what `score` answers: the probability that a test image scores higher than a picture of another kind (1 tells
-all of them apart, 0.5 is chance, below it the other kind scores higher). {rows[0]["images"]} test images, seed
-{plan.seed}, and as many of each: {named}. Model {model}, asked over HTTP with {plan.draws} draws.
+AUROC of the figures of `score`: the probability that a test image scores higher than a picture of another kind (1 is
+perfect, 0.5 is chance, below it the other kind scores higher). {rows[0]["images"]} test images, seed
+{plan.seed}, and as many of each: {named}. Model {model}, scored over HTTP with {plan.draws} draws.
 
 | | {" | ".join(f"AUROC, `{score}`" for score in SCORES)} | mean `elbo`, nats |
 |---|{"--:|" * (len(SCORES) + 1)}
@@ -160,12 +188,13 @@ all of them apart, 0.5 is chance, below it the other kind scores higher). {rows[
 
 ![the bound by kind of picture](separation.png)
 
-Rotated and sheared images lie between: few are so. Frey faces are resized to the model's size.
+Rotated and sheared images lie between, because few training images are like them. Frey faces are resized to the model's
+size.
 """
 
 
 def _draw(scores: dict[str, Scores], path: Path) -> None:
-    """Draw one panel a kind: the histogram of its bounds, and that of test images behind it."""
+    """Draw a panel for each kind: the histogram of its bounds before that of the test images."""
     others = [kind for kind in scores if kind != OWN]
     with panels(len(others), path, columns=4) as axes:
         for axis, kind in zip(axes, others, strict=False):

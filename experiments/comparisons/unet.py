@@ -1,4 +1,4 @@
-"""A U-Net from noisy image and noise level to clean image: what one would train without a generative model.
+"""A U-Net from noisy image and noise level to clean image: the usual restorer without a generative model.
 
 It restores one kind of corruption, additive Gaussian noise of a known level, and gives no uncertainty.
 Source: Ronneberger, Fischer and Brox (2015); the noise level as a plane: Zhang, Zuo and Zhang (2018), FFDNet.
@@ -24,13 +24,16 @@ from training.pipeline import locked
 WIDTHS = (32, 64, 96)
 NAME = "unet"
 PIXEL_VARIANCE = 0.1
-"""About that of a digit's pixels; at higher noise levels the noisy image is a bad first estimate."""
+"""Prior variance of a pixel, about that of a digit's pixels, by which the noisy image is shrunk."""
 
 
 class Denoiser(nn.Module):
     """E[x | y, sigma] for y = x + sigma N(0, I), by a U-Net of y and a plane of sigma.
 
-    The network corrects y shrunk by its reliability, so that the whole starts as a linear filter.
+    The network corrects a linear estimate: y times the Wiener gain v / (v + sigma^2), with v = `PIXEL_VARIANCE`.
+
+    Args:
+        shape: Shape (c, h, w) of an image.
     """
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
@@ -39,17 +42,22 @@ class Denoiser(nn.Module):
         self.network = UNet(channels + 1, channels, (height, width), WIDTHS)
 
     def forward(self, y: Tensor, sigma: Tensor) -> Tensor:
-        """y (n, c, h, w), sigma (n,) -> (n, c, h, w)."""
+        """Map y (n, c, h, w) and sigma (n,) to restored images (n, c, h, w)."""
         level = sigma[:, None, None, None]
         correction: Tensor = self.network(torch.cat([y, level.expand_as(y[:, :1])], 1)).float()
         return PIXEL_VARIANCE / (PIXEL_VARIANCE + level.square()) * y + correction
 
 
 def stage(shape: tuple[int, int, int], epochs: int, identity: dict[str, Any]) -> Stage:
-    """The stage that lowers the squared error under noise of log-uniform level, in the recognition model's range.
+    """Make the stage that minimises the squared error under noise of log-uniform level.
 
-    The error of the best estimate grows about as sigma does, so each image's error is divided by its sigma. Otherwise
-    the strongest noise would dominate the loss.
+    Each image's error is divided by its sigma, because the error of the best estimate grows about in proportion to
+    sigma. Otherwise the strongest noise would dominate the loss.
+
+    Args:
+        shape: Shape (c, h, w) of an image.
+        epochs: Number of epochs.
+        identity: Values that a checkpoint must match to be resumed.
     """
 
     def objective(model: Denoiser, images: Tensor, generator: torch.Generator) -> Bound:
@@ -76,10 +84,19 @@ def stage(shape: tuple[int, int, int], epochs: int, identity: dict[str, Any]) ->
 
 
 def trained(images: ImageSet, folder: Path, epochs: int, identity: dict[str, Any]) -> Denoiser:
-    """Train the U-Net in `folder` if it is not trained yet; an interrupted training is resumed.
+    """Train the U-Net if it is not trained yet; an interrupted training is resumed.
+
+    Args:
+        images: The data set.
+        folder: Folder for checkpoints and log.
+        epochs: Number of epochs.
+        identity: Values that a checkpoint must match to be resumed.
+
+    Returns:
+        The trained U-Net.
 
     Raises:
-        TrainingError: As `train` raises.
+        TrainingError: Training fails.
     """
     one = stage(images.shape, epochs, identity)
     with locked(folder):

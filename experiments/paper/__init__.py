@@ -11,4 +11,4 @@ FIGURES = {
     "5": samples.draw_dreams,
     "F": full_vb.draw,
 }
-"""By the paper's number or appendix: (data folder, checkpoint folder, output folder, samples, pattern) -> None."""
+"""Function of each figure or appendix: (data folder, checkpoint folder, output folder, samples, pattern) -> None."""

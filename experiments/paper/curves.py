@@ -1,4 +1,4 @@
-"""Shared by figures 2 and 3: the paper's training settings, and curves against the training samples seen.
+"""Common parts of figures 2 and 3: the paper's training settings, and curves against the training samples seen.
 
 One hidden layer of tanh units, initial parameters of N(0, 0.01^2), minibatches of 100, one draw, Adagrad with a step
 size chosen on the first samples, the prior N(0, I) on the weights.
@@ -31,14 +31,21 @@ class Named(Protocol):
 
     @property
     def name(self) -> str:
-        """Name for `--only`, and of the curve's folder."""
+        """Name of the curve, for `--only` and for its folder."""
 
 
 SomeCurve = TypeVar("SomeCurve", bound=Named)
 
 
 def matching(curves: Sequence[SomeCurve], pattern: str) -> list[SomeCurve]:
-    """The curves whose name matches the pattern.
+    """Select the curves whose name matches a pattern.
+
+    Args:
+        curves: The curves.
+        pattern: A pattern such as `mnist-20-*`.
+
+    Returns:
+        At least one curve.
 
     Raises:
         ConfigError: None does; the message lists all names.
@@ -50,7 +57,15 @@ def matching(curves: Sequence[SomeCurve], pattern: str) -> list[SomeCurve]:
 
 
 def paper_run(name: str, model: dict[str, Any], hidden: int, train: dict[str, Any], **said: Any) -> Run:
-    """The paper's settings, with a curve's own in `model` and `train`, and the rest of the run in `said`."""
+    """The paper's settings for one curve.
+
+    Args:
+        name: Name of the run.
+        model: The curve's own settings of `model`.
+        hidden: Hidden units.
+        train: The curve's own settings of `train`.
+        **said: Other keys of the run.
+    """
     return Run.model_validate(
         {
             "name": name,
@@ -74,10 +89,18 @@ def paper_run(name: str, model: dict[str, Any], hidden: int, train: dict[str, An
 
 
 def best_step_size(trial: Callable[[float, Path], None], folder: Path, quantity: str) -> float:
-    """Choose the step size whose `trial(step size, folder)` ends with the highest `quantity` in its log.
+    """Choose the step size whose trial ends with the highest quantity.
+
+    Args:
+        trial: Trains briefly: (step size, folder) -> None.
+        folder: Folder for the trials.
+        quantity: Name of the quantity in the trial's log.
+
+    Returns:
+        One of `STEP_SIZES`.
 
     Raises:
-        DivergedError: All of them diverge.
+        DivergedError: Training diverges with every step size.
     """
     reached: dict[float, float] = {}
     for step_size in STEP_SIZES:
@@ -93,12 +116,12 @@ def best_step_size(trial: Callable[[float, Path], None], folder: Path, quantity:
 
 
 def epochs_of(images: ImageSet, samples: int) -> int:
-    """Number of epochs that see about so many samples, at least one."""
+    """Number of epochs for about `samples` training samples, at least one."""
     return max(1, round(samples / len(images.train)))
 
 
 def grid(samples: int, a_decade: int = 8) -> list[int]:
-    """Numbers of samples, evenly spaced on a logarithmic scale, ending with `samples`."""
+    """Numbers of samples on a logarithmic scale, `a_decade` for each factor of 10, up to `samples`."""
     found, k = [], 0
     while (seen := round(FIRST_POINT * 10 ** (k / a_decade))) < samples:
         found.append(seen)
@@ -107,25 +130,42 @@ def grid(samples: int, a_decade: int = 8) -> list[int]:
 
 
 def watched_steps(samples: list[int], last: int) -> frozenset[int]:
-    """The steps after which so many samples have been seen, at most `last`, the run's end."""
+    """Training steps after which these numbers of samples have been seen, at most `last`, the run's end."""
     return frozenset(min(seen // BATCH, last) for seen in samples)
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log; none before it begins."""
+    """Read the lines of a run's log; an empty list before the run begins."""
     path = folder / "log.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def scored(folder: Path, quantity: str) -> list[dict[str, Any]]:
-    """Read `samples` and `quantity` of both splits, point by point; of a point scored twice the later score counts."""
+    """Read the scored points of a curve from its log.
+
+    Args:
+        folder: Folder of the run.
+        quantity: Name of the quantity, without the split.
+
+    Returns:
+        `samples` and the quantity of both splits for each point. If a point was scored twice, the later score counts.
+    """
     names = [f"{split}_{quantity}" for split in ("train", "test")]
     lines = {line["step"]: line for line in read_log(folder) if names[-1] in line}
     return [{"samples": step * BATCH, **{name: line[name] for name in names}} for step, line in sorted(lines.items())]
 
 
 def with_earlier(rows: list[dict[str, Any]], path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
-    """`rows`, after the rows of other curves that the CSV already has, perhaps from another machine."""
+    """Put the rows of other curves in an earlier CSV before `rows`.
+
+    Args:
+        rows: New rows.
+        path: The CSV; it may be absent.
+        keys: Columns that identify a curve.
+
+    Returns:
+        Earlier rows of curves that are not in `rows`, then `rows`.
+    """
     mine = {tuple(str(row[key]) for key in keys) for row in rows}
     if not path.exists():
         return rows
@@ -142,7 +182,7 @@ def _number(text: str) -> Any:
 
 
 def write(rows: list[dict[str, Any]], fields: Sequence[str], path: Path) -> None:
-    """Write the rows as CSV, and make the folder."""
+    """Write rows as CSV; the folder is created if absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fields)
@@ -151,7 +191,7 @@ def write(rows: list[dict[str, Any]], fields: Sequence[str], path: Path) -> None
 
 
 def add_curves(axis: Any, rows: list[dict[str, Any]], quantity: str) -> None:
-    """Draw one colour a method, test solid, training dashed, samples on a logarithmic scale."""
+    """Draw curves: one colour for each method, test solid, training dashed, samples on a logarithmic scale."""
     for method in (method for method in COLOURS if any(row["method"] == method for row in rows)):
         mine = [row for row in rows if row["method"] == method]
         for split, style in (("test", "-"), ("train", "--")):

@@ -1,7 +1,7 @@
 """Figure 2: the lower bound against the training samples seen, AEVB beside wake-sleep on the same networks.
 
 Raw grey levels, 500 hidden units for MNIST, 200 for Frey Face, whose Gaussian pixels are mixed with outliers as in the
-author's code: without that the networks over-fit long before the figure's values. All else as `curves` says.
+author's code: without outliers the networks overfit long before the figure's values. Other settings are in `curves`.
 Source: Kingma and Welling (2013), section 5 and figure 2.
 """
 
@@ -26,7 +26,7 @@ from training.pipeline import device
 
 METHODS = {"aevb": "elbo", "wake-sleep": "wake_sleep"}
 SCORED = 10_000
-"""Largest number of images behind a point of a curve; of the training set a fixed, seeded choice."""
+"""Maximum images behind a point of a curve; those of the training set are a fixed, seeded choice."""
 DATA: dict[str, dict[str, Any]] = {
     "mnist": {"dataset": "mnist", "validation": 10_000},
     "frey": {"dataset": "frey", "split": "author"},
@@ -49,16 +49,17 @@ class Curve:
 
     @property
     def name(self) -> str:
-        """Name for `--only`."""
+        """Name of the curve, for `--only` and for its folder."""
         return f"{self.data}-{self.latent_dim}-{self.method}"
 
     @property
     def woken(self) -> bool:
-        """Whether it needs other initial weights than the paper's.
+        """Whether the curve needs other initial weights than the paper's.
 
-        With small initial weights and Adagrad's large first steps, wake-sleep's latents on Frey Face stay without
-        information (a KL of 0.05 nats). So it starts as in its author's code (dpkingma/anglepy), with weights by fan-in
-        and a warm-up. Its step size is chosen later, because at first a collapsed model has the higher bound.
+        With small initial weights and Adagrad's large first steps, wake-sleep's latents on Frey Face carry no
+        information (a KL of 0.05 nats). Those curves start as in the author's code (dpkingma/anglepy): weights scaled
+        by fan-in, and a warm-up. Their step size is chosen later, because a collapsed model has the higher bound at
+        first.
         """
         return (self.data, self.method) == ("frey", "wake-sleep")
 
@@ -72,13 +73,20 @@ CURVES = [
 
 
 def draw(data: Path, runs: Path, out: Path, samples: int, pattern: str) -> None:
-    """Train curves that are not trained yet, then write figure2.csv and figure2.png of all trained ones into `out`.
+    """Train the curves that are not trained yet, then write figure2.csv and figure2.png of all trained curves.
 
-    Curves of an earlier figure2.csv that `runs` does not have stay in it.
+    Curves of an earlier figure2.csv that are not in `runs` stay in the CSV.
+
+    Args:
+        data: Folder of the data sets.
+        runs: Folder for checkpoints.
+        out: Folder for CSV and PNG.
+        samples: Training samples of a curve.
+        pattern: Pattern of the names of the curves to train.
 
     Raises:
         ConfigError: No curve has such a name.
-        TrainingError: As training raises.
+        TrainingError: Training fails.
     """
     for curve in curves.matching(CURVES, pattern):
         follow(curve, load(curve, data), runs / curve.name, samples)
@@ -90,12 +98,12 @@ def draw(data: Path, runs: Path, out: Path, samples: int, pattern: str) -> None:
 
 
 def load(curve: Curve, data: Path) -> ImageSet:
-    """Load the curve's images, on a GPU where there is one, which then trains it."""
+    """Load the curve's images onto the device that trains it: a GPU if there is one, else the CPU."""
     return run_of(curve, 1, curves.STEP_SIZES[0]).data.load(data).to(device("auto"))
 
 
 def run_of(curve: Curve, epochs: int, step_size: float) -> Run:
-    """The paper's settings."""
+    """The curve's training settings."""
     model: dict[str, Any] = {"latent_dim": curve.latent_dim, "likelihood": LIKELIHOODS[curve.data]}
     train: dict[str, Any] = {"epochs": epochs, "objective": METHODS[curve.method], "learning_rate": step_size}
     if curve.woken:
@@ -111,7 +119,17 @@ def run_of(curve: Curve, epochs: int, step_size: float) -> Run:
 
 
 def follow(curve: Curve, images: ImageSet, folder: Path, samples: int) -> Run:
-    """Train to `samples`, scoring the bound on the way; resume a run of as many samples. Returns its settings."""
+    """Train a curve, or resume it, and score the bound during training.
+
+    Args:
+        curve: The curve.
+        images: Its images.
+        folder: Folder for checkpoints and log.
+        samples: Training samples.
+
+    Returns:
+        The settings of the run.
+    """
     step_size = choose(curve, images, folder, samples)
     run = run_of(curve, curves.epochs_of(images, samples), step_size)
     order = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(0))[:SCORED]
@@ -139,7 +157,7 @@ def choose(curve: Curve, images: ImageSet, folder: Path, samples: int) -> float:
 
 @torch.inference_mode()
 def bound(vae: VAE, images: Tensor) -> float:
-    """The mean bound in nats of uint8 images as grey levels, with one draw an image that is the same at every call."""
+    """Mean bound in nats of grey images (uint8), with one draw an image. Every call uses the same noise."""
     generator = keyed_generator(images.device, 0, 6)
     total = 0.0
     for part in images.split(1000):
@@ -155,7 +173,7 @@ def points(curve: Curve, folder: Path) -> list[dict[str, Any]]:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw one panel a data set and latent dimension, as in the paper: AEVB red, wake-sleep green, training dashed."""
+    """Draw a panel for each data set and latent dimension, as in the paper: AEVB red, wake-sleep green."""
     wanted = list(dict.fromkeys((row["data"], row["latent_dim"]) for row in rows))
     with panels(len(wanted), path) as axes:
         for axis, (data, latent_dim) in zip(axes, wanted, strict=False):

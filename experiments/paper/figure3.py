@@ -1,17 +1,19 @@
 """Figure 3: marginal likelihood against the training samples seen: AEVB, wake-sleep and Monte Carlo EM, MNIST.
 
 100 hidden units, 3 latents, 1,000 training images (a seeded random choice) and 50,000; other settings are those of
-`curves`. Grey levels have no probability under Bernoulli pixels. So every training image is binarised afresh each time
-it is seen, and the scored images, 1,000 training and 1,000 test images chosen at random by a fixed seed (the source
-took the first 1,000), are binarised once. All methods are scored by the same estimator, which uses no encoder: half of
-an image's draws by Hybrid Monte Carlo fit a density, the other half estimate p(x). On 400 test images of a model
-trained by AEVB it came within 0.03 nats (its standard error) of importance sampling with 300,000 draws of the prior.
-With the source's 50 draws and 4 leapfrog steps it was 0.12 too high; with chains that began at N(0, I) it was 9.1 too
-low, since many stay in a small mode of the posterior.
+`curves`. Grey levels have no probability under Bernoulli pixels. So every training image is binarised again in every
+epoch. The scored images, 1,000 training and 1,000 test images chosen at random by a fixed seed, are binarised once (the
+paper took the first 1,000).
 
-Monte Carlo EM keeps a chain for each training image: a visit of a minibatch is one transition of 10 leapfrog steps,
-tuned to 90 % acceptance, then 5 updates of the weights, and counts its images once as samples seen. On one CPU thread
-that takes about four times as long as AEVB's one update, so its curve ends at a quarter of the samples.
+All methods are scored by the same estimator, which uses no encoder: half of an image's draws by Hybrid Monte Carlo fit
+a density, the other half estimate p(x). On 400 test images of a model trained by AEVB, its result was within 0.03 nats
+(its standard error) of importance sampling with 300,000 draws of the prior. With the paper's 50 draws and 4 leapfrog
+steps it was 0.12 nats too high. With chains that started at N(0, I) it was 9.1 nats too low, because many stay in a
+small mode of the posterior.
+
+Monte Carlo EM keeps a chain for each training image. A step on a minibatch is one transition of 10 leapfrog steps,
+tuned to 90 % acceptance, then 5 updates of the weights; it counts its images once as samples seen. On one CPU thread it
+takes about four times as long as AEVB's one update, so its curve ends at a quarter of the samples.
 Source: Kingma and Welling (2013), section 5, figure 3 and appendices D and E.
 """
 
@@ -40,7 +42,7 @@ OBJECTIVES = {"aevb": "elbo", "wake-sleep": "wake_sleep"}
 METHODS = (*OBJECTIVES, "mcem")
 SIZES = (1_000, 50_000)
 EM_COST = 4
-"""Monte Carlo EM sees so many times fewer samples."""
+"""Training samples of the other methods, divided by those of Monte Carlo EM."""
 LATENT_DIM = 3
 POINTS_A_DECADE = 5
 DATA = {"dataset": "mnist", "validation": 10_000}
@@ -67,23 +69,30 @@ class Curve:
 
     @property
     def name(self) -> str:
-        """Name for `--only`."""
+        """Name of the curve, for `--only` and for its folder."""
         return f"{self.size}-{self.method}"
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Size of the experiment; the defaults are the figure's."""
+    """Size of the experiment; the defaults are the figure's.
+
+    Attributes:
+        hidden: Hidden units.
+        chosen_after: Samples after which the step size is chosen.
+        images: Scored images of each split.
+        candidates: Draws of the prior from which a chain's start is chosen.
+        burn_in: Transitions of a chain before its draws count.
+        draws: Draws of the estimator for each image. The paper has 50, with a larger bias above log p(x).
+        leapfrog_steps: Leapfrog steps of a transition of the estimator.
+    """
 
     hidden: int = 100
     chosen_after: int = curves.CHOSEN_AFTER
     images: int = 1_000
-    """Scored images of either split."""
     candidates: int = 5_000
-    """Draws of the prior among which a chain's start is chosen."""
     burn_in: int = 20
     draws: int = 200
-    """The source has 50, with which the estimate exceeds log p(x) by more."""
     leapfrog_steps: int = 2
 
 
@@ -92,13 +101,20 @@ CURVES = [Curve(size, method) for size in SIZES for method in METHODS]
 
 
 def draw(data: Path, runs: Path, out: Path, samples: int, pattern: str) -> None:
-    """Train curves that are not trained yet, then write figure3.csv and figure3.png of all trained ones into `out`.
+    """Train the curves that are not trained yet, then write figure3.csv and figure3.png of all trained curves.
 
-    Curves of an earlier figure3.csv that `runs` does not have stay in it.
+    Curves of an earlier figure3.csv that are not in `runs` stay in the CSV.
+
+    Args:
+        data: Folder of the data sets.
+        runs: Folder for checkpoints.
+        out: Folder for CSV and PNG.
+        samples: Training samples of a curve.
+        pattern: Pattern of the names of the curves to train.
 
     Raises:
         ConfigError: No curve has such a name.
-        TrainingError: As training raises.
+        TrainingError: Training fails.
     """
     wanted = curves.matching(CURVES, pattern)
     images = Mnist.model_validate(DATA).load(data)
@@ -108,17 +124,25 @@ def draw(data: Path, runs: Path, out: Path, samples: int, pattern: str) -> None:
 
 
 def some(images: ImageSet, size: int) -> ImageSet:
-    """The same with `size` training images, a seeded random choice."""
+    """Keep `size` training images, chosen at random by a fixed seed."""
     return replace(images, train=choice(images.train, size))
 
 
 def choice(images: Tensor, size: int) -> Tensor:
-    """At most `size` images, at random by a fixed seed."""
+    """Choose at most `size` images at random by a fixed seed."""
     return images[torch.randperm(len(images), generator=keyed_generator(CPU, 0, 8))[:size]]
 
 
 def follow(curve: Curve, images: ImageSet, folder: Path, samples: int, scale: Scale = PAPER) -> None:
-    """Train to `samples`, scoring log p(x) on the way; a run of as many samples is resumed."""
+    """Train a curve, or resume it, and score log p(x) during training.
+
+    Args:
+        curve: The curve.
+        images: All images.
+        folder: Folder for checkpoints and log.
+        samples: Training samples.
+        scale: Size of the experiment.
+    """
     seen = max(curves.BATCH, samples // EM_COST) if curve.method == "mcem" else samples
 
     def trial(step_size: float, inside: Path) -> None:
@@ -129,7 +153,16 @@ def follow(curve: Curve, images: ImageSet, folder: Path, samples: int, scale: Sc
 
 
 def fit(curve: Curve, images: ImageSet, folder: Path, step_size: float, points: list[int], scale: Scale) -> None:
-    """Train with one step size to the last of `points`, scoring at each."""
+    """Train with one step size.
+
+    Args:
+        curve: The curve.
+        images: Its training images, and all test images.
+        folder: Folder for checkpoints and log.
+        step_size: Adagrad's step size.
+        points: Numbers of samples after which the model is scored; training ends with the last.
+        scale: Size of the experiment.
+    """
     run = run_of(curve, curves.epochs_of(images, points[-1]), step_size, scale)
     splits = {"train": images.train, "test": images.test}
     x = {name: binarised(choice(split, scale.images)) for name, split in splits.items()}
@@ -147,7 +180,7 @@ def fit(curve: Curve, images: ImageSet, folder: Path, step_size: float, points: 
 
 
 def run_of(curve: Curve, epochs: int, step_size: float, scale: Scale) -> Run:
-    """The paper's settings; of Monte Carlo EM, which is no objective, those of the networks and the step size."""
+    """The curve's training settings. Monte Carlo EM uses only those of the networks and the step size."""
     return curves.paper_run(
         curve.name,
         {"latent_dim": LATENT_DIM},
@@ -158,7 +191,7 @@ def run_of(curve: Curve, epochs: int, step_size: float, scale: Scale) -> Run:
 
 
 def em_stage(run: Run, images: ImageSet, steps: int) -> EmStage:
-    """The same model, from the same first weights, by Monte Carlo EM."""
+    """Make the stage that trains the same model, with the same initial weights, by Monte Carlo EM."""
     return EmStage(
         build_vae(run, images.shape),
         binarised=run.binary,
@@ -176,12 +209,18 @@ def em_stage(run: Run, images: ImageSet, steps: int) -> EmStage:
 
 
 def binarised(images: Tensor) -> Tensor:
-    """One Bernoulli draw of every pixel, always the same."""
+    """Binarise images with one Bernoulli draw of every pixel, from a fixed seed."""
     return binarise(images, keyed_generator(images.device, 0, 9))
 
 
 def log_likelihood(vae: VAE, x: Tensor, scale: Scale) -> float:
-    """The mean log p(x) in nats of binary images x (n, c, h, w), with the same random numbers at every call."""
+    """Estimate the mean log p(x) in nats of binary images. Every call uses the same random numbers.
+
+    Args:
+        vae: The VAE.
+        x: Binary images, (n, c, h, w).
+        scale: Size of the experiment.
+    """
     generator = keyed_generator(x.device, 0, 10)
     each = reciprocal_log_likelihood(
         vae,
@@ -197,10 +236,20 @@ def log_likelihood(vae: VAE, x: Tensor, scale: Scale) -> float:
 
 @torch.no_grad()
 def start(vae: VAE, x: Tensor, candidates: int, generator: torch.Generator) -> Tensor:
-    """Draw approximately from p(z|x) for each binary image x (n, c, h, w) without an encoder: (n, d).
+    """Draw approximately from p(z|x) for each image, without an encoder.
 
-    All images share the candidates, draws of p(z), and choose one by p(x|z). A chain that begins at any draw of p(z)
-    could stay in a small mode of the posterior.
+    Each image chooses one of the candidates, common draws of p(z), with a probability proportional to p(x|z). A chain
+    that starts at an arbitrary draw of p(z) may stay in a small mode of the posterior.
+
+    Args:
+        vae: The VAE.
+        x: Binary images, (n, c, h, w).
+        candidates: Number of candidates.
+        generator: Source of randomness.
+
+    Returns:
+        One latent for each image, (n, d).
+
     Source: Rubin (1988), sampling importance resampling.
     """
     z = vae.prior.draw(torch.randn(candidates, *vae.noise_shapes.prior, generator=generator))
@@ -212,7 +261,13 @@ def start(vae: VAE, x: Tensor, candidates: int, generator: torch.Generator) -> T
 
 
 def report(runs: Path, out: Path, scale: Scale = PAPER) -> None:
-    """Write figure3.csv and figure3.png of the scored points below `runs` into `out`."""
+    """Write figure3.csv and figure3.png of all scored points.
+
+    Args:
+        runs: Folder with the checkpoints and logs of the curves.
+        out: Folder for CSV and PNG.
+        scale: Size of the experiment.
+    """
     said = {"images": scale.images, "draws": scale.draws, "pixels": PIXELS}
     mine = [
         {"train_images": curve.size, "method": curve.method, **point, **said}
@@ -226,7 +281,7 @@ def report(runs: Path, out: Path, scale: Scale = PAPER) -> None:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw one panel a number of training images: AEVB red, wake-sleep green, Monte Carlo EM blue, training dashed."""
+    """Draw a panel for each number of training images: AEVB red, wake-sleep green, Monte Carlo EM blue."""
     with panels(len(SIZES), path) as axes:
         for axis, size in zip(axes, SIZES, strict=True):
             curves.add_curves(axis, [row for row in rows if row["train_images"] == size], "log_likelihood")

@@ -1,8 +1,9 @@
-"""Appendix F: full variational Bayes over the decoder's parameters, beside MAP and maximum likelihood, on few images.
+"""Appendix F: full variational Bayes over the decoder's parameters, compared with MAP and maximum likelihood.
 
-The source has no experiment; this is ours. 1,000 training images of MNIST, binarised afresh whenever seen, networks of
-100 tanh units, minibatches of 100, one draw of theta and of each z, Adam. The methods differ only in the posterior of
-the decoder's parameters theta: N(mean, diag(std^2)) with the prior N(0, I), a point with that prior, a point.
+The paper has no experiment for this appendix. Settings: 1,000 training images of MNIST, binarised again in every epoch;
+networks of 100 tanh units; minibatches of 100; one draw of theta and of each z; Adam. The methods differ only in the
+posterior of the decoder's parameters theta. Full VB: N(mean, diag(std^2)) with the prior N(0, I). MAP: a point with
+that prior. Maximum likelihood: a point without a prior.
 Source: Kingma and Welling (2013), appendix F.
 """
 
@@ -30,25 +31,25 @@ from training.objectives.elbo import Objective, importance_log_likelihood
 from training.objectives.full_vb import FullVb, evidence_bound, full_vb_objective, map_bound
 
 LEARNING_RATES = {"ml": 3e-3, "map": 3e-3, "full-vb": 2e-2}
-"""Peak learning rates. Full VB's, with INITIAL_STD, had the highest bound on the evidence of six short runs."""
+"""Peak learning rates. That of full VB, with INITIAL_STD, had the highest bound on the evidence of six short runs."""
 INITIAL_STD = 0.3
-"""Large, because most of theta ends near its prior."""
+"""Initial std of theta; large, because the posterior of most of theta ends near its prior."""
 LATENT_DIMS = (5, 10)
 SIZE = 1000
 HIDDEN = 100
 SCORED = 1000
-"""Test images, a fixed and seeded choice, binarised once."""
+"""Number of test images, a fixed and seeded choice, binarised once."""
 DRAWS = 200
-"""(theta, z) an image; at a point theta, as many z."""
+"""Draws of (theta, z) for each image; of z alone where theta is a point."""
 THETAS = 40
 """Draws of theta for the predictive average and for the bound on the evidence."""
 DECODES = 2000
 POINTS_A_DECADE = 4
 STATISTICS = ("train_elbo", "test_elbo", "test_elbo_se", "test_log_likelihood", "test_log_likelihood_se")
 OVER_MAP = ("over_map", "over_map_se")
-"""Test log p(x) less that of MAP, at the end of training: paired by image, so its standard error is smaller."""
+"""Test log p(x) minus that of MAP, at the end of training. Pairing by image lowers its standard error."""
 EVIDENCE = ("evidence_bound", "evidence_bound_se")
-"""Nats of all training images together, their pixels binarised once; per draw of theta."""
+"""Bound on the evidence of all training images, binarised once, in nats, and its standard error over draws of theta."""
 FIELDS = ("latent_dim", "estimate", "samples", *STATISTICS, *OVER_MAP, *EVIDENCE)
 ESTIMATES = {"ml": "tab:gray", "map": "tab:blue", "full-vb-mean": "tab:orange", "full-vb-draws": "tab:red"}
 CPU = torch.device("cpu")
@@ -63,7 +64,7 @@ class Curve:
 
     @property
     def name(self) -> str:
-        """Name for `--only`."""
+        """Name of the curve, for `--only` and for its folder."""
         return f"mnist-{self.latent_dim}-{self.method}"
 
 
@@ -72,7 +73,13 @@ CURVES = [Curve(latent_dim, method) for latent_dim in LATENT_DIMS for method in 
 
 @dataclass(frozen=True)
 class Images:
-    """Training images, uint8, and scored images, binary: each (n, c, h, w)."""
+    """The images of the experiment, (n, c, h, w) each.
+
+    Attributes:
+        seen: Training images, uint8.
+        train: The training images, binarised once for scoring.
+        test: Test images, binarised once.
+    """
 
     seen: Tensor
     train: Tensor
@@ -80,7 +87,7 @@ class Images:
 
     @classmethod
     def of(cls, images: ImageSet) -> Images:
-        """Choose and binarise the images, the same for every curve."""
+        """Choose and binarise images by fixed seeds, the same for every curve."""
         seen, test = _subset(images.train, SIZE, 0), _subset(images.test, SCORED, 1)
         return cls(seen, binarise(seen, keyed_generator(CPU, 0, 8)), binarise(test, keyed_generator(CPU, 0, 9)))
 
@@ -90,18 +97,33 @@ def _subset(images: Tensor, size: int, seed: int) -> Tensor:
 
 
 def draw(data: Path, runs: Path, out: Path, samples: int, pattern: str) -> None:
-    """Train curves that are not trained yet, then write appendix_f.csv and appendix_f.png of all into `out`.
+    """Train the curves that are not trained yet, then write appendix_f.csv and appendix_f.png of all trained curves.
+
+    Args:
+        data: Folder of the data sets.
+        runs: Folder for checkpoints.
+        out: Folder for CSV and PNG.
+        samples: Training samples of a curve.
+        pattern: Pattern of the names of the curves to train.
 
     Raises:
         ConfigError: No curve has such a name.
-        TrainingError: As training raises.
+        TrainingError: Training fails.
     """
     chosen = curves.matching(CURVES, pattern)
     repeat(chosen, Images.of(run_of(chosen[0], 1).data.load(data)), runs, out, samples)
 
 
 def repeat(chosen: list[Curve], images: Images, runs: Path, out: Path, samples: int) -> None:
-    """Train, score and write with the given images."""
+    """Train and score the chosen curves, and write CSV and PNG.
+
+    Args:
+        chosen: The curves to train.
+        images: The images.
+        runs: Folder for checkpoints.
+        out: Folder for CSV and PNG.
+        samples: Training samples of a curve.
+    """
     for curve in chosen:
         train(stage_of(curve, images, samples), images.seen, runs / curve.name)
     rows = [row for curve in CURVES for row in points(curve, runs / curve.name)]
@@ -112,7 +134,7 @@ def repeat(chosen: list[Curve], images: Images, runs: Path, out: Path, samples: 
 
 
 def run_of(curve: Curve, epochs: int) -> Run:
-    """The settings; the last weights count, not an average."""
+    """The curve's training settings. The last weights are scored, not an average."""
     return Run.model_validate(
         {
             "name": curve.name,
@@ -132,7 +154,7 @@ def run_of(curve: Curve, epochs: int) -> Run:
 
 
 def stage_of(curve: Curve, images: Images, samples: int) -> Stage:
-    """Training to about `samples`, scored on the way."""
+    """Make the stage that trains a curve for about `samples` samples and scores it during training."""
     size = len(images.seen)
     run = run_of(curve, max(1, round(samples / size)))
     identity = {**run.model_dump(mode="json"), "initial_std": INITIAL_STD, "size": size}
@@ -148,7 +170,7 @@ def stage_of(curve: Curve, images: Images, samples: int) -> Stage:
 
 
 def point_objective(curve: Curve, size: int) -> Objective:
-    """The bound with theta a point, with or without its prior."""
+    """Make the objective with theta a point: the bound, for MAP with the prior of theta."""
 
     def objective(vae: VAE, batch: Tensor, generator: torch.Generator) -> Bound:
         x = binarise(batch, generator)
@@ -159,7 +181,15 @@ def point_objective(curve: Curve, size: int) -> Objective:
 
 
 def estimates(module: nn.Module, method: str) -> dict[str, list[VAE]]:
-    """The scored estimates of a trained module by name: the models whose p(x) is averaged, the same at every call."""
+    """Make the scored estimates of a trained module, the same at every call.
+
+    Args:
+        module: The trained module.
+        method: `ml`, `map` or `full-vb`.
+
+    Returns:
+        By name of the estimate, the models whose p(x) is averaged.
+    """
     if isinstance(module, FullVb):
         generator = keyed_generator(CPU, 0, 10)
         return {f"{method}-mean": [module.vae], f"{method}-draws": [module.draw(generator) for _ in range(THETAS)]}
@@ -169,9 +199,17 @@ def estimates(module: nn.Module, method: str) -> dict[str, list[VAE]]:
 
 @torch.no_grad()
 def score(models: list[VAE], x: Tensor) -> Tensor:
-    """Estimate the mean bound over the models, and the log of their mean p(x) by importance sampling: (2, n) in nats.
+    """Estimate the mean bound over models, and the log of their mean p(x) by importance sampling.
 
-    Each model has its share of DRAWS latents an image, so in expectation the second is too low, as it is for one model.
+    The DRAWS latents of an image are divided among the models. In expectation the second estimate is too low, as it is
+    for one model.
+
+    Args:
+        models: The models.
+        x: Binary images, (n, c, h, w).
+
+    Returns:
+        Both estimates in nats, (2, n).
     """
     generator, each = keyed_generator(CPU, 0, 11), DRAWS // len(models)
     columns = []
@@ -185,7 +223,7 @@ def score(models: list[VAE], x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def statistics(module: nn.Module, method: str, images: Images) -> dict[str, float]:
-    """STATISTICS of each estimate, as `estimate/statistic`, and EVIDENCE where theta is integrated out."""
+    """Compute STATISTICS of each estimate, as `estimate/statistic`, and EVIDENCE for full VB."""
     found: dict[str, float] = {}
     for name, models in estimates(module, method).items():
         test, test_se = _mean(score(models, images.test))
@@ -204,13 +242,13 @@ def _bound(vae: VAE, x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _mean(columns: Tensor) -> tuple[list[float], list[float]]:
-    """Means over images, and their standard errors: (k, n) -> k of each."""
+    """Means over images and their standard errors, k of each, from (k, n)."""
     errors = columns.std(-1) / math.sqrt(columns.shape[-1])
     return columns.mean(-1).tolist(), errors.tolist()
 
 
 def points(curve: Curve, folder: Path) -> list[dict[str, Any]]:
-    """The scored points of a curve; of a point scored twice the later score counts."""
+    """Read the scored points of a curve. If a point was scored twice, the later score counts."""
     scored = {line["step"]: line for line in curves.read_log(folder) if any("/" in key for key in line)}
     names = [name for name in ESTIMATES if name.startswith(curve.method)]
     return [
@@ -226,7 +264,15 @@ def points(curve: Curve, folder: Path) -> list[dict[str, Any]]:
 
 
 def compare(rows: list[dict[str, Any]], latent_dim: int, images: Images, runs: Path, samples: int) -> None:
-    """Add OVER_MAP to the last row of each estimate of that many latents, of curves trained to as many samples."""
+    """Add OVER_MAP to the last row of each estimate, for curves trained for `samples` samples.
+
+    Args:
+        rows: All rows; changed in place.
+        latent_dim: Only rows with this number of latents are changed.
+        images: The images.
+        runs: Folder of the checkpoints.
+        samples: Training samples.
+    """
     scores: dict[str, Tensor] = {}
     for curve in (curve for curve in CURVES if curve.latent_dim == latent_dim):
         stage, folder = stage_of(curve, images, samples), runs / curve.name
@@ -242,7 +288,7 @@ def compare(rows: list[dict[str, Any]], latent_dim: int, images: Images, runs: P
 
 
 def plot(rows: list[dict[str, Any]], size: int, path: Path) -> None:
-    """Two panels a latent dimension: held-out log p(x), and the bounds, of the training images dashed."""
+    """Draw two panels for each latent dimension: test log p(x), and the bounds, training images dashed."""
     wanted = list(dict.fromkeys(row["latent_dim"] for row in rows))
     with panels(2 * len(wanted), path) as axes:
         for left, right, latent_dim in zip(axes[::2], axes[1::2], wanted, strict=False):

@@ -1,4 +1,4 @@
-"""Checks the evaluator against published values: scores the weights that the paper's first author published.
+"""Check of the evaluator against published values: scores the weights that the paper's first author published.
 
 Source: Kingma et al. (2014), "Semi-supervised learning with deep generative models", model M1; github.com/dpkingma.
 """
@@ -33,7 +33,10 @@ OUR_NAMES = {
 
 
 def published(data: Path) -> VAE:
-    """Load the VAE 784-500-500-50, softplus, with the weights in `kingma_m1/weights.npz`.
+    """Load the VAE 784-500-500-50, softplus, with the published weights.
+
+    Args:
+        data: Folder with `kingma_m1/weights.npz`.
 
     Raises:
         DataError: The file is missing.
@@ -54,9 +57,18 @@ def published(data: Path) -> VAE:
 
 
 def score(data: Path, runs: Path, out: Path, draws: int) -> dict[str, Any]:
-    """Score bound and likelihood on all test images, binarised by several seeds, and write oracle.json into `out`.
+    """Score bound and likelihood on all test images, and write oracle.json.
 
-    The mean bound differs by 0.09 nats between binarisations, so one of them is not enough.
+    Images are binarised by several seeds, because the mean bound differs by 0.09 nats between binarisations.
+
+    Args:
+        data: Folder of the data sets.
+        runs: Folder for partial results.
+        out: Folder for oracle.json.
+        draws: Importance samples an image.
+
+    Returns:
+        The content of oracle.json, in nats per image.
     """
     runs.mkdir(parents=True, exist_ok=True)
     images, model = read_images(data, "t10k-images-idx3-ubyte"), published(data)

@@ -25,7 +25,18 @@ CPU = torch.device("cpu")
 
 
 def draw_maps(data: Path, runs: Path, out: Path, samples: int, pattern: str) -> None:
-    """figure4.png: E[x|z] over a grid of equal probability of two latents, Frey Face left, MNIST right."""
+    """Draw figure4.png: E[x|z] over a grid of equal probability of two latents, Frey Face left, MNIST right.
+
+    Args:
+        data: Folder of the data sets.
+        runs: Folder for checkpoints.
+        out: Folder for PNG and CSV.
+        samples: Training samples of a model.
+        pattern: Must be `*`, because the figure needs all models.
+
+    Raises:
+        ConfigError: `pattern` is another one.
+    """
     _refuse(pattern)
     sheets, rows = [], []
     for curve in (Curve("frey", 2, "aevb"), Curve("mnist", 2, "aevb")):
@@ -36,7 +47,18 @@ def draw_maps(data: Path, runs: Path, out: Path, samples: int, pattern: str) -> 
 
 
 def draw_dreams(data: Path, runs: Path, out: Path, samples: int, pattern: str) -> None:
-    """figure5.png: 10 x 10 draws z ~ p(z), shown by E[x|z], for 2, 5, 10 and 20 latents, left to right."""
+    """Draw figure5.png: E[x|z] of 10 x 10 draws z ~ p(z), for 2, 5, 10 and 20 latents, left to right.
+
+    Args:
+        data: Folder of the data sets.
+        runs: Folder for checkpoints.
+        out: Folder for PNG and CSV.
+        samples: Training samples of a model.
+        pattern: Must be `*`, because the figure needs all models.
+
+    Raises:
+        ConfigError: `pattern` is another one.
+    """
     _refuse(pattern)
     sheets, rows = [], []
     for latent_dim in (2, 5, 10, 20):
@@ -48,7 +70,17 @@ def draw_dreams(data: Path, runs: Path, out: Path, samples: int, pattern: str) -
 
 
 def trained(curve: Curve, data: Path, runs: Path, samples: int) -> tuple[VAE, dict[str, object]]:
-    """The model of a curve of figure 2, trained to `samples` if it is not yet, and its bound on the test images."""
+    """Train the model of a curve of figure 2, if it is not trained yet.
+
+    Args:
+        curve: The curve.
+        data: Folder of the data sets.
+        runs: Folder for checkpoints.
+        samples: Training samples.
+
+    Returns:
+        The model, and a row of the CSV with its bound on the test images in nats.
+    """
     folder, images = runs.parent / "figure2" / curve.name, load(curve, data)
     run = follow(curve, images, folder, samples)
     vae = trained_vae(run, images.shape, folder, CPU)
@@ -57,21 +89,21 @@ def trained(curve: Curve, data: Path, runs: Path, samples: int) -> tuple[VAE, di
 
 
 def grid(size: int) -> Tensor:
-    """Two latents at the medians of size^2 cells of equal probability, row by row from the top: (size^2, 2)."""
+    """Two latents at the medians of size x size cells of equal probability, (size^2, 2), row by row from the top."""
     axis = torch.special.ndtri((torch.arange(size) + 0.5) / size)
     return torch.cartesian_prod(axis.flip(0), axis).flip(1)
 
 
 @torch.inference_mode()
 def sheet(vae: VAE, z: Tensor, columns: int) -> Tensor:
-    """E[x|z] of z (n, d) as one image, (1, 1, rows * h, columns * w)."""
+    """Decode z (n, d) to mean images in one sheet, (1, 1, rows * h, columns * w)."""
     x = vae.x_mean(z)[:, 0]
     tiles = x.unflatten(0, (-1, columns))
     return tiles.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)[None, None]
 
 
 def write(sheets: list[Tensor], out: Path, name: str, rows: list[dict[str, object]]) -> None:
-    """Write the sheets side by side as PNG, and the rows as CSV."""
+    """Write sheets side by side as `name`.png, and rows as `name`.csv, into `out`."""
     out.mkdir(parents=True, exist_ok=True)
     height = max(one.shape[2] for one in sheets)
     framed = [torch.nn.functional.pad(one, (0, 12, 0, height - one.shape[2]), value=1.0) for one in sheets]

@@ -1,4 +1,4 @@
-"""The memory budget of all requests, by estimates: too much is refused before it is allocated."""
+"""The memory budget of all requests. It works with estimates, so a request is refused before memory is allocated."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ RETRY_S = 1.0
 
 
 class Memory:
-    """Bytes that all requests under way may take together. Locked: the event loop and threads take from it."""
+    """Bytes that all requests under way may take together. The lock is needed by the event loop and codec threads.
+
+    Args:
+        limit: The budget in bytes.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit, self.taken = limit, 0
@@ -23,9 +27,9 @@ class Memory:
 
 
 class Share:
-    """One request's share of the memory: its body, the reading of it, its answer.
+    """One request's share of the memory: its body, the decoding of it, its answer.
 
-    It returns to the budget when the last holder gives it back: the request, or a thread that still reads its body.
+    It returns to the budget when the last holder gives it back: the request, or a thread that still decodes its body.
     """
 
     __slots__ = ("_answer", "_body", "_holders", "_memory", "_reading")
@@ -44,7 +48,7 @@ class Share:
         self._body += size
 
     def reserve(self, size: int) -> None:
-        """Take `size` further bytes for reading the body.
+        """Take `size` further bytes for decoding the body.
 
         Raises:
             TooLarge: The request needs more than VAE_MEMORY_BYTES.
@@ -54,14 +58,14 @@ class Share:
         self._reading += size
 
     def keep(self, size: int) -> None:
-        """Return what reading took, except `size` bytes: the rows that were read."""
+        """Return the bytes of decoding to the budget, except `size` bytes for the decoded rows."""
         surplus = self._reading - size
         if surplus > 0:
             self._reading = size
             self._take(-surplus)
 
     def need(self, size: int) -> None:
-        """Take the bytes that the answer needs at a time; an earlier, smaller need is part of it.
+        """Take the bytes that the answer needs at once. A call with a larger size takes only the difference.
 
         Raises:
             TooLarge: The request needs more than VAE_MEMORY_BYTES.
@@ -72,7 +76,7 @@ class Share:
             self._answer = size
 
     def hold(self) -> None:
-        """Add a holder, who must call `give_back`."""
+        """Add a holder; each one must call `give_back`."""
         self._holders += 1
 
     def give_back(self) -> None:
@@ -102,6 +106,6 @@ class Share:
 
 
 def answer_bytes(model: Model, options: Any, rows: int) -> int:
-    """Estimated memory of answering `rows` rows at once, in bytes."""
+    """Estimate the memory of answering `rows` rows at once, in bytes."""
     image, latent = math.prod(model.input_shape), math.prod(model.latent_shape)
     return NUMBER_BYTES * rows * int(options.memory_numbers(image, latent))

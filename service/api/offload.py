@@ -1,4 +1,4 @@
-"""Threads for codec work that would hold up the event loop, bounded in number and by each request's deadline."""
+"""Threads for codec work that would block the event loop. Their number is fixed; deadlines bound each wait."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ T = TypeVar("T")
 class Offload:
     """Runs functions in a fixed number of threads.
 
-    A function cannot be stopped, so its thread and its memory count as taken until it ends, even after its caller has
-    been answered.
+    A running function cannot be stopped. Its thread and memory stay taken until it ends, even after its caller got an
+    answer.
+
+    Args:
+        threads: Number of threads.
     """
 
     def __init__(self, threads: int = 1) -> None:
@@ -32,17 +35,18 @@ class Offload:
         """Run `work` in a thread once one is free.
 
         Args:
-            work: What to run, with the context variables of the caller.
-            share: The request's memory; held until `work` ends.
-            deadline: By time.monotonic().
-            gone: Whether the caller has hung up; called once a thread is free.
+            work: The function. It sees the caller's context variables.
+            share: The request's memory, held until `work` ends.
+            deadline: In seconds of time.monotonic().
+            gone: Whether the caller has disconnected; called once a thread is free.
 
         Returns:
-            What `work` returns.
+            The result of `work`.
 
         Raises:
             DeadlinePassed: The deadline passed before `work` ended.
-            CallerGone: The caller hung up before it began.
+            CallerGone: The caller disconnected before `work` began.
+            Exception: Any that `work` raises.
         """
         async with _until(deadline):
             await self._free.acquire()
@@ -62,7 +66,7 @@ class Offload:
         def compute() -> None:
             try:
                 settle = partial(found.set_result, context.run(work))
-            except Exception as error:  # noqa: BLE001  # raised again where it is awaited
+            except Exception as error:  # noqa: BLE001  # raised again by the awaiting coroutine
                 settle = partial(found.set_exception, without_frames(error))
             with suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(finish, settle)

@@ -1,4 +1,4 @@
-"""Admission: shape, number and range of rows, checked against the manifest before anything is computed."""
+"""Validation of inputs: shape, number and range of rows, compared with the manifest before anything is computed."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from service.operations.operation import Inputs, Operation, Rows
 from service.runtime.model import Model
 
 ROUNDING = 1e-6
-"""A value outside the range by this much counts as on its bound: float32 rounds by less."""
+"""Values outside the range by at most this much are clipped to it, because float32 rounds."""
 OBSERVED_MARGIN = 10.0
-"""An observed, noisy value may lie outside the value range by this many widths of the range."""
+"""How far a noisy value may lie outside the value range, in widths of the range."""
 
 
 def admit(
@@ -29,21 +29,25 @@ def admit(
     max_rows: int,
     room: Callable[[int], None],
 ) -> Inputs:
-    """The payload as rows of the model's shape.
+    """Check the arrays of a request, and adapt them to rows of the model's shape.
 
     Args:
         operation: The operation.
         model: The model.
-        payload: The arrays as they were sent.
+        payload: The arrays of the request.
         options: The options.
-        max_rows: Rows that a request may have, draws counted.
-        room: Reserves the memory that so many rows need.
+        max_rows: Maximum rows of a request, draws counted.
+        room: Reserves memory for a number of rows.
+
+    Returns:
+        Inputs whose rows have the model's shape, or are cut into tiles of it.
 
     Raises:
         InvalidShape: The arrays have another shape than the model's.
         InvalidValue: A value is outside the range.
         InvalidOption: The model or the operation cannot serve an option.
-        TooLarge: There are too many rows; or what `room` raises.
+        TooLarge: There are too many rows, or `room` raises it.
+        Overloaded: `room` raises it.
     """
     if operation.takes is None:
         check_count(options.count, max_rows)
@@ -81,7 +85,7 @@ def admit(
 
 
 def _larger(array: NDArray[Any], model: Model, shape: tuple[int, ...], options: Any, max_rows: int) -> str:
-    """The advice to restore images as tiles, if operation, model and images allow it."""
+    """Advice for an error message: `fit=tile`, if operation, model and images allow it, else nothing."""
     if array.shape[1:] == shape or not (options.tiles and model.manifest.tileable):
         return ""
     images = viewed(array, shape, "images")
@@ -101,7 +105,7 @@ def _shaped(
     room: Callable[[int], None],
     larger: str = "",
 ) -> Rows:
-    """Rows of that shape, resized if the options say how."""
+    """Rows of a shape, resized if the options have a `fit`."""
     how = options.resizing
     if how in (None, "tile") or name == "latents":
         return as_rows(array, shape, name, larger)
@@ -112,7 +116,7 @@ def _shaped(
 
 
 def _mask(array: NDArray[Any], shape: tuple[int, ...], options: Any, rows: int, room: Callable[[int], None]) -> Rows:
-    """1 where a pixel is seen, for every channel and row; from one mask for all rows, or one a row."""
+    """Masks (n, c, h, w), 1 where a pixel is seen, from one mask for all rows or one for each row."""
     mask = _shaped(array, (1, *shape[1:]), "mask", options, rows, room)
     mask = in_range(mask, 0.0, 1.0, "mask")
     if len(mask) not in (1, rows):
@@ -131,8 +135,13 @@ def _bounds(operation: Operation, model: Model, name: str) -> tuple[float, float
 def check_tiles(tiles: Tiling, multiplicity: int, limit: int) -> None:
     """Refuse more tiles than one request may have rows.
 
+    Args:
+        tiles: The tiles.
+        multiplicity: Rows that one tile becomes.
+        limit: Maximum rows.
+
     Raises:
-        TooLarge: The message names what works.
+        TooLarge: There are more; the message names what works.
     """
     count = tiles.rows
     if count * multiplicity > limit:
@@ -160,14 +169,23 @@ def check_count(rows: int, limit: int) -> None:
 
 
 def in_range(array: Rows, low: float, high: float, name: str) -> Rows:
-    """The values, clipped to [low, high] where rounding put them just outside.
+    """Check that all values lie in [low, high].
+
+    Args:
+        array: The values.
+        low: Lower bound.
+        high: Upper bound.
+        name: Name of the array, for the message.
+
+    Returns:
+        The values. Those that rounding put outside by at most `ROUNDING` are clipped.
 
     Raises:
         InvalidValue: A value is not finite, or lies further outside.
     """
     if low == 0.0 and within(array, high):
         return array  # the usual case
-    least, most = array.min(), array.max()  # both carry a NaN along
+    least, most = array.min(), array.max()  # both are NaN if any value is
     if not (np.isfinite(least) and np.isfinite(most)):
         raise InvalidValue(f"{name} has NaN, infinity or a number that float32 cannot hold; every value must be finite")
     if least >= low and most <= high:

@@ -28,7 +28,7 @@ def archive_bytes(manifest: Manifest) -> int:
 
 
 def read_golden(content: bytes, manifest: Manifest) -> dict[str, NDArray[np.float32]]:
-    """Read an .npz archive of golden rows, no further than the manifest says.
+    """Read an .npz archive of golden rows. Sizes in the manifest bound what is decompressed.
 
     Args:
         content: The archive.

@@ -81,7 +81,7 @@ def _named(names: Iterable[str]) -> str:
 
 
 def _at_most(most: int) -> BeforeValidator:
-    """Bounds a list or an object before its entries are looked at."""
+    """Validator that bounds the length of a list or object before its entries are checked."""
 
     def checked(value: Any) -> Any:
         if isinstance(value, (list, dict)) and len(value) > most:
@@ -92,7 +92,7 @@ def _at_most(most: int) -> BeforeValidator:
 
 
 def _must(be: str, holds: Callable[[Any], bool]) -> AfterValidator:
-    """Refuses what does not hold, and says what it must be."""
+    """Validator that refuses values for which `holds` is false; `be` names what they must be in the message."""
 
     def checked(value: Any) -> Any:
         if not holds(value):

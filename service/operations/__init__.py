@@ -1,1 +1,1 @@
-"""Operations, one a file: inputs, outputs, options, the graphs each needs, how it runs."""
+"""The operations, one a file. Each declares its inputs, outputs, options, graphs and warm-up, and how it runs."""

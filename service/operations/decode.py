@@ -1,4 +1,4 @@
-"""The operation decode: latents to images."""
+"""The operation decode: latents z to mean images E[x|z]."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The operation denoise: noisy images to E[x | y]."""
+"""The operation denoise: noisy images y to E[x | y]."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NoiseKind = Literal[NoiseFamily, "none"]
 
 
 class DenoiseOptions(TiledOptions):
-    """What is known of the noise, and how to restore."""
+    """Options of denoise: the noise, and how to restore."""
 
     noise: NoiseKind = "gaussian"
     """The kind of noise: additive Gaussian, Poisson, pixels set to 0 or 1, pixels set to 0; `none` for a mask or a blur
@@ -32,7 +32,16 @@ class DenoiseOptions(TiledOptions):
 
 
 async def run(model: Model, submit: Submit, inputs: Inputs, options: DenoiseOptions) -> Result:
-    """Restore images that were observed as the options say.
+    """Restore noisy, blurred or masked images.
+
+    Args:
+        model: The model.
+        submit: Runs a program in the batcher.
+        inputs: Observed images, (n, c, h, w), and the mask.
+        options: Family and level of the noise, the blur, and how to restore.
+
+    Returns:
+        The outputs that `OUTPUTS` declares.
 
     Raises:
         InvalidOption: The noise after a blur is not Gaussian, or the model does not know the noise.

@@ -1,4 +1,4 @@
-"""The operation encode: images to q(z|x)."""
+"""The operation encode: images x to the posterior q(z|x)."""
 
 from __future__ import annotations
 

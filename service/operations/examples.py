@@ -1,4 +1,4 @@
-"""Examples for OpenAPI."""
+"""Examples in the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ from typing import Any
 
 
 def example(answer: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
-    """The documentation of an answer with status 200, by its example."""
+    """Document an answer with status 200 by an example.
+
+    Args:
+        answer: The example, as JSON.
+
+    Returns:
+        The argument `responses` of a FastAPI route.
+    """
     return {200: {"content": {"application/json": {"example": answer}}}}
 
 

@@ -1,4 +1,4 @@
-"""The operation inpaint: images with missing pixels, completed."""
+"""The operation inpaint: fills in missing pixels of images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from service.operations.restoration import NEEDS, OUTPUTS, WARM_UP
 
 
 class InpaintOptions(DenoiseOptions):
-    """The options of denoise, with no noise on the pixels that are seen by default."""
+    """Options of inpaint: those of denoise, but without noise by default."""
 
     noise: NoiseKind = "none"
     """The kind of noise on the pixels that are seen."""

@@ -1,4 +1,4 @@
-"""The operation interpolate: images between two."""
+"""The operation interpolate: images on a path between two images or latents."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from service.runtime.program import Submit
 
 
 class InterpolateOptions(ImageOptions, LatentOptions):
-    """How many images, and along which path."""
+    """Options of interpolate: number of images, and the path."""
 
     steps: Annotated[int, Field(ge=2)] = 8
     """Number of images, the two ends included."""
@@ -31,7 +31,7 @@ class InterpolateOptions(ImageOptions, LatentOptions):
         return self.steps
 
     def memory_numbers(self, image: int, latent: int) -> int:
-        """Numbers that are in memory for one row of the request while it is answered."""
+        """Numbers in memory for one row of the request: an image and a latent for each step."""
         return self.steps * (image + latent)
 
 

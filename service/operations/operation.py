@@ -1,4 +1,4 @@
-"""An operation, described: its inputs, outputs, options, examples and how it runs. It knows no HTTP."""
+"""The description of an operation: inputs, outputs, options, examples, and how it runs. It does not depend on HTTP."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from service.runtime.program import Submit
 Rows = NDArray[np.float32]
 
 LATENT_EXTREME = 100.0
-"""A latent further from 0 may explain a result that is not finite; priors have a standard deviation of about 1."""
+"""Largest usual magnitude of a latent, for error messages: priors have a standard deviation of about 1."""
 
 
 class Options(BaseModel):
-    """Options of one operation: the same names in JSON and in the query string; an unknown one is an error.
+    """Options of one operation, with the same names in JSON and in the query string. Unknown names are errors.
 
-    An operation lists the input adapters that it has by the options that it inherits. Other layers ask them through
-    the methods of this class, never by the name of an option.
+    A subclass inherits the input adapters that its operation offers, such as `fit`. Other layers use them through the
+    methods of this class, never by the name of an option.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
@@ -39,7 +39,7 @@ class Options(BaseModel):
 
     @property
     def resizing(self) -> Fit | Literal["tile"] | None:
-        """How images of another size are adapted; None takes images of the model's size alone."""
+        """How images of another size are adapted; None accepts only images of the model's size."""
         return None
 
     @property
@@ -50,16 +50,19 @@ class Options(BaseModel):
     def check(self, model: Model) -> None:
         """Refuse options that the model cannot serve.
 
+        Args:
+            model: The model.
+
         Raises:
             InvalidOption: The message names what works.
         """
 
     def sent_shape(self, model: Model) -> tuple[int, ...]:
-        """Shape of one image as it is sent, (c, h, w)."""
+        """Shape (c, h, w) of one image in the request, before it is adapted to the model."""
         return model.input_shape
 
     def memory_numbers(self, image: int, latent: int) -> int:
-        """Numbers that are in memory for one row of the request while it is answered.
+        """Numbers in memory while one row of the request is answered.
 
         Args:
             image: Numbers of an image.
@@ -103,15 +106,15 @@ class DrawOptions(ImageOptions):
 
 
 class Inputs(NamedTuple):
-    """What an operation runs on: checked rows of the model's shape.
+    """Inputs of an operation: checked rows of the model's shape.
 
-    Args:
-        rows: Images or latents; of shape (n, 0) for an operation that takes none and makes n rows.
+    Attributes:
+        rows: Images (n, c, h, w) or latents (n, ...). (n, 0) for an operation without inputs that makes n rows.
         mask: 1 where a pixel is seen, 0 where it is missing, of the shape of the rows; None without a mask.
         first: Index of the first row in the request.
         latents: Whether the rows are latents in place of images.
         tiling: Places of the rows in larger images, if they are tiles.
-        observe: Called with the progress of iterative work; None where the caller does not listen.
+        observe: Called with intermediate results of iterative work; None if the caller wants none.
     """
 
     rows: Rows
@@ -127,7 +130,7 @@ class Inputs(NamedTuple):
         return self.rows.nbytes + (0 if self.mask is None else self.mask.nbytes)
 
     def part(self, start: int, size: int) -> Inputs:
-        """Views of `size` rows from `start` on."""
+        """Views of the rows from `start` to `start + size`."""
         mask = None if self.mask is None else self.mask[start : start + size]
         return self._replace(rows=self.rows[start : start + size], mask=mask, first=self.first + start)
 
@@ -138,15 +141,15 @@ Run = Callable[[Model, Submit, Inputs, Any], Coroutine[Any, Any, Result]]
 
 @dataclass(frozen=True)
 class Tensor:
-    """A named tensor that an operation takes or gives.
+    """A named input or output of an operation.
 
-    Args:
+    Attributes:
         name: Its name in JSON.
         shape: One symbol an axis, such as `n`, `draws`, `channels`, `height`, `width`; `latent` stands for all axes of
             a latent. A scalar has none.
-        meaning: What it holds.
+        meaning: Its content, for the documentation.
         dtype: Type of its elements.
-        required: Whether every JSON request brings it, or every answer holds it.
+        required: Whether every JSON request, or every answer, contains it.
     """
 
     name: str
@@ -168,17 +171,17 @@ GIVEN = {"model", "version", "fingerprint", "notes"}
 
 @dataclass(frozen=True)
 class Operation:
-    """An operation. OpenAPI, admission, streaming, memory estimates and warm-up follow from it.
+    """An operation. OpenAPI, validation, streaming, memory estimates and warm-up are derived from it.
 
-    Args:
+    Attributes:
         name: Its name in paths.
         summary: A few words for the list of operations.
         description: What it computes.
         options: Its options, which are also its input adapters.
         run: Computes the outputs.
-        inputs: What it takes. Further ones are alternatives to the first, but for a mask, which goes with it.
-        outputs: What it gives.
-        row_wise: Whether row k of its outputs depends on row k of its inputs alone. Only then may a long answer be
+        inputs: Its inputs. Further ones are alternatives to the first, except a mask, which accompanies it.
+        outputs: Its outputs.
+        row_wise: Whether row k of its outputs depends only on row k of its inputs. Only then may a long answer be
             computed and sent in parts.
         example: An example of a request in JSON.
         answer: An example of an answer in JSON.
@@ -186,11 +189,11 @@ class Operation:
         progress: For iterative work, an example of a progress event.
         needs: Graphs that a model must have, beside encoder and decoder.
         check: Refuses whole requests for other reasons than shape and range: (model, inputs, options).
-        warm_up: Options of the requests that are run before a model serves. The programs that they submit are timed;
+        warm_up: Options of the requests that run before a model serves. The programs that they submit are timed;
             programs without a timing never run in the event loop.
 
     Raises:
-        ValueError: `warm_up` is empty, or an example holds what is not declared.
+        ValueError: `warm_up` is empty, or an example has a field that is not declared.
     """
 
     name: str
@@ -220,25 +223,34 @@ class Operation:
 
     @cached_property
     def takes(self) -> str | None:
-        """Name of the array that it takes, None if it makes its own."""
+        """Name of its first input; None without inputs."""
         return self.inputs[0].name if self.inputs else None
 
     @cached_property
     def or_latents(self) -> bool:
-        """Whether JSON may bring latents in place of images."""
+        """Whether JSON may contain latents in place of images."""
         return LATENTS.name in [tensor.name for tensor in self.inputs[1:]]
 
     @cached_property
     def observed(self) -> bool:
-        """Whether it takes a mask, and values outside the model's range, as noise has them."""
+        """Whether it accepts a mask, and noisy values outside the model's range."""
         return MASK.name in [tensor.name for tensor in self.inputs]
 
     async def perform(self, model: Model, submit: Submit, inputs: Inputs, options: Any) -> Result:
-        """Run it, and check that all its outputs and progress reports are finite.
+        """Run the operation, and check that all outputs and progress reports are finite.
+
+        Args:
+            model: The model.
+            submit: Runs a program in the batcher.
+            inputs: Checked inputs.
+            options: Options of this operation's class.
+
+        Returns:
+            The outputs by name, with durations and notes.
 
         Raises:
-            InvalidValue: A number is not finite, and an input lies far outside the range that the model knows.
-            InferenceFailed: A number is not finite, and the input is in its range.
+            InvalidValue: A number is not finite, and an input lies outside the model's range.
+            InferenceFailed: A number is not finite, although the input is in the range.
         """
         observe = inputs.observe
         if observe is not None:
@@ -253,7 +265,7 @@ class Operation:
         return result
 
     def _explained(self, name: str, model: Model, inputs: Inputs) -> ServiceError:
-        """The error for an output that is not finite."""
+        """Make the error for an output that is not finite: the input's if it is out of range, else the model's."""
         what = "latents" if inputs.latents else self.takes
         low, high = (-LATENT_EXTREME, LATENT_EXTREME) if what == "latents" else model.manifest.value_range
         if inputs.rows.size:
@@ -269,12 +281,21 @@ class Operation:
         )
 
     def row_shape(self, model: Model, options: Any) -> tuple[int, ...]:
-        """Shape of one row as it is sent, before its options are checked."""
+        """Shape of one row in the request, without n. The options need not be checked."""
         shape: tuple[int, ...] = model.latent_shape if self.takes == "latents" else options.sent_shape(model)
         return shape
 
     def warm_up_inputs(self, model: Model, options: Any, golden: Mapping[str, Any]) -> Inputs:
-        """Two golden rows as inputs, or as many empty rows as the options ask for."""
+        """Make the inputs of a warm-up request.
+
+        Args:
+            model: The model.
+            options: Options of the request.
+            golden: Golden rows, by `graph/tensor`.
+
+        Returns:
+            Two golden rows, cut to the request's shape; `options.count` empty rows for an operation without inputs.
+        """
         if self.takes is None:
             return Inputs(np.empty((options.count, 0), np.float32))
         shape = self.row_shape(model, options)
@@ -289,6 +310,9 @@ class Operation:
     def check_offered(self, model: Model) -> None:
         """Refuse a model that lacks a graph.
 
+        Args:
+            model: The model.
+
         Raises:
             UnsupportedOperation: The message names the graphs.
         """
@@ -301,12 +325,16 @@ class Operation:
 
 def is_finite(array: Rows) -> bool:
     """Whether all numbers are finite."""
-    flat = array.ravel()  # the sum of squares costs a third of a look at each number
+    flat = array.ravel()  # a sum of squares takes a third of the time of np.isfinite
     return math.isfinite(flat.dot(flat)) or bool(np.isfinite(array).all())
 
 
 def check_refinable(model: Model, graph: str) -> None:
-    """Refuse `quality=refined` for a model that lacks the graph of its gradient.
+    """Refuse `quality=refined` for a model that lacks the graph of the gradient.
+
+    Args:
+        model: The model.
+        graph: Name of the graph.
 
     Raises:
         UnsupportedOperation: The message names the graph.

@@ -1,4 +1,4 @@
-"""The operation reconstruct: images through the posterior and back."""
+"""The operation reconstruct: encodes images and decodes their latents."""
 
 from __future__ import annotations
 

@@ -28,10 +28,10 @@ OPERATIONS = (encode, decode, reconstruct, denoise, inpaint, super_resolve, scor
 def warm_up(
     model: Model, golden: Mapping[str, Any], operations: tuple[Operation, ...] = OPERATIONS
 ) -> Iterator[tuple[Any, Arrays]]:
-    """Run the warm-up requests of the operations that the model has.
+    """Run the warm-up requests of the operations that the model offers.
 
-    A request stops at its first slice of iterative work, which costs what the others cost. Requests that the model
-    refuses, such as a refinement without its graph, are left out.
+    A request ends with its first slice of iterative work, because further slices cost the same. Requests that the model
+    refuses, such as a refinement without its graph, are skipped.
 
     Args:
         model: The model.
@@ -39,7 +39,7 @@ def warm_up(
         operations: The operations.
 
     Yields:
-        Each program that they submit, with its input arrays. A program comes once for each time it is submitted.
+        Each submitted program with its input arrays, in order of submission.
     """
     for operation in operations:
         for chosen in operation.warm_up if operation.offered_by(model) else ():
@@ -52,7 +52,7 @@ def warm_up(
 def _trips(
     operation: Operation, model: Model, golden: Mapping[str, Any], options: Any
 ) -> Generator[tuple[Any, Arrays], None, None]:
-    """The trips of one request, without a batcher and without an event loop."""
+    """Run one request without batcher and event loop; yield its programs with their input arrays."""
     options.check(model)
     running = operation.run(model, _submit, operation.warm_up_inputs(model, options, golden), options)
     trip = None
@@ -70,5 +70,5 @@ def _trips(
 
 @types.coroutine
 def _submit(program: Any, arrays: Arrays, **_: Any) -> Generator[tuple[Any, Arrays], Trip, Trip]:
-    """Hand a trip to whoever drives the coroutine, and take its result from there."""
+    """Yield a program and its arrays to the code that drives the coroutine; return the trip that it sends."""
     return (yield program, arrays)

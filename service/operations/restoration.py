@@ -1,4 +1,4 @@
-"""Restoration: the options of denoise, inpaint and super-resolve, and their way from a request to an answer."""
+"""Restoration: the common options of denoise, inpaint and super-resolve, and the steps from observation to answer."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ WARM_UP: tuple[dict[str, Any], ...] = ({}, {"quality": "refined"})
 
 
 class RestoreOptions(DrawOptions):
-    """How accurately to restore, and what else to return."""
+    """Options of all restoration: accuracy, and further outputs."""
 
     quality: Literal["fast", "refined"] = "fast"
     """`fast` is one pass through the recognition model. `refined` continues from there by variational inference for
@@ -55,8 +55,8 @@ class RestoreOptions(DrawOptions):
     """Whether progress events hold the `images` as estimated so far. Other answers ignore it."""
 
     def memory_numbers(self, image: int, latent: int) -> int:
-        """Numbers that are in memory for one row of the request while it is answered."""
-        images = 3 + self.uncertainty + (self.draws if self.completions else 0)  # observation, mask and mean, and more
+        """Numbers in memory while one row of the request is answered; see `Options.memory_numbers`."""
+        images = 3 + self.uncertainty + (self.draws if self.completions else 0)  # 3: observation, mask, mean
         noise = STEPS * latent if self.quality == "refined" else 0
         return images * image + self.multiplicity * latent + noise
 
@@ -65,13 +65,13 @@ class TiledOptions(RestoreOptions):
     """Options of restoration that also works tile by tile."""
 
     tiles = True
-    fit: Literal[Fit, "tile"] | None = None  # type: ignore[assignment]  # one more way than for other operations
+    fit: Literal[Fit, "tile"] | None = None  # type: ignore[assignment]  # `tile` beside the base class's values
     """Bring images of another size to the model's: `resize` stretches, `pad` adds black, `crop` cuts. `tile` restores a
     larger image as overlapping tiles of the model's size, and the answer has the image's size; the model must be
     `tileable`."""
 
     def check(self, model: Model) -> None:
-        """Refuse tiles of a model that knows whole images alone.
+        """Refuse tiles for a model that is not tileable.
 
         Raises:
             InvalidOption: The message names what works.
@@ -91,17 +91,20 @@ def observed(
     level: float | Literal["auto"],
     operator: OperatorName | None = None,
 ) -> Observation:
-    """The request's rows as an observation.
+    """Make the observation of a request.
 
     Args:
         model: The model.
-        inputs: Images as they were observed, and the mask.
-        noise: Family of the noise, None without noise.
+        inputs: Observed images and their mask, (n, c, h, w) each.
+        noise: Family of the noise; None without noise.
         level: Level of the noise, or `auto` to estimate it.
         operator: Blur or shrinking of the images before the noise.
 
+    Returns:
+        The observation, with missing pixels set to 0.
+
     Raises:
-        InvalidOption: The model does not know this family of noise.
+        InvalidOption: The model was not trained on this family of noise.
     """
     families = model.manifest.noise_families
     if noise is not None and noise not in families:
@@ -116,11 +119,21 @@ def observed(
 
 
 async def restored(model: Model, submit: Submit, inputs: Inputs, seen: Observation, options: RestoreOptions) -> Result:
-    """E[x | y], restored as the options say.
+    """Restore an observation: E[x | y], with the further outputs that the options name.
+
+    Args:
+        model: The model.
+        submit: Runs a program in the batcher.
+        inputs: The inputs of the request.
+        seen: Their observation.
+        options: Accuracy and outputs.
+
+    Returns:
+        The outputs that `OUTPUTS` declares, of whole images.
 
     Raises:
-        UnsupportedOperation: The model cannot refine.
-        InvalidOption: Completions are asked for without draws.
+        UnsupportedOperation: `quality` is refined and the model lacks the graph of refinement.
+        InvalidOption: `completions` is set without `draws`.
     """
     refined = options.quality == "refined"
     if refined:
@@ -144,7 +157,7 @@ async def restored(model: Model, submit: Submit, inputs: Inputs, seen: Observati
 
 
 def _calibrated(model: Model, std: Rows, seen: Observation, quality: str) -> Rows:
-    """The standard deviation, scaled by the manifest's calibration if there is one."""
+    """Scale standard deviations by the manifest's calibration, if it has one."""
     calibration = model.manifest.calibration
     if calibration is None:
         return std
@@ -152,21 +165,21 @@ def _calibrated(model: Model, std: Rows, seen: Observation, quality: str) -> Row
 
 
 async def _of_one_level(model: Model, submit: Submit, seen: Observation, tiling: Tiling) -> Observation:
-    """The observation with one noise level an image: the median of the estimates of its tiles."""
+    """Set one noise level for each image: the median of the estimates of its tiles."""
     trip = await submit(model.plan("level", level_rows, 0, seen.estimated), seen.lifted())
     estimates = trip.arrays[0].reshape(tiling.images, tiling.tiles, -1)
     return seen._replace(level=np.repeat(np.median(estimates, 1), tiling.tiles, axis=0), known=True)
 
 
 def _of_whole_images(observe: Observe | None, tiling: Tiling | None) -> Observe | None:
-    """An observer of whole images, for progress that is about their tiles."""
+    """Make an observer of tiles from one of whole images."""
     if observe is None or tiling is None:
         return observe
     return lambda so_far: observe(_joined(so_far, tiling))
 
 
 def _joined(result: Result, tiling: Tiling) -> Result:
-    """The result for images from that for their tiles. Figures are means over the tiles."""
+    """Join results of tiles to results of images. Figures are means over the tiles."""
     outputs = {name: tiling.joined(array) for name, array in result.outputs.items()}
     about = {
         name: value.reshape(tiling.images, -1).mean(1) if isinstance(value, np.ndarray) else value
@@ -176,7 +189,7 @@ def _joined(result: Result, tiling: Tiling) -> Result:
 
 
 async def _without_sight(model: Model, submit: Submit, result: Result, unseen: NDArray[Any], inputs: Inputs) -> Result:
-    """The result with the prior's mean in rows whose mask hides everything, and a note that says so."""
+    """Put the prior's mean into rows whose mask hides all pixels, and add a note about these rows."""
     mean, std = await prior_mean(model.plan, submit, model.noise_shape)
     for name, known in (("images", mean), ("std", std)):
         if name in result.outputs:
@@ -187,7 +200,7 @@ async def _without_sight(model: Model, submit: Submit, result: Result, unseen: N
 
 
 def _with_clipped_level(result: Result, sighted: NDArray[np.bool_], inputs: Inputs) -> Result:
-    """The result with a note about estimated levels that are at a bound."""
+    """Add a note about estimated levels that are at a bound."""
     level = result.about["level"]
     clipped = np.flatnonzero(sighted & ((level <= LEAST_LEVEL) | (level >= MOST_LEVEL)))
     if not len(clipped):
@@ -200,7 +213,7 @@ def _with_clipped_level(result: Result, sighted: NDArray[np.bool_], inputs: Inpu
 
 
 def _places(rows: NDArray[Any], inputs: Inputs) -> NDArray[Any]:
-    """Indices in the request of rows, or of the images whose tiles the rows are."""
+    """Indices of rows in the request; for tiles, indices of their images."""
     tiles = inputs.tiling.tiles if inputs.tiling else 1
     found: NDArray[Any] = inputs.first + np.unique(rows // tiles)
     return found

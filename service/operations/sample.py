@@ -16,7 +16,7 @@ from service.runtime.program import Submit
 
 
 class SampleOptions(Options):
-    """How many images to draw, and how."""
+    """Options of sample: number of images, seed and temperature."""
 
     count: Annotated[int, Field(ge=1)] = 1
     """Number of images."""

@@ -1,4 +1,4 @@
-"""The operation score: how likely images are under the model."""
+"""The operation score: lower bounds on log p(x) of images, in nats."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ GREY_NOTE = (
 
 
 class ScoreOptions(ImageOptions):
-    """How accurately to score, and what else to return."""
+    """Options of score: accuracy, binarisation, and further outputs."""
 
     draws: Annotated[int, Field(ge=1)] = DRAWS
     """Posterior draws for each image; the figures are averages over them."""
@@ -47,18 +47,25 @@ class ScoreOptions(ImageOptions):
         return self.draws
 
     def memory_numbers(self, image: int, latent: int) -> int:
-        """Numbers that are in memory for one row of the request while it is answered."""
+        """Numbers in memory while one row of the request is answered; see `Options.memory_numbers`."""
         return super().memory_numbers(image, latent) + (STEPS * latent if self.quality == "refined" else 0)
 
 
 def binarisation(model: Model, options: ScoreOptions) -> tuple[Scoring, str]:
-    """What the manifest says of scoring, and how the images are binarised.
+    """The manifest's scoring section, and the binarisation of the request.
+
+    Args:
+        model: A model with the graph `log_joint`.
+        options: The options of the request.
+
+    Returns:
+        The section, and `sample`, `threshold` or `none`.
 
     Raises:
         InvalidOption: The model scores grey levels, so `binarise` must be `none`.
     """
     scoring = model.manifest.scoring
-    assert scoring is not None  # it goes with log_joint
+    assert scoring is not None  # every manifest with log_joint has it
     how = options.binarise or scoring.binarisation
     if how != "none" and not scoring.binary:
         raise InvalidOption(

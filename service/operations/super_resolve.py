@@ -16,7 +16,7 @@ from service.runtime.program import Submit
 
 
 class SuperResolveOptions(RestoreOptions):
-    """How small the images are, and how to restore."""
+    """Options of super-resolve: the factor, the noise, and how to restore."""
 
     factor: Annotated[int, Field(ge=2)] = 2
     """Each pixel that is sent is the mean of factor x factor pixels of the answer."""
@@ -36,7 +36,7 @@ class SuperResolveOptions(RestoreOptions):
             raise InvalidOption(f"factor is {self.factor}; it must divide {height} x {width}: {known}")
 
     def sent_shape(self, model: Model) -> tuple[int, ...]:
-        """Shape of one image as it is sent: height and width divided by the factor, rounded down."""
+        """Shape (c, h, w) of one image in the request: height and width divided by the factor, rounded down."""
         channels, height, width = model.input_shape
         return channels, max(1, height // self.factor), max(1, width // self.factor)
 

@@ -1,4 +1,4 @@
-"""The operation traverse: images along one or two axes of the prior."""
+"""The operation traverse: images over a grid of one or two latent axes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from service.runtime.program import Submit
 
 
 class TraverseOptions(Options):
-    """Which axes of the latents, and how finely."""
+    """Options of traverse: the latent axes, and the size of the grid."""
 
     axes: Annotated[str, Field(pattern=r"^\d{1,6}(,\d{1,6})?$")] = "0,1"
     """One axis of the latents, or two with a comma between: the first runs to the right, the second up."""
@@ -47,7 +47,7 @@ async def _run(model: Model, submit: Submit, inputs: Inputs, options: TraverseOp
 
 
 def grid(options: TraverseOptions, shape: tuple[int, ...]) -> Rows:
-    """The prior's noise at the medians of cells of equal probability, row by row from the top.
+    """Noise of the prior at the medians of cells of equal probability, row by row from the top.
 
     Args:
         options: The axes, and images along each.
@@ -60,7 +60,7 @@ def grid(options: TraverseOptions, shape: tuple[int, ...]) -> Rows:
         Kingma and Welling (2013), figure 4.
 
     Raises:
-        InvalidOption: An axis does not exist, or is named twice.
+        InvalidOption: An axis does not exist or is repeated.
     """
     axes, width = options.numbers, int(np.prod(shape))
     if max(axes) >= width or len(set(axes)) < len(axes):

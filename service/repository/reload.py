@@ -55,7 +55,10 @@ class Control:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """While the block runs, apply the requests that other workers took, and poll the folder, as settings say."""
+        """Follow load and unload requests of other workers, and poll the folder, while the block runs.
+
+        Does nothing where the settings enable neither.
+        """
         settings = self._settings
         if not (settings.poll_s or (settings.model_control and settings.workers > 1)):
             yield

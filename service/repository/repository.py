@@ -188,7 +188,7 @@ class Repository:
         return changes
 
     def update(self, name: str, overrides: Overrides, again: Collection[str] = ()) -> None:
-        """Load and unload versions of a model, as the selection and the overrides say. Blocks while versions load.
+        """Load and unload versions of a model, by the selection and the overrides. Blocks while versions load.
 
         Requests get the new versions once all of them are loaded. A version that fails is left out, and versions that
         are served stay.

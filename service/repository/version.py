@@ -41,7 +41,15 @@ class LoadLimits(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """The argument of `python -m service.repository.trial`. `timed` says whether programs are timed too."""
+    """The argument of `python -m service.repository.trial`.
+
+    Attributes:
+        folder: Folder of the version.
+        threads: Threads of a session.
+        max_rows: Rows of the largest batch.
+        memory_bytes: Limit of memory.
+        timed: Whether programs are timed too.
+    """
 
     folder: str
     threads: int
@@ -86,10 +94,10 @@ def open_model(
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
-    """Check that the files of a version are as its manifest says.
+    """Check the files of a version against the digests in its manifest.
 
     Raises:
-        StartError: One is not.
+        StartError: A file is missing or has another digest.
     """
     golden = manifest.golden
     with start_errors():

@@ -171,7 +171,7 @@ class Batcher:
             self._scheduled = loop.call_later(delay_s, self._turn) if delay_s else loop.call_soon(self._turn)
 
     def _turn(self) -> None:
-        """Start one batch. A bug in here fails all callers, who would wait for ever otherwise."""
+        """Start one batch. An unexpected error fails all callers; otherwise they would wait for ever."""
         self._scheduled = None
         loop = asyncio.get_running_loop()
         try:

@@ -92,7 +92,7 @@ class Session:
 
 
 def _as_memory_error(error: Exception) -> Exception:
-    """The error, as a MemoryError where its text says so."""
+    """The error, as a MemoryError where its text names exhausted memory."""
     return MemoryError(str(error)) if any(words in str(error) for words in NO_MEMORY) else error
 
 

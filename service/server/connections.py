@@ -135,7 +135,7 @@ class ConnectionCounts:
             self._own[slot] = min(65535, max(0, self._own[slot] + change))
 
     def _slots(self, address: str) -> list[int]:
-        """Hash an address to slots. The key is random, so that nobody can choose addresses that collide."""
+        """Hash an address to slots. The key is random, so clients cannot choose addresses that collide."""
         digest = blake2b(address.encode(), digest_size=2 * ROWS, key=self._key).digest()
         numbers = memoryview(digest).cast("H")
         return [row * SLOTS + number % SLOTS for row, number in enumerate(numbers)]

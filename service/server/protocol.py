@@ -327,7 +327,7 @@ class Protocol(HttpToolsProtocol):
         return Part.BODY if self.cycle.more_body else None
 
     def _count(self) -> None:
-        """Limit bytes that complete nothing: half a head, trailers, and bodies that nobody reads."""
+        """Limit bytes that complete no request: half a head, trailers, and bodies of answered requests."""
         cycle, settings = self.cycle, self.settings
         self._fruitless += self._chunk
         if self._awaited is Part.BODY and cycle.response_complete:

@@ -82,7 +82,7 @@ def run(
 
 
 def _open(create_app: CreateApp, channel: socket.socket) -> Application | None:
-    """Make the application and tell the supervisor which models it serves, or why it cannot."""
+    """Make the application and send the supervisor the names of its models, or the error of its start."""
     try:
         app = create_app(end_process)
     except (StartError, OSError) as error:

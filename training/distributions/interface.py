@@ -1,4 +1,4 @@
-"""What every distribution says of itself: the base classes of likelihoods p(x|z) and priors p(z)."""
+"""The interface of distributions: base classes of likelihoods p(x|z) and priors p(z)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calibration of served models: measures their `std` on held-out images over HTTP, and writes factors to manifests."""
+"""Calibration of served models: measures the coverage of `std` on held-out images, and writes factors to manifests."""
 
 from __future__ import annotations
 
@@ -23,16 +23,26 @@ from training.evaluation.served import Answer, Client, Pixels, offering, served
 from training.evaluation.tasks import BLURRING, POISSON, Seen, Task, chosen, subject_of
 
 PROMISED = 0.9
-"""Share of the pixels that lies within mean +- 1.645 std after calibration."""
+"""Share of the pixels within mean +- 1.645 std after calibration."""
 FACTORS = np.geomspace(0.25, 16.0, 417)
-"""Factors that are tried, one per cent apart."""
+"""Candidate factors of `std`, one per cent apart."""
 FEWEST = 200
-"""Least number of uncertain pixels from which a factor is found; with fewer a way has none."""
+"""Minimum uncertain pixels to estimate a factor; a way with fewer gets none."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Options of the command line."""
+    """Options of `calibrate`.
+
+    Attributes:
+        data: Folder of the data sets.
+        runs: Folder for answers of an interrupted calibration.
+        url: URL of a running service; None starts one.
+        models: The model repository whose manifests are written.
+        images: Held-out images of each model.
+        seed: Seed of the images and their corruptions.
+        names: Pattern of the models' names.
+    """
 
     data: Path
     runs: Path
@@ -41,36 +51,50 @@ class Plan:
     images: int = 200
     seed: int = 0
     names: str = "*"
-    """Pattern of the models' names."""
 
 
 class Told(NamedTuple):
-    """Mean and std of restored pixels, and their true values, each (k,)."""
+    """Posterior mean and std of restored pixels as the service returns them, and true values x, (k,) each."""
 
     mean: NDArray[Any]
     std: NDArray[Any]
     x: NDArray[Any]
 
     def covered(self, factor: float) -> float:
-        """Share of the uncertain pixels within mean +- 1.645 std, with std widened by the factor."""
+        """Share of the uncertain pixels within mean +- 1.645 std, after `std` is widened by the factor."""
         return coverage(self.mean, widened(self.std, np.float32(factor)), self.x)
 
 
 @dataclass(frozen=True)
 class Asking:
-    """One served model and its held-out images. Answers are kept in a folder until all are there."""
+    """One served model and its held-out images.
+
+    Attributes:
+        ask: Restores images, as `Client.images` does.
+        manifest: The model's manifest.
+        applied: Factors that the service already applies, by quality and way.
+        x: The images, (n, c, h, w).
+        seed: Seed of corruptions and draws.
+        kept: Folder for answers until the calibration is complete.
+    """
 
     ask: Callable[..., Answer]
-    """Restores images, as `Client.images`."""
     manifest: Manifest
     applied: dict[str, dict[str, float]]
-    """Factors that the service already applies."""
     x: Pixels
     seed: int
     kept: Path
 
     def pixels(self, task: Task, quality: str) -> Iterator[tuple[str, Told]]:
-        """By way, pixels with the mean and std of the graphs alone."""
+        """Restore the images of one task.
+
+        Args:
+            task: The corruption.
+            quality: `fast` or `refined`.
+
+        Yields:
+            Each way of observation with its pixels. Their `std` is that of the graphs, without earlier factors.
+        """
         seen = task.seen(self.x, self.seed)
         observation = self._observation(task, seen)
         mean, std = self._answer(task, quality, seen, observation)
@@ -79,7 +103,7 @@ class Asking:
             yield way, Told(mean[of_it], std[of_it], self.x[of_it])
 
     def _answer(self, task: Task, quality: str, seen: Seen, observation: Observation) -> tuple[Pixels, Pixels]:
-        """Mean and std, those kept where the same request was answered before."""
+        """Posterior mean and std, (n, c, h, w) each, from an earlier answer to the same request if there is one."""
         everything = b"".join(np.ascontiguousarray(array).tobytes() for array in (self.x, seen.y, observation.mask))
         path = self.kept / f"{quality}-{digest(everything + str(task).encode())[:16]}.npz"
         if path.exists():
@@ -96,7 +120,7 @@ class Asking:
         return mean, std
 
     def _observation(self, task: Task, seen: Seen) -> Observation:
-        """The observation that the service makes of the request, but for the level."""
+        """The observation that the service makes of the request, with levels of 0."""
         families = self.manifest.noise_families
         level = np.zeros((len(seen.y), len(families)), np.float32)
         family = None if task.family == "none" else families.index(task.family)
@@ -105,10 +129,13 @@ class Asking:
 
 
 def calibrate(plan: Plan) -> list[Path]:
-    """Calibrate every served model whose name matches, on images that its training held out.
+    """Calibrate every served model whose name matches, on validation images of its data set.
+
+    Args:
+        plan: The options.
 
     Returns:
-        The manifests that were written.
+        Paths of the written manifests.
 
     Raises:
         ConfigError: No such model is served, or `plan.models` does not hold it.
@@ -140,7 +167,7 @@ def _calibrate(plan: Plan, client: Client, model: dict[str, Any]) -> Path:
 
 
 def _factors(asking: Asking, tasks: list[Task], quality: str) -> dict[str, float]:
-    """Factors by way, from the pixels of all tasks together."""
+    """Estimate a factor for each way from the pixels of all tasks."""
     parts: dict[str, list[Told]] = {}
     bar = tqdm(tasks, desc=f"{asking.manifest.name} {quality}", unit="answer")
     for task in bar:
@@ -152,13 +179,13 @@ def _factors(asking: Asking, tasks: list[Task], quality: str) -> dict[str, float
 
 
 def factor_of(told: Told) -> float:
-    """The least factor that covers the promised share of the pixels."""
+    """Find the least factor of `FACTORS` with which the share `PROMISED` of the pixels is covered."""
     place = bisect_left(FACTORS, PROMISED, hi=len(FACTORS) - 1, key=told.covered)
     return round(float(FACTORS[place]), 3)
 
 
 def _manifest(path: Path, fingerprint: str) -> Manifest:
-    """The manifest at `path`, if it is the served model's."""
+    """Read the manifest at `path`, and check that the service has loaded the same model."""
     try:
         manifest = manifests.read(path.parent)
     except ManifestError as error:

@@ -1,4 +1,4 @@
-"""Evaluation of a trained model: nats per image with standard errors, and decibels after restoration."""
+"""Evaluation of a trained model: bounds on log p(x) in nats per image, and PSNR in dB after restoration."""
 
 from __future__ import annotations
 
@@ -24,10 +24,12 @@ from training.models.vae import VAE
 from training.objectives.elbo import importance_log_likelihood
 from training.progress import tell, warn
 
-BLOCK = 100  # images scored between two updates of the partial result
+BLOCK = 100
+"""Images scored between two updates of the partial result."""
 DECODES = {"cpu": 200, "cuda": 20_000}
-"""Rows decoded at once: few enough for a layer's output to fit a CPU's cache, or enough to keep a GPU busy."""
-RESTORED = 200  # test images that are corrupted and restored
+"""Rows decoded at once: on a CPU a layer's output fits the cache, on a GPU it uses all multiprocessors."""
+RESTORED = 200
+"""Test images that are corrupted and restored."""
 
 
 @torch.inference_mode()
@@ -42,9 +44,9 @@ def likelihood(
         model: The VAE.
         images: uint8 (n, c, h, w).
         draws: Importance samples an image.
-        seed: Of binarisation and draws.
-        partial: File of the finished blocks, from which an interrupted evaluation goes on.
-        dynamic: Binarise the images by `seed`; otherwise they stay grey.
+        seed: Seed of binarisation and draws.
+        partial: File of the finished blocks, from which an interrupted evaluation continues.
+        dynamic: Whether to binarise the images by `seed`; otherwise they stay as they are.
 
     Returns:
         Figures by name, as in the manifest's `quality`.
@@ -77,7 +79,11 @@ def likelihood(
 
 
 def _score(model: VAE, images: Tensor, draws: int, generator: torch.Generator, dynamic: bool) -> Tensor:
-    """ELBO with one draw and importance-weighted bound with `draws`, (2, n); nan for the second of grey images."""
+    """Score images in nats: the ELBO with one draw, and the importance-weighted bound with `draws` draws.
+
+    Returns:
+        Both bounds, (2, n). The second is nan for grey images under Bernoulli pixels.
+    """
     x = binarise(images, generator) if dynamic else as_float(images)
     bound = model.bound(x, model.noise(1, len(x), generator)).elbo
     if model.likelihood.support is Support.BINARY and is_grey(images) and not dynamic:
@@ -97,8 +103,8 @@ def _score(model: VAE, images: Tensor, draws: int, generator: torch.Generator, d
 
 
 def is_grey(images: Tensor) -> bool:
-    """Whether uint8 images hold anything between black and white."""
-    return bool(((images > 0) & (images < 255)).any())  # white
+    """Whether uint8 images have values between 0 (black) and 255 (white)."""
+    return bool(((images > 0) & (images < 255)).any())
 
 
 def _chunks(draws: int, most: int) -> Iterator[int]:
@@ -127,7 +133,15 @@ def _summary(columns: Tensor, draws: int, seed: int, binarisation: str) -> dict[
 
 
 def bits_per_dim(nats: float, dimensions: int) -> float:
-    """Convert the negative log probability of an 8-bit image to bits a pixel and channel."""
+    """Convert the negative log probability of an 8-bit image to bits per dimension.
+
+    Args:
+        nats: Negative log probability of an image, in nats.
+        dimensions: Number of pixels times channels.
+
+    Returns:
+        Bits per pixel and channel.
+    """
     return round(nats / (dimensions * math.log(2.0)), 4)
 
 
@@ -153,7 +167,7 @@ def restoration(
         vae: The VAE.
         recognition: The recognition model of corrupted images.
         images: uint8 (n, c, h, w), of which at most 200 are used.
-        seed: Of the choice and of the noise.
+        seed: Seed of the choice and of the noise.
 
     Returns:
         By family and level, with data range 1: `noisy_db`, the mean PSNR of the noisy image clipped to [0, 1];
@@ -182,7 +196,11 @@ def restoration(
 
 
 def report(table: dict[str, dict[str, dict[str, float]]]) -> None:
-    """Report the result of `restoration` by family on standard error; warn where it gains nothing."""
+    """Write the result of `restoration` to standard error by family, with warnings where it improves nothing.
+
+    Args:
+        table: The result of `restoration`.
+    """
     for family, rows in table.items():
         gain = mean(row["auto_db"] - row["noisy_db"] for row in rows.values())
         error = mean(row["level_error"] for row in rows.values())
@@ -191,7 +209,7 @@ def report(table: dict[str, dict[str, dict[str, float]]]) -> None:
         told = f"restoring {family}: {gain:+.1f} dB; level off by a factor of {math.exp(error):.2f} on average"
         tell(f"{told} ({math.exp(guess):.2f} for the best constant)")
         if gain <= 0.0:
-            warn(f"{family} noise is better left as it is; raise --restoration-epochs or take more images")
+            warn(f"restoring {family} noise does not raise PSNR; raise --restoration-epochs or take more images")
         if error >= guess:
             warn(f"the level of {family} noise is estimated no better than by a constant; raise --restoration-epochs")
 

@@ -1,4 +1,4 @@
-"""What the service scores images by: p(x, z) and the gradient of the ELBO as graphs; the ELBO of held-out images."""
+"""Modules behind the service's `score`: p(x, z), the gradient of the ELBO, and the ELBO of held-out images."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from training.loop.randomness import keyed_generator
 from training.models.vae import VAE, Bound
 
 DRAWS = 16
-"""Draws an image, the default of the service's `score`."""
+"""Posterior draws for each image, as the service's `score` uses by default."""
 HELD_OUT = 2000
 """Validation images that are scored: enough for an error of one or two percentiles."""
 ROWS = 200
+"""Rows decoded at once."""
 
 
 class LogJoint(nn.Module):
-    """x, z -> log p(x|z) and log p(z) in nats.
+    """The log densities of the model: x, z -> log p(x|z) and log p(z), in nats.
 
-    Densities are computed in double: in float, the last bit of onnxruntime's logarithms and sums depends on the number
-    of rows.
+    They are computed in double: in float, the last bit of onnxruntime's logarithms and sums depends on the number of
+    rows.
     """
 
     def __init__(self, vae: VAE) -> None:
@@ -35,11 +36,11 @@ class LogJoint(nn.Module):
         self.prior = deepcopy(vae.prior.frozen()).double()
 
     def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """x (n, c, h, w), z (n, d) -> log p(x|z) and log p(z), (n,) each."""
+        """Map x (n, c, h, w) and z (n, d) to log p(x|z) and log p(z) in nats, (n,) each."""
         return self.log_likelihood(x, z).float(), self.prior.log_prob(z.double()).float()
 
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
-        """Log p(x|z) in double: x (n, c, h, w), z (n, d) -> (n,)."""
+        """Compute log p(x|z) in nats, (n,) in double, of x (n, c, h, w) and z (n, d)."""
         return self.likelihood.log_prob(self.decoder(z).double(), x.double())
 
 
@@ -72,7 +73,7 @@ class ElboGradient(nn.Module):
 
 
 def bound_at_draws(vae: VAE, x: Tensor, eps: Tensor) -> Bound:
-    """Estimate the ELBO as the service does: q's entropy in closed form, log p(x|z) and log p(z) as means over draws.
+    """Estimate the ELBO as the service does: the entropy of q in closed form, log p(x|z) and log p(z) by draws.
 
     Args:
         vae: The VAE.
@@ -80,9 +81,9 @@ def bound_at_draws(vae: VAE, x: Tensor, eps: Tensor) -> Bound:
         eps: Draws of N(0, I), (L, n, d).
 
     Returns:
-        The bound's terms, (n,) each.
+        The bound's terms in nats, (n,) each.
 
-    Source: Kingma and Welling (2013), equation 6, with the part of it that has a closed form in that form.
+    Source: Kingma and Welling (2013), equation 6, with the entropy in closed form.
     """
     posterior = vae.posterior(x)
     z = posterior.draw(eps)
@@ -92,13 +93,16 @@ def bound_at_draws(vae: VAE, x: Tensor, eps: Tensor) -> Bound:
 
 @torch.inference_mode()
 def held_out(vae: VAE, images: Tensor, seed: int, *, dynamic: bool) -> Scoring:
-    """Percentiles of the ELBO of at most 2,000 images that the model was not trained on.
+    """Compute percentiles of the ELBO of at most 2,000 held-out images.
 
     Args:
         vae: The VAE.
-        images: uint8 (n, c, h, w).
-        seed: Of the choice, the binarisation and the draws.
-        dynamic: Whether training binarised images. Black and white images count as binarised.
+        images: uint8 (n, c, h, w), not used in training.
+        seed: Seed of the choice, the binarisation and the draws.
+        dynamic: Whether training binarised the images. Black and white images count as binarised.
+
+    Returns:
+        The manifest's section `scoring`, with percentiles 0 to 100 in nats.
     """
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:HELD_OUT]
     images = images[order.to(images.device)]

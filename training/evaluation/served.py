@@ -1,4 +1,4 @@
-"""A client of a service over HTTP: a running one, or `python -m service` started for the duration."""
+"""An HTTP client of a service: of a running one, or of a `python -m service` that it starts and ends."""
 
 from __future__ import annotations
 
@@ -34,23 +34,32 @@ NPY = "application/x-npy"
 
 
 class Answer(NamedTuple):
-    """Output arrays by name, (n, ...) each, and the noise level (n,) where the service estimated one."""
+    """An answer of the service.
+
+    Attributes:
+        outputs: Arrays by name, (n, ...) each.
+        level: Noise level of each image, (n,); None if the answer has none.
+    """
 
     outputs: dict[str, Pixels]
     level: NDArray[np.float64] | None
 
 
 class Client:
-    """The requests of calibration and experiments."""
+    """The requests that calibration and experiments make.
+
+    Args:
+        http: A client with the base URL of the service.
+    """
 
     def __init__(self, http: httpx.Client) -> None:
         self._http = http
 
     def await_ready(self) -> None:
-        """Wait until every model is warm.
+        """Wait until the service is ready.
 
         Raises:
-            ServiceError: It takes longer than a minute.
+            ServiceError: It is not ready after a minute.
         """
         end, said = time.monotonic() + READY_S, ""
         while time.monotonic() < end:
@@ -66,19 +75,26 @@ class Client:
         raise ServiceError(f"no service is ready at {self._http.base_url} ({said}); start one, or leave --url out")
 
     def models(self) -> list[dict[str, Any]]:
-        """The description of every model at its latest version."""
+        """Describe every model at its latest version, as `GET /v1/models/{model}` does.
+
+        Raises:
+            RefusedError: The service refuses.
+        """
         names = [one["model"] for one in self._checked(self._http.get("/v1/models")).json()["models"]]
         return [self._checked(self._http.get(f"/v1/models/{name}")).json() for name in names]
 
     def images(self, model: str, operation: str, rows: Pixels, mask: Pixels | None = None, **options: object) -> Answer:
-        """Run an operation on rows, sent and received as .npy, `ROWS` a request.
+        """Run an operation on rows, sent and received as .npy, `ROWS` rows a request.
 
         Args:
-            model: Its name.
-            operation: The last part of the path.
-            rows: (n, c, h, w).
-            mask: Shaped like rows, 1 where a pixel is observed; sent in a form.
-            **options: Of the operation.
+            model: Name of the model.
+            operation: Name of the operation.
+            rows: Images, (n, c, h, w).
+            mask: 1 where a pixel is observed, else 0, (n, c, h, w), equal in all channels; None without a mask.
+            **options: Options of the operation.
+
+        Returns:
+            The outputs of all rows.
 
         Raises:
             RefusedError: The service refuses; the message is the problem's detail.
@@ -93,10 +109,20 @@ class Client:
         return Answer(outputs, np.concatenate(levels) if levels else None)
 
     def figures(self, model: str, operation: str, rows: Pixels, **options: object) -> dict[str, NDArray[np.float64]]:
-        """Run an operation whose JSON answer has a number a row, and return these lists by name, (n,) each.
+        """Run an operation whose JSON answer has a number for each row, `ROWS` rows a request.
+
+        Args:
+            model: Name of the model.
+            operation: Name of the operation.
+            rows: Images, (n, c, h, w).
+            **options: Options of the operation.
+
+        Returns:
+            Figures by name, (n,) each.
 
         Raises:
-            RefusedError, ServiceError: As `images`.
+            RefusedError: The service refuses; the message is the problem's detail.
+            ServiceError: The service does not answer.
         """
         parts: list[dict[str, Any]] = []
         for k in range(0, len(rows), ROWS):
@@ -110,7 +136,7 @@ class Client:
         if mask is None:
             answer = self._post(model, operation, options, content=npy(rows), headers={"content-type": NPY})
         else:
-            files = {"file": ("seen.npy", npy(rows)), "mask": ("mask.npy", npy(mask[:, :1]))}  # of all channels
+            files = {"file": ("seen.npy", npy(rows)), "mask": ("mask.npy", npy(mask[:, :1]))}  # channels are equal
             answer = self._post(model, operation, options, files=files, headers={"accept": NPY})
         names, array = answer.headers["x-outputs"].split(","), np.load(io.BytesIO(answer.content), allow_pickle=False)
         planes = [array] if len(names) == 1 else list(array.swapaxes(0, 1))
@@ -136,7 +162,16 @@ class Client:
 
 
 def offering(operation: str, names: str, told: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those of `Client.models` that offer the operation and whose name matches the pattern."""
+    """Select the models that offer an operation.
+
+    Args:
+        operation: Name of the operation.
+        names: Pattern of the models' names.
+        told: Descriptions of models, as `Client.models` returns them.
+
+    Returns:
+        The descriptions that match.
+    """
     return [one for one in told if operation in one["operations"] and fnmatch(one["model"], names)]
 
 
@@ -149,7 +184,14 @@ def npy(array: Pixels) -> bytes:
 
 @contextmanager
 def served(url: str | None, models: Path) -> Iterator[Client]:
-    """A client of the service at `url`, or, without one, of a service of `models` that ends with the block.
+    """Make a client of a service, and wait until the service is ready.
+
+    Args:
+        url: URL of a running service; None starts one, which ends with the block.
+        models: Model repository of the started service.
+
+    Yields:
+        The client.
 
     Raises:
         ServiceError: The service does not become ready.
@@ -158,7 +200,7 @@ def served(url: str | None, models: Path) -> Iterator[Client]:
         settings = {"VAE_MODELS": str(models.absolute()), "VAE_THREADS": "1", "VAE_TIMEOUT_S": str(ANSWER_S)}
         names = sorted(path.parts[-3] for path in models.glob(f"*/*/{FILE_NAME}"))
         if names:
-            settings["VAE_DEFAULT_MODEL"] = names[0]  # any, because requests name their model
+            settings["VAE_DEFAULT_MODEL"] = names[0]  # any model will do, because every request names its model
         with started(**settings) as (_, own), served(own, models) as client:
             yield client
         return
@@ -170,7 +212,13 @@ def served(url: str | None, models: Path) -> Iterator[Client]:
 
 @contextmanager
 def started(**settings: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Start `python -m service` on a free port of loopback; yields the process and its URL, and always ends it.
+    """Start `python -m service` on a free port of the loopback interface, and end it with the block.
+
+    Args:
+        **settings: Environment variables of the service; others that begin with `VAE_` are removed.
+
+    Yields:
+        The process and its URL.
 
     Raises:
         ServiceError: It does not start; the message ends with its standard error.
@@ -191,5 +239,5 @@ def started(**settings: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
             yield process, found.group()
         finally:
             with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # its workers too; it keeps nothing that could be lost
+                os.killpg(process.pid, signal.SIGKILL)  # ends its workers too; the service has no state to lose
             process.communicate()

@@ -1,4 +1,4 @@
-"""Restoration tasks: data sets, their corruptions, and the corrupted images that restorers get."""
+"""Restoration tasks: data sets, their corruptions, and the corrupted images."""
 
 from __future__ import annotations
 
@@ -19,28 +19,43 @@ from training.evaluation.served import Pixels
 from training.loop.randomness import keyed_generator
 
 SCATTERED = 0.5
-"""Share of the pixels that are missing where they are scattered."""
+"""Share of missing pixels in tasks with scattered ones."""
 
 
 class Seen(NamedTuple):
-    """Corrupted images: y (n, c, seen h, seen w), and for inpainting the mask, 1 where a pixel is observed."""
+    """Corrupted images.
+
+    Attributes:
+        y: The images, (n, c, h, w); for super-resolution h and w are divided by the factor.
+        mask: For inpainting, 1 where a pixel is observed, else 0, of the shape of y; None otherwise.
+    """
 
     y: Pixels
     mask: Pixels | None
 
     @property
     def missing(self) -> Pixels | None:
-        """1 where a pixel is to be filled in, else 0; None where all are to be restored."""
+        """1 where a pixel is missing, else 0, (n, c, h, w); None without a mask."""
         return None if self.mask is None else 1.0 - self.mask
 
     def rows(self, which: slice) -> Seen:
-        """A slice of the images."""
+        """Select a slice of the images."""
         return Seen(self.y[which], None if self.mask is None else self.mask[which])
 
 
 @dataclass(frozen=True)
 class Task:
-    """One corruption, and the operation of the service that undoes it."""
+    """One corruption, and the operation of the service that restores it.
+
+    Attributes:
+        name: Name of the task. It is part of the seed of the corruption.
+        operation: The operation.
+        family: Family of the noise; `none` without noise.
+        level: Level of the noise.
+        missing: Places of missing pixels: none, scattered ones, or the bottom half.
+        factor: Height and width of averaged blocks, in pixels.
+        blur: Standard deviation of a blur without noise, in pixels; 0 for none.
+    """
 
     name: str
     operation: Literal["denoise", "inpaint", "super-resolve"]
@@ -49,10 +64,13 @@ class Task:
     missing: Literal["", "scattered", "bottom"] = ""
     factor: int = 1
     blur: float = 0.0
-    """Standard deviation of a blur in pixels, without noise; 0 for none."""
 
     def asked(self, *, auto: bool = False) -> dict[str, object]:
-        """Options of the service's operation; with `auto` it estimates the noise level."""
+        """Options of the service's operation.
+
+        Args:
+            auto: Whether the service estimates the level of the noise.
+        """
         if self.operation == "super-resolve":
             return {"factor": self.factor}
         if self.blur:
@@ -60,7 +78,15 @@ class Task:
         return {"noise": self.family, "level": "auto" if auto else self.level} if self.operation == "denoise" else {}
 
     def seen(self, x: Pixels, seed: int) -> Seen:
-        """Corrupt images x (n, c, h, w), a function of them, the seed and the task's name. Noise is not clipped."""
+        """Corrupt images. Noisy values are not clipped.
+
+        Args:
+            x: Images, (n, c, h, w).
+            seed: Seed of noise and masks, together with the task's name.
+
+        Returns:
+            The corrupted images, a function of the arguments and the task alone.
+        """
         generator = keyed_generator(torch.device("cpu"), seed, 12, zlib.crc32(self.name.encode()))
         if self.operator_name(x.shape[2:]):
             return Seen(self.operator(x.shape[2:]).seen(x), None)
@@ -73,14 +99,14 @@ class Task:
         return Seen(corrupt(torch.from_numpy(x), level, generator).numpy(), None)
 
     def operator_name(self, size: tuple[int, ...]) -> OperatorName | None:
-        """The operator on images of that size, means of blocks or a blur; None where there is none."""
+        """Name of the linear operator on images of a size (h, w): means of blocks, or a blur; None without one."""
         height, width = size
         if self.operation == "super-resolve":
             return "shrink", self.factor, height, width
         return ("blur", self.blur, height, width) if self.blur else None
 
     def operator(self, size: tuple[int, ...]) -> Any:
-        """The operator of `operator_name`."""
+        """The linear operator on images of a size (h, w); the task must have one."""
         name = self.operator_name(size)
         assert name is not None
         return operator_of(name)
@@ -94,7 +120,16 @@ class Task:
         return mask
 
     def linear(self, seen: Seen, row: int, size: tuple[int, int, int]) -> tuple[NDArray[Any], NDArray[Any]]:
-        """One row as y (k,) and a matrix (k, d), such that y = matrix @ x before noise."""
+        """Express the observation of one image as y = A x plus noise.
+
+        Args:
+            seen: The corrupted images.
+            row: Index of the image.
+            size: Shape (c, h, w) of the clean image, of d = c h w values.
+
+        Returns:
+            y, (k,), and A, (k, d).
+        """
         channels, *plane = size
         y = seen.y[row].reshape(-1)
         if self.operation == "super-resolve":
@@ -119,7 +154,14 @@ BLURRING = Task("blur 1", "denoise", blur=1.0)
 
 
 def noise(*said: str) -> tuple[Task, ...]:
-    """Gaussian noise of levels such as "0.25" or "25/255"."""
+    """Make tasks with Gaussian noise.
+
+    Args:
+        *said: Levels, such as "0.25" or "25/255".
+
+    Returns:
+        One task for each level.
+    """
     parts = [text.partition("/") for text in said]
     levels = [float(above) / float(below or 1) for above, _, below in parts]
     return tuple(
@@ -129,14 +171,21 @@ def noise(*said: str) -> tuple[Task, ...]:
 
 @dataclass(frozen=True)
 class Subject:
-    """A data set, its tasks, the epochs of its U-Net, and the task on which speed is measured, `timed`."""
+    """A data set and its tasks.
+
+    Attributes:
+        dataset: The data set.
+        tasks: Its tasks.
+        timed: Name of the task on which speed is measured.
+        unet_epochs: Epochs of the U-Net that is trained on it.
+        served_as: Values of a manifest's `dataset` that mean this data set.
+    """
 
     dataset: Dataset
     tasks: tuple[Task, ...]
     timed: str
     unet_epochs: int
     served_as: frozenset[str] = field(default_factory=frozenset)
-    """Values of a manifest's `dataset` whose images are of this kind."""
 
 
 SUBJECTS = {
@@ -164,19 +213,19 @@ SUBJECTS = {
 }
 """Data sets with tasks of their own."""
 TASKS = (*noise("0.1", "0.25"), *FLIPS, MASKING, *INPAINTING, *ENLARGING)
-"""Tasks of any other data set, as far as its images can be shrunk."""
+"""Tasks of any other data set; those whose factor does not divide its image size are left out."""
 UNET_IMAGES = 400_000
-"""Images that the U-Net of any other data set is trained on, with repetition."""
+"""Images on which the U-Net of any other data set is trained, repetitions counted."""
 
 
 def subject_of(model: dict[str, Any]) -> tuple[str, Subject]:
-    """The data set that a model was trained on.
+    """Find the data set that a model was trained on.
 
     Args:
-        model: The model as `GET /v1/models/{model}` describes it.
+        model: Description of the model, as `GET /v1/models/{model}` returns it.
 
     Returns:
-        A name and the subject.
+        Name of the data set, or of the model for an unknown one; and the subject.
 
     Raises:
         ConfigError: The model's manifest does not name its data set.
@@ -199,6 +248,15 @@ def subject_of(model: dict[str, Any]) -> tuple[str, Subject]:
 
 
 def chosen(images: torch.Tensor, count: int, seed: int) -> Pixels:
-    """At most `count` images (n, c, h, w) in [0, 1], at random by the seed."""
+    """Choose images at random by a seed.
+
+    Args:
+        images: uint8 (n, c, h, w).
+        count: Maximum number of chosen images.
+        seed: The seed.
+
+    Returns:
+        At most `count` images (k, c, h, w), in [0, 1].
+    """
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count]
     return np.asarray(as_float(images[order]).numpy())

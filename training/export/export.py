@@ -1,4 +1,4 @@
-"""From a trained model to a version in the model repository: ONNX graphs, golden vectors, manifest; all or nothing."""
+"""Export of a trained model as a version in the model repository: ONNX graphs, golden rows and manifest."""
 
 from __future__ import annotations
 
@@ -42,8 +42,10 @@ from training.models.vae import VAE
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as in service/runtime/session.py
 import onnxruntime as ort  # after the line above
 
-PARITY = 1e-5  # between torch and onnxruntime, on the machine that exports
-GOLDEN_TOLERANCE = 1e-3  # for whatever execution provider serves it later: TF32 keeps about three digits
+PARITY = 1e-5
+"""Maximum difference between torch and onnxruntime, on the machine that exports."""
+GOLDEN_TOLERANCE = 1e-3
+"""Tolerance of golden rows on any execution provider; TF32 keeps about three digits."""
 GOLDEN_ROWS = 4
 GOLDEN_FILE = "golden.npz"
 
@@ -53,10 +55,10 @@ class Exportable:
     """One graph to export.
 
     Attributes:
-        module: Takes and gives tensors in the order of the signature.
-        rows: Golden rows to run it on, one tensor an input.
-        signature: Names and axes of its tensors.
-        gradients: Whether the module asks for gradients.
+        module: Maps tensors to tensors, both in the order of the signature.
+        rows: Golden rows, one tensor (n, ...) for each input.
+        signature: Names and axes of its inputs and outputs.
+        gradients: Whether the module computes gradients.
     """
 
     module: nn.Module
@@ -66,62 +68,65 @@ class Exportable:
 
 
 class Decode(nn.Module):
-    """z -> E[x|z]."""
+    """Decoder and likelihood: z -> E[x|z]."""
 
     def __init__(self, vae: VAE) -> None:
         super().__init__()
         self.decoder, self.likelihood = vae.decoder, vae.likelihood
 
     def forward(self, z: Tensor) -> Tensor:
-        """(n, d) -> (n, c, h, w)."""
+        """Map z (n, d) to mean images (n, c, h, w)."""
         return self.likelihood.mean(self.decoder(z))
 
 
 class Draw(nn.Module):
-    """eps ~ N(0, I) -> z ~ p(z)."""
+    """The prior as a function of noise: eps ~ N(0, I) -> z ~ p(z)."""
 
     def __init__(self, prior: Prior) -> None:
         super().__init__()
         self.prior = prior
 
     def forward(self, eps: Tensor) -> Tensor:
-        """(n, *noise_shape) -> (n, d)."""
+        """Map eps (n, *noise_shape) to z (n, d)."""
         return self.prior.draw(eps)
 
 
 class Recognise(nn.Module):
-    """y, mask, level -> mean, log_var of q(z | y, mask, level)."""
+    """The recognition model of corrupted images: y, mask, level -> mean, log_var of q(z | y, mask, level)."""
 
     def __init__(self, recognition: Recognition) -> None:
         super().__init__()
         self.recognition = recognition
 
     def forward(self, y: Tensor, mask: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-        """(n, c, h, w), (n, c, h, w), (n, F) -> (n, d), (n, d)."""
+        """Map y and mask (n, c, h, w) and level (n, F) to mean and log_var, (n, d) each."""
         return self.recognition.posterior(Corrupted(y, mask, level))
 
 
 class EstimateLevel(nn.Module):
-    """y, mask -> the level of each noise family, were it the one at work."""
+    """Estimator of noise levels: y, mask -> for each family, the level if the noise is of that family."""
 
     def __init__(self, recognition: Recognition) -> None:
         super().__init__()
         self.recognition = recognition
 
     def forward(self, y: Tensor, mask: Tensor) -> Tensor:
-        """(n, c, h, w), (n, c, h, w) -> (n, F)."""
+        """Map y and mask (n, c, h, w) to levels (n, F)."""
         return self.recognition.log_level(y, mask).mean.exp()
 
 
 @torch.no_grad()
 def exportables(vae: VAE, recognition: Recognition | None, x: Tensor, seen: Corrupted) -> dict[str, Exportable]:
-    """The graphs of a model by name, with golden rows.
+    """Collect the graphs of a model, with golden rows.
 
     Args:
         vae: The trained model.
-        recognition: What restores corrupted images, where the run has it.
+        recognition: The recognition model of corrupted images; None if the run has none.
         x: Clean images (n, c, h, w).
-        seen: What is seen of them after corruption.
+        seen: The same images after corruption.
+
+    Returns:
+        Graphs by name.
     """
     mean, log_var = vae.posterior(x)
     parts: dict[str, tuple[nn.Module, tuple[Tensor, ...]]] = {
@@ -130,7 +135,7 @@ def exportables(vae: VAE, recognition: Recognition | None, x: Tensor, seen: Corr
         "log_joint": (LogJoint(vae), (x, mean)),
         "elbo_gradient": (ElboGradient(vae), (mean, log_var, _normal(mean.shape), x)),
     }
-    if not isinstance(vae.prior, StandardNormal):  # whose draws are the noise itself
+    if not isinstance(vae.prior, StandardNormal):  # draws of N(0, I) are the noise itself
         prior = vae.prior.frozen()
         parts["prior"] = (Draw(prior), (_normal((len(x), *prior.noise_shape)),))
     if recognition is not None:
@@ -150,7 +155,7 @@ def exportables(vae: VAE, recognition: Recognition | None, x: Tensor, seen: Corr
 
 
 def _refinement_rows(start: DiagonalGaussian, seen: Corrupted) -> tuple[Tensor, ...]:
-    """Golden rows of the refinement: every level unknown, the image seen as it is."""
+    """Golden rows of the refinement: all levels unknown, identity matrices as operators."""
     of_level = torch.zeros_like(seen.level)
     mean, log_var = (torch.cat([part, of_level], 1) for part in start)
     operators = (torch.eye(size).repeat(len(seen.y), 1, 1) for size in seen.y.shape[2:])
@@ -158,7 +163,7 @@ def _refinement_rows(start: DiagonalGaussian, seen: Corrupted) -> tuple[Tensor, 
 
 
 def _normal(shape: Sequence[int]) -> Tensor:
-    """Standard normal noise, always the same."""
+    """Standard normal noise of a shape, from a fixed seed."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
@@ -171,7 +176,7 @@ def export(
     *,
     replace: bool = False,
 ) -> Path:
-    """Write models/<name>/<version>/, whole or not at all.
+    """Write models/<name>/<version>/ atomically: a failed export leaves no version behind.
 
     Each graph is reloaded with onnxruntime and compared with torch.
 
@@ -180,7 +185,7 @@ def export(
         models: The model repository.
         name: Name of the model.
         version: Its version.
-        about: The other keys of the manifest.
+        about: Further keys of the manifest.
         replace: Whether an existing version is replaced.
 
     Returns:
@@ -188,8 +193,8 @@ def export(
 
     Raises:
         ExportError: A graph differs from torch by more than 1e-5 (relative above 1; a gradient relative to its
-            largest value), holds a random operator or has external data; the manifest would be refused by the
-            service; or the version exists.
+            largest value), contains a random operator or has external data; the manifest is invalid; or the version
+            exists.
         DiskError: The folder cannot be written.
     """
     target = version_folder(models, name, version, replace=replace)
@@ -217,10 +222,20 @@ def export(
 
 
 def version_folder(models: Path, name: str, version: str, *, replace: bool) -> Path:
-    """Where the version goes.
+    """Check that a version can be written, and return its folder.
 
-    Raises: ExportError for a name that is not plain or a version that exists and is not to be replaced; DiskError
-    where nothing can be written there.
+    Args:
+        models: The model repository.
+        name: Name of the model.
+        version: Its version.
+        replace: Whether an existing version may be replaced.
+
+    Returns:
+        The folder, which is not created yet.
+
+    Raises:
+        ExportError: A name is not plain, or the version exists and may not be replaced.
+        DiskError: The repository is not writable.
     """
     for part in (name, version):
         if not is_plain_name(part):
@@ -238,7 +253,7 @@ def version_folder(models: Path, name: str, version: str, *, replace: bool) -> P
 
 @contextmanager
 def _staged(target: Path) -> Iterator[Path]:
-    """A hidden folder beside `target` that takes its place when the block ends well, and vanishes when not."""
+    """Make a hidden folder beside `target`. It replaces `target` if the block succeeds, and is removed otherwise."""
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield folder
@@ -261,7 +276,7 @@ def _staged(target: Path) -> Iterator[Path]:
 
 
 def _write_graph(name: str, graph: Exportable, folder: Path, golden: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Writes the graph, adds its rows to `golden` and gives its entry in the manifest."""
+    """Write the graph, add its rows to `golden`, and return its entry in the manifest."""
     module = graph.module.eval().cpu()
     rows = tuple(row.detach().cpu().contiguous() for row in graph.rows)
     content = to_onnx(module, rows, graph)
@@ -281,13 +296,22 @@ def _write_graph(name: str, graph: Exportable, folder: Path, golden: dict[str, n
 
 
 def to_onnx(module: nn.Module, rows: tuple[Tensor, ...], graph: Exportable) -> bytes:
-    """One self-contained ONNX graph of the module, in which the batch axis `n` and the signature's free axes vary."""
+    """Convert a module to one self-contained ONNX graph.
+
+    Args:
+        module: The module, in evaluation mode.
+        rows: Example inputs, one tensor (n, ...) each.
+        graph: The graph's signature. Its free axes and the batch axis `n` stay variable.
+
+    Returns:
+        The graph as bytes of a .onnx file.
+    """
     free = free_axes(graph.signature.inputs)
     axes = tuple({0: "n", **free.get(key, {})} for key in graph.signature.inputs)
     if graph.gradients:
         rows = _apart(rows, axes)
         module = differentiated(module, rows)
-    # Names are given for shape sizes of 2 and more: torch.export takes a size of 1 for a constant.
+    # Example sizes of named axes must be 2 or more, because torch.export treats a size of 1 as a constant.
     names = dict.fromkeys(name for named in axes for name in named.values())
     dims = {name: torch.export.Dim(name, min=1, max=2**20) for name in names}
     shapes = tuple({axis: dims[name] for axis, name in named.items()} for named in axes)
@@ -311,13 +335,13 @@ def to_onnx(module: nn.Module, rows: tuple[Tensor, ...], graph: Exportable) -> b
     assert program is not None
     model = program.model_proto
     for node in model.graph.node:
-        del node.metadata_props[:]  # where on this machine's disk the code stood
+        del node.metadata_props[:]  # they hold paths of source files on this machine
     return model.SerializeToString()
 
 
 def _log_sigmoid(x: Any) -> Any:
-    """log sigmoid(x) for every x: the exporter's log of onnxruntime's sigmoid is -inf below -37, even in double."""
-    from onnxscript import opset18  # noqa: PLC0415  # likewise
+    """log sigmoid(x), finite for every x. The exporter's own log(sigmoid(x)) is -inf below -37, even in double."""
+    from onnxscript import opset18  # noqa: PLC0415  # slow to import, and most commands export nothing
 
     op: Any = opset18
     zero, one = (op.CastLike(op.Constant(value_float=value), x) for value in (0.0, 1.0))
@@ -325,7 +349,7 @@ def _log_sigmoid(x: Any) -> Any:
 
 
 def _apart(rows: tuple[Tensor, ...], axes: tuple[dict[int, str], ...]) -> tuple[Tensor, ...]:
-    """Rows of no meaning whose free axes have lengths that no other axis has."""
+    """Random rows whose free axes have lengths that no other axis has, so that traced sizes stay distinguishable."""
     fixed = {size for row, named in zip(rows, axes, strict=True) for k, size in enumerate(row.shape) if k not in named}
     names = dict.fromkeys(name for named in axes for name in named.values())
     lengths = dict(zip(names, (size for size in count(2) if size not in fixed), strict=False))
@@ -345,7 +369,7 @@ def _check_graph(name: str, content: bytes) -> None:
 
 
 def _check_parity(name: str, content: bytes, inputs: dict[str, np.ndarray], outputs: dict[str, np.ndarray]) -> None:
-    """Compares the graph's outputs with torch's, by name, for one row and for all."""
+    """Compare the graph's outputs with torch's, by name, for one row and for all rows."""
     session = ort.InferenceSession(content, providers=["CPUExecutionProvider"])
     for size in (1, len(next(iter(inputs.values())))):
         found = session.run(list(outputs), {key: row[:size] for key, row in inputs.items()})
@@ -356,7 +380,7 @@ def _check_parity(name: str, content: bytes, inputs: dict[str, np.ndarray], outp
 
 
 def _write_golden(folder: Path, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Writes the golden rows and gives their entry in the manifest."""
+    """Write the golden rows, and return their entry in the manifest."""
     path = folder / GOLDEN_FILE
     np.savez_compressed(path, **{key: array[:GOLDEN_ROWS] for key, array in arrays.items()})  # type: ignore[arg-type]
     found = digest(path.read_bytes())

@@ -1,6 +1,6 @@
-"""The library of ONNX functions by which torch exports, compiled once a process.
+"""Cache of torch's library of ONNX functions, which is compiled once per process.
 
-torch 2.13 compiles its 500 functions anew at every export, which is two thirds of the time that a small one takes.
+torch 2.13 compiles its 500 functions again at every export; that takes two thirds of the time of a small export.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def _compiled(**options: Any) -> ONNXRegistry:
 
 
 def _copied(**options: Any) -> ONNXRegistry:
-    """A registry whose lists are its own, since an export adds its custom functions to them."""
+    """A copy of the compiled registry with its own lists, because an export adds its custom functions to them."""
     known, mine = _compiled(**options), ONNXRegistry()
     vars(mine).update(vars(known))
     mine.functions = {name: list(functions) for name, functions in known.functions.items()}
@@ -27,5 +27,5 @@ def _copied(**options: Any) -> ONNXRegistry:
 
 
 def compile_once() -> None:
-    """From now on."""
+    """Make every later export of this process share one compiled library."""
     ONNXRegistry.from_torchlib = staticmethod(_copied)  # type: ignore[method-assign, assignment]

@@ -120,7 +120,7 @@ def _first_values(path: Path, parameters: Parameters, start: dict[str, Tensor] |
 
 
 def _try(path: Path, log_joint: Any, first: Mapping[str, Tensor], data: Mapping[str, Tensor]) -> None:
-    """Call `log_joint` once, with torch's checks of distributions, for errors that say more than a failed fit."""
+    """Call `log_joint` once, with torch's checks of distributions, to report errors before the fit."""
     values = {name: value.detach().requires_grad_() for name, value in first.items()}
     result = log_joint(values, data)
     if not isinstance(result, Tensor) or result.shape != ():

@@ -32,7 +32,7 @@ BOUNDS: dict[str, VaeBound] = {
 
 
 def denoising(settings: Optimisation) -> VaeBound:
-    """The bound with posteriors of images corrupted as the settings say: the encoder learns to see through noise.
+    """The denoising bound: its posteriors are those of images corrupted with the settings' family and level.
 
     Source: Im et al. (2015), "Denoising criterion for variational auto-encoding framework", equation 5.
     """

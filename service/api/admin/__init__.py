@@ -1,1 +1,1 @@
-"""Models, their loading, health, metrics and documentation."""
+"""Administrative routes: models, loading and unloading, health, metrics, documentation."""

@@ -1,4 +1,4 @@
-"""Bytes that are the same for everybody: kept with an ETag, compressed once, not sent again to who has them."""
+"""Cached responses: the same bytes for every client, with an ETag, compressed once, and 304 for a client's copy."""
 
 from __future__ import annotations
 
@@ -10,17 +10,22 @@ from fastapi import Request, Response
 from werkzeug.http import parse_accept_header
 
 LONGEST_LIST = 512
-"""Characters of an Accept-Encoding or If-None-Match header that is looked at; nobody needs more."""
+"""Characters of If-None-Match that are read. A longer Accept-Encoding header counts as one without gzip."""
 
 
 class Kept:
-    """One representation and what is sent of it."""
+    """One representation of a resource, with its headers.
+
+    Args:
+        content: The bytes.
+        media_type: Their media type.
+        max_age_s: Seconds for which a browser may use them without asking again; 0 always asks.
+    """
 
     def __init__(self, content: bytes, media_type: str, max_age_s: int = 0) -> None:
-        """max_age_s: how long a browser may use it without asking again."""
         self.content = content
         self.media_type = media_type
-        # Weak, for the compressed form has the same.
+        # A weak tag, because the compressed form has the same one.
         self.etag = f'W/"{blake2b(content, digest_size=12).hexdigest()}"'
         self._headers = {
             "etag": self.etag,
@@ -29,7 +34,7 @@ class Kept:
         }
 
     def answer(self, request: Request) -> Response:
-        """All of it, gzip where the caller takes that, or 304 where it has it."""
+        """The response: 304 if If-None-Match names the ETag, else the bytes, with gzip if the client accepts it."""
         if _has(self.etag, request.headers.get("if-none-match", "")):
             return Response(status_code=304, headers=self._headers)
         if _takes_gzip(request.headers.get("accept-encoding", "")):

@@ -1,4 +1,4 @@
-"""POST load and unload: which models and versions are served, without a restart."""
+"""`POST .../load` and `.../unload`: change which models and versions are served, without a restart."""
 
 from __future__ import annotations
 
@@ -25,13 +25,19 @@ DONE = {
 }
 ANSWERS = {
     **example(DONE),
-    202: {"description": "Done here; some workers have not followed yet"},
+    202: {"description": "Done in this worker; other workers have not followed yet"},
     **documented(ControlOff, UnknownModel, LoadRefused, NoRoom),
 }
 
 
 def control_router(repository: Repository, control: Control, settings: Settings) -> APIRouter:
-    """Routes of one application."""
+    """Make the routes that load and unload versions.
+
+    Args:
+        repository: The models of this worker.
+        control: Carries out a load or unload request in every worker.
+        settings: The settings.
+    """
     router = APIRouter(prefix="/v1/models/{model}", tags=["control"])
 
     async def change(request: Request, model: str, version: str, *, loaded: bool) -> JSONResponse:
@@ -49,7 +55,7 @@ def control_router(repository: Repository, control: Control, settings: Settings)
         content |= {"workers": workers, "followed": followed}
         return JSONResponse(content, 200 if followed == workers else 202)
 
-    @router.post("/load", summary="Load what VAE_VERSIONS wants of a model, as the folder has it", responses=ANSWERS)
+    @router.post("/load", summary="Load the versions that VAE_VERSIONS selects, read again", responses=ANSWERS)
     async def load(request: Request, model: str) -> JSONResponse:
         return await change(request, model, WHOLE, loaded=True)
 
@@ -57,7 +63,7 @@ def control_router(repository: Repository, control: Control, settings: Settings)
     async def unload(request: Request, model: str) -> JSONResponse:
         return await change(request, model, WHOLE, loaded=False)
 
-    @router.post("/versions/{version}/load", summary="Load one version, as the folder has it", responses=ANSWERS)
+    @router.post("/versions/{version}/load", summary="Load one version, read again", responses=ANSWERS)
     async def load_version(request: Request, model: str, version: str) -> JSONResponse:
         return await change(request, model, version, loaded=True)
 
@@ -69,12 +75,13 @@ def control_router(repository: Repository, control: Control, settings: Settings)
 
 
 def check_allowed(settings: Settings) -> None:
-    """Where there are API keys, the doors have seen one with the right `control`.
+    """Check that the settings allow load and unload requests. The right of a key is checked in `security`.
 
-    Raises: ControlOff.
+    Raises:
+        ControlOff: VAE_MODEL_CONTROL is off, or it needs API keys and there are none.
     """
     if not settings.model_control:
-        raise ControlOff("models are not loaded or unloaded over HTTP here; set VAE_MODEL_CONTROL=true to allow it")
+        raise ControlOff("loading and unloading models over HTTP is disabled; set VAE_MODEL_CONTROL=true to allow it")
     if not (settings.api_keys or settings.model_control == "anonymous"):
         raise ControlOff(
             "loading and unloading models needs an API key with the right `control`, and VAE_API_KEYS names none; set "

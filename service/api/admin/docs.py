@@ -1,4 +1,4 @@
-"""GET docs and openapi.json: the documentation for people and for code generators. It needs no other host."""
+"""`GET /docs` and `/openapi.json`: documentation for people and for code generators. It works without a network."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ASSETS = {
 """Files of Swagger UI that the page names, and their media types."""
 ASSET_AGE_S = 3600
 
-# Its links are relative, so that they hold under whatever path a proxy serves the service.
+# Links are relative, because a proxy may serve the service under any path.
 PAGE = bytes(
     get_swagger_ui_html(
         openapi_url="openapi.json",
@@ -33,18 +33,22 @@ PAGE = bytes(
         swagger_js_url="docs/swagger-ui-bundle.js",
         swagger_css_url="docs/swagger-ui.css",
         swagger_favicon_url="docs/favicon.png",
-        swagger_ui_parameters={"validatorUrl": None},  # which is another host
+        swagger_ui_parameters={"validatorUrl": None},  # the default validator is on another host
     ).body
 )
 SCRIPT_HASHES = [
     f"'sha256-{b64encode(sha256(script).digest()).decode()}'"
     for script in re.findall(rb"<script>(.*?)</script>", PAGE, re.DOTALL)
 ]
-"""Of the scripts within the page, for its Content-Security-Policy."""
+"""Hashes of the scripts in the page, for its Content-Security-Policy."""
 
 
 def docs_router(document: Callable[[], dict[str, Any]]) -> APIRouter:
-    """Routes of one application. document: gives its OpenAPI document, always the same."""
+    """Make the routes of the documentation.
+
+    Args:
+        document: Returns the application's OpenAPI document, the same at every call.
+    """
     router = APIRouter(include_in_schema=False)
     page = Kept(PAGE, "text/html; charset=utf-8")
 
@@ -72,5 +76,5 @@ def docs_router(document: Callable[[], dict[str, Any]]) -> APIRouter:
 
 @cache
 def _asset(name: str) -> Kept:
-    """A file of Swagger UI, read when it is first asked for."""
+    """A file of Swagger UI, read at its first request."""
     return Kept((files("fastapi_offline") / "static" / name).read_bytes(), ASSETS[name], ASSET_AGE_S)

@@ -1,4 +1,4 @@
-"""GET health: is the process alive, should it get requests."""
+"""`GET /health/live` and `/health/ready`: whether the process is alive, and whether it should get requests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ READY = {**example({"ready": True, "models": ["mnist"]}), **documented(NotReady)
 
 
 def health_router(repository: Repository, engine: Engine) -> APIRouter:
-    """Routes of one application."""
+    """Make the health routes.
+
+    Args:
+        repository: The models of this worker.
+        engine: Its batchers.
+    """
     router = APIRouter(prefix="/health", tags=["health"])
 
     def refused(name: str) -> list[str]:

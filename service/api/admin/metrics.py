@@ -1,4 +1,4 @@
-"""GET metrics, for Prometheus."""
+"""`GET /metrics`, in Prometheus' text format."""
 
 from __future__ import annotations
 
@@ -16,13 +16,18 @@ EXAMPLE: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/plain": {"example": 'vae_rows_total{model="mnist",operation="encode"} 3.0'}}}
 }
 KEEP_S = 1.0
-"""How long the text is kept where nothing was counted since."""
+"""Longest age of the text while no counter changes."""
 RENDERS = 5
-"""Times in `KEEP_S` that it is written anew at most: it takes milliseconds, and anybody may ask for it."""
+"""Maximum renderings of the text in `KEEP_S`, because one takes milliseconds and every client may ask for it."""
 
 
 class Exposition:
-    """The metrics as text, kept for a short time."""
+    """The metrics as text, cached for up to `KEEP_S`.
+
+    Args:
+        telemetry: The metrics.
+        clock: Monotonic time in seconds.
+    """
 
     def __init__(self, telemetry: Telemetry, clock: Callable[[], float] = time.monotonic) -> None:
         self._telemetry = telemetry
@@ -32,7 +37,7 @@ class Exposition:
         self._kept = Kept(b"", MEDIA_TYPE)
 
     def current(self) -> Kept:
-        """The text as it is now, or as it was a moment ago."""
+        """The current text, or one that is at most `KEEP_S` old."""
         self._telemetry.flush()
         now, rendered, changes = self._clock(), self._rendered, self._telemetry.changes
         unchanged = bool(rendered) and changes == self._changes and now - rendered[-1] < KEEP_S
@@ -44,7 +49,11 @@ class Exposition:
 
 
 def metrics_router(telemetry: Telemetry) -> APIRouter:
-    """Routes of one application."""
+    """Make the route of the metrics.
+
+    Args:
+        telemetry: The metrics.
+    """
     router = APIRouter(tags=["metrics"])
     exposition = Exposition(telemetry)
 

@@ -1,4 +1,4 @@
-"""GET models: what is served and what is not, as a person wants to know it."""
+"""`GET /v1/models...`: models and versions, with the state of each and the reason for it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ READY = {
 
 
 def states(repository: Repository, name: str) -> list[dict[str, str]]:
-    """How it is with every known version of a model."""
+    """State of every known version of a model, with the reason for it."""
     return [_state(version, found) for version, found in repository.conditions.get(name, {}).items()]
 
 
@@ -56,9 +56,20 @@ def _state(version: str, found: Condition) -> dict[str, str]:
 
 
 def ready(repository: Repository, engine: Engine, name: str, version: str | None) -> dict[str, Any]:
-    """That a version (None: the latest that is served) of a model gets requests.
+    """Check that a version of a model gets requests.
 
-    Raises: NotReady with the reason, UnknownModel.
+    Args:
+        repository: The models of this worker.
+        engine: Its batchers.
+        name: Name of the model.
+        version: The version; None is the latest that is served.
+
+    Returns:
+        The body of the answer.
+
+    Raises:
+        NotReady: The version is not served, or the engine has stopped; the message has the reason.
+        UnknownModel: There is no such model or version.
     """
     known = repository.conditions.get(name, {})
     if version is not None and known and version not in known:
@@ -73,7 +84,12 @@ def ready(repository: Repository, engine: Engine, name: str, version: str | None
 
 
 def models_router(repository: Repository, operations: tuple[Operation, ...]) -> APIRouter:
-    """Routes of one application."""
+    """Make the routes that describe models.
+
+    Args:
+        repository: The models of this worker.
+        operations: The operations that the application has.
+    """
     router = APIRouter(prefix="/v1/models", tags=["models"])
 
     def overview(name: str) -> dict[str, Any]:
@@ -84,7 +100,7 @@ def models_router(repository: Repository, operations: tuple[Operation, ...]) -> 
         return _state(version, repository.conditions[name][version])
 
     def latest(name: str) -> dict[str, Any]:
-        """Of a model that is known and of which no version is served, what there is to say."""
+        """Describe the latest served version; only the states of all versions if none is served."""
         if name in repository.conditions and name not in repository.models:
             return {"model": name, **overview(name)}
         return describe(repository.find(name, None))
@@ -128,7 +144,12 @@ def models_router(repository: Repository, operations: tuple[Operation, ...]) -> 
 
 
 def readiness_router(repository: Repository, engine: Engine) -> APIRouter:
-    """Routes of one application."""
+    """Make the routes that report whether a model is ready.
+
+    Args:
+        repository: The models of this worker.
+        engine: Its batchers.
+    """
     router = APIRouter(prefix="/v1/models", tags=["models"])
 
     @router.get("/{model}/ready", summary="Whether a version of a model is served", responses=READY)

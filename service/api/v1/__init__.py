@@ -1,1 +1,1 @@
-"""The operations under /v1."""
+"""The HTTP face of the operations: `POST /v1/...` and its part of the OpenAPI document."""

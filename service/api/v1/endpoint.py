@@ -26,11 +26,11 @@ from service.runtime.model import Model
 from service.settings import Settings
 
 REMEMBERED = 256
-"""Longer query strings are not cached."""
+"""Longest query string, in bytes, whose options are cached."""
 PART_ROWS = 4 * BLOCK_ROWS
-"""Rows of a part. Binary answers of more rows are sent in parts, so that they need no more memory."""
+"""Rows of a part. A larger binary answer is sent in parts, which bounds its memory."""
 LOOP_BYTES = 2**16
-"""Largest body that the event loop reads; a larger one is read in a thread."""
+"""Largest body that the event loop decodes; a larger one is decoded in a thread."""
 LOOP_BINARY_BYTES = 2**20
 """The same for binary arrays, which are not parsed."""
 LOOP_NUMBERS = 2**16
@@ -38,21 +38,21 @@ LOOP_NUMBERS = 2**16
 
 
 class Request(NamedTuple):
-    """One request, received and not yet read.
+    """One request, received and not yet decoded.
 
     Attributes:
-        model: The version that it names.
+        model: The version that the path names.
         query: The query string.
-        options: Those of the query string.
+        options: The options in the query string.
         fingerprint: The header X-Fingerprint.
-        content_type: The whole header.
-        codec: Reads the body; None where there is none.
+        content_type: The header Content-Type.
+        codec: Reads the body; None without a body.
         coding: The content coding of the body.
-        body: As it was sent.
-        accept: The whole header.
+        body: The body, still encoded.
+        accept: The header Accept.
         accepted: The codecs that may write the answer, best first.
-        best: The first of them; JSON where there is none, which `write` refuses once the outputs are known.
-        caller: Who waits.
+        best: The first of them. JSON if there is none; `write` then refuses, once the outputs are known.
+        caller: Deadline, connection and memory of the request.
     """
 
     model: Model
@@ -70,17 +70,22 @@ class Request(NamedTuple):
 
 
 class OperationApp:
-    """Serves one operation as an ASGI application."""
+    """Serves one operation as an ASGI application.
+
+    Args:
+        operation: The operation.
+        context: The parts that all faces share.
+    """
 
     def __init__(self, operation: Operation, context: Context) -> None:
         self.operation = operation
         self.context = context
         self._remembered = lru_cache(1024)(lambda query: self._options(_pairs(query)))
         self._limit, self._json_limit = body_limits(context.settings)
-        self._whole = not context.settings.tracing  # spans end with the body's message
+        self._whole = not context.settings.tracing  # tracing ends a span at the message with the body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request; errors are answered as problems."""
+        """Answer one request. Errors become problems (RFC 9457)."""
         share = Share(self.context.memory)
         path, label = scope["path_params"], "unknown"
         try:
@@ -92,7 +97,7 @@ class OperationApp:
                 if request is None:
                     return
                 reply = await self._reply(request)
-            except Exception as error:  # noqa: BLE001  # the one place where errors become answers
+            except Exception as error:  # noqa: BLE001  # every error becomes an answer, and only here
                 reply = refusal(error)
             served: dict[str, Any] = {
                 "model": label,
@@ -108,7 +113,7 @@ class OperationApp:
             share.give_back()
 
     async def _received(self, model: Model, scope: Scope, receive: Receive, share: Share) -> Request | None:
-        """The request with its whole body; None where the caller has hung up."""
+        """Receive the whole request; None if the caller disconnects first."""
         headers, query, operation = fields(scope["headers"]), scope["query_string"], self.operation
         content_type = headers.get(b"content-type", b"").decode("latin-1")
         codec = named(content_type)
@@ -129,7 +134,7 @@ class OperationApp:
         )
 
     def _check_early(self, codec: Codec | None, content_type: str, headers: dict[bytes, bytes], query: bytes) -> None:
-        """Check what the head says before a caller that waits for 100 Continue sends the body.
+        """Check the headers and the query string before a caller that waits for 100 Continue sends the body.
 
         Raises:
             UnsupportedMediaType: No codec reads the body.
@@ -141,7 +146,7 @@ class OperationApp:
         self.options_of_query(query)
 
     async def _reply(self, request: Request) -> Reply:
-        """Read the body, run the operation, and write the answer in the best format that can hold it."""
+        """Decode the body, run the operation, and write the answer in the best accepted format that can hold it."""
         context, codec, caller, size = self.context, request.codec, request.caller, len(request.body)
         small = size <= LOOP_BYTES or (size <= LOOP_BINARY_BYTES and _is_array(codec, request.options))
         read, what = partial(self._invocation, request), (codec or JSON).media_type
@@ -164,10 +169,10 @@ class OperationApp:
         return Reply(200, headers_of(written, answer, answer.inference_s), content, "ok", rows)
 
     def _invocation(self, request: Request, meter: Meter) -> Invocation:
-        """Decompress, read and check the body. Runs in the event loop or in a thread.
+        """Decompress, decode and check the body. Runs in the event loop or in a thread.
 
         Raises:
-            ServiceError: What the codec and the checks raise.
+            ServiceError: The codec or a check refuses the body.
         """
         model, operation, codec, options = request.model, self.operation, request.codec, request.options
         body, share = request.body, request.caller.share
@@ -191,7 +196,7 @@ class OperationApp:
         return Invocation(model, operation, inputs, options, request.caller)
 
     def options_of_query(self, query: bytes) -> Any:
-        """The options that a query string names.
+        """Parse the options of a query string.
 
         Raises:
             InvalidOption: One is unknown, invalid or named twice.
@@ -213,12 +218,12 @@ class OperationApp:
 
 
 def _is_array(codec: Codec | None, options: Any) -> bool:
-    """Whether a body is one array in binary of the model's shape; to `fit` images takes them as a whole."""
+    """Whether a body is one binary array of the model's shape, which needs no parsing and no resizing."""
     return codec is not None and codec.header is not None and options.resizing is None
 
 
 def body_limits(settings: Settings) -> tuple[Limit, Limit]:
-    """Limits of bodies in general, and of JSON, whose parsing delays every other request."""
+    """The limit of bodies in general, and that of JSON, whose parsing delays every other request."""
     advice = "send arrays as application/x-npy or application/octet-stream and pictures as files, or raise it"
     most, most_json = settings.max_body_bytes, settings.max_json_bytes
     limit = Limit(most, "VAE_MAX_BODY_BYTES", "send fewer rows, or raise it")
@@ -226,10 +231,10 @@ def body_limits(settings: Settings) -> tuple[Limit, Limit]:
 
 
 def _check_fingerprint(model: Model, header: bytes | None, options: Any) -> None:
-    """Refuse a request that names the fingerprint of another model.
+    """Refuse a request for the fingerprint of another model.
 
     Raises:
-        WrongModel: The header X-Fingerprint or the option does.
+        WrongModel: The header X-Fingerprint or the option `fingerprint` names another one.
     """
     option = options.fingerprint if isinstance(options, LatentOptions) else None
     if header is None and option is None:
@@ -244,10 +249,10 @@ def _check_fingerprint(model: Model, header: bytes | None, options: Any) -> None
 
 
 def _pairs(query: bytes) -> dict[str, str]:
-    """The options in a query string.
+    """Options by name in a query string.
 
     Raises:
-        InvalidOption: One is named twice.
+        InvalidOption: A name occurs twice.
     """
     pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True)
     found = dict(pairs)

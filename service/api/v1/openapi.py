@@ -24,7 +24,7 @@ PARAMETERS = {"model": "Name of a model, see /v1/models", "version": "One of its
 BINARY: Schema = {"type": "string", "format": "binary"}
 NULL: Schema = {"type": "null"}
 FORM_NAMES = {"multipart/form-data": "Form", "application/x-www-form-urlencoded": "Fields"}
-"""Endings of the names of the schemas of forms."""
+"""Suffix of a form's schema, by media type."""
 ELEMENTS = {"float32": "number", "int64": "integer", "string": "string"}
 """JSON types of the elements of a tensor."""
 LATENT_AXES = (1, 3)
@@ -44,7 +44,7 @@ def _nested(axes: int, of: str = "number") -> Schema:
     return {"type": "array", "items": _nested(axes - 1, of)} if axes else {"type": of}
 
 
-# The first form of each is one that a generated Python client passes through as it is.
+# Generated Python clients pass the first form of each `anyOf` through unchanged.
 ARRAYS: dict[str, Schema] = {
     "images": {
         "anyOf": [{**_nested(1, "string"), "minItems": 1}, *map(_nested, (2, 3, 4)), {"type": "string"}],
@@ -79,11 +79,14 @@ ABOUT: dict[str, Schema] = {
 
 
 def with_operations(document: dict[str, Any], operations: Iterable[Operation]) -> dict[str, Any]:
-    """An OpenAPI document with the paths and schemas of the operations.
+    """Add the paths and schemas of the operations to an OpenAPI document.
 
     Args:
         document: The document of all other routes.
         operations: The operations.
+
+    Returns:
+        A new document.
     """
     operations, components = tuple(operations), document.get("components", {})
     schemas = {_title(name): schema for name, schema in ARRAYS.items()} | {"Note": NOTE, "Problem": problems.SCHEMA}
@@ -100,7 +103,7 @@ def with_operations(document: dict[str, Any], operations: Iterable[Operation]) -
 
 
 def _post(operation: Operation, names: tuple[str, ...]) -> dict[str, Any]:
-    """One operation at one path."""
+    """The path item of one operation; `names` are the parameters of the path."""
     return {
         "tags": [operation.name],
         "summary": operation.summary,
@@ -123,7 +126,7 @@ def _in_path(names: tuple[str, ...]) -> list[Schema]:
 
 
 def _in_query(operation: Operation) -> list[Schema]:
-    """The options. A query string has no null, so an option without a value is left out."""
+    """The options as query parameters. A query string has no null, so null is removed from their types."""
     found = []
     for name, option in _options(operation)[0].items():
         description, forms = option.pop("description"), [form for form in option.pop("anyOf", ()) if form != NULL]
@@ -133,7 +136,7 @@ def _in_query(operation: Operation) -> list[Schema]:
 
 
 def _in_headers(operation: Operation) -> list[Schema]:
-    """The option that may also be a header."""
+    """The header X-Fingerprint, for operations with the option `fingerprint`."""
     option = operation.options.model_fields.get("fingerprint")
     if option is None:
         return []
@@ -142,7 +145,7 @@ def _in_headers(operation: Operation) -> list[Schema]:
 
 
 def _bodies(operation: Operation) -> dict[str, Any]:
-    """The request body in every form that the operation reads."""
+    """The request body by media type, for every format that the operation reads."""
     name = _title(operation.name)
     bodies: dict[str, Any] = {
         "application/json": {"schema": _reference(f"{name}Request"), "example": operation.example},
@@ -158,7 +161,7 @@ def _bodies(operation: Operation) -> dict[str, Any]:
 
 
 def _answers(operation: Operation) -> dict[str, Any]:
-    """The answer in every form that it can have."""
+    """The answer by media type, for every format that can hold it."""
     answer = _reference(f"{_title(operation.name)}Answer")
     content: dict[str, Any] = {"application/json": {"schema": answer, "example": operation.answer}}
     pictures = "images" in (tensor.name for tensor in operation.outputs)
@@ -205,9 +208,9 @@ def _object(properties: dict[str, Schema], required: list[str]) -> Schema:
 
 
 def _options(operation: Operation) -> tuple[dict[str, Schema], dict[str, Schema]]:
-    """The options by name, and the named schemas of those that are one of several words.
+    """The options by name, and named schemas of options with an enumeration.
 
-    The description names the default. A `default` would make the option required in generated TypeScript.
+    The description contains the default, because a key `default` makes the option required in generated TypeScript.
     """
     options: dict[str, Schema] = {}
     words: dict[str, Schema] = {}
