@@ -25,6 +25,8 @@ blur of that standard deviation in pixels.
 """
 
 SOLVER_STEPS = 20
+SHARPEST = 1e-3
+"""Standard deviation of a blur in pixels below which every pixel is seen alone; dividing by less may overflow."""
 """Steps of conjugate gradients."""
 LEAST_VARIANCE = 1e-6
 """Least variance of an observed pixel: a quarter of a grey level, squared."""
@@ -84,7 +86,7 @@ def operator_of(name: OperatorName) -> Operator:
 def _blur(deviation: float, size: int) -> Rows:
     """Gaussian weights around every place, (size, size), cut off at the edges; rows sum to 1."""
     places = np.arange(size)
-    weights = np.exp(-0.5 * ((places[:, None] - places) / deviation) ** 2)
+    weights = np.exp(-0.5 * ((places[:, None] - places) / max(deviation, SHARPEST)) ** 2)
     found: Rows = (weights / weights.sum(1, keepdims=True)).astype(np.float32)
     return found
 

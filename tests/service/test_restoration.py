@@ -178,6 +178,14 @@ def test_projection_is_bayes_rule() -> None:
         np.testing.assert_allclose(left[row].ravel(), np.diag(prior - gain @ matrix @ prior), atol=1e-6)
 
 
+@pytest.mark.parametrize("deviation", [5e-324, 1e-300, 1e-3])
+def test_the_sharpest_blur_sees_every_pixel_alone(deviation: float) -> None:
+    """Also where dividing by its deviation would overflow, which numpy warns of."""
+    operator = operator_of(("blur", deviation, 6, 5))
+    np.testing.assert_array_equal(operator.rows, np.eye(6))
+    np.testing.assert_array_equal(operator.columns, np.eye(5))
+
+
 def test_projection_through_a_blur_is_bayes_rule_too() -> None:
     """Where what is seen overlaps, and some of it is missing, the mean is still exact."""
     rng = np.random.default_rng(1)
