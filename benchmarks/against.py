@@ -38,7 +38,6 @@ OUTSIDE = 0.05
 """Probability, at most, that the true median lies outside the interval."""
 WARM_S = 1
 COMMAND = [sys.executable, str(HERE.absolute() / "peers" / "ours.py")]
-REQUIREMENTS = ("pyproject.toml", "constraints.txt")
 
 
 class Ratio(NamedTuple):

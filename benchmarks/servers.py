@@ -81,15 +81,11 @@ class Server:
 
     def memory_mib(self) -> float:
         """Resident memory of all its processes, with shared pages counted once."""
-        return sum(_memory_kib(pid, b"Pss:") for pid in self.pids()) / 1024.0
-
-    def resident_mib(self) -> float:
-        """Sum of the resident memory of all its processes, with shared pages counted in each."""
-        return sum(_memory_kib(pid, b"Rss:") for pid in self.pids()) / 1024.0
+        return sum(_kib(pid, "smaps_rollup", b"Pss:") for pid in self.pids()) / 1024.0
 
     def peaks_mib(self) -> dict[int, float]:
         """Peak resident memory of each of its processes since `reset_peaks`."""
-        return {pid: _peak_kib(pid) / 1024.0 for pid in self.pids()}
+        return {pid: _kib(pid, "status", b"VmHWM:") / 1024.0 for pid in self.pids()}
 
     def reset_peaks(self) -> None:
         """Reset every process's peak to its current memory."""
@@ -191,14 +187,9 @@ def _cpu_ticks(pid: int) -> int:
     return sum(map(int, _stat(pid)[11:13]))
 
 
-def _memory_kib(pid: int, measure: bytes) -> int:
-    lines = _read(Path(f"/proc/{pid}/smaps_rollup")).splitlines()
-    return next((int(line.split()[1]) for line in lines if line.startswith(measure)), 0)
-
-
-def _peak_kib(pid: int) -> int:
-    lines = _read(Path(f"/proc/{pid}/status")).splitlines()
-    return next((int(line.split()[1]) for line in lines if line.startswith(b"VmHWM:")), 0)
+def _kib(pid: int, file: str, field: bytes) -> int:
+    lines = _read(Path(f"/proc/{pid}/{file}")).splitlines()
+    return next((int(line.split()[1]) for line in lines if line.startswith(field)), 0)
 
 
 def _kill(pid: int) -> None:

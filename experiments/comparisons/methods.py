@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from experiments.comparisons import classical
 from experiments.comparisons.gaussian_conditional import ImageGaussian
 from experiments.comparisons.unet import Denoiser
-from service.contract.images import fit
+from service.contract.images import Pixels, fit
 from training.data import ImageSet, as_float
 from training.evaluation.measures import psnr
-from training.evaluation.served import Client, Pixels
+from training.evaluation.served import Client
 from training.evaluation.tasks import Seen, Task
 from training.extras import installed
 

@@ -15,11 +15,12 @@ from tqdm import tqdm
 
 from experiments.comparisons import unet
 from experiments.comparisons.methods import Method, Restored, by_unet, is_gaussian, is_noise, ours, rivals
+from service.contract.images import Pixels
 from service.contract.manifest import digest
 from training.data import ImageSet
 from training.errors import ConfigError, DataError, RefusedError
 from training.evaluation.measures import coverage, psnr, ssim
-from training.evaluation.served import ROWS, Client, Pixels, offering, served
+from training.evaluation.served import ROWS, Client, offering, served
 from training.evaluation.tasks import SUBJECTS, Seen, Subject, Task, chosen, subject_of
 from training.extras import needed
 from training.loop.checkpoint import stage_seconds

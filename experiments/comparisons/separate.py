@@ -13,11 +13,11 @@ from scipy import ndimage
 from sklearn.metrics import roc_auc_score
 
 from experiments.paper import curves
-from service.contract.images import fit
+from service.contract.images import Pixels, fit
 from training.canvas import panels
 from training.data.frey import read_frames
 from training.errors import ConfigError, DataError
-from training.evaluation.served import Client, Pixels, offering, served
+from training.evaluation.served import Client, offering, served
 from training.evaluation.tasks import chosen, subject_of
 
 OWN = "test images"

@@ -44,7 +44,7 @@ class EventForm(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Codec:
-    """One wire format: what it is called, and how it is read and written.
+    """A wire format: its media types, its reader and its writer.
 
     A codec knows no HTTP beyond its media type, and no operation: `Intake` says what to read.
     """

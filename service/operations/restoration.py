@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from service.contract.calibration import calibrated
 from service.contract.corruption import Observation, OperatorName, Rows
+from service.contract.graphs import GRAPHS
 from service.contract.images import FIT_ADVICE, Fit
 from service.errors import InvalidOption
 from service.operations.inference.latent import Noise
@@ -28,7 +29,7 @@ from service.operations.operation import MEANS, PIXELS, SEED, DrawOptions, Input
 from service.runtime.model import Model
 from service.runtime.program import Submit
 
-NEEDS = ("recognition", "noise_level", "fusion", "correction")
+NEEDS = GRAPHS["recognition"].needs
 OUTPUTS = (
     replace(MEANS, meaning="Restored images, E[x | y]"),
     Tensor("std", ("n", *PIXELS), "Posterior standard deviation, with `uncertainty`", required=False),

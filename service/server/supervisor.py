@@ -242,7 +242,7 @@ class Supervisor:
         settings, sent = self._settings, 0
         end = time.monotonic()
         for listener in self._listeners:
-            listener.socket.close()  # the workers have copies; nobody accepts on this one any more
+            listener.socket.close()  # the workers keep their copies; this process accepts no more connections
         while True:
             if len(self._signals) > sent:
                 gently = sent == 0 and self._signals[0] == signal.SIGTERM

@@ -16,10 +16,11 @@ from tqdm import tqdm
 from service.contract import manifest as manifests
 from service.contract.calibration import calibrated, ways, widened
 from service.contract.corruption import Observation
+from service.contract.images import Pixels
 from service.contract.manifest import FILE_NAME, QUALITIES, Calibration, Manifest, ManifestError, digest
 from training.errors import ConfigError, DiskError
 from training.evaluation.measures import LEAST_STD, coverage
-from training.evaluation.served import Answer, Client, Pixels, offering, served
+from training.evaluation.served import Answer, Client, offering, served
 from training.evaluation.tasks import BLURRING, POISSON, Seen, Task, chosen, subject_of
 
 PROMISED = 0.9

@@ -20,10 +20,9 @@ import httpx
 import numpy as np
 from numpy.typing import NDArray
 
+from service.contract.images import Pixels
 from service.contract.manifest import FILE_NAME
 from training.errors import RefusedError, ServiceError
-
-Pixels = NDArray[np.float32]
 
 ROOT = Path(__file__).parents[2]
 READY_S = 60.0

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
 from service.contract.corruption import FAMILIES, NoiseFamily, OperatorName, operator_of
+from service.contract.images import Pixels
 from training.data import Dataset, Digits, Frey, Mnist, as_float
 from training.distributions.noise import corrupt
 from training.errors import ConfigError
-from training.evaluation.served import Pixels
 from training.loop.randomness import keyed_generator
 
 SCATTERED = 0.5
