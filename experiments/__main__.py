@@ -78,26 +78,13 @@ def _oracle(options: argparse.Namespace) -> None:
 
 def _restore(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
-    plan = RestoreOptions(
-        options.data,
-        options.runs / "restore",
-        options.url,
-        options.models,
-        options.images,
-        options.seed,
-        options.unet_epochs,
-        options.model,
-        tuple(options.tasks),
-        tuple(options.methods),
-    )
+    runs, tasks, methods = options.runs / "restore", tuple(options.tasks), tuple(options.methods)
+    plan = RestoreOptions.of(options, runs=runs, tasks=tasks, methods=methods)
     print(f"wrote {restoration_report.write(compare(plan), options.out)}")
 
 
 def _separate(options: argparse.Namespace) -> None:
-    plan = SeparateOptions(
-        options.data, options.url, options.models, options.model, options.images, options.seed, options.draws
-    )
-    print(f"wrote {separate(plan, options.out)}")
+    print(f"wrote {separate(SeparateOptions.of(options), options.out)}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from training import pipeline
 from training.cli import asking_command, run
 from training.config import load
 from training.data.mnist import download
-from training.evaluation.calibrate import Plan, calibrate
+from training.evaluation.calibrate import CalibrateOptions, calibrate
 from training.inference.command import advi_command
 from training.loop.processes import ALONE, Processes, joined
 
@@ -68,15 +68,7 @@ def _run_command(commands, name: str, help: str, command) -> argparse.ArgumentPa
 
 def _calibrate(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
-    plan = Plan(
-        options.data,
-        options.runs / "calibrate",
-        options.url,
-        options.models,
-        options.images,
-        options.seed,
-        options.model,
-    )
+    plan = CalibrateOptions.of(options, runs=options.runs / "calibrate")
     for path in calibrate(plan):
         print(f"wrote {path}")
 

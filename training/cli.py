@@ -57,7 +57,9 @@ def asking_command(commands: Any, name: str, text: str) -> argparse.ArgumentPars
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
     parser.add_argument("--url", help="URL of a running service; without it one runs for the duration of the command")
     parser.add_argument("--models", type=Path, default=Path("models"), help="model repository served (%(default)s)")
-    parser.add_argument("--model", default="*", help="pattern of the models' names (%(default)s)")
+    parser.add_argument(
+        "--model", dest="names", metavar="MODEL", default="*", help="pattern of the models' names (%(default)s)"
+    )
     parser.add_argument(
         "--data", type=Path, default=Path("data"), help="folder of the data sets, as for fit (%(default)s)"
     )

@@ -20,7 +20,7 @@ from service.contract.manifest import digest
 from training.data import ImageSet
 from training.errors import ConfigError, DataError, RefusedError
 from training.evaluation.measures import coverage, psnr, ssim
-from training.evaluation.served import ROWS, Client, offering, served
+from training.evaluation.served import ROWS, Client, ServiceOptions, offering, served
 from training.evaluation.tasks import SUBJECTS, Seen, Subject, Task, chosen, subject_of
 from training.extras import needed
 from training.loop.checkpoint import stage_seconds
@@ -33,31 +33,19 @@ EXAMPLE = 0
 """Row of the image in the picture."""
 
 
-@dataclass(frozen=True)
-class RestoreOptions:
+@dataclass(frozen=True, kw_only=True)
+class RestoreOptions(ServiceOptions):
     """Options of `restore`.
 
     Attributes:
-        data: Folder of the data sets.
         runs: Folder for cached results and the U-Net's checkpoints.
-        url: URL of a running service; None starts one.
-        models: Model repository of the started service.
-        images: Test images of each data set.
-        seed: Seed of the images and their corruptions.
         unet_epochs: Epochs of the U-Net; None uses the data set's own number.
-        names: Pattern of the models' names.
         tasks: Patterns of the tasks' names.
         methods: Patterns of the methods' names.
     """
 
-    data: Path
     runs: Path
-    url: str | None
-    models: Path
-    images: int = 200
-    seed: int = 0
     unet_epochs: int | None = None
-    names: str = "*"
     tasks: tuple[str, ...] = ("*",)
     methods: tuple[str, ...] = ("*",)
 

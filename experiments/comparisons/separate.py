@@ -17,7 +17,7 @@ from service.contract.images import Pixels, fit
 from training.canvas import panels
 from training.data.frey import read_frames
 from training.errors import ConfigError, DataError
-from training.evaluation.served import Client, offering, served
+from training.evaluation.served import Client, ServiceOptions, offering, served
 from training.evaluation.tasks import chosen, subject_of
 
 OWN = "test images"
@@ -30,26 +30,14 @@ SHEAR = 0.5
 Scores = dict[str, NDArray[np.float64]]
 
 
-@dataclass(frozen=True)
-class SeparateOptions:
-    """Options of `separate`.
+@dataclass(frozen=True, kw_only=True)
+class SeparateOptions(ServiceOptions):
+    """Options of `separate`, which asks the first served model of those names.
 
     Attributes:
-        data: Folder of the data sets.
-        url: URL of a running service; None starts one.
-        models: Model repository of the started service.
-        names: Pattern of the models' names; the first served one is used.
-        images: Test images.
-        seed: Seed of the images and of other pictures.
         draws: Posterior draws for each score.
     """
 
-    data: Path
-    url: str | None
-    models: Path
-    names: str = "*"
-    images: int = 500
-    seed: int = 0
     draws: int = 16
 
 

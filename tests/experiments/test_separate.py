@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("own_signals")
 
 
 def plan(data: Path) -> SeparateOptions:
-    return SeparateOptions(data, None, data)
+    return SeparateOptions(data=data, url=None, models=data)
 
 
 def test_other_pictures_are_what_they_are_called(tmp_path: Path) -> None:

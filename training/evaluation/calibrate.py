@@ -20,7 +20,7 @@ from service.contract.images import Pixels
 from service.contract.manifest import FILE_NAME, QUALITIES, Calibration, Manifest, ManifestError, digest
 from training.errors import ConfigError, DiskError
 from training.evaluation.measures import LEAST_STD, coverage
-from training.evaluation.served import Answer, Client, offering, served
+from training.evaluation.served import Answer, Client, ServiceOptions, offering, served
 from training.evaluation.tasks import BLURRING, POISSON, Seen, Task, chosen, subject_of
 
 PROMISED = 0.9
@@ -31,27 +31,15 @@ FEWEST = 200
 """Minimum uncertain pixels to estimate a factor; a way with fewer gets none."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Options of `calibrate`.
+@dataclass(frozen=True, kw_only=True)
+class CalibrateOptions(ServiceOptions):
+    """Options of `calibrate`, which writes the manifests in `models`.
 
     Attributes:
-        data: Folder of the data sets.
         runs: Folder for answers of an interrupted calibration.
-        url: URL of a running service; None starts one.
-        models: The model repository whose manifests are written.
-        images: Held-out images of each model.
-        seed: Seed of the images and their corruptions.
-        names: Pattern of the models' names.
     """
 
-    data: Path
     runs: Path
-    url: str | None
-    models: Path
-    images: int = 200
-    seed: int = 0
-    names: str = "*"
 
 
 class Told(NamedTuple):
@@ -129,7 +117,7 @@ class Asking:
         return Observation(seen.y, mask, level, family, True, task.operator_name(self.x.shape[2:]))
 
 
-def calibrate(plan: Plan) -> list[Path]:
+def calibrate(plan: CalibrateOptions) -> list[Path]:
     """Calibrate every served model whose name matches, on validation images of its data set.
 
     Args:
@@ -151,7 +139,7 @@ def calibrate(plan: Plan) -> list[Path]:
         return [_calibrate(plan, client, model) for model in found]
 
 
-def _calibrate(plan: Plan, client: Client, model: dict[str, Any]) -> Path:
+def _calibrate(plan: CalibrateOptions, client: Client, model: dict[str, Any]) -> Path:
     _, subject = subject_of(model)
     path = plan.models / model["model"] / model["version"] / FILE_NAME
     manifest = _manifest(path, model["fingerprint"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import re
@@ -12,9 +13,10 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import httpx
 import numpy as np
@@ -30,6 +32,38 @@ ANSWER_S = 600.0
 ROWS = 16
 """Rows in one request."""
 NPY = "application/x-npy"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceOptions:
+    """Options of a command that asks a service.
+
+    Attributes:
+        data: Folder of the data sets.
+        url: URL of a running service; None starts one.
+        models: Model repository of the started service.
+        images: Images of each data set.
+        seed: Seed of the images and of what is done to them.
+        names: Pattern of the models' names.
+    """
+
+    data: Path
+    url: str | None
+    models: Path
+    images: int = 200
+    seed: int = 0
+    names: str = "*"
+
+    @classmethod
+    def of(cls, options: argparse.Namespace, **others: Any) -> Self:
+        """Take the options of a command line; `others` replace those of the same name.
+
+        Args:
+            options: Those of a parser made by `cli.asking_command`.
+            **others: Values that the command line does not hold as they are.
+        """
+        given = {field.name: getattr(options, field.name) for field in fields(cls)}
+        return cls(**given | others)
 
 
 class Answer(NamedTuple):
