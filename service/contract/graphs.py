@@ -6,9 +6,12 @@ takes the tensors of a graph in its order. A graph of another name may be export
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+Axis = int | str
+"""A length, or `height`, `width` or a whole fraction of one of them, such as `height/8`."""
 IMAGE = "channels height width"
 SEEN = "channels seen_height seen_width"
 """Axes of an image seen through an operator, which may shrink it."""
@@ -47,11 +50,17 @@ class Signature(NamedTuple):
 
 _OBSERVED = {"y": IMAGE, "mask": IMAGE, "level": LEVEL}
 _RESTORED = {"restored": IMAGE, "variance": IMAGE}
-_RESTORING = ("recognition", "noise_level", "fusion", "correction")
+_RESTORING = ("decoder", "recognition", "noise_level", "fusion", "correction")
 
 GRAPHS = {
     "encoder": Signature("q(z|x): its mean and log variance", {"x": IMAGE}, {"mean": LATENT, "log_var": LATENT}),
     "decoder": Signature("E[x|z]", {"z": LATENT}, {"x_mean": IMAGE}),
+    "posterior": Signature(
+        "a draw z of a hierarchical q(z|x) from standard normal noise, mean and log variance of each latent given "
+        "those above it, and log q(z|x) in nats",
+        {"x": IMAGE, "eps": LATENT},
+        {"z": LATENT, "mean": LATENT, "log_var": LATENT, "log_q": NUMBER},
+    ),
     "prior": Signature("a draw z of the prior from standard normal noise", {"eps": NOISE}, {"z": LATENT}),
     "log_joint": Signature(
         "log p(x|z) and log p(z) in nats",
@@ -106,12 +115,37 @@ GRAPHS = {
 """Signatures of the graphs that the service runs, by name."""
 
 
-def shape_of(axes: str, input_shape: Sequence[int], latent_shape: Sequence[int], families: int) -> list[int] | None:
+def fraction_of(axis: str) -> tuple[str, int] | None:
+    """The axis `height` or `width` that a text names, and its divisor; None for another text."""
+    found = re.fullmatch(r"(height|width)(?:/([1-9]\d{0,4}))?", axis)
+    return None if found is None else (found[1], int(found[2] or 1))
+
+
+def at_size(shape: Sequence[Axis], height: int, width: int) -> tuple[int, ...]:
+    """The shape for images of this height and width.
+
+    Raises:
+        ValueError: An axis divides height or width with a remainder.
+    """
+    found = []
+    for axis in shape:
+        known = fraction_of(axis) if isinstance(axis, str) else None
+        if known is None:
+            found.append(int(axis))
+            continue
+        length, rest = divmod(height if known[0] == "height" else width, known[1])
+        if rest or not length:
+            raise ValueError(f"{axis} is no whole number at {height} x {width}")
+        found.append(length)
+    return tuple(found)
+
+
+def shape_of(axes: str, input_shape: Sequence[Axis], latent_shape: Sequence[Axis], families: int) -> list[Axis] | None:
     """The shape after the batch axis of a tensor with these axes.
 
     Args:
         axes: As a `Signature` has them.
-        input_shape: (c, h, w) of the model's images.
+        input_shape: (c, h, w) of the model's images; height and width may be free.
         latent_shape: Shape of one latent.
         families: Number of noise families.
 
@@ -119,7 +153,7 @@ def shape_of(axes: str, input_shape: Sequence[int], latent_shape: Sequence[int],
         The shape, or None where the graph chooses it, or where a latent that must be a vector is none.
     """
     channels, height, width = input_shape
-    sizes: dict[str, Sequence[int]] = {
+    sizes: dict[str, Sequence[Axis]] = {
         "channels": [channels],
         "height": [height],
         "seen_height": [height],
@@ -128,7 +162,7 @@ def shape_of(axes: str, input_shape: Sequence[int], latent_shape: Sequence[int],
         LATENT: latent_shape,
         LEVEL: [families],
     }
-    if len(latent_shape) == 1:
+    if len(latent_shape) == 1 and isinstance(latent_shape[0], int):
         sizes |= {VECTOR: latent_shape, VECTOR_AND_LEVEL: [latent_shape[0] + families]}
     names = axes.split()
     return [size for name in names for size in sizes[name]] if sizes.keys() >= set(names) else None

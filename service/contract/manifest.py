@@ -26,7 +26,7 @@ from pydantic import (
     model_validator,
 )
 
-from service.contract.graphs import GRAPHS, VECTORS, shape_of
+from service.contract.graphs import GRAPHS, VECTORS, Axis, at_size, fraction_of, shape_of
 
 FILE_NAME = "manifest.json"
 DEFAULT_FILE = "default"
@@ -45,10 +45,16 @@ MAX_DEPTH = 32
 """Limit of nested objects and lists. Some writers of JSON fail at 254."""
 MAX_AXES, MAX_NUMBERS = 8, 2**28
 """Limits of one row of a tensor."""
+MAX_LENGTH = 2**20
+"""Limit of an axis."""
+MAX_SIZE = 2**16
+"""Limit of the height and width of images of free size."""
 MAX_ENTRIES = 64
 """Limit of an object's names: graphs, tensors of a graph, calibration factors."""
 MAX_VALUES = 128
 """Limit of a list's values."""
+MAX_VARIANTS = 3
+"""Limit of further variants."""
 MAX_ROWS = 4096
 """Limit of golden rows."""
 MAX_FLOAT32 = 3.4e38
@@ -112,15 +118,29 @@ FileName = Annotated[
     str,
     _must(f"a plain file name other than {FILE_NAME}", lambda name: is_plain_name(name) and name != FILE_NAME),
 ]
+CARD_NAME = "README.md"
+CardName = Annotated[str, _must(CARD_NAME, CARD_NAME.__eq__)]
 Sha256 = Annotated[str, _must("64 hex digits", lambda text: re.fullmatch("[0-9a-f]{64}", text) is not None)]
+
+
+def _is_axis(axis: Axis) -> bool:
+    return 0 < axis < MAX_LENGTH if isinstance(axis, int) else fraction_of(axis) is not None
+
+
+def _is_small(shape: list[Axis]) -> bool:
+    return math.prod(axis for axis in shape if isinstance(axis, int)) <= MAX_NUMBERS
+
+
 Shape = Annotated[
-    list[Annotated[int, Field(gt=0, lt=2**20)]],
+    list[Annotated[Axis, _must("a length below 2**20, or height, width or a fraction such as height/8", _is_axis)]],
     Field(max_length=MAX_AXES),
-    _must(f"of at most {MAX_NUMBERS} numbers", lambda shape: math.prod(shape) <= MAX_NUMBERS),
+    _must(f"of at most {MAX_NUMBERS} numbers", _is_small),
     _at_most(MAX_VALUES),
 ]
+"""Lengths of axes. `height` and `width` are those of the image that a request sends."""
 Tensors = Annotated[dict[Name, Shape], Field(min_length=1), _at_most(MAX_ENTRIES)]
 Positive = Annotated[float, Field(gt=0)]
+Length = Annotated[int, Field(gt=0, le=MAX_SIZE)]
 QUALITIES = ("fast", "refined")
 Quality = Annotated[str, _must(" or ".join(QUALITIES), QUALITIES.__contains__)]
 
@@ -142,6 +162,17 @@ class File(Part):
     """Digest of its content in lower-case hex."""
 
 
+class Card(Part):
+    """The model card, for people."""
+
+    file: CardName
+    """Name of the file, in Markdown."""
+    sha256: Sha256
+    """Digest of its content in lower-case hex."""
+    pictures: Annotated[list[File], _at_most(MAX_ENTRIES)] = []
+    """Pictures that it shows, in PNG."""
+
+
 class Graph(File):
     """An ONNX graph and its tensors."""
 
@@ -149,6 +180,57 @@ class Graph(File):
     """Shape of each input after the batch axis, in the order of the graph's signature."""
     outputs: Tensors
     """Shape of each output likewise."""
+    data: Annotated[list[File], _at_most(MAX_ENTRIES)] = []
+    """Files of ONNX external data, which hold weights of the graph."""
+
+
+class Size(Part):
+    """Heights and widths of images where they are free. The service pads images to the next multiple."""
+
+    multiple_of: Length = 1
+    """Heights and widths of the graphs are multiples of this number."""
+    min: Length = 1
+    """Least height and width of the graphs, a multiple."""
+    max: Length = 8192
+    """Largest height and width of an image, a multiple."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Size:
+        if self.min > self.max or self.min % self.multiple_of or self.max % self.multiple_of:
+            raise ValueError(f"needs min <= max, both multiples of multiple_of ({self.multiple_of})")
+        return self
+
+    def padded(self, length: int) -> int:
+        """The height or width that the graphs take for an image of this one."""
+        return max(self.min, -(-length // self.multiple_of) * self.multiple_of)
+
+
+class Tiles(Part):
+    """How larger images are cut into tiles."""
+
+    side: Length | None = None
+    """Largest height and width of a tile; VAE_TILE_PIXELS may make it smaller."""
+    margin: Annotated[int, Field(ge=0, le=MAX_SIZE)]
+    """Pixels from an inner edge of a tile within which its answer differs from that of the whole image."""
+    exact: bool
+    """Whether the answers are equal beyond the margin. They are not where operations see the whole image, such as
+    attention or group normalisation."""
+
+
+class Group(Part):
+    """A group of latents of a hierarchical model, packed into channels of the latent by space-to-depth.
+
+    Channel c, row i and column j of a block become channel `channels[0] + (c * block + i) * block + j`.
+    """
+
+    name: Name
+    """Name of the group, from the top of the hierarchy down."""
+    shape: Annotated[Shape, _must("[channels, height, width]", lambda shape: len(shape) == 3)]
+    """(c, h, w) before packing."""
+    channels: Annotated[list[int], _must("[first, end]", lambda ends: len(ends) == 2 and 0 <= ends[0] < ends[1])]
+    """First channel of the group in the latent, and the channel after its last."""
+    block: Annotated[int, Field(gt=0, le=MAX_SIZE)]
+    """Height and width of the blocks that become channels."""
 
 
 class Golden(File):
@@ -158,6 +240,10 @@ class Golden(File):
     """Number of rows of every array."""
     tolerance: Annotated[float, Field(ge=0)]
     """How far an answer may be from the known one: absolute, and relative above 1."""
+    height: Length | None = None
+    """Height of the images, given where it is free."""
+    width: Length | None = None
+    """Width of the images, given where it is free."""
 
 
 class Scoring(Part):
@@ -208,12 +294,71 @@ def _in_order(graphs: dict[str, Graph]) -> dict[str, Graph]:
     }
 
 
-def _sorted_like(known: Mapping[str, str], shapes: dict[str, list[int]]) -> dict[str, list[int]]:
+def _sorted_like(known: Mapping[str, str], shapes: dict[str, list[Axis]]) -> dict[str, list[Axis]]:
     return {key: shapes[key] for key in (*known, *shapes) if key in shapes}
 
 
-class Manifest(Part):
-    """One version of one model. Shapes are without the batch axis."""
+class Variant(Part):
+    """Graphs for images of one number of channels. Shapes are without the batch axis."""
+
+    input_shape: Annotated[Shape, _must("[channels, height, width]", lambda shape: len(shape) == 3)]
+    """(c, h, w). Height and width are numbers, or `height` and `width` where they are free."""
+    latent_shape: Annotated[Shape, Field(min_length=1)]
+    """(d,) for a vector, or any other."""
+    groups: Annotated[list[Group], _at_most(MAX_ENTRIES)] = []
+    """Groups of a hierarchical latent; empty where the latent is one group."""
+    graphs: Annotated[dict[PlainName, Graph], AfterValidator(_in_order), _at_most(MAX_ENTRIES)]
+    """By name; see service/contract/graphs.py. Every ability of a model is a graph."""
+    golden: Golden
+    """Known answers of every graph, which the service replays when it loads the version."""
+    scoring: Scoring | None = None
+    """Required with the graph `log_joint`."""
+    calibration: Calibration | None = None
+    """Added to a version that restores; the fingerprint stays."""
+
+    @property
+    def channels(self) -> int:
+        """Channels of its images."""
+        channels = self.input_shape[0]
+        assert isinstance(channels, int)
+        return channels
+
+    @property
+    def latent_dim(self) -> int | None:
+        """d where a latent is a vector, else None."""
+        dim = self.latent_shape[0]
+        return dim if len(self.latent_shape) == 1 and isinstance(dim, int) else None
+
+    def golden_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the golden arrays by their names, `<graph>/<tensor>`."""
+        height, width = self.golden_size()
+        return {
+            f"{name}/{key}": (self.golden.rows, *at_size(shape, height, width))
+            for name, graph in self.graphs.items()
+            for key, shape in (*graph.inputs.items(), *graph.outputs.items())
+        }
+
+    def golden_size(self) -> tuple[int, int]:
+        """Height and width of the golden images."""
+        free = (self.golden.height or 0, self.golden.width or 0)
+        height, width = at_size(self.input_shape[1:], *free)
+        return height, width
+
+    def golden_bytes(self) -> int:
+        """Size of the golden arrays in float32."""
+        return sum(4 * math.prod(shape) for shape in self.golden_shapes().values())
+
+
+WRITTEN_FIRST = (
+    "schema_version", "name", "version", "input_shape", "value_range", "latent_shape", "likelihood", "prior", "dataset",
+    "noise_families", "graphs", "golden", "training", "quality", "scoring", "calibration",
+)  # fmt: skip
+"""Keys of the first schema, in their order in the file; later keys follow."""
+SHAPE_TEXT = re.compile(r'\[(?:[^\[\]{}"]|"(?:height|width)[/\d]*")*\]')
+
+
+class Manifest(Variant):
+    """One version of one model. It describes one variant, and lists the others, if there are any, in `variants`."""
 
     schema_version: int
     """1."""
@@ -221,96 +366,125 @@ class Manifest(Part):
     """Name of the folder of the model."""
     version: Name
     """Name of the folder of the version."""
-    input_shape: Annotated[Shape, _must("[channels, height, width]", lambda shape: len(shape) == 3)]
-    """(c, h, w)."""
+    variants: Annotated[list[Variant], _at_most(MAX_VARIANTS)] = []
+    """Variants for images of other numbers of channels. The channels of a request's images choose."""
+    size: Size | None = None
+    """Given where height and width are free."""
+    tiles: Tiles | None = None
+    """How images above VAE_TILE_PIXELS are cut into tiles, where height and width are free."""
     value_range: Annotated[
         list[float],
-        _must("[low, high]", lambda ends: len(ends) == 2 and ends[0] < ends[1]),
-        _must("of float32 numbers", lambda ends: max(map(abs, ends)) <= MAX_FLOAT32),
-        _at_most(MAX_VALUES),
-    ]
-    """Lowest and highest value of a pixel."""
-    latent_shape: Annotated[Shape, Field(min_length=1)]
-    """(d,) for a vector, or any other."""
-    likelihood: str
-    """Family of p(x|z), for people."""
-    prior: str
-    """Family of p(z), for people."""
-    dataset: str
-    """Name of the training images."""
+        _must("[0.0, 1.0] or [-1.0, 1.0]", lambda ends: ends in ([0.0, 1.0], [-1.0, 1.0])),
+    ] = [0.0, 1.0]
+    """Black and white in the graphs `encoder`, `posterior`, `decoder` and `log_joint`. In all other graphs and over
+    HTTP they are 0 and 1."""
+    scaling_factor: Positive = 1.0
+    """What diffusion models multiply latents by, after they subtract `shift_factor`. Latents over HTTP are neither."""
+    shift_factor: float = 0.0
+    """What diffusion models subtract from latents."""
+    prior: str | None = None
+    """Family of p(z); None where the model has no prior, and cannot be sampled."""
     noise_families: Annotated[
         list[str],
         _must("different plain names", lambda names: len(set(names)) == len(names) and all(map(is_plain_name, names))),
         _at_most(MAX_VALUES),
-    ]
+    ] = []
     """The columns of the noise level that graphs take and give; empty where the model does not restore."""
-    graphs: Annotated[dict[PlainName, Graph], AfterValidator(_in_order), _at_most(MAX_ENTRIES)]
-    """By name: always `encoder` and `decoder`; every further ability is one more graph."""
-    golden: Golden
-    """Known answers of every graph, which the service replays when it loads the version."""
-    training: dict[str, Any]
-    """Settings and figures of the training, for people."""
-    quality: dict[str, Any]
-    """Measured figures with their units in the keys, for people."""
-    scoring: Scoring | None = None
-    """Required with the graph `log_joint`."""
-    calibration: Calibration | None = None
-    """Added to a version that restores; the fingerprint stays."""
     tileable: bool = False
     """Whether parts of larger images look like the training images, so that they may be restored tile by tile."""
+    card: Card | None = None
+    """The model card."""
+    likelihood: str = ""
+    """Family of p(x|z), for people."""
+    dataset: str = ""
+    """Name of the training images, for people."""
+    training: dict[str, Any] = {}
+    """Settings and figures of the training, for people."""
+    quality: dict[str, Any] = {}
+    """Measured figures with their units in the keys, for people."""
 
     @cached_property
     def fingerprint(self) -> str:
         """Sixteen hex digits that change when any graph does. Latents belong to one fingerprint."""
-        digests = "".join(f"{name}:{graph.sha256};" for name, graph in sorted(self.graphs.items()))
+        every = [self, *self.variants]
+        names = sorted(
+            (f"{one.channels}/{name}" if self.variants else name, graph)
+            for one in every
+            for name, graph in one.graphs.items()
+        )
+        digests = "".join(f"{name}:{';'.join(_digests(graph))};" for name, graph in names)
         return hashlib.sha256(digests.encode()).hexdigest()[:16]
 
-    @property
-    def latent_dim(self) -> int | None:
-        """d where a latent is a vector, else None."""
-        return self.latent_shape[0] if len(self.latent_shape) == 1 else None
+    def views(self) -> list[Manifest]:
+        """The manifest as each of its variants sees it: that variant is described, the others are in `variants`."""
+        every = [{name: getattr(one, name) for name in Variant.model_fields} for one in (self, *self.variants)]
+        return [
+            self.model_copy(update={**one, "variants": [Variant(**other) for other in every if other is not one]})
+            for one in every
+        ]
 
     def files(self) -> list[File]:
-        """Every file of the version but the manifest."""
-        return [*self.graphs.values(), self.golden]
-
-    def golden_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the golden arrays by their names, `<graph>/<tensor>`."""
-        return {
-            f"{name}/{key}": (self.golden.rows, *shape)
-            for name, graph in self.graphs.items()
-            for key, shape in (*graph.inputs.items(), *graph.outputs.items())
-        }
-
-    def golden_bytes(self) -> int:
-        """Size of the golden arrays in float32."""
-        return sum(4 * math.prod(shape) for shape in self.golden_shapes().values())
+        """Every file that serving needs, but the manifest."""
+        return [
+            file
+            for one in (self, *self.variants)
+            for file in (*(part for graph in one.graphs.values() for part in (graph, *graph.data)), one.golden)
+        ]
 
     def to_json(self) -> str:
-        """The manifest as text, each shape on one line."""
-        text = json.dumps(self.model_dump(), indent=2)
-        return re.sub(r"\[[^\[\]{}\"]*\]", lambda found: "".join(found.group().split()).replace(",", ", "), text) + "\n"
+        """The manifest as text, each shape on one line, without later keys that have their default."""
+        told = self.model_dump(exclude_defaults=True)
+        content = {**{key: told.get(key, getattr(self, key)) for key in WRITTEN_FIRST}, **told}
+        text = json.dumps({key: value for key, value in content.items() if value is not None}, indent=2)
+        return SHAPE_TEXT.sub(lambda found: "".join(found.group().split()).replace(",", ", "), text) + "\n"
 
     @model_validator(mode="after")
     def _check(self) -> Manifest:
-        for name in ("encoder", "decoder"):
-            if name not in self.graphs:
-                raise ValueError(f"graphs lacks {name}")
-        for name in self.graphs.keys() & GRAPHS.keys():
-            self._check_graph(name)
-        if self.golden_bytes() > MAX_GOLDEN_BYTES:
-            raise ValueError(f"the golden rows would be {self.golden_bytes()} bytes, at most {MAX_GOLDEN_BYTES}")
-        if self.scoring is None and "log_joint" in self.graphs:
-            raise ValueError(f"graphs has log_joint, which needs scoring; {ADVICE}")
-        names = [entry.file for entry in self.files()]
+        for view in (self, *self.variants):
+            self._check_variant(view)
+        channels = [one.channels for one in (self, *self.variants)]
+        if len(set(channels)) < len(channels):
+            raise ValueError("every variant must have a number of channels of its own")
+        card = [] if self.card is None else self.card.pictures
+        names = [entry.file for entry in (*self.files(), *card)]
         if len(set(names)) < len(names):
             raise ValueError("every file must have a name of its own")
         return self
 
-    def _check_graph(self, name: str) -> None:
+    def _check_variant(self, variant: Variant) -> None:
+        """Compares a variant with the size, its graphs with their signatures."""
+        channels, golden = variant.input_shape[0], variant.golden
+        free = variant.input_shape[1:] == ["height", "width"]
+        if not (isinstance(channels, int) and (free or variant.input_shape[1:] == _numbers(variant.input_shape[1:]))):
+            raise ValueError(
+                f'input_shape must be three numbers or [channels, "height", "width"], not {shown(variant.input_shape)}'
+            )
+        for key, known in (("size", self.size), ("golden.height", golden.height), ("golden.width", golden.width)):
+            if (known is not None) != free:
+                raise ValueError(
+                    f"{key} is needed, because input_shape leaves height and width free"
+                    if free
+                    else f"{key} is only for images whose height and width input_shape leaves free"
+                )
+        if not variant.graphs.keys() & {"encoder", "posterior", "decoder"}:
+            raise ValueError("graphs lacks encoder, posterior and decoder; give one at least")
+        if variant.graphs.keys() >= {"encoder", "posterior"}:
+            raise ValueError("graphs has both encoder and posterior; give one of them")
+        for name in sorted(variant.graphs.keys() & GRAPHS.keys()):
+            self._check_graph(variant, name)
+        try:
+            size = variant.golden_bytes()
+        except ValueError as error:
+            raise ValueError(f"a shape does not fit the golden images: {error}") from error
+        if size > MAX_GOLDEN_BYTES:
+            raise ValueError(f"the golden rows would be {size} bytes, at most {MAX_GOLDEN_BYTES}")
+        if variant.scoring is None and "log_joint" in variant.graphs:
+            raise ValueError(f"graphs has log_joint, which needs scoring; {ADVICE}")
+
+    def _check_graph(self, variant: Variant, name: str) -> None:
         """Compares a graph with its signature."""
-        graph, signature = self.graphs[name], GRAPHS[name]
-        if missing := set(signature.needs) - self.graphs.keys():
+        graph, signature = variant.graphs[name], GRAPHS[name]
+        if missing := set(signature.needs) - variant.graphs.keys():
             raise ValueError(f"graphs lacks {_named(missing)}, which {name} needs")
         for kind, shapes, known in (
             ("inputs", graph.inputs, signature.inputs),
@@ -319,11 +493,19 @@ class Manifest(Part):
             if shapes.keys() != known.keys():
                 raise ValueError(f"graphs.{name}.{kind} must be {', '.join(known)}, not {_named(shapes)}")
             for key, axes in known.items():
-                if axes in VECTORS and self.latent_dim is None:
+                if axes in VECTORS and variant.latent_dim is None:
                     raise ValueError(f"graphs has {name}, which needs latents that are vectors")
-                shape = shape_of(axes, self.input_shape, self.latent_shape, len(self.noise_families))
+                shape = shape_of(axes, variant.input_shape, variant.latent_shape, len(self.noise_families))
                 if shape is not None and shapes[key] != shape:
-                    raise ValueError(f"graphs.{name}.{kind}.{key} must be {shape}, not {shown(shapes[key])}")
+                    raise ValueError(f"graphs.{name}.{kind}.{key} must be {shown(shape)}, not {shown(shapes[key])}")
+
+
+def _numbers(shape: list[Axis]) -> list[Axis]:
+    return [axis for axis in shape if isinstance(axis, int)]
+
+
+def _digests(graph: Graph) -> list[str]:
+    return [graph.sha256, *(file.sha256 for file in graph.data)]
 
 
 def manifest_of(content: Mapping[str, Any]) -> Manifest:
@@ -344,6 +526,7 @@ def _message(error: ValidationError) -> str:
     faults = error.errors(include_url=False)
     first = faults[0]
     kind, place = first["type"], first["loc"]
+    place = place[:-1] if place[-1:] == ("int",) else place  # an axis may be a text too
     where, parent = (".".join(_named([str(part)]) for part in path if part != "[key]") for path in (place, place[:-1]))
     if kind in ("missing", "extra_forbidden"):
         names = [str(one["loc"][-1]) for one in faults if (one["type"], one["loc"][:-1]) == (kind, place[:-1])]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from typing import Any
 
 from service.contract.golden import deviation
+from service.contract.graphs import Axis
 from service.contract.manifest import Manifest
 from service.errors import StartError
 from service.runtime.program import Graphs, ModelProgram
@@ -33,19 +34,19 @@ class Model:
 
     @cached_property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of an image, (c, h, w)."""
-        return tuple(self.manifest.input_shape)
+        """Shape of an image, (c, h, w); height and width are 0 where they are free."""
+        return _lengths(self.manifest.input_shape)
 
     @cached_property
     def latent_shape(self) -> tuple[int, ...]:
-        """Shape of a latent."""
-        return tuple(self.manifest.latent_shape)
+        """Shape of a latent; height and width are 0 where they are free."""
+        return _lengths(self.manifest.latent_shape)
 
     @cached_property
     def noise_shape(self) -> tuple[int, ...]:
-        """Shape of the standard normal noise that one draw from the prior takes."""
+        """Shape of the standard normal noise that one draw from the prior takes, likewise."""
         prior = self.manifest.graphs.get("prior")
-        return self.latent_shape if prior is None else tuple(prior.inputs["eps"])
+        return self.latent_shape if prior is None else _lengths(prior.inputs["eps"])
 
     def plan(
         self, operation: str, rows: Any, draws: int = 0, *choices: Any, rounds: int = 1, **further: Any
@@ -106,3 +107,8 @@ class Model:
                 f"{of} is off its golden vectors by {error:.2g} (at most {self.manifest.golden.tolerance:g}) on this "
                 "machine"
             )
+
+
+def _lengths(shape: Sequence[Axis]) -> tuple[int, ...]:
+    """The shape with 0 for every free axis."""
+    return tuple(axis if isinstance(axis, int) else 0 for axis in shape)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service import process
+from service.contract.graphs import Axis
 from service.contract.manifest import Graph
 from service.errors import StartError
 
@@ -96,7 +97,7 @@ def _as_memory_error(error: Exception) -> Exception:
     return MemoryError(str(error)) if any(words in str(error) for words in NO_MEMORY) else error
 
 
-def _compare(kind: str, tensors: Sequence[Any], described: Mapping[str, Sequence[int]]) -> None:
+def _compare(kind: str, tensors: Sequence[Any], described: Mapping[str, Sequence[Axis]]) -> None:
     """Refuses tensors that differ from the manifest's, as far as the graph gives their shapes.
 
     Raises:

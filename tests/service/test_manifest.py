@@ -32,7 +32,7 @@ def changed(content: dict[str, Any], path: str, value: Any) -> bytes:
     for parent in parents:
         place = place[parent]
     if value is None:
-        del place[last]
+        place.pop(last, None)
     else:
         place[last] = value
     return json.dumps(copy).encode()
@@ -95,16 +95,16 @@ def test_a_calibration_is_read_and_changes_no_fingerprint(content: dict[str, Any
     [
         ("schema_version", 2, "upgrade the service"),
         ("schema_version", None, "schema_version is null"),
-        ("likelihood", None, "lacks likelihood"),
+        ("latent_shape", None, "lacks latent_shape"),
         ("mood", "good", "unknown mood"),
         ("input_shape", "28", "input_shape must be"),
-        ("input_shape", [1, -8, 8], "input_shape.1 must be greater than 0, not -8"),
+        ("input_shape", [1, -8, 8], "input_shape.1 must be a length below 2**20"),
         ("input_shape", [8, 8], "input_shape must be [channels, height, width]"),
-        ("value_range", [1.0, 0.0], "value_range must be [low, high]"),
-        ("graphs/encoder", None, "lacks encoder"),
+        ("value_range", [1.0, 0.0], "value_range must be [0.0, 1.0] or [-1.0, 1.0]"),
+        ("graphs", {}, "lacks encoder, posterior and decoder"),
         ("graphs/decoder/file", "../decoder.onnx", "graphs.decoder.file must be a plain file name"),
         ("graphs/decoder/file", "/etc/passwd", "graphs.decoder.file must be a plain file name"),
-        ("graphs/decoder/inputs", {"z": [0]}, "graphs.decoder.inputs.z.0 must be greater than 0"),
+        ("graphs/decoder/inputs", {"z": [0]}, "graphs.decoder.inputs.z.0 must be a length below 2**20"),
         ("golden/tolerance", "small", "tolerance must be"),
         ("golden", [], "must be an object"),
         ("scoring", None, "needs scoring"),
@@ -132,6 +132,91 @@ def test_a_manifest_that_cannot_be_used_is_refused_by_name(
     assert says in str(caught.value)
 
 
+def digits(count: int) -> str:
+    return "1" + "0" * count
+
+
+def tensors(channels: int, *latent: int | str) -> dict[str, Any]:
+    """A version of an encoder and a decoder for images of free size."""
+    image = [channels, "height", "width"]
+    graphs = {
+        "encoder": {"inputs": {"x": image}, "outputs": {"mean": [*latent], "log_var": [*latent]}},
+        "decoder": {"inputs": {"z": [*latent]}, "outputs": {"x_mean": image}},
+    }
+    for name, graph in graphs.items():
+        graph |= {"file": f"{name}-{channels}.onnx", "sha256": digits(1).zfill(64)}
+    golden = {"file": f"golden-{channels}.npz", "sha256": "0" * 64, "rows": 2, "tolerance": 1e-3}
+    return {
+        "input_shape": image,
+        "latent_shape": [*latent],
+        "graphs": graphs,
+        "golden": {**golden, "height": 32, "width": 48},
+    }
+
+
+FREE: dict[str, Any] = {
+    "schema_version": 1,
+    "name": "photo",
+    "version": "1",
+    "size": {"multiple_of": 8, "min": 16, "max": 8192},
+    **tensors(3, 4, "height/8", "width/8"),
+}
+
+
+def test_a_manifest_of_serving_alone_is_enough() -> None:
+    """Sizes are free, latents are a fraction of them, and what is only for people may be absent."""
+    manifest = manifests.parse(json.dumps(FREE).encode())
+    assert (manifest.prior, manifest.likelihood, manifest.value_range) == (None, "", [0.0, 1.0])
+    assert manifest.golden_shapes()["encoder/mean"] == (2, 4, 4, 6)
+    assert [manifest.size.padded(length) for length in (1, 16, 17, 24)] == [16, 16, 24, 24]  # type: ignore[union-attr]
+    assert manifests.parse(manifest.to_json().encode()) == manifest
+
+
+def test_variants_share_a_fingerprint_and_differ_in_graphs() -> None:
+    """Each view describes one variant and lists the others; another graph of any of them is another fingerprint."""
+    content = {**FREE, "variants": [tensors(1, 2, "height/8", "width/8")]}
+    manifest = manifests.parse(json.dumps(content).encode())
+    colour, grey = manifest.views()
+    assert colour == manifest
+    assert (colour.channels, grey.channels) == (3, 1)
+    assert grey.graphs["encoder"].file == "encoder-1.onnx"
+    files = ("encoder-{}.onnx", "decoder-{}.onnx", "golden-{}.npz")
+    assert [one.file for one in grey.files()] == [file.format(channels) for channels in (1, 3) for file in files]
+    assert colour.fingerprint == grey.fingerprint
+    content["variants"][0]["graphs"]["decoder"]["sha256"] = "1" * 64
+    assert manifests.parse(json.dumps(content).encode()).fingerprint != manifest.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"size": None}, "size is needed"),
+        ({"size": {"multiple_of": 8, "min": 12, "max": 64}}, "both multiples of multiple_of (8)"),
+        ({"input_shape": [3, 32, 48]}, "size is only for images"),
+        ({"input_shape": [3, "height", 48]}, "input_shape must be three numbers or"),
+        ({"input_shape": ["height", "height", "width"]}, "input_shape must be three numbers or"),
+        ({"input_shape": [3, "depth", "width"]}, "input_shape.1 must be a length"),
+        ({"latent_shape": [4, "height/0", "width/8"]}, "latent_shape.1 must be a length"),
+        ({"latent_shape": [4, "height/4", "width/8"]}, 'graphs.decoder.inputs.z must be [4, "height/4"'),
+        ({"latent_shape": [True]}, "latent_shape.0 must be"),
+        ({"latent_shape": [1.5]}, "latent_shape.0 must be"),
+        ({"golden": {**FREE["golden"], "height": 33}}, "does not fit the golden images"),
+        ({"golden": {**FREE["golden"], "height": 2**16, "width": 2**16}}, "the golden rows would be"),
+        ({"variants": [tensors(3, 4, "height/8", "width/8")]}, "a number of channels of its own"),
+        ({"variants": [{**tensors(1, 4, "height/8", "width/8"), "golden": FREE["golden"]}]}, "a name of its own"),
+        ({"card": {"file": "../README.md", "sha256": "0" * 64}}, "card.file must be README.md"),
+        ({"tiles": {"margin": -1, "exact": True}}, "tiles.margin must be"),
+        ({"groups": [{"name": "top", "shape": [1, 2, 2], "channels": [4, 4], "block": 1}]}, "must be [first, end]"),
+    ],
+)  # fmt: skip
+def test_sizes_that_do_not_fit_together_are_refused_by_name(changes: dict[str, Any], says: str) -> None:
+    """The message names the key and what it must be."""
+    content = {key: value for key, value in {**FREE, **changes}.items() if value is not None}
+    with pytest.raises(ManifestError) as caught:
+        manifests.parse(json.dumps(content).encode())
+    assert says in str(caught.value)
+
+
 VALUES = st.recursive(st.none() | st.integers() | st.text(), st.lists)
 
 
@@ -140,10 +225,6 @@ def test_nonsense_is_refused_and_nothing_else_happens(text: bytes) -> None:
     """Any bytes at all are a ManifestError."""
     with pytest.raises(ManifestError):
         manifests.parse(text)
-
-
-def digits(count: int) -> str:
-    return "1" + "0" * count
 
 
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -157,7 +238,7 @@ NESTED = "[" * 40 + "]" * 40
         ("quality", '{"mse": -Infinity}', "not finite"),
         ("quality", '{"mse": 1e999}', "not finite"),
         ("value_range", "[0.0, Infinity]", "not finite"),
-        ("value_range", "[0.0, 1e300]", "float32"),
+        ("value_range", "[0.0, 1e300]", "[-1.0, 1.0]"),
         ("quality", f'{{"mse": {digits(30)}}}', "more than 64 bits"),
         ("quality", f'{{"mse": {digits(5000)}}}', "not JSON"),
         ("input_shape", f"[1, 28, {digits(400)}]", "more than 64 bits"),
