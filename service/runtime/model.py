@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from typing import Any
 
 from service.contract.golden import deviation
-from service.contract.graphs import Axis
+from service.contract.graphs import at_size
 from service.contract.manifest import Manifest
 from service.errors import StartError
 from service.runtime.program import Graphs, ModelProgram
@@ -17,36 +17,66 @@ from service.runtime.program import Graphs, ModelProgram
 MOST_PROGRAMS = 256
 """Bounds the program cache, because static choices such as `blur` come from the client."""
 
+PRIOR, ONE_GROUP = "a prior p(z)", "latents of one group"
+"""Abilities that are not graphs."""
+
 
 @dataclass(eq=False)
 class Model:
-    """One version, ready to serve.
+    """One variant of a version, ready to serve.
 
     Args:
-        manifest: Its manifest.
+        manifest: The manifest as the variant sees it.
         graphs: Its opened graphs, by name.
         programs: Its programs, by operation and static choices.
+        variants: All variants of the version by their channels, this one included.
     """
 
     manifest: Manifest
     graphs: Graphs
     programs: dict[tuple[Any, ...], ModelProgram] = field(default_factory=dict)
+    variants: dict[int, Model] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.variants.setdefault(self.manifest.channels, self)
 
     @cached_property
     def input_shape(self) -> tuple[int, ...]:
         """Shape of an image, (c, h, w); height and width are 0 where they are free."""
-        return _lengths(self.manifest.input_shape)
+        return tuple(axis if isinstance(axis, int) else 0 for axis in self.manifest.input_shape)
 
     @cached_property
     def latent_shape(self) -> tuple[int, ...]:
-        """Shape of a latent; height and width are 0 where they are free."""
-        return _lengths(self.manifest.latent_shape)
+        """Shape of a latent; axes are 0 where height and width of images are free."""
+        return tuple(axis if isinstance(axis, int) else 0 for axis in self.manifest.latent_shape)
+
+    @cached_property
+    def abilities(self) -> frozenset[str]:
+        """Its graphs, `PRIOR` where latents have one, and `ONE_GROUP` where all latents are independent given x."""
+        prior = set() if self.manifest.prior is None else {PRIOR}
+        return frozenset(self.graphs) | prior | (set() if self.manifest.groups else {ONE_GROUP})
+
+    def latent_at(self, height: int, width: int) -> tuple[int, ...]:
+        """Shape of the latent of an image of the graphs' height and width.
+
+        Raises:
+            ValueError: Height or width is no multiple of the model's.
+        """
+        return at_size(self.manifest.latent_shape, height, width)
+
+    def noise_at(self, height: int, width: int) -> tuple[int, ...]:
+        """Shape of the standard normal noise of one draw from the prior, for an image of this height and width.
+
+        Raises:
+            ValueError: Height or width is no multiple of the model's.
+        """
+        prior = self.manifest.graphs.get("prior")
+        return self.latent_at(height, width) if prior is None else at_size(prior.inputs["eps"], height, width)
 
     @cached_property
     def noise_shape(self) -> tuple[int, ...]:
-        """Shape of the standard normal noise that one draw from the prior takes, likewise."""
-        prior = self.manifest.graphs.get("prior")
-        return self.latent_shape if prior is None else _lengths(prior.inputs["eps"])
+        """Shape of that noise for images of a fixed size."""
+        return self.noise_at(*self.input_shape[1:])
 
     def plan(
         self, operation: str, rows: Any, draws: int = 0, *choices: Any, rounds: int = 1, **further: Any
@@ -107,8 +137,3 @@ class Model:
                 f"{of} is off its golden vectors by {error:.2g} (at most {self.manifest.golden.tolerance:g}) on this "
                 "machine"
             )
-
-
-def _lengths(shape: Sequence[Axis]) -> tuple[int, ...]:
-    """The shape with 0 for every free axis."""
-    return tuple(axis if isinstance(axis, int) else 0 for axis in shape)
