@@ -114,6 +114,9 @@ GRAPHS = {
 }
 """Signatures of the graphs that the service runs, by name."""
 
+RANGED = {"encoder": ("x",), "posterior": ("x",), "decoder": ("x_mean",), "log_joint": ("x",)}
+"""Tensors whose values lie in the manifest's `value_range`, by graph. All other images lie in [0, 1]."""
+
 
 def fraction_of(axis: str) -> tuple[str, int] | None:
     """The axis `height` or `width` that a text names, and its divisor; None for another text."""

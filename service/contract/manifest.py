@@ -329,6 +329,12 @@ class Variant(Part):
         dim = self.latent_shape[0]
         return dim if len(self.latent_shape) == 1 and isinstance(dim, int) else None
 
+    @property
+    def latent_block(self) -> int:
+        """Height and width in pixels of one place of the latent; 1 where it has no height and width of its own."""
+        found = [fraction_of(axis) for axis in self.latent_shape if isinstance(axis, str)]
+        return next((known[1] for known in found if known is not None), 1)
+
     def golden_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the golden arrays by their names, `<graph>/<tensor>`."""
         height, width = self.golden_size()

@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from service.contract import manifest as manifests
-from service.contract.golden import archive_bytes
-from service.contract.manifest import MAX_FILE_BYTES, MAX_MANIFEST_BYTES, File, Golden, Graph, ManifestError
+from service.contract.manifest import MAX_MANIFEST_BYTES, File, Golden, Graph, ManifestError
 from service.errors import StartError
 from service.repository.files import locked, replace
+from service.repository.version import most_bytes
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -267,7 +267,7 @@ def _copy(store: Store, source: str, folder: Path) -> int:
     except ManifestError as error:
         raise StartError(f"{store.shown(source)}/{manifests.FILE_NAME}: {error}") from error
     files = manifest.files()
-    most = {entry.file: MAX_FILE_BYTES for entry in files} | {manifest.golden.file: archive_bytes(manifest)}
+    most = most_bytes(manifest)
     if _has_manifest(folder, text) and all(_has(folder, entry, most[entry.file]) for entry in files):
         return 0
     hidden, fetched = folder.with_name(f".{folder.name}"), 0

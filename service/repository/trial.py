@@ -54,12 +54,15 @@ def run(asked: Trial) -> dict[str, Any]:
     """
     process.limit_memory(asked.memory_bytes)
     version = read_version(Path(asked.folder))
-    for name, content in version.graphs.items():
+    graphs = [
+        (files.manifest.graphs[name].file, graph) for files in version.variants for name, graph in files.graphs.items()
+    ]
+    for file, content in graphs:
         try:
-            check_graph(version.manifest.graphs[name].file, content)
+            check_graph(file, content)
         except ManifestError as error:
             raise StartError(f"{asked.folder} cannot be opened: {error}") from error
-    process.limit_memory(asked.memory_bytes, asked.threads * len(version.graphs))
+    process.limit_memory(asked.memory_bytes, asked.threads * len(graphs))
     process.forbid_files()
     # On the CPU in any case: other providers need files, and reserve more address space than they use.
     model = assemble(version, PROVIDERS["cpu"], asked.threads)

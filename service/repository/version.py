@@ -14,7 +14,7 @@ from service.contract.manifest import MAX_FILE_BYTES, File, Golden, Graph, Manif
 from service.errors import StartError, one_line
 from service.repository.confined import Killed, TookTooLong, run_module
 from service.repository.warm_up import take_timings, warm
-from service.runtime.model import Model
+from service.runtime.model import Model, replay, unit_range
 from service.runtime.program import Timing
 from service.runtime.session import PROVIDERS, Session
 from service.runtime.thread import in_threads
@@ -23,14 +23,25 @@ OWN_THREAD = ("refinement", "elbo_gradient", "log_joint")
 """Graphs of iterative work. They run on the caller's nice-19 thread; onnxruntime's own threads are not nice."""
 
 
-class Version(NamedTuple):
-    """The files of a version, checked against its manifest, whose digest covers all of them."""
+class Files(NamedTuple):
+    """The files of one variant, checked against its manifest."""
 
-    folder: Path
-    digest: str
     manifest: Manifest
     graphs: dict[str, bytes]
     golden: dict[str, Any]
+
+
+class Version(NamedTuple):
+    """The files of a version by variant, and the digest of the manifest, which covers all of them."""
+
+    folder: Path
+    digest: str
+    variants: list[Files]
+
+    @property
+    def golden(self) -> list[dict[str, Any]]:
+        """Golden rows of each variant."""
+        return [files.golden for files in self.variants]
 
 
 class LoadLimits(NamedTuple):
@@ -99,11 +110,17 @@ def check_files(folder: Path, manifest: Manifest) -> None:
     Raises:
         StartError: A file is missing or has another digest.
     """
-    golden = manifest.golden
+    most = most_bytes(manifest)
     with start_errors():
         for entry in manifest.files():
-            if not manifests.has_digest(folder, entry, archive_bytes(manifest) if entry is golden else MAX_FILE_BYTES):
+            if not manifests.has_digest(folder, entry, most[entry.file]):
                 raise _changed(folder, entry)
+
+
+def most_bytes(manifest: Manifest) -> dict[str, int]:
+    """Limit of the size of each file of a version, by name."""
+    golden = {view.golden.file: archive_bytes(view) for view in manifest.views()}
+    return {entry.file: golden.get(entry.file, MAX_FILE_BYTES) for entry in manifest.files()}
 
 
 def read_version(folder: Path) -> Version:
@@ -117,11 +134,15 @@ def read_version(folder: Path) -> Version:
         manifest = manifests.parse_file(folder, text)
     if (manifest.name, manifest.version) != (folder.parent.name, folder.name):
         raise StartError(f"{folder} holds version {manifest.version} of {manifest.name}; name the folders after them")
+    return Version(folder, manifests.digest(text), [_read_variant(folder, view) for view in manifest.views()])
+
+
+def _read_variant(folder: Path, manifest: Manifest) -> Files:
     graphs = {name: _read(folder, graph, MAX_FILE_BYTES) for name, graph in manifest.graphs.items()}
     archive = _read(folder, manifest.golden, archive_bytes(manifest))
     with start_errors(f"{folder} cannot be opened: "):
         golden = read_golden(archive, manifest)
-    return Version(folder, manifests.digest(text), manifest, graphs, golden)
+    return Files(manifest, graphs, golden)
 
 
 def assemble(version: Version, provider: str, threads: int) -> Model:
@@ -132,31 +153,42 @@ def assemble(version: Version, provider: str, threads: int) -> Model:
         provider: onnxruntime's name of the execution provider.
         threads: Threads of a graph.
 
+    Returns:
+        The first variant, which knows the others.
+
     Raises:
         StartError: A graph cannot be opened, or is off its golden vectors.
         MemoryError: There is too little memory.
     """
-    shapes = version.manifest.graphs
+    variants: dict[int, Model] = {}
+    for files in version.variants:
+        graphs = _opened(version.folder, files, provider, threads)
+        Model(files.manifest, unit_range(files.manifest, graphs), variants=variants)
+    return variants[version.variants[0].manifest.channels]
+
+
+def _opened(folder: Path, files: Files, provider: str, threads: int) -> dict[str, Session]:
+    """The graphs of a variant, opened and replayed."""
+    shapes = files.manifest.graphs
 
     def opened(name: str) -> Session:
         try:
-            return Session(version.graphs[name], provider, 1 if name in OWN_THREAD else threads, shapes[name])
+            return Session(files.graphs[name], provider, 1 if name in OWN_THREAD else threads, shapes[name])
         except MemoryError:
             raise
         except Exception as error:
-            told = f"{version.folder} cannot be opened: {shapes[name].file}: {one_line(error)}"
+            told = f"{folder} cannot be opened: {shapes[name].file}: {one_line(error)}"
             raise StartError(told) from error
 
-    names = sorted(shapes, key=lambda name: -len(version.graphs[name]))  # the largest first: few take most of the time
+    names = sorted(shapes, key=lambda name: -len(files.graphs[name]))  # the largest first: few take most of the time
     try:
         graphs = dict(zip(names, in_threads(opened, names, threads), strict=True))
-        model = Model(version.manifest, graphs)
-        model.replay(version.golden)
+        replay(files.manifest, graphs, files.golden)
     except (StartError, MemoryError):
         raise
     except Exception as error:
-        raise StartError(f"{version.folder} cannot be opened: {one_line(error)}") from error
-    return model
+        raise StartError(f"{folder} cannot be opened: {one_line(error)}") from error
+    return graphs
 
 
 @contextmanager

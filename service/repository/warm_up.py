@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from service.operations.registry import warm_up
@@ -13,12 +14,12 @@ MOST_REFINED = 16
 """Rows of the largest batch with which a step of refinement is timed."""
 
 
-def warm(model: Model, golden: Mapping[str, Any], max_rows: int) -> list[Timing]:
+def warm(model: Model, golden: Sequence[Mapping[str, Any]], max_rows: int) -> list[Timing]:
     """Run and time the usual programs.
 
     Args:
         model: The model.
-        golden: Its golden vectors, by `graph/tensor`.
+        golden: Golden vectors of each of its variants, by `graph/tensor`.
         max_rows: Rows of the largest batch.
 
     Returns:
@@ -32,17 +33,20 @@ def warm(model: Model, golden: Mapping[str, Any], max_rows: int) -> list[Timing]
     return timings
 
 
-def take_timings(model: Model, golden: Mapping[str, Any], max_rows: int, timings: Sequence[Timing]) -> None:
+def take_timings(model: Model, golden: Sequence[Mapping[str, Any]], max_rows: int, timings: Sequence[Timing]) -> None:
     """Use the timings that `warm` measured of the same version in another process on this machine."""
     for (program, _, _), timing in zip(_usual(model, golden, max_rows), timings, strict=True):
         program.timing = timing
 
 
-def _usual(model: Model, golden: Mapping[str, Any], max_rows: int) -> Iterator[tuple[ModelProgram, int, Arrays]]:
+def _usual(
+    model: Model, golden: Sequence[Mapping[str, Any]], max_rows: int
+) -> Iterator[tuple[ModelProgram, int, Arrays]]:
     """Each program that the operations' warm-up requests submit, the rows of its largest batch, and its inputs.
 
     The caller sets a program's timing before it asks for the next one, which may take the same timing.
     """
-    for program, arrays in warm_up(model, golden):
+    variants = zip(model.variants.values(), golden, strict=True)
+    for program, arrays in chain.from_iterable(warm_up(variant, known) for variant, known in variants):
         if program.timing is None:
             yield program, MOST_REFINED if program.rounds > 1 else max(1, max_rows // program.weight), arrays

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from service.contract.golden import deviation
-from service.contract.graphs import at_size
+from service.contract.graphs import RANGED, at_size
 from service.contract.manifest import Manifest
 from service.errors import StartError
-from service.runtime.program import Graphs, ModelProgram
+from service.runtime.program import FreeSize, Graph, Graphs, ModelProgram
 
 MOST_PROGRAMS = 256
 """Bounds the program cache, because static choices such as `blur` come from the client."""
@@ -27,7 +31,7 @@ class Model:
 
     Args:
         manifest: The manifest as the variant sees it.
-        graphs: Its opened graphs, by name.
+        graphs: Its opened graphs, by name, with images in [0, 1].
         programs: Its programs, by operation and static choices.
         variants: All variants of the version by their channels, this one included.
     """
@@ -78,8 +82,24 @@ class Model:
         """Shape of that noise for images of a fixed size."""
         return self.noise_at(*self.input_shape[1:])
 
+    @cached_property
+    def free(self) -> FreeSize | None:
+        """What its programs know of sizes; None where the size of images is fixed."""
+        manifest = self.manifest
+        pixels = math.prod(manifest.golden_size())
+        return None if manifest.size is None else FreeSize(manifest.size, manifest.tiles, pixels)
+
     def plan(
-        self, operation: str, rows: Any, draws: int = 0, *choices: Any, rounds: int = 1, **further: Any
+        self,
+        operation: str,
+        rows: Any,
+        draws: int = 0,
+        *choices: Any,
+        rounds: int = 1,
+        local: bool = True,
+        images: tuple[int, ...] = (),
+        of_latents: bool = False,
+        **further: Any,
     ) -> ModelProgram:
         """Return the program of an operation with these static choices; the same object while it is in the cache.
 
@@ -91,6 +111,9 @@ class Model:
             draws: Posterior draws for each row.
             *choices: Positional choices for `rows`.
             rounds: Number of slices that the work is cut into; more than 1 marks iterative work.
+            local: Whether the answer for an image can be put together from tiles; see `ModelProgram`.
+            images: Places of the outputs that are images in [0, 1].
+            of_latents: Whether its inputs are latents, or noise of the same shape, and nothing else.
             **further: Keyword choices for `rows`.
         """
         key = (operation, draws, rounds, *choices, *further.items())
@@ -104,36 +127,83 @@ class Model:
                 for (name, drawn, *_), known in self.programs.items()
                 if (name, drawn) == (operation, draws)
             )
-            program = ModelProgram(self.manifest.name, operation, max(1, draws), compute, rounds, next(alike, None))
+            program = ModelProgram(
+                self.manifest.name,
+                operation,
+                max(1, draws),
+                compute,
+                rounds,
+                next(alike, None),
+                free=self.free,
+                block=self.manifest.latent_block if of_latents else 1,
+                local=local,
+                images=images,
+            )
             self.programs[key] = program
         return program
 
-    def replay(self, golden: Mapping[str, Any]) -> None:
-        """Run every graph on its golden rows, singly and together.
 
-        Args:
-            golden: Golden vectors, by `graph/tensor`.
+def unit_range(manifest: Manifest, graphs: Mapping[str, Graph]) -> Graphs:
+    """The graphs, which take and give images in [0, 1] whatever range they were made for.
 
-        Raises:
-            StartError: A graph gives other answers on this machine; the message names it.
-        """
-        for name, graph in self.manifest.graphs.items():
-            rows = [golden[f"{name}/{key}"] for key in graph.inputs]
-            for size in (1, len(rows[0])):
-                answers = self.graphs[name](*(row[:size] for row in rows))
-                for key, answer in zip(graph.outputs, answers, strict=True):
-                    self._compare(name, key, answer, golden[f"{name}/{key}"][:size])
+    Args:
+        manifest: Says the range of the graphs' own images.
+        graphs: Graphs by name, with their tensors in the order of their signatures.
+    """
+    if manifest.value_range == [0.0, 1.0]:
+        return graphs
+    low, high = (np.float32(end) for end in manifest.value_range)
 
-    def _compare(self, graph: str, key: str, answer: Any, known: Any) -> None:
-        of = f"model {self.manifest.name} version {self.manifest.version}: {graph}"
-        if answer.shape != known.shape or answer.dtype != known.dtype:
-            raise StartError(
-                f"{of} gives {key} as {answer.dtype} of shape {list(answer.shape)}, not as {known.dtype} of shape "
-                f"{list(known.shape)} as its golden vectors; export the model again"
+    def ranged(graph: Graph, places: tuple[bool, ...], images: tuple[bool, ...]) -> Graph:
+        def run(*arrays: Any) -> tuple[NDArray[np.float32], ...]:
+            given = (
+                low + (high - low) * array if image else array for array, image in zip(arrays, places, strict=True)
             )
-        error = deviation(key, answer, known)
-        if not error <= self.manifest.golden.tolerance:
-            raise StartError(
-                f"{of} is off its golden vectors by {error:.2g} (at most {self.manifest.golden.tolerance:g}) on this "
-                "machine"
-            )
+            found = zip(graph(*given), images, strict=True)
+            return tuple((array - low) / (high - low) if image else array for array, image in found)
+
+        return run
+
+    return {
+        name: ranged(
+            graph,
+            tuple(key in RANGED.get(name, ()) for key in manifest.graphs[name].inputs),
+            tuple(key in RANGED.get(name, ()) for key in manifest.graphs[name].outputs),
+        )
+        if name in RANGED
+        else graph
+        for name, graph in graphs.items()
+    }
+
+
+def replay(manifest: Manifest, graphs: Mapping[str, Graph], golden: Mapping[str, Any]) -> None:
+    """Run every graph on its golden rows, singly and together.
+
+    Args:
+        manifest: The manifest.
+        graphs: Its graphs, by name.
+        golden: Golden vectors, by `graph/tensor`.
+
+    Raises:
+        StartError: A graph gives other answers on this machine; the message names it.
+    """
+    for name, described in manifest.graphs.items():
+        rows = [golden[f"{name}/{key}"] for key in described.inputs]
+        for size in (1, len(rows[0])):
+            answers = graphs[name](*(row[:size] for row in rows))
+            for key, answer in zip(described.outputs, answers, strict=True):
+                _compare(manifest, name, key, answer, golden[f"{name}/{key}"][:size])
+
+
+def _compare(manifest: Manifest, graph: str, key: str, answer: Any, known: Any) -> None:
+    of = f"model {manifest.name} version {manifest.version}: {graph}"
+    if answer.shape != known.shape or answer.dtype != known.dtype:
+        raise StartError(
+            f"{of} gives {key} as {answer.dtype} of shape {list(answer.shape)}, not as {known.dtype} of shape "
+            f"{list(known.shape)} as its golden vectors; export the model again"
+        )
+    error = deviation(key, answer, known)
+    if not error <= manifest.golden.tolerance:
+        raise StartError(
+            f"{of} is off its golden vectors by {error:.2g} (at most {manifest.golden.tolerance:g}) on this machine"
+        )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from service.contract.manifest import Size, Tiles
 
 Arrays = tuple[NDArray[Any], ...]
 Graph = Callable[..., tuple[NDArray[np.float32], ...]]
@@ -27,6 +29,22 @@ HAND_OVER_S = 2e-4
 """Estimated overhead of a batch: the way to the thread and back."""
 WORTH = 1.1
 """A larger batch is worth it where its cost a row is lower by this factor."""
+MOST_SIZES = 256
+"""Bounds the sized programs of one program, because the sizes of images come from the client."""
+
+
+class FreeSize(NamedTuple):
+    """What a program of a model of free size knows of sizes.
+
+    Attributes:
+        size: Multiple and bounds of height and width.
+        tiles: How larger images are cut; None where the model does not say.
+        pixels: Pixels of the golden images, with which the program is timed.
+    """
+
+    size: Size
+    tiles: Tiles | None
+    pixels: int
 
 
 class Program(Protocol):
@@ -34,6 +52,10 @@ class Program(Protocol):
 
     Programs are compared by identity.
     """
+
+    @property
+    def free(self) -> FreeSize | None:
+        """What it knows of sizes, for images of free size."""
 
     @property
     def rounds(self) -> int:
@@ -79,6 +101,11 @@ class ModelProgram:
         rounds: Number of slices that the work is cut into.
         timing: Measured seconds by number of rows; None while unmeasured.
         clock: Clock for the measurements, in seconds.
+        free: Of a model whose images are of free size.
+        block: Height and width in pixels of one place of its largest input: 1, or more where all inputs are latents.
+        local: Whether the answer for a pixel, or for a number an image, can be put together from tiles of the image.
+        images: Places of the outputs that are images in [0, 1].
+        most_rows: Rows of a batch at most; None is any number.
     """
 
     model: str
@@ -88,6 +115,38 @@ class ModelProgram:
     rounds: int = 1
     timing: Timing | None = None
     clock: Callable[[], float] = time.perf_counter
+    free: FreeSize | None = None
+    block: int = 1
+    local: bool = True
+    images: tuple[int, ...] = ()
+    most_rows: int | None = None
+    _sized: dict[tuple[Any, ...], ModelProgram] = field(default_factory=dict)
+
+    def image_size(self, arrays: Arrays) -> tuple[int, int]:
+        """Height and width of the images that these inputs are of, for a model of free size."""
+        shapes = [array.shape[-2:] for array in arrays if array.ndim > 3]  # (n, c, h, w)
+        height, width = max(shapes)
+        return self.block * height, self.block * width
+
+    def sized(self, arrays: Arrays, most_pixels: int) -> ModelProgram:
+        """The program for inputs of this size; the same object for the same size, so that its rows share batches.
+
+        Args:
+            arrays: The inputs, of a model of free size.
+            most_pixels: Pixels of a batch at most; a single row may have more.
+        """
+        key = tuple(array.shape[1:] for array in arrays)
+        found = self._sized.get(key)
+        if found is None:
+            assert self.free is not None
+            if len(self._sized) >= MOST_SIZES:
+                del self._sized[next(iter(self._sized))]
+            pixels = math.prod(self.image_size(arrays))
+            share = pixels / self.free.pixels
+            timing = None if self.timing is None else {rows: share * s for rows, s in self.timing.items()}
+            most = max(1, most_pixels // (pixels * self.weight))
+            found = self._sized[key] = replace(self, timing=timing, most_rows=most, _sized={})
+        return found
 
     def run(self, *arrays: Any) -> Arrays:
         """Compute a batch."""
@@ -98,9 +157,10 @@ class ModelProgram:
 
         Small batches let the HTTP work of the next batch run while this one is computed.
         """
+        most = max_rows if self.most_rows is None else min(max_rows, self.most_rows)
         if self.timing is None:
-            return max(1, max_rows // self.weight)
-        return min(max_rows, self._enough)
+            return max(1, most // self.weight)
+        return min(most, self._enough)
 
     def cost_s(self, rows: int) -> float:
         """Estimated time of a batch, in seconds, from the measurements; infinite while unmeasured."""

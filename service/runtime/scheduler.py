@@ -6,7 +6,11 @@ import asyncio
 from typing import Any
 
 from service.runtime.batcher import Batcher
-from service.runtime.program import Arrays, Program, Trip
+from service.runtime.program import Arrays, ModelProgram, Program, Trip
+from service.runtime.tiling import run_tiled, tile_side
+
+TILE_PIXELS = 2**20
+"""Default of VAE_TILE_PIXELS."""
 
 
 class Engine:
@@ -14,10 +18,12 @@ class Engine:
 
     Args:
         inline_s: Interactive batches that cost less than this run in the event loop, in seconds.
+        tile_pixels: Images of free size with more pixels are worked off in tiles; pixels of a batch of such images.
         **options: Options of both batchers; see `Batcher`.
     """
 
-    def __init__(self, *, inline_s: float = 0.0, **options: Any) -> None:
+    def __init__(self, *, inline_s: float = 0.0, tile_pixels: int = TILE_PIXELS, **options: Any) -> None:
+        self._tile_pixels = tile_pixels
         self._interactive = Batcher(inline_s=inline_s, **options)
         self._iterative = Batcher(background=True, **options)
 
@@ -37,7 +43,23 @@ class Engine:
         return self._interactive.running + self._iterative.running
 
     async def submit(self, program: Program, arrays: Arrays, **known: Any) -> Trip:
-        """Run a program; see `Batcher.submit`. Programs of more than one round count as iterative work."""
+        """Run a program; see `Batcher.submit`. Programs of more than one round count as iterative work.
+
+        Images of free size share batches with others of their size, and those too large for one run are worked off in
+        tiles; see `run_tiled`.
+
+        Args:
+            program: The program.
+            arrays: Its inputs.
+            **known: Of `Batcher.submit`; for images of free size also `levels`, see `run_tiled`.
+        """
+        if program.free is not None:
+            assert isinstance(program, ModelProgram)
+            side = tile_side(program.free.size, program.free.tiles, self._tile_pixels)
+            if max(program.image_size(arrays)) > side:
+                return await run_tiled(self.submit, program, arrays, side, **known)
+            known.pop("levels", None)
+            program = program.sized(arrays, self._tile_pixels)
         return await (self._iterative if program.rounds > 1 else self._interactive).submit(program, arrays, **known)
 
     async def close(self) -> None:

@@ -32,6 +32,7 @@ class Doubler:
     cost: float = IN_LOOP
     weight: int = 1
     rounds: int = 1
+    free: None = None
     during: Callable[[Arrays], None] = lambda _: None
     batches: list[list[float]] = field(default_factory=list)
 

@@ -34,7 +34,7 @@ RAW = {"content-type": "application/octet-stream"}
 class Gated:
     """A program that waits for a gate."""
 
-    rounds = 1
+    rounds, free = 1, None
 
     def __init__(self) -> None:
         self.gate, self.entered = threading.Event(), threading.Event()
