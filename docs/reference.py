@@ -134,7 +134,7 @@ def manifest_keys() -> str:
     schema = manifest.Manifest.model_json_schema()
     kinds = {
         "Manifest": schema,
-        **{name: schema["$defs"][name] for name in ("Graph", "Golden", "Scoring", "Calibration")},
+        **dict(sorted(schema["$defs"].items())),
     }
     parts = []
     for name, kind in kinds.items():
@@ -142,7 +142,7 @@ def manifest_keys() -> str:
             (
                 f"`{key}`",
                 _json_type(value),
-                "required" if key in kind["required"] else f"`{json.dumps(value['default'])}`",
+                "required" if key in kind.get("required", ()) else f"`{json.dumps(value['default'])}`",
                 " ".join(value.get("description", "").split()),
             )
             for key, value in kind["properties"].items()
@@ -155,6 +155,10 @@ def _json_type(value: Schema) -> str:
     """A type of a manifest's JSON Schema in words."""
     if kinds := _kinds(value):
         return kinds[0]
+    choices = [choice for choice in value.get("anyOf", [value]) if choice.get("type") != "null"]
+    if len(choices) > 1:
+        return " or ".join(_json_type(choice) for choice in choices)
+    value = {**value, **choices[0]}
     if value["type"] == "array":
         return f"list of {_json_type(value['items'])}"
     if value["type"] == "object":

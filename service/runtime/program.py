@@ -72,15 +72,20 @@ class Program(Protocol):
 
 
 class Trip(NamedTuple):
-    """Output arrays, and the time in the queue and in the model, summed over the batches that a request needed."""
+    """Output arrays, and the time in the queue and in the model, summed over the batches that a request needed.
+
+    `tiled` is whether images were worked off in tiles.
+    """
 
     arrays: Arrays
     queue_s: float
     inference_s: float
+    tiled: bool = False
 
     def after(self, first: Trip) -> Trip:
         """These arrays, with the time of both trips."""
-        return Trip(self.arrays, first.queue_s + self.queue_s, first.inference_s + self.inference_s)
+        tiled = self.tiled or first.tiled
+        return Trip(self.arrays, first.queue_s + self.queue_s, first.inference_s + self.inference_s, tiled)
 
 
 Submit = Callable[..., Awaitable[Trip]]

@@ -125,7 +125,7 @@ async def run_tiled(submit: Submit, program: ModelProgram, arrays: Arrays, side:
                 trip = await anext(trips)
                 canvas.add(row, down, across, trip.arrays)
                 spent = trip.after(spent)
-    return spent._replace(arrays=canvas.arrays())
+    return spent._replace(arrays=canvas.arrays(), tiled=True)
 
 
 async def _ahead(
