@@ -5,7 +5,7 @@ PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint 
 DATA ?= data
 CONFIG ?= training/configs/mnist.toml
 
-.PHONY: setup serve train test client-test container-test lint bench bench-against bench-training bench-beside house attack fuzz soak clean
+.PHONY: setup serve train test client-test container-test lint bench bench-against bench-sizes bench-training bench-beside house attack fuzz soak clean
 
 serve: $(VENV)/.serve
 	$(PYTHON) -m service
@@ -36,6 +36,9 @@ bench: $(VENV)/.test
 bench-against: $(VENV)/.test
 	$(PYTHON) -m benchmarks.against $(REF) $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SECONDS),--seconds $(SECONDS)) \
 	  $(if $(LOADS),--loads $(LOADS))
+
+bench-sizes: $(VENV)/.test
+	$(PYTHON) -m benchmarks.sizes $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SECONDS),--seconds $(SECONDS))
 
 bench-training: $(VENV)/.test
 	$(PYTHON) -m benchmarks.training $(if $(wildcard $(DATA)/mnist),--data $(DATA))
