@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -18,9 +18,10 @@ import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from service.contract.golden import deviation
-from service.contract.graphs import GRAPHS, Signature, free_axes
+from service.contract.graphs import GRAPHS, Signature, free_axes, shape_of
 from service.contract.manifest import (
     DEFAULT_FILE,
     FILE_NAME,
@@ -48,6 +49,14 @@ GOLDEN_TOLERANCE = 1e-3
 """Tolerance of golden rows on any execution provider; TF32 keeps about three digits."""
 GOLDEN_ROWS = 4
 GOLDEN_FILE = "golden.npz"
+OWN_DOMAINS = {"", "ai.onnx", "ai.onnx.ml"}
+"""Domains of ONNX's own operators; the service runs no others."""
+RANDOM = {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
+MAX_STEPS = 2**16
+"""Largest free size, in multiples of the model's."""
+
+Shapes = dict[str, list[int | str]]
+"""Shapes after the batch axis by tensor, as the manifest writes them: numbers, or `height`, `width/8` and the like."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +68,31 @@ class Exportable:
         rows: Golden rows, one tensor (n, ...) for each input.
         signature: Names and axes of its inputs and outputs.
         gradients: Whether the module computes gradients.
+        parity: Maximum difference between torch and onnxruntime.
     """
 
     module: nn.Module
     rows: tuple[Tensor, ...]
     signature: Signature
     gradients: bool = False
+    parity: float = PARITY
+
+
+@dataclass(frozen=True)
+class Converted:
+    """One graph that is ONNX already, with golden rows.
+
+    Attributes:
+        content: The .onnx file.
+        inputs: Golden inputs (n, ...) by name, in the order of the signature.
+        outputs: What the graph makes of them, likewise.
+        signature: Names and axes of its inputs and outputs.
+    """
+
+    content: bytes
+    inputs: dict[str, np.ndarray]
+    outputs: dict[str, np.ndarray]
+    signature: Signature
 
 
 class Decode(nn.Module):
@@ -168,7 +196,7 @@ def _normal(shape: Sequence[int]) -> Tensor:
 
 
 def export(
-    graphs: dict[str, Exportable],
+    graphs: Mapping[str, Exportable | Converted],
     models: Path,
     name: str,
     version: str,
@@ -178,14 +206,15 @@ def export(
 ) -> Path:
     """Write models/<name>/<version>/ atomically: a failed export leaves no version behind.
 
-    Each graph is reloaded with onnxruntime and compared with torch.
+    Each graph of torch is reloaded with onnxruntime and compared with torch: with one row and with all, and at three
+    sizes where `about` says that height and width are free.
 
     Args:
-        graphs: The graphs by name.
+        graphs: The graphs by name, of torch or of ONNX.
         models: The model repository.
         name: Name of the model.
         version: Its version.
-        about: Further keys of the manifest.
+        about: Further keys of the manifest. `input_shape` and `latent_shape` say which sizes are free.
         replace: Whether an existing version is replaced.
 
     Returns:
@@ -202,7 +231,7 @@ def export(
         target.parent.mkdir(parents=True, exist_ok=True)
         with _staged(target) as folder:
             golden: dict[str, np.ndarray] = {}
-            entries = {graph: _write_graph(graph, one, folder, golden) for graph, one in graphs.items()}
+            entries = {graph: _write_graph(graph, one, about, folder, golden) for graph, one in graphs.items()}
             manifest = manifest_of(
                 {
                     "schema_version": SCHEMA_VERSION,
@@ -275,46 +304,119 @@ def _staged(target: Path) -> Iterator[Path]:
         raise
 
 
-def _write_graph(name: str, graph: Exportable, folder: Path, golden: dict[str, np.ndarray]) -> dict[str, Any]:
+def _write_graph(
+    name: str, graph: Exportable | Converted, about: Mapping[str, Any], folder: Path, golden: dict[str, np.ndarray]
+) -> dict[str, Any]:
     """Write the graph, add its rows to `golden`, and return its entry in the manifest."""
+    written = graph if isinstance(graph, Converted) else convert(name, graph, about)
+    golden |= {f"{name}/{key}": row for key, row in (*written.inputs.items(), *written.outputs.items())}
+    file = f"{name}.onnx"
+    (folder / file).write_bytes(written.content)
+    inputs = shapes_of(graph.signature.inputs, written.inputs, about)
+    outputs = shapes_of(graph.signature.outputs, written.outputs, about)
+    return {"file": file, "sha256": digest(written.content), "inputs": inputs, "outputs": outputs}
+
+
+def shapes_of(tensors: Mapping[str, str], rows: Mapping[str, Any], about: Mapping[str, Any]) -> Shapes:
+    """Shapes of tensors as the manifest writes them.
+
+    Args:
+        tensors: Axes by tensor, as a `Signature` has them.
+        rows: Golden rows (n, ...) by tensor; they tell the sizes that `about` does not.
+        about: The manifest's `input_shape` and `latent_shape`.
+    """
+    found: Shapes = {}
+    for key, axes in tensors.items():
+        known = None
+        if any(isinstance(size, str) for size in about["input_shape"]):
+            families = len(about.get("noise_families", []))
+            known = shape_of(axes, about["input_shape"], about["latent_shape"], families)
+        found[key] = list(rows[key].shape[1:]) if known is None else list(known)
+    return found
+
+
+def convert(name: str, graph: Exportable, about: Mapping[str, Any]) -> Converted:
+    """Convert a graph of torch to ONNX, and compare the two.
+
+    Args:
+        name: Its name, for messages.
+        graph: The graph.
+        about: The manifest's `input_shape`, `latent_shape` and `size`.
+
+    Raises:
+        ExportError: They differ by more than the graph's `parity`, or the graph holds what the service refuses.
+    """
     module = graph.module.eval().cpu()
     rows = tuple(row.detach().cpu().contiguous() for row in graph.rows)
-    content = to_onnx(module, rows, graph)
-    _check_graph(name, content)
-    with torch.no_grad():
-        answers = _tuple(module(*rows))
-    inputs, outputs = (
-        {key: row.numpy() for key, row in zip(names, tensors, strict=True)}
-        for names, tensors in ((graph.signature.inputs, rows), (graph.signature.outputs, answers))
+    keys = list(graph.signature.inputs)
+    shapes = shapes_of(graph.signature.inputs, dict(zip(keys, rows, strict=True)), about)
+    multiple_of = about.get("size", {}).get("multiple_of", 1)
+    content = to_onnx(module, rows, graph, shapes, multiple_of)
+    check_graph(name, onnx.load_model_from_string(content))
+    session = ort.InferenceSession(content, providers=["CPUExecutionProvider"])
+    sizes = _further_sizes(multiple_of) if any(map(_free, shapes.values())) else []
+    for checked in (*(_resized(rows, list(shapes.values()), size) for size in sizes), rows):
+        with torch.no_grad():
+            answers = _tuple(module(*checked))
+        inputs = {key: row.numpy() for key, row in zip(keys, checked, strict=True)}
+        outputs = {key: row.numpy() for key, row in zip(graph.signature.outputs, answers, strict=True)}
+        _check_parity(name, session, inputs, outputs, graph.parity)
+    return Converted(content, inputs, outputs, graph.signature)  # those of the golden rows, the last ones
+
+
+def golden_size(multiple_of: int) -> tuple[int, int]:
+    """Height and width of golden images of a model of free sizes: small, and different."""
+    height = max(3, -(-48 // multiple_of)) * multiple_of
+    return height, height - multiple_of
+
+
+def _further_sizes(multiple_of: int) -> list[tuple[int, int]]:
+    """Sizes at which a graph is compared with torch besides that of its golden rows, with which it was traced."""
+    return [(2 * multiple_of, 3 * multiple_of), (5 * multiple_of, 2 * multiple_of)]
+
+
+def _free(shape: Sequence[int | str]) -> bool:
+    return any(isinstance(size, str) for size in shape)
+
+
+def _resized(rows: tuple[Tensor, ...], shapes: list[list[int | str]], size: tuple[int, int]) -> tuple[Tensor, ...]:
+    """The rows at another height and width; each pixel is repeated or left out, so that masks stay masks."""
+    named = dict(zip(("height", "width"), size, strict=True))
+
+    def length(axis: int | str) -> int:
+        name, _, divisor = str(axis).partition("/")
+        return axis if isinstance(axis, int) else named[name] // int(divisor or 1)
+
+    return tuple(
+        functional.interpolate(row, tuple(map(length, shape[-2:]))) if _free(shape) else row
+        for row, shape in zip(rows, shapes, strict=True)
     )
-    _check_parity(name, content, inputs, outputs)
-    golden |= {f"{name}/{key}": row for key, row in (*inputs.items(), *outputs.items())}
-    file = f"{name}.onnx"
-    (folder / file).write_bytes(content)
-    shapes = [{key: list(row.shape[1:]) for key, row in tensors.items()} for tensors in (inputs, outputs)]
-    return {"file": file, "sha256": digest(content), "inputs": shapes[0], "outputs": shapes[1]}
 
 
-def to_onnx(module: nn.Module, rows: tuple[Tensor, ...], graph: Exportable) -> bytes:
+def to_onnx(
+    module: nn.Module, rows: tuple[Tensor, ...], graph: Exportable, shapes: Shapes | None = None, multiple_of: int = 1
+) -> bytes:
     """Convert a module to one self-contained ONNX graph.
 
     Args:
         module: The module, in evaluation mode.
         rows: Example inputs, one tensor (n, ...) each.
         graph: The graph's signature. Its free axes and the batch axis `n` stay variable.
+        shapes: Shapes of the inputs; axes that have names stay variable too.
+        multiple_of: What free heights and widths are multiples of.
 
     Returns:
         The graph as bytes of a .onnx file.
     """
     free = free_axes(graph.signature.inputs)
-    axes = tuple({0: "n", **free.get(key, {})} for key in graph.signature.inputs)
+    named = {key: dict(enumerate(shape, 1)) for key, shape in (shapes or {}).items()}
+    axes = tuple(
+        {0: "n", **free.get(key, {}), **{k: name for k, name in named.get(key, {}).items() if isinstance(name, str)}}
+        for key in graph.signature.inputs
+    )
     if graph.gradients:
         rows = _apart(rows, axes)
         module = differentiated(module, rows)
-    # Example sizes of named axes must be 2 or more, because torch.export treats a size of 1 as a constant.
-    names = dict.fromkeys(name for named in axes for name in named.values())
-    dims = {name: torch.export.Dim(name, min=1, max=2**20) for name in names}
-    shapes = tuple({axis: dims[name] for axis, name in named.items()} for named in axes)
     from training.export.onnx_library import compile_once  # noqa: PLC0415  # slow to import, and most commands export nothing
 
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -327,7 +429,7 @@ def to_onnx(module: nn.Module, rows: tuple[Tensor, ...], graph: Exportable) -> b
             dynamo=True,
             input_names=list(graph.signature.inputs),
             output_names=list(graph.signature.outputs),
-            dynamic_shapes=shapes,
+            dynamic_shapes=_dynamic(axes, multiple_of),
             external_data=False,
             verbose=False,
             custom_translation_table={torch.ops.aten.log_sigmoid.default: _log_sigmoid},
@@ -337,6 +439,29 @@ def to_onnx(module: nn.Module, rows: tuple[Tensor, ...], graph: Exportable) -> b
     for node in model.graph.node:
         del node.metadata_props[:]  # they hold paths of source files on this machine
     return model.SerializeToString()
+
+
+def _dynamic(axes: tuple[dict[int, str], ...], multiple_of: int) -> tuple[dict[int, Any], ...]:
+    """Variable axes as torch.export takes them.
+
+    Example sizes must be 2 or more, because torch.export treats a size of 1 as a constant. `height` is `multiple_of`
+    times a free number, so that `height/8` is a whole number too.
+    """
+    names = dict.fromkeys(name.partition("/")[0] for named in axes for name in named.values())
+    steps = {name: multiple_of if name in ("height", "width") else 1 for name in names}
+    dims = {
+        name: torch.export.Dim(
+            name if steps[name] == 1 else f"{name}_{steps[name]}", min=1, max=2**20 if steps[name] == 1 else MAX_STEPS
+        )
+        for name in names
+    }
+
+    def dim(axis: str) -> Any:
+        name, _, divisor = axis.partition("/")
+        factor = steps[name] // int(divisor or 1)
+        return dims[name] if factor == 1 else factor * dims[name]
+
+    return tuple({axis: dim(name) for axis, name in named.items()} for named in axes)
 
 
 def _log_sigmoid(x: Any) -> Any:
@@ -358,25 +483,47 @@ def _apart(rows: tuple[Tensor, ...], axes: tuple[dict[int, str], ...]) -> tuple[
     return tuple(torch.rand(shape, generator=torch.Generator().manual_seed(0)) for shape in shapes)
 
 
-def _check_graph(name: str, content: bytes) -> None:
-    model = onnx.load_model_from_string(content)
+def check_graph(name: str, model: onnx.ModelProto) -> None:
+    """Refuse a graph that the service would refuse: one that draws random numbers, or is not plain ONNX.
+
+    Raises:
+        ExportError: The message names the node.
+    """
     onnx.checker.check_model(model)
-    random = {node.op_type for node in model.graph.node if "Random" in node.op_type or node.op_type == "Bernoulli"}
-    if random:
-        raise ExportError(f"{name} draws random numbers inside the graph ({', '.join(random)}); feed noise as an input")
+    own = {(function.domain, function.name) for function in model.functions}
+    for node in _nodes([*model.graph.node, *(node for function in model.functions for node in function.node)]):
+        where = f"{name}: node {node.name!r} ({node.op_type})"
+        if node.op_type in RANDOM or (node.op_type == "Dropout" and any(node.input[2:])):
+            raise ExportError(f"{where} draws random numbers inside the graph; feed noise as an input")
+        if node.domain not in OWN_DOMAINS and (node.domain, node.op_type) not in own:
+            raise ExportError(f"{where} is of the domain {node.domain}, not of ONNX; export the model as plain ONNX")
     if any(tensor.external_data for tensor in model.graph.initializer):
         raise ExportError(f"{name} keeps weights outside its file")
 
 
-def _check_parity(name: str, content: bytes, inputs: dict[str, np.ndarray], outputs: dict[str, np.ndarray]) -> None:
-    """Compare the graph's outputs with torch's, by name, for one row and for all rows."""
-    session = ort.InferenceSession(content, providers=["CPUExecutionProvider"])
+def _nodes(nodes: Sequence[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """These nodes and those of their subgraphs."""
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs):
+                yield from _nodes(graph.node)
+
+
+def _check_parity(
+    name: str,
+    session: ort.InferenceSession,
+    inputs: dict[str, np.ndarray],
+    outputs: dict[str, np.ndarray],
+    parity: float = PARITY,
+) -> None:
+    """Compare the graph's outputs with known ones, by name, for one row and for all rows."""
     for size in (1, len(next(iter(inputs.values())))):
         found = session.run(list(outputs), {key: row[:size] for key, row in inputs.items()})
         for (key, known), answer in zip(outputs.items(), found, strict=True):
             difference = deviation(key, answer, known[:size])
-            if not difference <= PARITY:
-                raise ExportError(f"{name}.{key} differs from torch by {difference:.2g} (at most {PARITY:g})")
+            if not difference <= parity:
+                raise ExportError(f"{name}.{key} differs from torch by {difference:.2g} (at most {parity:g})")
 
 
 def _write_golden(folder: Path, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
