@@ -1,1 +1,5 @@
-"""Export of trained models as ONNX graphs with golden rows and manifest."""
+"""Export of models as versions of the model repository."""
+
+from training.export.pair import export_vae
+
+__all__ = ["export_vae"]

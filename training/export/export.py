@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -52,6 +53,8 @@ GOLDEN_FILE = "golden.npz"
 OWN_DOMAINS = {"", "ai.onnx", "ai.onnx.ml"}
 """Domains of ONNX's own operators; the service runs no others."""
 RANDOM = {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
+LEAST_FLOAT16 = 256
+"""Numbers of the smallest weight that is stored in float16."""
 MAX_STEPS = 2**16
 """Largest free size, in multiples of the model's."""
 
@@ -69,6 +72,8 @@ class Exportable:
         signature: Names and axes of its inputs and outputs.
         gradients: Whether the module computes gradients.
         parity: Maximum difference between torch and onnxruntime.
+        float16: Whether weights that float16 holds exactly are stored so. onnxruntime converts them when it opens the
+            graph, and computes in float32.
     """
 
     module: nn.Module
@@ -76,6 +81,7 @@ class Exportable:
     signature: Signature
     gradients: bool = False
     parity: float = PARITY
+    float16: bool = False
 
 
 @dataclass(frozen=True)
@@ -238,7 +244,7 @@ def export(
                     "name": name,
                     "version": version,
                     "graphs": entries,
-                    "golden": _write_golden(folder, golden),
+                    "golden": _write_golden(folder, golden, about),
                     **about,
                 }
             )
@@ -328,7 +334,7 @@ def shapes_of(tensors: Mapping[str, str], rows: Mapping[str, Any], about: Mappin
     found: Shapes = {}
     for key, axes in tensors.items():
         known = None
-        if any(isinstance(size, str) for size in about["input_shape"]):
+        if _free(about["input_shape"]):
             families = len(about.get("noise_families", []))
             known = shape_of(axes, about["input_shape"], about["latent_shape"], families)
         found[key] = list(rows[key].shape[1:]) if known is None else list(known)
@@ -438,7 +444,27 @@ def to_onnx(
     model = program.model_proto
     for node in model.graph.node:
         del node.metadata_props[:]  # they hold paths of source files on this machine
+    if graph.float16:
+        _store_as_float16(model)
     return model.SerializeToString()
+
+
+def _store_as_float16(model: onnx.ModelProto) -> None:
+    """Store weights that float16 holds exactly so, each with a node that converts it to float32."""
+    casts = []
+    for tensor in model.graph.initializer:
+        if tensor.data_type != onnx.TensorProto.FLOAT or math.prod(tensor.dims) < LEAST_FLOAT16:
+            continue
+        weight = onnx.numpy_helper.to_array(tensor)
+        with np.errstate(over="ignore"):
+            half = weight.astype(np.float16)
+        if np.array_equal(half, weight):
+            name = tensor.name
+            tensor.CopyFrom(onnx.numpy_helper.from_array(half, f"{name}.float16"))
+            casts.append(onnx.helper.make_node("Cast", [tensor.name], [name], to=onnx.TensorProto.FLOAT))
+    nodes = [*casts, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
 
 
 def _dynamic(axes: tuple[dict[int, str], ...], multiple_of: int) -> tuple[dict[int, Any], ...]:
@@ -526,12 +552,16 @@ def _check_parity(
                 raise ExportError(f"{name}.{key} differs from torch by {difference:.2g} (at most {parity:g})")
 
 
-def _write_golden(folder: Path, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+def _write_golden(folder: Path, arrays: dict[str, np.ndarray], about: Mapping[str, Any]) -> dict[str, Any]:
     """Write the golden rows, and return their entry in the manifest."""
     path = folder / GOLDEN_FILE
     np.savez_compressed(path, **{key: array[:GOLDEN_ROWS] for key, array in arrays.items()})  # type: ignore[arg-type]
     found = digest(path.read_bytes())
-    return {"file": GOLDEN_FILE, "sha256": found, "rows": GOLDEN_ROWS, "tolerance": GOLDEN_TOLERANCE}
+    entry = {"file": GOLDEN_FILE, "sha256": found, "rows": GOLDEN_ROWS, "tolerance": GOLDEN_TOLERANCE}
+    if not _free(about["input_shape"]):
+        return entry
+    image = next(array for key, array in arrays.items() if key.partition("/")[2] in ("x", "x_mean"))
+    return {**entry, "height": image.shape[2], "width": image.shape[3]}
 
 
 def _tuple(value: Any) -> tuple[Tensor, ...]:

@@ -1,0 +1,184 @@
+"""Export of any pair of torch modules, an encoder and a decoder, as a version that the service runs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from service.contract.graphs import GRAPHS
+from training.errors import ExportError
+from training.export.export import GOLDEN_ROWS, Exportable, export, golden_size, version_folder
+
+LOG_VAR_RANGE = (-30.0, 20.0)
+"""Bounds of a log variance that stands beside the mean in one tensor, as diffusers' DiagonalGaussianDistribution has
+them."""
+MODULE_PARITY = 1e-4
+"""Maximum difference between torch and onnxruntime, as in `PARITY`. In deep networks roundings add up."""
+MAX_SIZE = 8192
+"""Largest height and width of images of free size."""
+
+
+class Encode(nn.Module):
+    """q(z|x) of any encoder: x -> mean, log_var."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map x (n, c, h, w) to mean and log_var, (n, *latent_shape) each."""
+        found = self.encoder(x)
+        if not isinstance(found, Tensor):
+            mean, log_var = found
+            return mean, log_var
+        mean, log_var = found.chunk(2, 1)
+        return mean, log_var.clamp(*LOG_VAR_RANGE)
+
+
+def export_vae(
+    encoder: nn.Module,
+    decoder: nn.Module,
+    x: Tensor,
+    models: Path | str,
+    name: str,
+    version: str = "1",
+    *,
+    value_range: tuple[float, float] = (0.0, 1.0),
+    multiple_of: int | None = None,
+    prior: Literal["standard_normal"] | None = None,
+    float16: bool = False,
+    told: Mapping[str, Any] | None = None,
+    replace: bool = False,
+) -> Path:
+    """Write models/<name>/<version>/ from an encoder and a decoder of torch, which are left as they are.
+
+    Args:
+        encoder: Maps x (n, c, h, w) to mean and log_var, (n, *latent_shape) each, or to one tensor with both, joined
+            along axis 1. log_var is log sigma squared.
+        decoder: Maps z (n, *latent_shape) to mean images (n, c, h, w).
+        x: Example images (n, c, h, w), of which at most four become golden rows.
+        models: The model repository.
+        name: Name of the model.
+        version: Its version.
+        value_range: Lowest and highest value of a pixel, [0, 1] or [-1, 1].
+        multiple_of: What heights and widths are multiples of; None if the model takes the size of `x` alone.
+        prior: "standard_normal" if z ~ N(0, I) under the model, so that it can be sampled; None if that is not known.
+        float16: Whether weights are rounded to float16 and stored so. Computations are in float32 all the same.
+        told: Further keys of the manifest, such as `scaling_factor` or `dataset`.
+        replace: Whether an existing version is replaced.
+
+    Returns:
+        The folder of the version.
+
+    Raises:
+        ExportError: The modules do not fit together or are not what is said here; torch cannot export them; or as
+            `export` says.
+        DiskError: The folder cannot be written.
+    """
+    version_folder(Path(models), name, version, replace=replace)
+    rows = _rows(x, value_range, multiple_of)
+    encode, decode = (_prepared(module, float16) for module in (Encode(encoder), decoder))
+    mean = _latent(encode, decode, rows)
+    about = {**_shapes(rows, mean, multiple_of), "value_range": list(value_range), "prior": prior, **(told or {})}
+    graphs = {
+        graph: Exportable(module, (inputs,), GRAPHS[graph], parity=MODULE_PARITY, float16=float16)
+        for graph, module, inputs in (("encoder", encode, rows), ("decoder", decode, mean))
+    }
+    return export(graphs, Path(models), name, version, about, replace=replace)
+
+
+def _rows(x: Tensor, value_range: Sequence[float], multiple_of: int | None) -> Tensor:
+    """The golden rows, float32; small parts of the images where sizes are free.
+
+    Raises:
+        ExportError: x holds no images of this range.
+    """
+    if x.ndim != 4 or not len(x):
+        raise ExportError(f"x must be example images (n, channels, height, width), not of shape {list(x.shape)}")
+    rows = x.detach().cpu().float()
+    low, high = value_range
+    if not bool(((rows >= low) & (rows <= high)).all()):
+        raise ExportError(
+            f"x has pixels from {rows.min():.3g} to {rows.max():.3g}, outside value_range [{low:g}, {high:g}]; scale "
+            "the images as the model wants them, or name its range"
+        )
+    height, width = x.shape[2:] if multiple_of is None else golden_size(multiple_of)
+    return rows.repeat(-(-GOLDEN_ROWS // len(rows)), 1, 1, 1)[:GOLDEN_ROWS, :, :height, :width].contiguous()
+
+
+def _prepared(module: nn.Module, float16: bool) -> nn.Module:
+    """A copy in evaluation mode, in float32 on the CPU, with weights that float16 holds if wanted.
+
+    Raises:
+        ExportError: A weight is too large for float16.
+    """
+    own = copy.deepcopy(module).eval().cpu().float().requires_grad_(False)
+    for key, weight in own.state_dict().items() if float16 else ():
+        if weight.is_floating_point():
+            rounded = weight.half().float()
+            if not bool(rounded.isfinite().all()):
+                raise ExportError(f"{key} has values beyond those of float16; store the weights in float32")
+            weight.copy_(rounded)
+    return own
+
+
+@torch.no_grad()
+def _latent(encode: nn.Module, decode: nn.Module, rows: Tensor) -> Tensor:
+    """The posterior's means of the rows, (n, *latent_shape).
+
+    Raises:
+        ExportError: The modules do not fit together.
+    """
+    try:
+        mean, log_var = encode(rows)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ExportError(
+            "the encoder must return mean and log_var, or one tensor with both joined along axis 1; wrap it in a "
+            f"module that does ({error})"
+        ) from error
+    if mean.shape != log_var.shape or len(mean) != len(rows):
+        raise ExportError(
+            f"the encoder makes a mean of shape {list(mean.shape)} and a log_var of shape {list(log_var.shape)} of "
+            f"{len(rows)} images; both must be (n, *latent_shape)"
+        )
+    images = decode(mean)
+    if not isinstance(images, Tensor) or images.shape != rows.shape:
+        found = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ExportError(f"the decoder makes {found} of latents of {list(rows.shape)}; it must make images like these")
+    return mean
+
+
+def _shapes(rows: Tensor, mean: Tensor, multiple_of: int | None) -> dict[str, Any]:
+    """What the manifest says of sizes.
+
+    Raises:
+        ExportError: Sizes that are free do not fit together.
+    """
+    channels, height, width = rows.shape[1:]
+    if multiple_of is None:
+        return {"input_shape": [channels, height, width], "latent_shape": list(mean.shape[1:])}
+    if height % multiple_of or width % multiple_of or min(height, width) < 2 * multiple_of:
+        raise ExportError(
+            f"the example images are {height} x {width}; both must be multiples of {multiple_of}, {2 * multiple_of} or "
+            "more"
+        )
+    grid = mean.shape[2:]
+    factor = height // grid[0] if len(grid) == 2 and grid[0] else 0
+    if not factor or (factor * grid[0], factor * grid[1]) != (height, width) or multiple_of % factor:
+        raise ExportError(
+            f"latents of {height} x {width} images are of shape {list(mean.shape[1:])}; where sizes are free they must "
+            f"be (channels, height/f, width/f), f a divisor of {multiple_of}; leave multiple_of out for images of one "
+            "size"
+        )
+    divided = [axis if factor == 1 else f"{axis}/{factor}" for axis in ("height", "width")]
+    return {
+        "input_shape": [channels, "height", "width"],
+        "latent_shape": [mean.shape[1], *divided],
+        "size": {"multiple_of": multiple_of, "min": 2 * multiple_of, "max": MAX_SIZE // multiple_of * multiple_of},
+        "tiling": {"margin": 0, "exact": False},
+    }

@@ -1,0 +1,1 @@
+"""Import of VAEs that others have trained, as versions of the model repository."""
