@@ -14,6 +14,7 @@ from training.cli import asking_command, run
 from training.config import load
 from training.data.mnist import download
 from training.evaluation.calibrate import CalibrateOptions, calibrate
+from training.importing.command import import_command
 from training.inference.command import advi_command
 from training.loop.processes import ALONE, Processes, joined
 
@@ -47,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--images", type=int, help="evaluate on a seeded random subset of the test images")
     widen = asking_command(commands, "calibrate", "calibrate the `std` of restored images on held-out images")
     widen.set_defaults(command=_calibrate)
+    import_command(commands)
     advi_command(commands)
     fetch = commands.add_parser("download", help="fetch a data set")
     fetch.add_argument("dataset", choices=["mnist"])

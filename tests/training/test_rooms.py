@@ -19,6 +19,7 @@ TIERS = (
     {"loop"},
     {"evaluation"},
     {"export"},
+    {"importing"},
     {"pipeline"},
     {"cli"},
     {"__main__"},

@@ -360,7 +360,7 @@ def convert(name: str, graph: Exportable, about: Mapping[str, Any]) -> Converted
     content = to_onnx(module, rows, graph, shapes, multiple_of)
     check_graph(name, onnx.load_model_from_string(content))
     session = ort.InferenceSession(content, providers=["CPUExecutionProvider"])
-    sizes = _further_sizes(multiple_of) if any(map(_free, shapes.values())) else []
+    sizes = further_sizes(multiple_of) if any(map(_free, shapes.values())) else []
     for checked in (*(_resized(rows, list(shapes.values()), size) for size in sizes), rows):
         with torch.no_grad():
             answers = _tuple(module(*checked))
@@ -376,7 +376,7 @@ def golden_size(multiple_of: int) -> tuple[int, int]:
     return height, height - multiple_of
 
 
-def _further_sizes(multiple_of: int) -> list[tuple[int, int]]:
+def further_sizes(multiple_of: int) -> list[tuple[int, int]]:
     """Sizes at which a graph is compared with torch besides that of its golden rows, with which it was traced."""
     return [(2 * multiple_of, 3 * multiple_of), (5 * multiple_of, 2 * multiple_of)]
 
@@ -515,7 +515,10 @@ def check_graph(name: str, model: onnx.ModelProto) -> None:
     Raises:
         ExportError: The message names the node.
     """
-    onnx.checker.check_model(model)
+    try:
+        onnx.checker.check_model(model)
+    except onnx.checker.ValidationError as error:
+        raise ExportError(f"{name} is no valid ONNX graph: {error}") from error
     own = {(function.domain, function.name) for function in model.functions}
     for node in _nodes([*model.graph.node, *(node for function in model.functions for node in function.node)]):
         where = f"{name}: node {node.name!r} ({node.op_type})"

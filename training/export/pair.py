@@ -84,7 +84,12 @@ def export_vae(
     rows = _rows(x, value_range, multiple_of)
     encode, decode = (_prepared(module, float16) for module in (Encode(encoder), decoder))
     mean = _latent(encode, decode, rows)
-    about = {**_shapes(rows, mean, multiple_of), "value_range": list(value_range), "prior": prior, **(told or {})}
+    about = {
+        **shapes_told(rows.shape, mean.shape, multiple_of),
+        "value_range": list(value_range),
+        "prior": prior,
+        **(told or {}),
+    }
     graphs = {
         graph: Exportable(module, (inputs,), GRAPHS[graph], parity=MODULE_PARITY, float16=float16)
         for graph, module, inputs in (("encoder", encode, rows), ("decoder", decode, mean))
@@ -153,32 +158,39 @@ def _latent(encode: nn.Module, decode: nn.Module, rows: Tensor) -> Tensor:
     return mean
 
 
-def _shapes(rows: Tensor, mean: Tensor, multiple_of: int | None) -> dict[str, Any]:
+def shapes_told(images: Sequence[int], latents: Sequence[int], multiple_of: int | None) -> dict[str, Any]:
     """What the manifest says of sizes.
+
+    Args:
+        images: Shape of example images, (n, c, h, w).
+        latents: Shape of their latents, (n, *latent_shape).
+        multiple_of: What heights and widths are multiples of; None if the model takes this size alone.
+
+    Returns:
+        `input_shape`, `latent_shape`, and, where sizes are free, `size` and `tiling`.
 
     Raises:
         ExportError: Sizes that are free do not fit together.
     """
-    channels, height, width = rows.shape[1:]
+    channels, height, width = images[1:]
     if multiple_of is None:
-        return {"input_shape": [channels, height, width], "latent_shape": list(mean.shape[1:])}
+        return {"input_shape": [channels, height, width], "latent_shape": list(latents[1:])}
     if height % multiple_of or width % multiple_of or min(height, width) < 2 * multiple_of:
         raise ExportError(
-            f"the example images are {height} x {width}; both must be multiples of {multiple_of}, {2 * multiple_of} or "
-            "more"
+            f"the example images are {height} x {width}; both must be multiples of {multiple_of}, and at least "
+            f"{2 * multiple_of}"
         )
-    grid = mean.shape[2:]
+    grid = latents[2:]
     factor = height // grid[0] if len(grid) == 2 and grid[0] else 0
     if not factor or (factor * grid[0], factor * grid[1]) != (height, width) or multiple_of % factor:
         raise ExportError(
-            f"latents of {height} x {width} images are of shape {list(mean.shape[1:])}; where sizes are free they must "
-            f"be (channels, height/f, width/f), f a divisor of {multiple_of}; leave multiple_of out for images of one "
-            "size"
+            f"latents of {height} x {width} images are of shape {list(latents[1:])}; where sizes are free they must be "
+            f"(channels, height/f, width/f), f a divisor of {multiple_of}; export for images of one size"
         )
     divided = [axis if factor == 1 else f"{axis}/{factor}" for axis in ("height", "width")]
     return {
         "input_shape": [channels, "height", "width"],
-        "latent_shape": [mean.shape[1], *divided],
+        "latent_shape": [latents[1], *divided],
         "size": {"multiple_of": multiple_of, "min": 2 * multiple_of, "max": MAX_SIZE // multiple_of * multiple_of},
         "tiling": {"margin": 0, "exact": False},
     }
