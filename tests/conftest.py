@@ -157,3 +157,22 @@ def hanging(seal: Callable[..., None]) -> Callable[[Path, str], None]:
         seal(folder)
 
     return hung
+
+
+@pytest.fixture(scope="session")
+def onnx_file() -> Callable[..., Path]:
+    """A function that writes an ONNX graph of one float32 input; axes of other inputs and outputs are unknown."""
+
+    def written(
+        path: Path, given: str, shape: list[Any], nodes: list[onnx.NodeProto], *made: str, **weights: np.ndarray
+    ) -> Path:
+        info, kind = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT
+        constants = [onnx.numpy_helper.from_array(weight, name) for name, weight in weights.items()]
+        outputs = [info(name, kind, ["n", None, None, None]) for name in made]
+        graph = onnx.helper.make_graph(nodes, "test", [info(given, kind, shape)], outputs, constants)
+        model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+        path.parent.mkdir(exist_ok=True)
+        onnx.save(model, path)
+        return path
+
+    return written

@@ -36,8 +36,8 @@ from training.config import Run, load
 HOME = "http://localhost/"
 ROOT = Path(__file__).parents[2]
 DOCUMENTED = "http://127.0.0.1:8000"
-OWN_TEST = ("extending.md",)
-"""Pages that tests/service/test_extending.py carries out."""
+OWN_TEST = ("extending.md", "importing.md")
+"""Pages that tests/service/test_extending.py and test_imported.py carry out."""
 READERS = {"/models/faces/": "/models/mnist/", "@noisy-face.png": "@examples/noisy.png"}
 """What only the reader of the tutorial has, and what takes its place here."""
 SIGNATURES = {".png": b"\x89PNG\r\n\x1a\n", ".npy": b"\x93NUMPY", ".json": b"{"}

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -22,6 +20,8 @@ from torch.nn import functional
 from service.contract import manifest
 from training.__main__ import main
 from training.errors import ExportError, ModelFileError
+from training.export import export_vae
+from training.importing.autoencoder_kl import read_autoencoder_kl
 from training.importing.onnx_pair import import_onnx
 
 Nodes = list[onnx.NodeProto]
@@ -32,30 +32,34 @@ BACK = np.random.default_rng(6).normal(0.0, 0.3, (4, 3, 2, 2)).astype(np.float32
 """Of one that doubles them."""
 
 
-def graph(path: Path, given: str, shape: list[Any], nodes: Nodes, outputs: list[str], **weights: np.ndarray) -> Path:
-    """Write an ONNX graph of one float32 input."""
-    values = [helper.make_tensor_value_info(given, TensorProto.FLOAT, shape)]
-    made = helper.make_graph(
-        nodes, "test", values, [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", None, None, None]) for name in outputs],
-        [numpy_helper.from_array(weight, name) for name, weight in weights.items()],
-    )  # fmt: skip
-    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
-    return path
+class Graphs(NamedTuple):
+    """Writes ONNX graphs of one convolution into a folder."""
+
+    folder: Path
+    write: Callable[..., Path]
+
+    def encoder(
+        self, *last: onnx.NodeProto, outputs: list[str], shape: list[Any] | None = None, name: str = "e"
+    ) -> Path:
+        """Its convolution gives `joined`, and is followed by these nodes."""
+        nodes = [helper.make_node("Conv", ["pixels", "w"], ["joined"], strides=[2, 2]), *last]
+        splits = {"splits": np.array([4, 4])} if SPLIT in last else {}
+        axes = shape or ["n", 3, "h", "w"]
+        return self.write(self.folder / f"{name}.onnx", "pixels", axes, nodes, *outputs, w=WEIGHT, **splits)
+
+    def decoder(self, last: str = "Sigmoid") -> Path:
+        """Its convolution is followed by this operator."""
+        nodes = [
+            helper.make_node("ConvTranspose", ["x", "w"], ["made"], strides=[2, 2]),
+            helper.make_node(last, ["made"], ["sample"]),
+        ]
+        return self.write(self.folder / "d.onnx", "x", ["n", 4, "h", "w"], nodes, "sample", w=BACK)
 
 
-def encoder_of(path: Path, *last: onnx.NodeProto, outputs: list[str], shape: list[Any] | None = None) -> Path:
-    """An encoder whose convolution gives `joined`, followed by these nodes."""
-    nodes = [helper.make_node("Conv", ["pixels", "w"], ["joined"], "conv", strides=[2, 2]), *last]
-    return graph(path, "pixels", shape or ["n", 3, "h", "w"], nodes, outputs, w=WEIGHT, splits=np.array([4, 4]))
-
-
-def decoder_of(path: Path, last: str = "Sigmoid") -> Path:
-    """A decoder of one convolution and this operator."""
-    nodes = [
-        helper.make_node("ConvTranspose", ["x", "w"], ["made"], strides=[2, 2]),
-        helper.make_node(last, ["made"], ["sample"]),
-    ]
-    return graph(path, "x", ["n", 4, "h", "w"], nodes, ["sample"], w=BACK)
+@pytest.fixture
+def graphs(tmp_path: Path, onnx_file: Callable[..., Path]) -> Graphs:
+    """A writer of graphs."""
+    return Graphs(tmp_path, onnx_file)
 
 
 SPLIT = helper.make_node("Split", ["joined", "splits"], ["a", "b"], axis=1)
@@ -76,16 +80,16 @@ def answers(folder: Path, name: str, **rows: np.ndarray) -> dict[str, np.ndarray
         ([SPLIT], ["a", "b"], {"mean": "a", "log_var": "b"}, 1.0),
         ([SPLIT, helper.make_node("Identity", ["a"], ["mu"]), helper.make_node("Identity", ["b"], ["logvar"])],
          ["logvar", "mu"], None, 1.0),
-        ([SPLIT, EXPONENT, helper.make_node("Identity", ["c"], ["std"])], ["a", "std"], {"mean": "a", "std": "std"}, 2.0),
+        ([SPLIT, EXPONENT], ["a", "c"], {"mean": "a", "std": "c"}, 2.0),
         ([SPLIT, EXPONENT], ["a", "c"], {"mean": "a", "var": "c"}, 1.0),
     ],
     ids=["moments", "told", "named", "std", "var"],
 )  # fmt: skip
 def test_the_heads_of_an_encoder_become_mean_and_log_var(
-    last: Nodes, outputs: list[str], told: Any, factor: float, tmp_path: Path
+    last: Nodes, outputs: list[str], told: Any, factor: float, graphs: Graphs, tmp_path: Path
 ) -> None:
     """Joined, apart, as variance or as standard deviation: at a size that was not probed they are torch's numbers."""
-    encoder, decoder = encoder_of(tmp_path / "e.onnx", *last, outputs=outputs), decoder_of(tmp_path / "d.onnx")
+    encoder, decoder = graphs.encoder(*last, outputs=outputs), graphs.decoder()
     folder = import_onnx(encoder, decoder, tmp_path / "models", "pair", encoder_outputs=told)
     x = np.random.default_rng(0).random((3, 3, 26, 14), dtype=np.float32)
     found = answers(folder, "encoder", x=x)
@@ -134,19 +138,19 @@ FOREIGN = helper.make_node("FusedGelu", ["joined"], ["moments"], "gelu", domain=
     ids=["random", "random-in-a-branch", "one-output", "batch-of-1", "one-side", "three-axes", "reshape", "batch-norm"],
 )  # fmt: skip
 def test_an_encoder_that_cannot_be_served_is_refused_in_plain_words(
-    last: Nodes, output: str, shape: list[Any] | None, complaint: str, tmp_path: Path
+    last: Nodes, output: str, shape: list[Any] | None, complaint: str, graphs: Graphs, tmp_path: Path
 ) -> None:
     """The error names the node or the tensor, and the fix; nothing is written."""
-    encoder = encoder_of(tmp_path / "e.onnx", *last, outputs=[output], shape=shape)
+    encoder = graphs.encoder(*last, outputs=[output], shape=shape)
     with pytest.raises((ModelFileError, ExportError), match=complaint):
-        import_onnx(encoder, decoder_of(tmp_path / "d.onnx"), tmp_path / "models", "pair")
+        import_onnx(encoder, graphs.decoder(), tmp_path / "models", "pair")
     assert not list(tmp_path.rglob("manifest.json"))
 
 
-def test_weights_outside_a_graph_are_read_or_their_file_is_named(tmp_path: Path) -> None:
+def test_weights_outside_a_graph_are_read_or_their_file_is_named(graphs: Graphs, tmp_path: Path) -> None:
     """A graph whose weights lie beside it imports; without them the error names the file and where it belongs."""
-    inside = encoder_of(tmp_path / "inside.onnx", outputs=["joined"])
-    outside, decoder = tmp_path / "outside.onnx", decoder_of(tmp_path / "d.onnx")
+    inside = graphs.encoder(name="inside", outputs=["joined"])
+    outside, decoder = tmp_path / "outside.onnx", graphs.decoder()
     onnx.save(onnx.load(inside), outside, save_as_external_data=True, location="weights.bin", size_threshold=0)
     one, two = (import_onnx(path, decoder, tmp_path / "models", path.stem) for path in (inside, outside))
     x = np.random.default_rng(0).random((1, 3, 8, 8), dtype=np.float32)
@@ -160,11 +164,11 @@ def test_weights_outside_a_graph_are_read_or_their_file_is_named(tmp_path: Path)
         import_onnx(outside, decoder, tmp_path / "models", "missing")
 
 
-def test_one_size_is_taken_from_the_graph_or_told(tmp_path: Path) -> None:
+def test_one_size_is_taken_from_the_graph_or_told(graphs: Graphs, tmp_path: Path) -> None:
     """An encoder of one size makes a model of that size; `size` fixes a free one, and must be the graph's."""
-    decoder, models = decoder_of(tmp_path / "d.onnx"), tmp_path / "models"
-    fixed = encoder_of(tmp_path / "fixed.onnx", outputs=["joined"], shape=["n", 3, 16, 12])
-    free = encoder_of(tmp_path / "free.onnx", outputs=["joined"])
+    decoder, models = graphs.decoder(), tmp_path / "models"
+    fixed = graphs.encoder(name="fixed", outputs=["joined"], shape=["n", 3, 16, 12])
+    free = graphs.encoder(name="free", outputs=["joined"])
     for folder in (
         import_onnx(fixed, decoder, models, "fixed"),
         import_onnx(free, decoder, models, "told", size=(16, 12)),
@@ -175,11 +179,162 @@ def test_one_size_is_taken_from_the_graph_or_told(tmp_path: Path) -> None:
         import_onnx(fixed, decoder, models, "other", size=(8, 8))
 
 
-def test_the_value_range_is_guessed_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_value_range_is_guessed_and_said(
+    graphs: Graphs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A decoder that ends in tanh makes images from -1 to 1, and the import says that it took that; or it is told."""
-    encoder, decoder = encoder_of(tmp_path / "e.onnx", outputs=["joined"]), decoder_of(tmp_path / "d.onnx", "Tanh")
+    encoder, decoder = graphs.encoder(outputs=["joined"]), graphs.decoder("Tanh")
     guessed = import_onnx(encoder, decoder, tmp_path / "models", "guessed")
     assert manifest.read(guessed).value_range == [-1.0, 1.0]
     assert "pixels are taken to be from -1 to 1, since the decoder makes pixels from -" in capsys.readouterr().err
     told = import_onnx(encoder, decoder, tmp_path / "models", "told", value_range=(0.0, 1.0))
     assert manifest.read(told).value_range == [0.0, 1.0]
+
+
+def test_the_posterior_of_an_encoder_without_variance_is_a_point(graphs: Graphs, tmp_path: Path) -> None:
+    """If told so: every log_var is -30."""
+    encoder = graphs.encoder(SPLIT, outputs=["a"])
+    folder = import_onnx(encoder, graphs.decoder(), tmp_path / "models", "point", encoder_outputs={"mean": "a"})
+    x = np.random.default_rng(0).random((2, 3, 8, 8), dtype=np.float32)
+    assert np.array_equal(answers(folder, "encoder", x=x)["log_var"], np.full((2, 4, 4, 4), -30.0, np.float32))
+
+
+@pytest.mark.usefixtures("own_signals")
+def test_the_command_prints_one_line_of_what_is_wrong(
+    graphs: Graphs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`import onnx` ends with 1 and the message; with the option that it names it ends with 0 and the version."""
+    encoder, decoder = graphs.encoder(SPLIT, outputs=["a", "b"]), graphs.decoder()
+    words = ["import", "onnx", "--encoder", str(encoder), "--decoder", str(decoder), "--name", "pair"]
+    words += ["--models", str(tmp_path / "models"), "--version", "2"]
+    assert main(words) == 1
+    assert "vae-train: the encoder gives a of [4, 24, 23], b of [4, 24, 23]; say which" in capsys.readouterr().err
+    assert main([*words, "--encoder-outputs", "mean=a", "log_var=b", "--value-range", "-1", "1"]) == 0
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'models' / 'pair' / '2'}\n"
+
+
+class Sides(nn.Conv2d):
+    """A fully convolutional encoder that halves the sides: mean and log_var, joined."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 8, 2, 2)
+
+
+class Drawing(Sides):
+    """An encoder that draws z itself."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Z twice."""
+        mean, log_var = super().forward(x).chunk(2, 1)
+        z = mean + log_var.exp() * torch.randn_like(mean)
+        return z, z
+
+
+class Dictionary(Sides):
+    """An encoder whose answer is a dictionary."""
+
+    def forward(self, x: Tensor) -> Any:
+        """One tensor by name."""
+        return {"z": super().forward(x)}
+
+
+def back() -> nn.Module:
+    """A decoder of what `Sides` encodes."""
+    return nn.Sequential(nn.ConvTranspose2d(4, 3, 2, 2), nn.Sigmoid())
+
+
+def test_a_pair_of_any_size_keeps_weights_in_float16(tmp_path: Path) -> None:
+    """The numbers of torch with rounded weights, at a size that was not traced; the modules stay as they were."""
+    torch.manual_seed(0)
+    encoder, decoder = nn.Sequential(nn.Dropout(0.5), nn.Conv2d(3, 64, 3, padding=1), nn.Conv2d(64, 8, 2, 2)), back()
+    before = {key: value.clone() for key, value in encoder.state_dict().items()}
+    folder = export_vae(encoder, decoder, torch.rand(1, 3, 16, 24), tmp_path, "half", multiple_of=4, float16=True)
+    assert encoder.training
+    assert all(torch.equal(value, before[key]) for key, value in encoder.state_dict().items())
+    weights = {
+        tensor.data_type for tensor in onnx.load(folder / "encoder.onnx").graph.initializer if tensor.dims[:1] == [64]
+    }
+    assert TensorProto.FLOAT16 in weights
+    rounded = encoder.eval().half().float()
+    x = torch.rand(3, 3, 28, 8)
+    mean, log_var = rounded(x).detach().chunk(2, 1)
+    found = answers(folder, "encoder", x=x.numpy())
+    np.testing.assert_allclose(found["mean"], mean, atol=1e-5)
+    np.testing.assert_allclose(found["log_var"], log_var, atol=1e-5)
+    assert manifest.read(folder).size.multiple_of == 4
+
+
+@pytest.mark.parametrize(
+    ("encoder", "x", "options", "complaint"),
+    [
+        (Drawing(), torch.rand(2, 3, 8, 8), {}, r"encoder: node '.*' \(RandomNormalLike\) draws random numbers"),
+        (Dictionary(), torch.rand(2, 3, 8, 8), {}, "the encoder must return mean and log_var, or one tensor"),
+        (Sides(), torch.rand(2, 3, 8, 8) - 1.0, {}, r"pixels from -.* outside value_range \[0, 1\]"),
+        (Sides(), torch.rand(3, 8, 8), {}, r"x must be example images .* not of shape \[3, 8, 8\]"),
+        (Sides(), torch.rand(2, 3, 9, 8), {"multiple_of": 2}, "are 9 x 8; both must be multiples of 2"),
+        (Sides(), torch.rand(2, 3, 12, 12), {"multiple_of": 3}, "f a divisor of 3; export for images of one size"),
+        (Sides(), torch.rand(2, 3, 9, 8), {}, r"the decoder makes \[4, 3, 8, 8\] of latents of \[4, 3, 9, 8\]"),
+    ],
+    ids=["draws", "dictionary", "range", "axes", "multiple", "divisor", "decoder"],
+)  # fmt: skip
+def test_modules_that_do_not_fit_together_are_refused(
+    encoder: nn.Module, x: Tensor, options: dict[str, Any], complaint: str, tmp_path: Path
+) -> None:
+    """The error says what is wrong and what would be right; nothing is written."""
+    with pytest.raises(ExportError, match=complaint):
+        export_vae(encoder, back(), x, tmp_path, "pair", **options)
+    assert not list(tmp_path.rglob("manifest.json"))
+
+
+def saved(folder: Path, **settings: Any) -> Path:
+    """The smallest AutoencoderKL."""
+    diffusers = pytest.importorskip("diffusers", reason="needs the extra `diffusers`")
+    diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=2, **settings).save_pretrained(
+        folder
+    )
+    return folder
+
+
+def test_a_folder_that_is_no_autoencoder_kl_is_refused(tmp_path: Path) -> None:
+    """By what it is, or by what is missing; a pickle is not opened."""
+    folder = saved(tmp_path / "pipeline" / "vae")
+    with pytest.raises(ModelFileError, match=f"no config.json; pass {folder}"):
+        read_autoencoder_kl(tmp_path / "pipeline")
+    text = (folder / "config.json").read_text()
+    for change, complaint in (
+        (("AutoencoderKL", "VQModel"), "a model of the class VQModel; only AutoencoderKL is imported"),
+        (
+            ('"latent_channels": 2', '"latent_channels": 3'),
+            "diffusers cannot read .*size mismatch for encoder.conv_out.weight",
+        ),
+        (('"layers_per_block": 1', '"layers_per_block": 2'), "do not fit its config.json: missing_keys"),
+    ):
+        (folder / "config.json").write_text(text.replace(*change))
+        with pytest.raises(ModelFileError, match=complaint):
+            read_autoencoder_kl(folder)
+    (folder / "config.json").write_text(text)
+    (folder / "diffusion_pytorch_model.safetensors").rename(folder / "diffusion_pytorch_model.bin")
+    with pytest.raises(ModelFileError, match="has no weights in safetensors"):
+        read_autoencoder_kl(folder)
+
+
+def test_reading_an_autoencoder_kl_connects_to_nothing(tmp_path: Path) -> None:
+    """Not even while diffusers is imported: the interpreter reports no look-up and no connection."""
+    folder = saved(tmp_path / "vae")
+    script = f"""
+import sys
+from pathlib import Path
+seen = []
+sys.addaudithook(lambda event, _: seen.append(event) if event in ("socket.connect", "socket.getaddrinfo") else None)
+from training.importing.autoencoder_kl import read_autoencoder_kl
+found = read_autoencoder_kl(Path({str(folder)!r}))
+import socket
+assert not seen, seen
+try:
+    socket.create_connection(("127.0.0.1", 9), 1)
+except OSError:
+    assert seen  # the hook sees one that is tried
+print(found.multiple_of, found.weights)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("1 ['F32']\n", 0), done.stderr

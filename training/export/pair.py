@@ -112,7 +112,14 @@ def _rows(x: Tensor, value_range: Sequence[float], multiple_of: int | None) -> T
             f"x has pixels from {rows.min():.3g} to {rows.max():.3g}, outside value_range [{low:g}, {high:g}]; scale "
             "the images as the model wants them, or name its range"
         )
-    height, width = x.shape[2:] if multiple_of is None else golden_size(multiple_of)
+    height, width = x.shape[2:]
+    if multiple_of is not None:
+        if height % multiple_of or width % multiple_of or min(height, width) < 2 * multiple_of:
+            raise ExportError(
+                f"the example images are {height} x {width}; both must be multiples of {multiple_of}, and at least "
+                f"{2 * multiple_of}"
+            )
+        height, width = golden_size(multiple_of)
     return rows.repeat(-(-GOLDEN_ROWS // len(rows)), 1, 1, 1)[:GOLDEN_ROWS, :, :height, :width].contiguous()
 
 
@@ -175,11 +182,6 @@ def shapes_told(images: Sequence[int], latents: Sequence[int], multiple_of: int 
     channels, height, width = images[1:]
     if multiple_of is None:
         return {"input_shape": [channels, height, width], "latent_shape": list(latents[1:])}
-    if height % multiple_of or width % multiple_of or min(height, width) < 2 * multiple_of:
-        raise ExportError(
-            f"the example images are {height} x {width}; both must be multiples of {multiple_of}, and at least "
-            f"{2 * multiple_of}"
-        )
     grid = latents[2:]
     factor = height // grid[0] if len(grid) == 2 and grid[0] else 0
     if not factor or (factor * grid[0], factor * grid[1]) != (height, width) or multiple_of % factor:

@@ -22,6 +22,8 @@ from training.loop.randomness import keyed_generator
 
 CONFIG = "config.json"
 CLASS = "AutoencoderKL"
+MOST_TOLD = 300
+"""Characters of an error of diffusers that a message repeats."""
 
 
 class Autoencoder(NamedTuple):
@@ -69,7 +71,8 @@ def read_autoencoder_kl(folder: Path) -> Autoencoder:
         )  # fmt: skip
         weights = {kind for file in files for kind in _types(safetensors, file)}
     except Exception as error:
-        raise ModelFileError(f"diffusers cannot read {folder}: {error}") from error
+        told = " ".join(str(error).split())[:MOST_TOLD]
+        raise ModelFileError(f"diffusers cannot read {folder}: {told}") from error
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if found[fault]:
             raise ModelFileError(f"the weights in {folder} do not fit its {CONFIG}: {fault} {list(found[fault])[:3]}")
