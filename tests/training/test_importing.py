@@ -238,6 +238,22 @@ class Dictionary(Sides):
         return {"z": super().forward(x)}
 
 
+class Choosing(Sides):
+    """An encoder that does something else with bright images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mean and log_var, joined."""
+        return super().forward(x if x.mean() > 0.5 else -x)
+
+
+class Reshaping(Sides):
+    """An encoder that has the size of its latents written into it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mean and log_var, joined."""
+        return super().forward(x).reshape(-1, 8, 4, 4)
+
+
 def back() -> nn.Module:
     """A decoder of what `Sides` encodes."""
     return nn.Sequential(nn.ConvTranspose2d(4, 3, 2, 2), nn.Sigmoid())
@@ -268,6 +284,8 @@ def test_a_pair_of_any_size_keeps_weights_in_float16(tmp_path: Path) -> None:
     ("encoder", "x", "options", "complaint"),
     [
         (Drawing(), torch.rand(2, 3, 8, 8), {}, r"encoder: node '.*' \(RandomNormalLike\) draws random numbers"),
+        (Choosing(), torch.rand(2, 3, 8, 8), {}, "torch cannot export encoder: Could not guard on data-dependent"),
+        (Reshaping(), torch.rand(2, 3, 8, 8), {"multiple_of": 2}, r"encoder does not run on \[3, 4, 6\] in torch"),
         (Dictionary(), torch.rand(2, 3, 8, 8), {}, "the encoder must return mean and log_var, or one tensor"),
         (Sides(), torch.rand(2, 3, 8, 8) - 1.0, {}, r"pixels from -.* outside value_range \[0, 1\]"),
         (Sides(), torch.rand(3, 8, 8), {}, r"x must be example images .* not of shape \[3, 8, 8\]"),
@@ -275,7 +293,7 @@ def test_a_pair_of_any_size_keeps_weights_in_float16(tmp_path: Path) -> None:
         (Sides(), torch.rand(2, 3, 12, 12), {"multiple_of": 3}, "f a divisor of 3; export for images of one size"),
         (Sides(), torch.rand(2, 3, 9, 8), {}, r"the decoder makes \[4, 3, 8, 8\] of latents of \[4, 3, 9, 8\]"),
     ],
-    ids=["draws", "dictionary", "range", "axes", "multiple", "divisor", "decoder"],
+    ids=["draws", "choosing", "one-size", "dictionary", "range", "axes", "multiple", "divisor", "decoder"],
 )  # fmt: skip
 def test_modules_that_do_not_fit_together_are_refused(
     encoder: nn.Module, x: Tensor, options: dict[str, Any], complaint: str, tmp_path: Path

@@ -350,24 +350,36 @@ def convert(name: str, graph: Exportable, about: Mapping[str, Any]) -> Converted
         about: The manifest's `input_shape`, `latent_shape` and `size`.
 
     Raises:
-        ExportError: They differ by more than the graph's `parity`, or the graph holds what the service refuses.
+        ExportError: torch cannot export it; the two differ by more than the graph's `parity`; or the graph holds what
+            the service refuses.
     """
     module = graph.module.eval().cpu()
     rows = tuple(row.detach().cpu().contiguous() for row in graph.rows)
     keys = list(graph.signature.inputs)
     shapes = shapes_of(graph.signature.inputs, dict(zip(keys, rows, strict=True)), about)
     multiple_of = about.get("size", {}).get("multiple_of", 1)
-    content = to_onnx(module, rows, graph, shapes, multiple_of)
+    try:
+        content = to_onnx(module, rows, graph, shapes, multiple_of)
+    except torch.onnx.OnnxExporterError as error:
+        raise ExportError(f"torch cannot export {name}: {_first_line(error.__cause__ or error)}") from error
     check_graph(name, onnx.load_model_from_string(content))
     session = ort.InferenceSession(content, providers=["CPUExecutionProvider"])
     sizes = further_sizes(multiple_of) if any(map(_free, shapes.values())) else []
     for checked in (*(_resized(rows, list(shapes.values()), size) for size in sizes), rows):
-        with torch.no_grad():
-            answers = _tuple(module(*checked))
+        try:
+            with torch.no_grad():
+                answers = _tuple(module(*checked))
+        except RuntimeError as error:
+            size = " and ".join(str(list(row.shape[1:])) for row in checked)
+            raise ExportError(f"{name} does not run on {size} in torch: {_first_line(error)}") from error
         inputs = {key: row.numpy() for key, row in zip(keys, checked, strict=True)}
         outputs = {key: row.numpy() for key, row in zip(graph.signature.outputs, answers, strict=True)}
         _check_parity(name, session, inputs, outputs, graph.parity)
     return Converted(content, inputs, outputs, graph.signature)  # those of the golden rows, the last ones
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def golden_size(multiple_of: int) -> tuple[int, int]:
