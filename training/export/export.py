@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from service.contract.golden import deviation
-from service.contract.graphs import GRAPHS, Signature, free_axes, shape_of
+from service.contract.graphs import GRAPHS, Axis, Signature, at_size, fraction_of, free_axes, shape_of
 from service.contract.manifest import (
     DEFAULT_FILE,
     FILE_NAME,
@@ -58,8 +58,8 @@ LEAST_FLOAT16 = 256
 MAX_STEPS = 2**16
 """Largest free size, in multiples of the model's."""
 
-Shapes = dict[str, list[int | str]]
-"""Shapes after the batch axis by tensor, as the manifest writes them: numbers, or `height`, `width/8` and the like."""
+Shapes = dict[str, list[Axis]]
+"""Shapes after the batch axis by tensor, as the manifest writes them."""
 
 
 @dataclass(frozen=True)
@@ -393,20 +393,14 @@ def further_sizes(multiple_of: int) -> list[tuple[int, int]]:
     return [(2 * multiple_of, 3 * multiple_of), (5 * multiple_of, 2 * multiple_of)]
 
 
-def _free(shape: Sequence[int | str]) -> bool:
+def _free(shape: Sequence[Axis]) -> bool:
     return any(isinstance(size, str) for size in shape)
 
 
-def _resized(rows: tuple[Tensor, ...], shapes: list[list[int | str]], size: tuple[int, int]) -> tuple[Tensor, ...]:
+def _resized(rows: tuple[Tensor, ...], shapes: list[list[Axis]], size: tuple[int, int]) -> tuple[Tensor, ...]:
     """The rows at another height and width; each pixel is repeated or left out, so that masks stay masks."""
-    named = dict(zip(("height", "width"), size, strict=True))
-
-    def length(axis: int | str) -> int:
-        name, _, divisor = str(axis).partition("/")
-        return axis if isinstance(axis, int) else named[name] // int(divisor or 1)
-
     return tuple(
-        functional.interpolate(row, tuple(map(length, shape[-2:]))) if _free(shape) else row
+        functional.interpolate(row, at_size(shape, *size)[-2:]) if _free(shape) else row
         for row, shape in zip(rows, shapes, strict=True)
     )
 
@@ -485,19 +479,15 @@ def _dynamic(axes: tuple[dict[int, str], ...], multiple_of: int) -> tuple[dict[i
     Example sizes must be 2 or more, because torch.export treats a size of 1 as a constant. `height` is `multiple_of`
     times a free number, so that `height/8` is a whole number too.
     """
-    names = dict.fromkeys(name.partition("/")[0] for named in axes for name in named.values())
-    steps = {name: multiple_of if name in ("height", "width") else 1 for name in names}
-    dims = {
-        name: torch.export.Dim(
-            name if steps[name] == 1 else f"{name}_{steps[name]}", min=1, max=2**20 if steps[name] == 1 else MAX_STEPS
-        )
-        for name in names
-    }
+    dims: dict[str, Any] = {}
 
     def dim(axis: str) -> Any:
-        name, _, divisor = axis.partition("/")
-        factor = steps[name] // int(divisor or 1)
-        return dims[name] if factor == 1 else factor * dims[name]
+        side, divisor = fraction_of(axis) or (axis, 0)
+        if divisor and multiple_of > 1:
+            steps = dims.setdefault(side, torch.export.Dim(f"{side}_{multiple_of}", min=1, max=MAX_STEPS))
+            factor = multiple_of // divisor
+            return steps if factor == 1 else factor * steps
+        return dims.setdefault(side, torch.export.Dim(side, min=1, max=2**20))
 
     return tuple({axis: dim(name) for axis, name in named.items()} for named in axes)
 

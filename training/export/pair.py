@@ -19,6 +19,8 @@ LOG_VAR_RANGE = (-30.0, 20.0)
 them."""
 MODULE_PARITY = 1e-4
 """Maximum difference between torch and onnxruntime, as in `PARITY`. In deep networks roundings add up."""
+RANGES = ((0, 1), (-1, 1))
+"""Values of black and white that the service knows."""
 MAX_SIZE = 8192
 """Largest height and width of images of free size."""
 
@@ -86,7 +88,7 @@ def export_vae(
     mean = _latent(encode, decode, rows)
     about = {
         **shapes_told(rows.shape, mean.shape, multiple_of),
-        "value_range": list(value_range),
+        "value_range": [float(end) for end in value_range],
         "prior": prior,
         **(told or {}),
     }
@@ -103,6 +105,8 @@ def _rows(x: Tensor, value_range: Sequence[float], multiple_of: int | None) -> T
     Raises:
         ExportError: x holds no images of this range.
     """
+    if tuple(value_range) not in RANGES:
+        raise ExportError(f"value_range must be (0, 1) or (-1, 1), not {tuple(value_range)}; wrap the modules")
     if x.ndim != 4 or not len(x):
         raise ExportError(f"x must be example images (n, channels, height, width), not of shape {list(x.shape)}")
     rows = x.detach().cpu().float()
@@ -174,7 +178,7 @@ def shapes_told(images: Sequence[int], latents: Sequence[int], multiple_of: int 
         multiple_of: What heights and widths are multiples of; None if the model takes this size alone.
 
     Returns:
-        `input_shape`, `latent_shape`, and, where sizes are free, `size` and `tiling`.
+        `input_shape`, `latent_shape`, and, where sizes are free, `size` and `tiles`.
 
     Raises:
         ExportError: Sizes that are free do not fit together.
@@ -194,5 +198,5 @@ def shapes_told(images: Sequence[int], latents: Sequence[int], multiple_of: int 
         "input_shape": [channels, "height", "width"],
         "latent_shape": [latents[1], *divided],
         "size": {"multiple_of": multiple_of, "min": 2 * multiple_of, "max": MAX_SIZE // multiple_of * multiple_of},
-        "tiling": {"margin": 0, "exact": False},
+        "tiles": {"margin": 0, "exact": False},
     }

@@ -46,6 +46,13 @@ class Autoencoder(NamedTuple):
         """What heights and widths are multiples of: each block of the encoder but the last halves them."""
         return 2 ** (len(self.config["block_out_channels"]) - 1)
 
+    @property
+    def tile(self) -> int:
+        """Height and width of the tiles of a large image, as diffusers' `enable_tiling` has them."""
+        size = self.config["sample_size"]
+        least = min(size) if isinstance(size, (list, tuple)) else int(size)
+        return max(2, least // self.multiple_of) * self.multiple_of
+
 
 def read_autoencoder_kl(folder: Path) -> Autoencoder:
     """Read the folder of an AutoencoderKL into float32. Nothing is fetched from a network, and no pickle is opened.
@@ -132,9 +139,10 @@ def import_diffusers(
     found = read_autoencoder_kl(folder)
     shape = (GOLDEN_ROWS, found.config["in_channels"], *golden_size(found.multiple_of))
     x = 2.0 * torch.rand(shape, generator=keyed_generator(torch.device("cpu"), 0)) - 1.0
-    told = {
+    told: dict[str, Any] = {
         "scaling_factor": found.config["scaling_factor"] or 1.0,
         "shift_factor": found.config["shift_factor"] or 0.0,
+        "tiles": {"side": found.tile, "margin": 0, "exact": False},
         "training": {
             "imported": CLASS,
             "diffusers": installed("diffusers"),

@@ -28,7 +28,7 @@ from training.export.export import (
     golden_size,
     version_folder,
 )
-from training.export.pair import LOG_VAR_RANGE, MODULE_PARITY, shapes_told
+from training.export.pair import LOG_VAR_RANGE, MODULE_PARITY, RANGES, shapes_told
 from training.progress import tell
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as in service/runtime/session.py
@@ -184,6 +184,8 @@ def import_onnx(
     x = _noise(GOLDEN_ROWS, channels, *(fixed or golden_size(multiple_of or 1)))
     roles = _roles(one, two, one.run(x[:1]), encoder_outputs)
     tell("encoder: " + ", ".join(f"{output} is {role}" for role, output in roles.items()))
+    if value_range not in (None, *RANGES):
+        raise ModelFileError(f"--value-range must be 0 1 or -1 1, not {_joined(value_range, ' ')}")
     low, high = value_range or _range(one, two, roles, x[:1])
     x = x * np.float32(high - low) + np.float32(low)
     encode = _encode(one, roles, one.run_in_batches(x))
@@ -193,7 +195,7 @@ def import_onnx(
     tell(f"images: {shapes['input_shape']}, latents: {shapes['latent_shape']}")
     if multiple_of is not None:
         _check_sizes(encode, decode, channels, multiple_of)
-    told = {"value_range": [low, high], "prior": prior, "training": {"imported": "ONNX"}}
+    told = {"value_range": [float(low), float(high)], "prior": prior, "training": {"imported": "ONNX"}}
     graphs = {
         graph.name: Converted(graph.model.SerializeToString(), {key: rows}, graph.run(rows), GRAPHS[graph.name])
         for graph, key, rows in ((encode, "x", x), (decode, "z", mean))
