@@ -11,10 +11,12 @@ import torch
 
 from training import pipeline
 from training.cli import asking_command, run
-from training.config import load
+from training.config import RestoringRun, load, load_as
 from training.data.mnist import download
+from training.errors import ConfigError
 from training.evaluation.calibrate import CalibrateOptions, calibrate
 from training.importing.command import import_command
+from training.importing.restore import restore_only
 from training.inference.command import advi_command
 from training.loop.processes import ALONE, Processes, joined
 
@@ -42,6 +44,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--replace", action="store_true", help="overwrite the version if it exists")
     fit.add_argument("--epochs", type=int, help="epochs, instead of the TOML's; with more, a finished run continues")
     fit.add_argument("--restoration-epochs", type=int, help="the same for the recognition model of corrupted images")
+    fit.add_argument(
+        "--restore-only", action="store_true", help="train restoration for an imported VAE, which the TOML names"
+    )
     fit.add_argument("--fresh", action="store_true", help="discard the run's checkpoints first")
     for command in (fit, evaluate, export):
         command.add_argument("--draws", type=int, help="importance samples an image, instead of the TOML's")
@@ -89,6 +94,9 @@ def _workshop(options: argparse.Namespace, processes: Processes = ALONE) -> pipe
 
 
 def _fit(options: argparse.Namespace) -> None:
+    if options.restore_only:
+        _restore_only(options)
+        return
     with joined(pipeline.device(options.device)) as processes:
         workshop = _workshop(options, processes)
         if options.fresh and processes.first:
@@ -97,6 +105,22 @@ def _fit(options: argparse.Namespace) -> None:
         written = workshop.fit(options.out, replace=options.replace)
         if processes.first:
             print(f"wrote {written}")
+
+
+def _restore_only(options: argparse.Namespace) -> None:
+    if (options.epochs, options.draws, options.images) != (None, None, None):
+        raise ConfigError("--restore-only trains no VAE: of these it takes --restoration-epochs alone")
+    pipeline.threads(options.threads)
+    epochs = {"restoration": {"train": {"epochs": options.restoration_epochs}}}
+    run = load_as(RestoringRun, options.config, epochs)
+    folder = options.run or Path("runs") / run.name
+    with pipeline.locked(folder):
+        if options.fresh:
+            pipeline.clear(folder)
+        written = restore_only(
+            run, options.data, folder, options.out, pipeline.device(options.device), replace=options.replace
+        )
+    print(f"wrote {written}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:

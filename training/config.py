@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -157,10 +157,47 @@ class Run(Strict):
         return self.data.stochastic and self.data.support > self.model.likelihood.support
 
 
+class Imported(Strict):
+    """A VAE that others have trained, of fixed weights."""
+
+    file: Path
+    """Python file that defines the modules `encoder` and `decoder`, as `export_vae` takes them. It is run."""
+    value_range: tuple[float, float] = (0.0, 1.0)
+    """Black and white in both, [0.0, 1.0] or [-1.0, 1.0]."""
+    prior: Literal["standard_normal"] | None = None
+    """p(z); without it the model cannot be sampled."""
+
+
+class RestoringRun(Strict):
+    """Training of restoration alone: `python -m training fit CONFIG --restore-only`."""
+
+    name: Name
+    """Name of the model, as of any run."""
+    version: Name = "1"
+    """Name of the version."""
+    seed: int = 0
+    """Seed of the initial weights, the order of the images and the noise."""
+    data: Dataset
+    """The images, of one size."""
+    imported: Imported
+    """The VAE, whose latents are vectors."""
+    restoration: Restoration
+    """What is trained."""
+
+
+AnyRun = TypeVar("AnyRun", Run, RestoringRun)
+
+
 def load(path: Path, changes: Mapping[str, Any] | None = None) -> Run:
-    """Read and check a run's TOML.
+    """Read and check a run's TOML, as `load_as`."""
+    return load_as(Run, path, changes)
+
+
+def load_as(kind: type[AnyRun], path: Path, changes: Mapping[str, Any] | None = None) -> AnyRun:
+    """Read and check the TOML of a run of this kind.
 
     Args:
+        kind: Class of its settings.
         path: The file.
         changes: Values that replace those of the file, in the same tables; None changes nothing.
 
@@ -169,7 +206,7 @@ def load(path: Path, changes: Mapping[str, Any] | None = None) -> Run:
     """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Windows editors write a BOM
-        return Run.model_validate(_changed(table, changes or {}))
+        return kind.model_validate(_changed(table, changes or {}))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

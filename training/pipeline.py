@@ -58,6 +58,13 @@ def device(wanted: str) -> torch.device:
     return torch.device(wanted)
 
 
+def clear(folder: Path) -> None:
+    """Delete checkpoints, partial evaluations and log of a run."""
+    for path in folder.glob("*"):
+        if path.suffix in {".pt", ".jsonl", ".part", ".sha256"}:
+            path.unlink()
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Lock a run's folder against a second trainer while the block runs. The lock also ends with the process.
@@ -153,9 +160,7 @@ class Workshop:
 
     def clear(self) -> None:
         """Delete checkpoints, partial evaluations and log."""
-        for path in self.folder.glob("*"):
-            if path.suffix in {".pt", ".jsonl", ".part", ".sha256"}:
-                path.unlink()
+        clear(self.folder)
 
     def fit(self, models: Path, *, replace: bool = False) -> Path:
         """Train the stages that are not finished; then the first process evaluates and exports.

@@ -32,6 +32,8 @@ ROOT = Path(__file__).parents[2]
 FENCED = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BLOCKS = [(found[1], found[2]) for found in FENCED.finditer((ROOT / "docs" / "importing.md").read_text())]
 COMMANDS = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
+FILES = {"python": "mine.py", "toml": "mine-restored.toml"}
+"""The blocks of the page that are files."""
 DOCUMENTED = "http://127.0.0.1:8000"
 WEIGHT = np.random.default_rng(5).normal(0.0, 0.3, (8, 3, 2, 2)).astype(np.float32)
 BACK = np.random.default_rng(6).normal(0.0, 0.3, (4, 3, 2, 2)).astype(np.float32)
@@ -73,8 +75,9 @@ def imported(
     shutil.copytree(ROOT / "examples", folder / "examples")
     autoencoder_kl(folder / "sd-vae-ft-mse")
     optimums(folder, onnx_file)
-    (program,) = (text for kind, text in BLOCKS if kind == "python")
-    (folder / program.split("\n", 1)[0].removeprefix("# ")).write_text(program)
+    for kind, text in BLOCKS:
+        if kind in FILES:
+            (folder / FILES[kind]).write_text(text)
     for command in (line for line in COMMANDS if line.startswith(".venv/bin/python ")):
         done = subprocess.run(
             [sys.executable, *command.split()[1:]],
@@ -151,10 +154,11 @@ def test_a_pair_of_onnx_answers_as_its_convolutions_do(imported: Imported) -> No
 
 
 @pytest.mark.parametrize(
-    ("model", "operation"), [("sd-vae", "denoise"), ("sd-vae", "sample"), ("pair", "score"), ("mine", "denoise")]
+    ("model", "operation"),
+    [("sd-vae", "denoise"), ("sd-vae", "sample"), ("pair", "score"), ("mine/versions/1", "denoise")],
 )
 def test_what_an_imported_model_cannot_do_is_refused(imported: Imported, model: str, operation: str) -> None:
     """With a reason, not with a wrong answer."""
-    body = {} if operation == "sample" else {"images": pictures(28, 28)[:, : 1 if model == "mine" else 3].tolist()}
+    body = {} if operation == "sample" else {"images": pictures(8, 8)[:, : 1 if "mine" in model else 3].tolist()}
     refused = imported.client.post(f"/v1/models/{model}/{operation}", json=body)
     assert (refused.status_code, refused.json()["code"]) == (422, "unsupported_operation")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,14 +16,18 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
+from torch.distributions import Normal, kl_divergence
 from torch.nn import functional
 
 from service.contract import manifest
 from training.__main__ import main
+from training.distributions.gaussian import DiagonalGaussian
 from training.errors import ExportError, ModelFileError
 from training.export import export_vae
+from training.export.pair import Encode
 from training.importing.autoencoder_kl import read_autoencoder_kl
 from training.importing.onnx_pair import import_onnx
+from training.models.frozen import Frozen
 
 Nodes = list[onnx.NodeProto]
 
@@ -356,3 +361,74 @@ print(found.multiple_of, found.weights)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (done.stdout, done.returncode) == ("1 ['F32']\n", 0), done.stderr
+
+
+MINE = """
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+
+x = torch.from_numpy(load_digits().data / 16.0).float()
+mean, (_, _, basis) = x.mean(0), torch.linalg.svd(x - x.mean(0), full_matrices=False)
+
+
+class Encoder(nn.Module):
+    def forward(self, x):
+        z = ((x.flatten(1) + 1.0) / 2.0 - mean.to(x)) @ basis[:12].T.to(x)
+        return z, torch.full_like(z, -3.0)
+
+
+class Decoder(nn.Module):
+    def forward(self, z):
+        return ((mean.to(z) + z @ basis[:12].to(z)).clamp(0.0, 1.0) * 2.0 - 1.0).reshape(-1, 1, 8, 8)
+
+
+encoder, decoder = Encoder(), Decoder()
+"""
+"""Principal components of the digits as a VAE of images from -1 to 1."""
+RESTORING = """
+name = "components"
+data = {{ dataset = "digits" }}
+imported = {{ file = "{file}", value_range = [-1.0, 1.0] }}
+
+[restoration]
+network = {{ architecture = "mlp", hidden = [64], activation = "silu" }}
+level_network = {{ architecture = "mlp", hidden = [32], activation = "silu" }}
+train = {{ epochs = 8, learning_rate = 3e-3, batch_size = 50, ema_decay = 0.99 }}
+"""
+
+
+def test_the_bound_of_a_frozen_vae_is_a_kl_divergence() -> None:
+    """From the encoder's posterior to the given one, as torch.distributions has it; 0 for the encoder's own."""
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(4, 6))
+    vae = Frozen(Encode(encoder), nn.Identity(), 3, (-1.0, 1.0))
+    x, other = torch.rand(5, 1, 2, 2), DiagonalGaussian(torch.randn(5, 3), torch.randn(5, 3))
+    mean, log_var = encoder(2.0 * x - 1.0).chunk(2, 1)
+    q, r = (Normal(loc, (0.5 * log).exp()) for loc, log in ((mean, log_var), other))
+    torch.testing.assert_close(-vae.bound(x, x, other).elbo, kl_divergence(q, r).sum(1))
+    torch.testing.assert_close(vae.bound(x, x, DiagonalGaussian(mean, log_var)).elbo, torch.zeros(5))
+
+
+@pytest.mark.usefixtures("own_signals")
+def test_restoration_is_trained_for_an_imported_vae(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It raises the PSNR of noisy digits; encoder and decoder are those of the file; options of others are refused."""
+    (tmp_path / "mine.py").write_text(MINE)
+    config = tmp_path / "run.toml"
+    config.write_text(RESTORING.format(file=tmp_path / "mine.py"))
+    words = ["fit", str(config), "--restore-only", "--threads", "1"]
+    words += ["--out", str(tmp_path), "--run", str(tmp_path / "run")]
+    assert main(words) == 0
+    folder = tmp_path / "components" / "1"
+    written = manifest.read(folder)
+    assert written.graphs.keys() == {"encoder", "decoder", "recognition", "noise_level", "fusion", "correction"}
+    assert (written.value_range, written.prior) == ([-1.0, 1.0], None)
+    row = written.quality["restoration"]["gaussian"]["0.25"]
+    assert row["auto_db"] > row["noisy_db"] + 1.0
+    names = runpy.run_path(str(tmp_path / "mine.py"))
+    x = 2.0 * torch.rand(2, 1, 8, 8) - 1.0
+    np.testing.assert_allclose(answers(folder, "encoder", x=x.numpy())["mean"], names["encoder"](x)[0], atol=1e-5)
+    assert main(words) == 1
+    assert "--replace" in capsys.readouterr().err
+    assert main([*words, "--draws", "5"]) == 1
+    assert "--restoration-epochs alone" in capsys.readouterr().err

@@ -58,6 +58,7 @@ LEAST_FLOAT16 = 256
 MAX_STEPS = 2**16
 """Largest free size, in multiples of the model's."""
 
+Rows = tuple[Tensor, ...]
 Shapes = dict[str, list[Axis]]
 """Shapes after the batch axis by tensor, as the manifest writes them."""
 
@@ -163,7 +164,7 @@ def exportables(vae: VAE, recognition: Recognition | None, x: Tensor, seen: Corr
         Graphs by name.
     """
     mean, log_var = vae.posterior(x)
-    parts: dict[str, tuple[nn.Module, tuple[Tensor, ...]]] = {
+    parts: dict[str, tuple[nn.Module, Rows]] = {
         "encoder": (vae.encoder, (x,)),
         "decoder": (Decode(vae), (mean,)),
         "log_joint": (LogJoint(vae), (x, mean)),
@@ -173,18 +174,24 @@ def exportables(vae: VAE, recognition: Recognition | None, x: Tensor, seen: Corr
         prior = vae.prior.frozen()
         parts["prior"] = (Draw(prior), (_normal((len(x), *prior.noise_shape)),))
     if recognition is not None:
-        fusion, posterior = recognition.fusion, recognition.posterior(seen)
-        x_mean = Decode(vae)(posterior.mean)
-        parts |= {
-            "recognition": (Recognise(recognition), tuple(seen)),
-            "noise_level": (EstimateLevel(recognition), (seen.y, seen.mask)),
-            "fusion": (fusion, (x_mean, *seen)),
-            "correction": (recognition.correction, (*fusion(x_mean, *seen), *seen)),
-            "refinement": (Refinement(vae, fusion), _refinement_rows(posterior, seen)),
-        }
+        parts |= restoring_parts(vae, recognition, seen)
+        posterior = recognition.posterior(seen)
+        parts["refinement"] = Refinement(vae, recognition.fusion), _refinement_rows(posterior, seen)
     return {
         name: Exportable(module, rows, GRAPHS[name], gradients=isinstance(module, (ElboGradient, Refinement)))
         for name, (module, rows) in parts.items()
+    }
+
+
+@torch.no_grad()
+def restoring_parts(vae: VAE, recognition: Recognition, seen: Corrupted) -> dict[str, tuple[nn.Module, Rows]]:
+    """Modules of the graphs that restore, by name, each with golden rows."""
+    x_mean, fusion = vae.x_mean(recognition.posterior(seen).mean), recognition.fusion
+    return {
+        "recognition": (Recognise(recognition), tuple(seen)),
+        "noise_level": (EstimateLevel(recognition), (seen.y, seen.mask)),
+        "fusion": (fusion, (x_mean, *seen)),
+        "correction": (recognition.correction, (*fusion(x_mean, *seen), *seen)),
     }
 
 

@@ -55,6 +55,7 @@ def export_vae(
     prior: Literal["standard_normal"] | None = None,
     float16: bool = False,
     told: Mapping[str, Any] | None = None,
+    further: Mapping[str, Exportable] | None = None,
     replace: bool = False,
 ) -> Path:
     """Write models/<name>/<version>/ from an encoder and a decoder of torch, which are left as they are.
@@ -72,6 +73,7 @@ def export_vae(
         prior: "standard_normal" if z ~ N(0, I) under the model, so that it can be sampled; None if that is not known.
         float16: Whether weights are rounded to float16 and stored so. Computations are in float32 all the same.
         told: Further keys of the manifest, such as `scaling_factor` or `dataset`.
+        further: Further graphs by name, such as those that restore.
         replace: Whether an existing version is replaced.
 
     Returns:
@@ -92,11 +94,11 @@ def export_vae(
         "prior": prior,
         **(told or {}),
     }
-    graphs = {
+    pair = {
         graph: Exportable(module, (inputs,), GRAPHS[graph], parity=MODULE_PARITY, float16=float16)
         for graph, module, inputs in (("encoder", encode, rows), ("decoder", decode, mean))
     }
-    return export(graphs, Path(models), name, version, about, replace=replace)
+    return export({**pair, **(further or {})}, Path(models), name, version, about, replace=replace)
 
 
 def _rows(x: Tensor, value_range: Sequence[float], multiple_of: int | None) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from service.contract.corruption import FAMILIES
-from training.config import Optimisation, Run
+from training.config import Optimisation, Restoration, Run
 from training.data import as_float, binarise
 from training.distributions.noise import corrupt
 from training.errors import CheckpointError
@@ -65,11 +65,16 @@ def build_recognition(run: Run, shape: tuple[int, int, int]) -> Recognition:
     """
     if run.restoration is None:
         raise CheckpointError(f"run {run.name} has no [restoration] table")
-    torch.manual_seed(run.seed + 1)
+    return recognition_of(run.restoration, run.seed, shape, run.model.latent_dim)
+
+
+def recognition_of(settings: Restoration, seed: int, shape: tuple[int, int, int], latent_dim: int) -> Recognition:
+    """The recognition model of corrupted images with initial weights, a function of the seed."""
+    torch.manual_seed(seed + 1)
     channels, height, width = shape
-    settings, planes = run.restoration, 2 * channels + len(FAMILIES)
+    planes = 2 * channels + len(FAMILIES)
     return Recognition(
-        settings.network.encoder((planes, height, width), run.model.latent_dim),
+        settings.network.encoder((planes, height, width), latent_dim),
         settings.level_network.encoder((2 * channels, height, width), len(FAMILIES)),
         settings.correction.network(planes + 2 * channels, 2 * channels, (height, width)),
     )
@@ -83,13 +88,20 @@ def vae_stage(run: Run, shape: tuple[int, int, int], device: torch.device) -> St
         x = binarise(images, generator) if run.binary else as_float(images)
         return bound(model, x, model.noise(run.train.draws, len(x), generator), generator)
 
-    return Stage("vae", _placed(build_vae(run, shape), device), objective, run.train, run.seed, _vae_identity(run))
+    return Stage("vae", placed(build_vae(run, shape), device), objective, run.train, run.seed, _vae_identity(run))
 
 
 def restoration_stage(run: Run, vae: VAE, shape: tuple[int, int, int], device: torch.device) -> Stage:
     """The stage that trains the recognition model of corrupted images on the bound of clean ones; the VAE is fixed."""
-    recognition = _placed(build_recognition(run, shape), device)
+    recognition = placed(build_recognition(run, shape), device)
     settings = run.restoration.train  # type: ignore[union-attr]  # build_recognition has refused None
+    return recognition_stage(recognition, vae, settings, run.seed, _restoration_identity(run))
+
+
+def recognition_stage(
+    recognition: Recognition, vae: VAE, settings: Optimisation, seed: int, identity: dict[str, Any]
+) -> Stage:
+    """The stage that trains this recognition model; the VAE is fixed."""
     vae.requires_grad_(False)
 
     def objective(model: Recognition, images: Tensor, generator: torch.Generator) -> Bound:
@@ -97,9 +109,8 @@ def restoration_stage(run: Run, vae: VAE, shape: tuple[int, int, int], device: t
         eps = vae.noise(settings.draws, len(x), generator)
         return restoration_bound(model, vae, x, simulate(x, generator), eps)
 
-    identity = _restoration_identity(run)
     # Operators on images are computed by numpy, which no GPU can replay.
-    return Stage("restoration", recognition, objective, settings, run.seed + 1, identity, replayable=False)
+    return Stage("restoration", recognition, objective, settings, seed + 1, identity, replayable=False)
 
 
 def as_trained(run: Run, folder: Path, *, longer: bool = False) -> Run:
@@ -122,7 +133,7 @@ def trained_vae(run: Run, shape: tuple[int, int, int], folder: Path, device: tor
     Raises:
         CheckpointError: There is no checkpoint of these settings.
     """
-    return read_trained(folder / "vae.pt", _vae_identity(run), _placed(build_vae(run, shape), device))
+    return read_trained(folder / "vae.pt", _vae_identity(run), placed(build_vae(run, shape), device))
 
 
 def trained_recognition(run: Run, shape: tuple[int, int, int], folder: Path, device: torch.device) -> Recognition:
@@ -131,11 +142,11 @@ def trained_recognition(run: Run, shape: tuple[int, int, int], folder: Path, dev
     Raises:
         CheckpointError: There is no checkpoint of these settings.
     """
-    module = _placed(build_recognition(run, shape), device)
+    module = placed(build_recognition(run, shape), device)
     return read_trained(folder / "restoration.pt", _restoration_identity(run), module)
 
 
-def _placed(module: Module, device: torch.device) -> Module:
+def placed(module: Module, device: torch.device) -> Module:
     """The module on the device, with channels last, which makes convolutions 1.5 times as fast on a CPU."""
     return module.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
