@@ -194,11 +194,18 @@ class Workshop:
             if stale.exists():
                 tell("training of the VAE continues, so restoration is trained again from the start")
                 stale.unlink()
-        train(vae_stage(run, shape, self.device), images.train, self.folder, self.processes, images.validation)
+        train(
+            vae_stage(run, shape, self.device),
+            images.train,
+            self.folder,
+            self.processes,
+            images.validation,
+            images.crops,
+        )
         if run.restoration is None:
             return
         stage = restoration_stage(run, self.vae(), shape, self.device)
-        train(stage, images.train, self.folder, self.processes, images.validation)
+        train(stage, images.train, self.folder, self.processes, images.validation, images.crops)
 
     def vae(self) -> VAE:
         """Load the trained VAE."""

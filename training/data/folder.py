@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import filecmp
+import math
 import os
 import re
 from collections.abc import Callable
@@ -11,13 +13,16 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
-from pydantic import Field
+from pydantic import Field, model_validator
 from tqdm import tqdm
 
-from service.contract.images import DECODER_ERRORS, WHITE, fit, to_array
+from service.contract.cores import cpu_count
+from service.contract.images import DECODER_ERRORS, WHITE, fit, to_array, upright
 from service.contract.manifest import digest
+from training.data.crops import Crops, CropSettings, Picture, Visits
 from training.data.images import DatasetSettings, ImageSet, Share, split_off, to_uint8
 from training.errors import DataError
 from training.progress import tell
@@ -64,6 +69,9 @@ class Folder(DatasetSettings):
     """Grey or colour."""
     fit: Literal["crop", "pad", "resize"] = "crop"
     """`crop` fills the size and cuts off the rest, `pad` keeps the whole image on black, `resize` stretches it."""
+    crops: CropSettings | None = None
+    """Crops of that size in place of whole images, others in every epoch. Files are opened when they are needed, so
+    that the folder may be larger than memory."""
     frames: Literal["first", "all"] = "first"
     """Of each file the first page or frame, or all of them, in one split."""
     bits: Annotated[int, Field(ge=1, le=16)] = 16
@@ -77,6 +85,14 @@ class Folder(DatasetSettings):
     seed: int = 0
     """Seed of the splits."""
 
+    @model_validator(mode="after")
+    def _fits_together(self) -> Folder:
+        if self.crops is not None and self.fit != "crop":
+            raise ValueError(f'fit = "{self.fit}" brings whole images to one size; leave it out, or [data.crops]')
+        if self.crops is not None and self.crops.rotations and self.height != self.width:
+            raise ValueError("rotations = true needs height = width")
+        return self
+
     def load(self, root: Path) -> ImageSet:
         """Load the three splits, at random by `seed`, and report the number of images on standard error.
 
@@ -88,7 +104,10 @@ class Folder(DatasetSettings):
         found = _Found()
         for path in tqdm(_files(root, found.refuse), desc="reading images", unit="file", leave=False):
             try:
-                found.add(self._images(path))
+                if self.crops is None:
+                    found.add(self._images(path))
+                else:
+                    found.enter(path, self._frames(path))
             except DataError as error:
                 found.refuse(path, str(error))
         if found.bad and self.on_error == "stop":
@@ -100,8 +119,8 @@ class Folder(DatasetSettings):
                 f"{root} holds {found}, in {_count(found.files, 'file')}; "
                 f"at least {LEAST} files with images are needed ({', '.join(FORMATS)})"
             )
-        tell(f"read {found}")
-        return self._split(found)
+        tell(f"read {found}" if self.crops is None else f"found {found}")
+        return self._split(found) if self.crops is None else self._cropped(found)
 
     def _images(self, path: Path) -> list[NDArray[np.uint8]] | None:
         """Read the images of one file; None where it is no image.
@@ -114,30 +133,139 @@ class Folder(DatasetSettings):
             return None
         try:
             with file:
-                every = self.frames == "all" and file.format in SEQUENCES
-                return [self._image(file, frame) for frame in range(getattr(file, "n_frames", 1) if every else 1)]
+                return [self._image(file, frame) for frame in range(self._count(file))]
         except DECODER_ERRORS as error:
             raise DataError(_reason(error)) from error
 
+    def _count(self, file: Image.Image) -> int:
+        """Number of its frames that are images."""
+        every = self.frames == "all" and file.format in SEQUENCES
+        return getattr(file, "n_frames", 1) if every else 1
+
     def _image(self, file: Image.Image, frame: int) -> NDArray[np.uint8]:
         file.seek(frame)
-        scaled = file.mode.startswith("I;16") and file.format != "JPEG2000"
-        values = to_array(file, CHANNELS[self.mode], 2**self.bits - 1 if scaled else WHITE)
-        if scaled and values.max() > 1.0:
-            raise DataError(f"its 16-bit grey has values above 2^{self.bits} - 1; set a larger `bits` in [data]")
-        checked = to_uint8(values, "it").astype(np.float32) / np.float32(255.0)
+        checked = self._levels(file).astype(np.float32) / np.float32(255.0)
         return to_uint8(fit(checked[None], (self.height, self.width), self.fit)[0], "it")
 
-    def _split(self, found: _Found) -> ImageSet:
-        """Split at random by file."""
-        images = np.frombuffer(found.pixels, np.uint8).reshape(-1, CHANNELS[self.mode], self.height, self.width)
+    def _levels(self, image: Image.Image) -> NDArray[np.uint8]:
+        """The pixels, (c, h, w), upright."""
+        scaled = image.mode.startswith("I;16") and image.format != "JPEG2000"
+        values = to_array(image, CHANNELS[self.mode], 2**self.bits - 1 if scaled else WHITE)
+        if scaled and values.max() > 1.0:
+            raise DataError(f"its 16-bit grey has values above 2^{self.bits} - 1; set a larger `bits` in [data]")
+        return to_uint8(values, "it")
+
+    def _frames(self, path: Path) -> int | None:
+        """Number of the images of one file, of which only the head is read; None where it is no image.
+
+        Raises:
+            DataError: It cannot be read, or is too small; the message is the reason alone.
+        """
+        file = _opened(path)
+        if file is None:
+            return None
+        try:
+            with file:
+                self._check_size(file)
+                return self._count(file)
+        except DECODER_ERRORS as error:
+            raise DataError(_reason(error)) from error
+
+    def _check_size(self, file: Image.Image) -> None:
+        assert self.crops is not None
+        if not self.crops.usable((self.height, self.width), file.size[::-1]):
+            raise DataError(f"its {file.height} x {file.width} pixels hold no crop of {self.height} x {self.width}")
+
+    def cut(self, path: Path, frame: int, count: int, rng: Generator) -> NDArray[np.uint8]:
+        """Cut random crops of one image, (count, c, h, w).
+
+        Args:
+            path: Its file.
+            frame: Number of the frame in the file.
+            count: Number of crops.
+            rng: Source of places, scales and orientations.
+
+        Raises:
+            DataError: It cannot be read; the message is the reason alone.
+        """
+        assert self.crops is not None
+        file = _opened(path)
+        if file is None:
+            raise DataError("no image any more")
+        try:
+            with file:
+                file.seek(frame)
+                whole = upright(file)
+                self._check_size(whole)
+                picture = Picture(whole.size[::-1], lambda box: self._levels(_part(whole, box, file.format)))
+                return np.stack([self.crops.cut(picture, (self.height, self.width), rng) for _ in range(count)])
+        except DECODER_ERRORS as error:
+            raise DataError(_reason(error)) from error
+
+    def _cropped(self, found: _Found) -> ImageSet:
+        """Crops of the images of each split; those held out stay the same, and are as large a share as their files."""
+        assert self.crops is not None
+        workers, count = min(torch.get_num_threads(), cpu_count()), self.crops.per_epoch
+        sizes = (count, math.ceil(self.validation * count), math.ceil(self.test * count))
+        train, *held_out = (
+            Crops(
+                Visits(FolderPictures(self, [found.pictures[row] for row in rows]), size, (self.seed, split)),
+                workers,
+                skip=self.on_error == "skip",
+            )
+            for split, (rows, size) in enumerate(zip(self._parts(found), sizes, strict=True))
+        )
+        order = torch.Generator().manual_seed(self.seed)  # otherwise the crops of one picture are neighbours
+        validation, test = (crops.first()[torch.randperm(crops.visits.count, generator=order)] for crops in held_out)
+        return ImageSet(train.first(), validation, test, crops=train)
+
+    def _parts(self, found: _Found) -> list[NDArray[np.intp]]:
+        """The images of each split, at random by file."""
         rest, test = split_off(torch.arange(found.files), self.test, self.seed)
         parts = (*split_off(rest, self.validation, self.seed), test)
-        train, *held_out = (np.flatnonzero(np.isin(found.owners, part.numpy())) for part in parts)
+        return [np.flatnonzero(np.isin(found.owners, part.numpy())) for part in parts]
+
+    def _split(self, found: _Found) -> ImageSet:
+        images = np.frombuffer(found.pixels, np.uint8).reshape(-1, CHANNELS[self.mode], self.height, self.width)
+        train, *held_out = self._parts(found)
         others = [images[rows] for rows in held_out]
         for new, old in enumerate(train):  # in place, because a copy would take the memory twice
             images[new] = images[old]
         return ImageSet(*(torch.from_numpy(part) for part in (images[: len(train)], *others)))
+
+
+@dataclass(frozen=True)
+class FolderPictures:
+    """Images of a folder of which crops are cut.
+
+    Attributes:
+        folder: The settings.
+        places: File and frame of each image.
+    """
+
+    folder: Folder
+    places: list[tuple[Path, int]]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(c, h, w) of a crop."""
+        return CHANNELS[self.folder.mode], self.folder.height, self.folder.width
+
+    def __len__(self) -> int:
+        """Their number."""
+        return len(self.places)
+
+    def crops(self, place: int, count: int, rng: Generator) -> NDArray[np.uint8]:
+        """Cut crops of one image, (count, c, h, w).
+
+        Raises:
+            DataError: It cannot be read. The message names it, with the reason.
+        """
+        path, frame = self.places[place]
+        try:
+            return self.folder.cut(path, frame, count, rng)
+        except DataError as error:
+            raise DataError(_named(path, str(error))) from error
 
 
 @dataclass
@@ -145,6 +273,10 @@ class _Found:
     """The images of a directory that have been read so far, and the files that were not."""
 
     pixels: bytearray = field(default_factory=bytearray)
+    pictures: list[tuple[Path, int]] = field(default_factory=list)
+    """Files and frames of images that are to be read later."""
+    sizes: dict[int, list[Path]] = field(default_factory=dict)
+    """Their files by size in bytes."""
     owners: list[int] = field(default_factory=list)
     """The number of the file that each image comes from."""
     files: int = 0
@@ -169,9 +301,23 @@ class _Found:
             self.owners.append(self.files)
         self.files += len(self.owners) > before
 
+    def enter(self, path: Path, frames: int | None) -> None:
+        """Count one more file whose images are read later, unless it equals an earlier one byte for byte."""
+        if frames is None:
+            self.others += 1
+            return
+        alike = self.sizes.setdefault(path.stat().st_size, [])
+        if any(filecmp.cmp(path, other, shallow=False) for other in alike):
+            self.duplicates += 1
+            return
+        alike.append(path)
+        self.pictures += [(path, frame) for frame in range(frames)]
+        self.owners += [self.files] * frames
+        self.files += 1
+
     def refuse(self, path: Path, reason: str) -> None:
         """Count one more file that cannot be read."""
-        self.bad.append(" ".join(f"{path} ({reason})".split()))
+        self.bad.append(_named(path, reason))
 
     def named(self) -> str:
         """The bad files with their reasons."""
@@ -232,6 +378,19 @@ def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "no image that Pillow can decode; convert it to PNG"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def _named(path: Path, reason: str) -> str:
+    """A bad file and the reason, on one line."""
+    return " ".join(f"{path} ({reason})".split())
+
+
+def _part(image: Image.Image, box: tuple[int, int, int, int], form: str | None) -> Image.Image:
+    """A part of an image that is upright, with what its conversion needs to know and no orientation."""
+    part = image.crop(box)
+    part.format = form
+    part.info = {key: value for key, value in image.info.items() if key == "transparency"}
+    return part
 
 
 def _count(n: int, noun: str) -> str:

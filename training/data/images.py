@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
+from training.data.crops import Crops
 from training.distributions.interface import Support
 from training.errors import DataError
 from training.strict import Strict
@@ -35,6 +36,8 @@ class ImageSet:
     train: Tensor
     validation: Tensor
     test: Tensor
+    crops: Crops | None = field(default=None, kw_only=True)
+    """Replaces the training images by others in every epoch; None where they stay."""
 
     def __post_init__(self) -> None:
         for split in (self.train, self.validation, self.test):
@@ -51,7 +54,7 @@ class ImageSet:
 
     def to(self, device: torch.device) -> ImageSet:
         """The same images on a device."""
-        return ImageSet(*(split.to(device) for split in (self.train, self.validation, self.test)))
+        return ImageSet(*(split.to(device) for split in (self.train, self.validation, self.test)), crops=self.crops)
 
 
 def to_uint8(values: NDArray[np.floating], source: str) -> NDArray[np.uint8]:

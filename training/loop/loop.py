@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from training.data.crops import Crops
 from training.errors import DivergedError
 from training.loop.checkpoint import disk_error, read_checkpoint, write_checkpoint
 from training.loop.log import Log
@@ -62,12 +63,19 @@ class Loop(ABC):
     """Steps 0 to `steps` over a training set; resumed from its checkpoint bit for bit.
 
     The order of an epoch is a function of (seed, epoch); a subclass makes all other noise a function of (seed, step).
+    `crops` replaces the images in every epoch.
     """
 
     def __init__(
-        self, stage: AnyStage, images: Tensor, folder: Path, batch_size: int, processes: Processes = ALONE
+        self,
+        stage: AnyStage,
+        images: Tensor,
+        folder: Path,
+        batch_size: int,
+        processes: Processes = ALONE,
+        crops: Crops | None = None,
     ) -> None:
-        self.stage, self.images, self.processes = stage, images, processes
+        self.stage, self.images, self.processes, self.crops = stage, images, processes, crops
         self.path = folder / f"{stage.name}.pt"
         self.log_path = folder / "log.jsonl" if processes.first else Path(os.devnull)
         self.batch_size = min(batch_size, len(images))
@@ -136,6 +144,9 @@ class Loop(ABC):
         except BaseException:
             self.save()
             raise
+        finally:
+            if self.crops is not None:
+                self.crops.close()
         self.save()
         self.processes.wait()
 
@@ -154,7 +165,7 @@ class Loop(ABC):
         log = Log(self.log_path)
         with progress, log.file:
             while self.step < self.steps:
-                self.learn(self._rows())
+                self.learn(self._rows(interrupted))
                 self.step += 1
                 self.seconds = time.monotonic() - started
                 if self.step in self.stage.watched_steps and self.processes.first:
@@ -172,10 +183,12 @@ class Loop(ABC):
         if self.processes.any(interrupted()):
             raise KeyboardInterrupt
 
-    def _rows(self) -> Tensor:
+    def _rows(self, interrupted: Callable[[], bool]) -> Tensor:
         """Those of the next minibatch, (n,)."""
         epoch, index = divmod(self.step, self.epoch_steps)
         if self.order_epoch != epoch:
+            if self.crops is not None:
+                self.crops.fill(self.images, epoch, ahead=epoch + 1 < self.epochs, interrupted=interrupted)
             self.order, self.order_epoch = row_order(self.images, self.stage.seed, 0, epoch), epoch
         return self.order[index * self.batch_size : (index + 1) * self.batch_size]
 

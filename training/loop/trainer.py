@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from training.config import Optimisation
+from training.data.crops import Crops
 from training.errors import ConfigError, DivergedError
 from training.loop.cuda_graph import Replay
 from training.loop.loop import Loop
@@ -60,7 +61,12 @@ def computes_bfloat16(device: torch.device) -> bool:
 
 
 def train(
-    stage: Stage, images: Tensor, folder: Path, processes: Processes = ALONE, held_out: Tensor | None = None
+    stage: Stage,
+    images: Tensor,
+    folder: Path,
+    processes: Processes = ALONE,
+    held_out: Tensor | None = None,
+    crops: Crops | None = None,
 ) -> None:
     """Train to the end of the last epoch, from the checkpoint in `folder` if there is one.
 
@@ -73,12 +79,14 @@ def train(
         processes: Those that train together.
         held_out: Images like `images`. The bound on them is measured after every epoch and decides whether the stage
             keeps the moving average of the weights or the last ones; without them it keeps the average.
+        crops: Replaces the images in every epoch; None keeps them.
 
     Raises:
         ConfigError: The processes cannot share out a minibatch.
+        DataError: A picture whose crops are due cannot be read.
         DivergedError, DiskError, CheckpointError, KeyboardInterrupt: As `Loop.complete`.
     """
-    _Loop(stage, images, folder, processes, held_out).complete()
+    _Loop(stage, images, folder, processes, held_out, crops).complete()
 
 
 class _Bounded(nn.Module):
@@ -98,7 +106,13 @@ class _Loop(Loop):
     stage: Stage
 
     def __init__(
-        self, stage: Stage, images: Tensor, folder: Path, processes: Processes, held_out: Tensor | None
+        self,
+        stage: Stage,
+        images: Tensor,
+        folder: Path,
+        processes: Processes,
+        held_out: Tensor | None,
+        crops: Crops | None,
     ) -> None:
         settings = stage.optimisation
         if settings.microbatches % processes.size:
@@ -106,7 +120,7 @@ class _Loop(Loop):
                 f"{processes.size} processes share out {settings.microbatches} microbatches; "
                 f"set microbatches in the TOML to a multiple of {processes.size}"
             )
-        super().__init__(stage, images, folder, settings.batch_size, processes)
+        super().__init__(stage, images, folder, settings.batch_size, processes, crops)
         self.settings = settings
         self.steps = max(settings.epochs, -(-settings.least_steps // self.epoch_steps)) * self.epoch_steps
         self.warmup_steps = min(settings.warmup_steps, int(WARMUP_SHARE * self.steps))
