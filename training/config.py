@@ -28,7 +28,7 @@ class Model(Strict):
     """The model: q(z|x), p(z) and p(x|z)."""
 
     latent_dim: Positive
-    """Numbers in z."""
+    """Numbers in z; with spatial latents, at each place."""
     initial_std: Annotated[float, Field(gt=0)] | None = None
     """Standard deviation of the initial parameters of both networks, 0.01 in the paper; without it torch's defaults."""
     likelihood: LikelihoodSettings = BernoulliSettings()
@@ -147,7 +147,16 @@ class Run(Strict):
                 "a VampPrior contains the encoder, which wake-sleep trains on draws of the prior; set prior = "
                 '"standard_normal" or "realnvp"'
             )
+        if self.model.network.multiple_of is not None:
+            self._check_any_size()
         return self
+
+    def _check_any_size(self) -> None:
+        """Refuse what does not go with images of any size."""
+        if (prior := self.model.prior.prior) != "standard_normal":
+            raise ValueError(f'latents = "spatial" needs prior = "standard_normal", because {prior} is of one size')
+        if self.restoration is not None:
+            raise ValueError('latents = "spatial" has no restoration; leave out [restoration]')
 
     @property
     def binary(self) -> bool:

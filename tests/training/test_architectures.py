@@ -72,3 +72,32 @@ def test_every_level_halves_rounding_up() -> None:
     encoder = Conv(architecture="conv", channels=(2, 3), blocks=0).encoder((1, 33, 20), 4)
     assert isinstance(encoder.mean, torch.nn.Linear)
     assert encoder.mean.in_features == 3 * 9 * 5
+
+
+SPATIAL = Conv(architecture="conv", latents="spatial", channels=(3, 4, 5), blocks=1, head=2)
+
+
+@pytest.fixture
+def spatial() -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Encoder and decoder with spatial latents, all of whose weights are at work, in double."""
+    torch.manual_seed(1)
+    networks = SPATIAL.encoder((3, 16, 16), 6).double(), SPATIAL.decoder(6, (3, 16, 16)).double()
+    for parameter in (p for network in networks for p in network.parameters()):
+        torch.nn.init.normal_(parameter, std=0.3)
+    return networks
+
+
+def test_spatial_latents_take_images_of_any_size(spatial: tuple[torch.nn.Module, torch.nn.Module]) -> None:
+    """Made for 16 x 16, the networks take 24 x 40: z has an eighth of it."""
+    encoder, decoder = spatial
+    mean, log_var = encoder(torch.rand(2, 3, 24, 40).double())
+    assert mean.shape == log_var.shape == (2, 6, 3, 5)
+    assert decoder(mean).shape == (2, 3, 24, 40)
+    assert SPATIAL.latent_shape(6, (3, 24, 40)) == (6, 3, 5)
+    assert SPATIAL.multiple_of == 8
+
+
+def test_spatial_posterior_starts_at_unit_variance() -> None:
+    """Before training log_var is 0 whatever x is."""
+    _, log_var = SPATIAL.encoder((1, 8, 8), 4)(torch.randn(2, 1, 8, 16))
+    assert torch.equal(log_var, torch.zeros(2, 4, 1, 2))

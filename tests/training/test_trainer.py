@@ -13,13 +13,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from tqdm import tqdm
 
 from training.config import Run, load
+from training.data import Folder
 from training.errors import CheckpointError, DiskError, DivergedError
 from training.loop import trainer
 from training.loop.processes import ALONE
@@ -186,6 +189,37 @@ def test_killed_run_is_resumed_bit_for_bit(unbroken: Path, images: Tensor, tmp_p
     train(stage(), images, tmp_path)
     assert_same_bits(state(tmp_path), state(unbroken))
     assert not (tmp_path / "vae.pt.part").exists()
+
+
+def test_run_on_crops_is_resumed_bit_for_bit(tmp_path: Path) -> None:
+    """Each epoch has its own crops, and a run that was broken off in one goes on with the rest of that epoch's."""
+    (tmp_path / "pictures").mkdir()
+    for i in range(6):
+        levels = np.random.default_rng(i).integers(0, 256, (16, 16), np.uint8)
+        Image.fromarray(levels).save(tmp_path / "pictures" / f"{i}.png")
+    table = {"dataset": "folder", "height": 4, "width": 4, "mode": "L", "crops": {"per_epoch": 60}}
+    data = Folder.model_validate(table).load(tmp_path / "pictures")
+
+    def fit(name: str, stage: Stage) -> list[Tensor]:
+        (tmp_path / name).mkdir(exist_ok=True)
+        seen: list[Tensor] = []
+
+        def objective(module: Any, images: Tensor, generator: torch.Generator) -> Bound:
+            seen.append(images)
+            return stage.objective(module, images, generator)
+
+        train(dataclasses.replace(stage, objective=objective), data.train, tmp_path / name, crops=data.crops)
+        return seen
+
+    seen = fit("unbroken", stage(epochs=4))
+    assert len(seen) == 12
+    assert not torch.equal(torch.cat(seen[:3]).unique(dim=0), torch.cat(seen[3:6]).unique(dim=0))
+    for call in (5, 4):
+        with pytest.raises(KeyboardInterrupt):
+            fit("broken", failing(stage(epochs=4), call, interrupt))
+    rest = fit("broken", stage(epochs=4))
+    assert all(map(torch.equal, rest, seen[7:]))
+    assert_same_bits(state(tmp_path / "broken"), state(tmp_path / "unbroken"))
 
 
 def test_finished_run_is_left_alone(images: Tensor, tmp_path: Path) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from training.data import Digits, as_float
+from training.distributions.gaussian import of_rows
 from training.distributions.interface import Likelihood, Prior, Support
 from training.distributions.likelihoods.bernoulli import Bernoulli
 from training.distributions.likelihoods.discretised_logistic import DiscretisedLogistic
@@ -16,8 +17,10 @@ from training.distributions.likelihoods.gaussian import Gaussian
 from training.distributions.priors.realnvp import RealNvp
 from training.distributions.priors.standard_normal import StandardNormal
 from training.distributions.priors.vamp import Vamp
+from training.evaluation.scoring import bound_at_draws
 from training.models.vae import VAE
 from training.networks.mlp import Mlp
+from training.objectives.elbo import importance_log_likelihood, importance_weighted, monte_carlo_elbo
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -139,3 +142,39 @@ def test_images_lie_in_the_support_of_their_data_set(tmp_path: Path) -> None:
     x = as_float(digits.load(tmp_path).test)
     assert digits.support.contains(x)
     assert not Support.BINARY.contains(x)
+
+
+class Reshaped(nn.Module):
+    """A network whose latents, or other tensors of one axis, have three: in front of it or after it."""
+
+    def __init__(self, network: nn.Module, *, decoder: bool) -> None:
+        super().__init__()
+        self.network, self.decoder = network, decoder
+
+    def forward(self, x: Tensor) -> Any:
+        """x (n, c, h, w) -> mean, log_var (n, d, 1, 1), or z (n, d, 1, 1) -> (n, c, h, w)."""
+        return self.network(x.flatten(1)) if self.decoder else [part[..., None, None] for part in self.network(x)]
+
+
+def test_spatial_latents_are_vectors_of_other_axes(linear_gaussian: LinearGaussian) -> None:
+    """Every bound on log p(x) is the same, and the importance-weighted one is the exact log p(x)."""
+    flat, x = linear_gaussian.vae(), linear_gaussian.x(5)
+    encoder, decoder = Reshaped(flat.encoder, decoder=False), Reshaped(flat.decoder, decoder=True)
+    spatial = VAE(encoder, decoder, flat.likelihood, StandardNormal(2, 1, 1))
+    eps = flat.noise(7, 5, generator())
+    assert spatial.noise(7, 5, generator()).shape == (7, 5, 2, 1, 1)
+    for bound in (VAE.bound, monte_carlo_elbo, importance_weighted, importance_log_likelihood, bound_at_draws):
+        expected, found = bound(flat, x, eps), bound(spatial, x, eps[..., None, None])
+        torch.testing.assert_close(torch.stack([*found]), torch.stack([*expected]))
+    found = importance_log_likelihood(spatial, x, eps[..., None, None])
+    torch.testing.assert_close(found.double(), linear_gaussian.log_prob(x), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(spatial.sample(eps[0, ..., None, None]), flat.sample(eps[0]))
+
+
+def test_spatial_gaussian_sums_over_its_axes() -> None:
+    """KL, entropy and density of a (2, 3, 4) are those of its 24 numbers."""
+    mean, log_var, z = torch.randn(3, 5, 2, 3, 4, generator=generator())
+    spatial, flat = of_rows(mean, log_var), of_rows(mean.flatten(1), log_var.flatten(1))
+    torch.testing.assert_close(spatial.kl_from_standard_normal(), flat.kl_from_standard_normal())
+    torch.testing.assert_close(spatial.detach().entropy(), flat.entropy())
+    torch.testing.assert_close(spatial.log_prob(z), flat.log_prob(z.flatten(1)))

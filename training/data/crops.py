@@ -19,14 +19,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from service.contract.cores import cpu_count
 from training.errors import DataError
 from training.progress import tell
 from training.strict import Positive, Strict
 
 Levels = NDArray[np.uint8]
 """An image (c, h, w)."""
-LEAST_OF_PICTURE = 8
-"""Crops that a picture gives each time it is opened, because opening it costs more than a crop."""
+LEAST, LEAST_HELD_OUT = 8, 2
+"""Crops that a picture gives at least each time it is opened, because opening it costs more than a crop. Of pictures
+that are held out fewer, because a figure is the surer the more pictures it is of."""
 MOST_WORKERS = 8
 MOST_TRIES = 20
 """Pictures in a row that cannot be read before a run stops."""
@@ -133,17 +135,19 @@ class Visits(Dataset[Cut]):
     Attributes:
         pictures: The pictures.
         count: Crops of an epoch.
+        least: Crops that a picture gives at least each time it is opened.
         key: The seed, with numbers that tell apart what shares it.
     """
 
     pictures: Pictures
     count: int
+    least: int
     key: tuple[int, ...]
 
     @property
     def each(self) -> int:
-        """Crops of a visit: few, so that an epoch has many pictures, or as many as give the epoch of few pictures."""
-        return max(min(LEAST_OF_PICTURE, self.count), -(-self.count // len(self.pictures)))
+        """Crops of a visit: more than the least where the pictures are few, so that an epoch opens each but once."""
+        return max(min(self.least, self.count), -(-self.count // len(self.pictures)))
 
     @property
     def of_epoch(self) -> int:
@@ -185,7 +189,8 @@ class Crops:
     """
 
     def __init__(self, visits: Visits, workers: int, *, skip: bool) -> None:
-        self.visits, self.workers, self.skip = visits, min(workers, MOST_WORKERS, visits.of_epoch), skip
+        self.visits, self.skip = visits, skip
+        self.workers = min(workers, cpu_count(), MOST_WORKERS, visits.of_epoch)
         self.epoch: int | None = None
         self._ahead: tuple[int, Iterator[Cut]] | None = None
         self._told: set[str] = set()

@@ -19,10 +19,9 @@ from PIL import Image, UnidentifiedImageError
 from pydantic import Field, model_validator
 from tqdm import tqdm
 
-from service.contract.cores import cpu_count
 from service.contract.images import DECODER_ERRORS, WHITE, fit, to_array, upright
 from service.contract.manifest import digest
-from training.data.crops import Crops, CropSettings, Picture, Visits
+from training.data.crops import LEAST, LEAST_HELD_OUT, Crops, CropSettings, Picture, Visits
 from training.data.images import DatasetSettings, ImageSet, Share, split_off, to_uint8
 from training.errors import DataError
 from training.progress import tell
@@ -46,7 +45,7 @@ SIGNATURE = re.compile(
 """First bytes of files that must be images, whatever their suffix."""
 HIDDEN = {"__macosx", "desktop.ini", "thumbs.db"}
 CHANNELS = {"L": 1, "RGB": 3}
-LEAST = 3  # one file a split
+LEAST_FILES = 3  # one a split
 NAMED = 20  # bad files, in one message
 
 
@@ -114,10 +113,10 @@ class Folder(DatasetSettings):
             raise DataError(f'{found.named()}; replace or remove them, or set on_error = "skip" in [data]')
         if found.bad:
             tell(f"left out {found.named()}")
-        if found.files < LEAST:
+        if found.files < LEAST_FILES:
             raise DataError(
                 f"{root} holds {found}, in {_count(found.files, 'file')}; "
-                f"at least {LEAST} files with images are needed ({', '.join(FORMATS)})"
+                f"at least {LEAST_FILES} files with images are needed ({', '.join(FORMATS)})"
             )
         tell(f"read {found}" if self.crops is None else f"found {found}")
         return self._split(found) if self.crops is None else self._cropped(found)
@@ -205,15 +204,16 @@ class Folder(DatasetSettings):
     def _cropped(self, found: _Found) -> ImageSet:
         """Crops of the images of each split; those held out stay the same, and are as large a share as their files."""
         assert self.crops is not None
-        workers, count = min(torch.get_num_threads(), cpu_count()), self.crops.per_epoch
+        workers, count = torch.get_num_threads(), self.crops.per_epoch
         sizes = (count, math.ceil(self.validation * count), math.ceil(self.test * count))
+        parts = zip(self._parts(found), sizes, (LEAST, LEAST_HELD_OUT, LEAST_HELD_OUT), strict=True)
         train, *held_out = (
             Crops(
-                Visits(FolderPictures(self, [found.pictures[row] for row in rows]), size, (self.seed, split)),
+                Visits(FolderPictures(self, [found.pictures[row] for row in rows]), size, least, (self.seed, split)),
                 workers,
                 skip=self.on_error == "skip",
             )
-            for split, (rows, size) in enumerate(zip(self._parts(found), sizes, strict=True))
+            for split, (rows, size, least) in enumerate(parts)
         )
         order = torch.Generator().manual_seed(self.seed)  # otherwise the crops of one picture are neighbours
         validation, test = (crops.first()[torch.randperm(crops.visits.count, generator=order)] for crops in held_out)

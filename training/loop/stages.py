@@ -13,7 +13,7 @@ from service.contract.corruption import FAMILIES
 from training.config import Optimisation, Restoration, Run
 from training.data import as_float, binarise
 from training.distributions.noise import corrupt
-from training.errors import CheckpointError
+from training.errors import CheckpointError, ConfigError
 from training.loop.checkpoint import Module, read_trained, trained_epochs
 from training.loop.trainer import Stage
 from training.models.restoration import Recognition, restoration_bound, simulate
@@ -47,14 +47,26 @@ def denoising(settings: Optimisation) -> VaeBound:
 
 
 def build_vae(run: Run, shape: tuple[int, int, int]) -> VAE:
-    """A VAE with initial weights, a function of the run's seed."""
+    """A VAE with initial weights, a function of the run's seed.
+
+    Raises:
+        ConfigError: The network does not take images of that shape.
+    """
     torch.manual_seed(run.seed)
     network, latent_dim = run.model.network, run.model.latent_dim
+    step = network.multiple_of
+    if step is not None and any(side % step for side in shape[1:]):
+        raise ConfigError(
+            f"this network takes images whose height and width are multiples of {step}, not {shape[1]} x {shape[2]}; "
+            "change the size in [data], or the number of levels in channels"
+        )
     encoder, decoder = network.encoder(shape, latent_dim), network.decoder(latent_dim, shape)
     if run.model.initial_std is not None:
         for parameter in (*encoder.parameters(), *decoder.parameters()):
             nn.init.normal_(parameter, std=run.model.initial_std)
-    return VAE(encoder, decoder, run.model.likelihood.build(shape), run.model.prior.build(latent_dim, shape, encoder))
+    prior = run.model.prior.build(network.latent_shape(latent_dim, shape), shape, encoder)
+    pixels = shape if step is None else (shape[0], 1, 1)  # a place in a crop is none in the picture
+    return VAE(encoder, decoder, run.model.likelihood.build(pixels), prior)
 
 
 def build_recognition(run: Run, shape: tuple[int, int, int]) -> Recognition:

@@ -112,7 +112,7 @@ class _Loop(Loop):
         folder: Path,
         processes: Processes,
         held_out: Tensor | None,
-        crops: Crops | None,
+        crops: Crops | None = None,
     ) -> None:
         settings = stage.optimisation
         if settings.microbatches % processes.size:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from service.contract.corruption import LEAST_VARIANCE, Operator, operator_of
-from training.distributions.gaussian import DiagonalGaussian
+from training.distributions.gaussian import DiagonalGaussian, of_rows
 from training.distributions.noise import NOISE, Additive, Gaussian, Replacement, corrupt, noise_variance, replacement
 from training.models.vae import VAE, Bound
 
@@ -236,9 +236,8 @@ class Recognition(nn.Module):
         self.roughness = nn.Parameter(torch.tensor([*nothing, *additive, *nothing]))
 
     def posterior(self, seen: Corrupted) -> DiagonalGaussian:
-        """q(z | y, mask, level): mean and log_var (n, d)."""
-        mean, log_var = self.network(torch.cat([seen.y, seen.mask, planes(seen.level, seen.y)], 1))
-        return DiagonalGaussian(mean.float(), log_var.float())
+        """q(z | y, mask, level): mean and log_var (n, *latent_shape)."""
+        return of_rows(*self.network(torch.cat([seen.y, seen.mask, planes(seen.level, seen.y)], 1)))
 
     def log_level(self, y: Tensor, mask: Tensor) -> DiagonalGaussian:
         """q(log level | y, mask): mean and log_var (n, F), each column as if its family were the one at work.

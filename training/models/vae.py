@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from training.distributions.gaussian import DiagonalGaussian
+from training.distributions.gaussian import DiagonalGaussian, of_rows
 from training.distributions.interface import Likelihood, Prior
 
 
@@ -62,9 +62,8 @@ class VAE(nn.Module):
         return torch.randn(draws, rows, *shape, generator=generator, device=generator.device)
 
     def posterior(self, x: Tensor) -> DiagonalGaussian:
-        """q(z|x): x (n, c, h, w) -> mean and log_var (n, d), in float32."""
-        mean, log_var = self.encoder(x)
-        return DiagonalGaussian(mean.float(), log_var.float())
+        """q(z|x): x (n, c, h, w) -> mean and log_var (n, *latent_shape), in float32."""
+        return of_rows(*self.encoder(x))
 
     def decode(self, z: Tensor) -> Tensor:
         """Parameters of p(x|z): z (..., *latent_shape) -> (..., c, h, w), in float32."""

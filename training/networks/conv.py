@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from itertools import pairwise
 from typing import Annotated, Literal
 
@@ -28,23 +29,43 @@ class Conv(Strict):
     """Residual blocks a level."""
     head: Positive = 12
     """Channels at full size before the last convolution."""
+    latents: Literal["vector", "spatial"] = "vector"
+    """`vector`: linear layers between the coarsest level and z, for images of one size. `spatial`: none, so z has
+    `latent_dim` numbers at each place of the coarsest level, and the model takes images of any size whose height and
+    width are multiples of 2^levels."""
+
+    @property
+    def multiple_of(self) -> int | None:
+        """What divides height and width of images of any size; None where images have one size."""
+        return 2 ** len(self.channels) if self.latents == "spatial" else None
+
+    def latent_shape(self, latent_dim: int, shape: tuple[int, int, int]) -> tuple[int, ...]:
+        """Of one z, for images of that shape."""
+        return (latent_dim, *self._sizes(shape)[-1]) if self.latents == "spatial" else (latent_dim,)
 
     def encoder(self, shape: tuple[int, int, int], latent_dim: int) -> nn.Module:
-        """x (n, *shape) -> mean, log_var (n, latent_dim)."""
+        """x (n, *shape) -> mean, log_var (n, *latent_shape)."""
         layers: list[nn.Module] = []
         for inputs, outputs in pairwise((shape[0], *self.channels)):
             layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), *self._blocks(outputs)]
+        if self.latents == "spatial":
+            head = partial(nn.Conv2d, kernel_size=1)
+            return MlpEncoder(nn.Sequential(*layers, nn.SiLU()), self.channels[-1], latent_dim, head)
         height, width = self._sizes(shape)[-1]
         body = nn.Sequential(*layers, nn.SiLU(), nn.Flatten())
         return MlpEncoder(body, self.channels[-1] * height * width, latent_dim)
 
     def decoder(self, latent_dim: int, shape: tuple[int, int, int]) -> nn.Module:
-        """z (n, latent_dim) -> parameters of p(x|z) (n, *shape)."""
-        sizes = self._sizes(shape)[::-1]
+        """z (n, *latent_shape) -> parameters of p(x|z) (n, *shape)."""
         widths = (*self.channels[::-1], self.head)
-        first = (widths[0], *sizes[0])
-        layers: list[nn.Module] = [nn.Linear(latent_dim, math.prod(first)), nn.Unflatten(1, first)]
-        for (inputs, outputs), size in zip(pairwise(widths), sizes[1:], strict=True):
+        sizes: list[tuple[int, int] | None] = [*self._sizes(shape)[-2::-1]]
+        if self.latents == "spatial":
+            layers: list[nn.Module] = [nn.Conv2d(latent_dim, widths[0], 3, padding=1)]
+            sizes = [None] * len(sizes)  # of any size
+        else:
+            first = (widths[0], *self._sizes(shape)[-1])
+            layers = [nn.Linear(latent_dim, math.prod(first)), nn.Unflatten(1, first)]
+        for (inputs, outputs), size in zip(pairwise(widths), sizes, strict=True):
             layers += [*self._blocks(inputs), nn.SiLU(), Upsample(inputs, outputs, size)]
         return nn.Sequential(*layers, nn.SiLU(), nn.Conv2d(self.head, shape[0], 3, padding=1))
 
@@ -77,17 +98,17 @@ class Residual(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles height and width by sub-pixel convolution, then crops to `size`.
+    """Doubles height and width by sub-pixel convolution, then crops to `size`, if there is one.
 
     Source: Shi et al. (2016), section 3.2.
     """
 
-    def __init__(self, inputs: int, outputs: int, size: tuple[int, int]) -> None:
+    def __init__(self, inputs: int, outputs: int, size: tuple[int, int] | None) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inputs, 4 * outputs, 3, padding=1)
         self.size = size
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, inputs, h, w) -> (n, outputs, *size)."""
-        height, width = self.size
-        return functional.pixel_shuffle(self.conv(x), 2)[..., :height, :width]
+        """(n, inputs, h, w) -> (n, outputs, *size), or (n, outputs, 2 h, 2 w) without a size."""
+        doubled = functional.pixel_shuffle(self.conv(x), 2)
+        return doubled if self.size is None else doubled[..., : self.size[0], : self.size[1]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Literal
 
@@ -26,6 +27,14 @@ class Mlp(Strict):
     activation: Literal["tanh", "relu", "softplus", "silu"] = "tanh"
     """Activation of the hidden layers."""
 
+    @property
+    def multiple_of(self) -> None:
+        """Images have one size."""
+
+    def latent_shape(self, latent_dim: int, _shape: tuple[int, int, int]) -> tuple[int, ...]:
+        """Of one z."""
+        return (latent_dim,)
+
     def encoder(self, shape: tuple[int, int, int], latent_dim: int) -> nn.Module:
         """x (n, *shape) -> mean, log_var (n, latent_dim)."""
         body = self._layers((math.prod(shape), *self.hidden))
@@ -42,17 +51,22 @@ class Mlp(Strict):
 
 
 class MlpEncoder(nn.Module):
-    """A body with linear heads for mean and log_var; log_var starts at 0, so q(z|x) starts with unit variance."""
+    """A body with linear heads for mean and log_var; log_var starts at 0, so q(z|x) starts with unit variance.
 
-    def __init__(self, body: nn.Module, width: int, latent_dim: int) -> None:
+    `head` makes a head of the features' width and the latents'.
+    """
+
+    def __init__(
+        self, body: nn.Module, width: int, latent_dim: int, head: Callable[[int, int], nn.Module] = nn.Linear
+    ) -> None:
         super().__init__()
         self.body = body
-        self.mean = nn.Linear(width, latent_dim)
-        self.log_var = nn.Linear(width, latent_dim)
-        nn.init.zeros_(self.log_var.weight)
-        nn.init.zeros_(self.log_var.bias)
+        self.mean = head(width, latent_dim)
+        self.log_var = head(width, latent_dim)
+        for parameter in self.log_var.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (n, c, h, w) -> mean, log_var (n, d)."""
+        """x (n, c, h, w) -> mean, log_var (n, *latent_shape)."""
         features = self.body(x)
         return self.mean(features), self.log_var(features)

@@ -28,12 +28,13 @@ class RealNvpSettings(Strict):
     width: Positive = 128
     """Of the two hidden layers of each."""
 
-    def build(self, latent_dim: int, _shape: tuple[int, int, int], _encoder: nn.Module) -> RealNvp:
-        """The density of z (..., latent_dim).
+    def build(self, latent_shape: tuple[int, ...], _shape: tuple[int, int, int], _encoder: nn.Module) -> RealNvp:
+        """The density of z (..., d), for latent_shape (d,).
 
         Raises:
             ValueError: Fewer than two dimensions leave nothing to condition on.
         """
+        (latent_dim,) = latent_shape
         return RealNvp(latent_dim, self.couplings, self.width)
 
 

@@ -21,8 +21,9 @@ class VampSettings(Strict):
     components: Positive = 500
     """Pseudo-inputs."""
 
-    def build(self, latent_dim: int, shape: tuple[int, int, int], encoder: nn.Module) -> Vamp:
+    def build(self, latent_shape: tuple[int, ...], shape: tuple[int, int, int], encoder: nn.Module) -> Vamp:
         """The mixture of q(z|u_k) over pseudo-inputs u_k of that shape."""
+        (latent_dim,) = latent_shape
         return Vamp(latent_dim, shape, encoder, self.components)
 
 

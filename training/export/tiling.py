@@ -1,0 +1,59 @@
+"""How far from an inner edge a tile's answer differs from the whole image's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+LENGTHS = (128, 256, 512, 1024)
+"""Lengths of the strips that are tried, in pixels."""
+BREADTH = 32
+"""Their least breadth."""
+
+
+@torch.no_grad()
+def margin(
+    networks: Callable[[Tensor], Tensor], channels: int, multiple_of: int, lengths: tuple[int, ...] = LENGTHS
+) -> int | None:
+    """Measure how far the pixels of an image reach.
+
+    The pixels beyond an edge are NaN, which every operation that sees them passes on, whatever its weights. The
+    networks must be in double, because fast convolutions in float also mix pixels that they do not need.
+
+    Args:
+        networks: Maps images (n, c, h, w) in double to images or latents.
+        channels: c.
+        multiple_of: What divides height and width of the images; the edge lies at a multiple of it.
+        lengths: Those of the images to try, until one is longer than twice the margin.
+
+    Returns:
+        The number of pixels beside an edge within which outputs depend on what lies beyond it; None if all of them do
+        at every length, as with attention or group normalisation.
+    """
+    for length in lengths:
+        edge = multiple_of * math.ceil(length / 2 / multiple_of)
+        breadth = multiple_of * math.ceil(BREADTH / multiple_of)
+        strips = [
+            torch.zeros(1, channels, *size, dtype=torch.float64) for size in ((2 * edge, breadth), (breadth, 2 * edge))
+        ]
+        found = max(
+            _reach(networks, strip.clone(), axis, after)
+            for axis, strip in enumerate(strips, 2)
+            for after in (True, False)
+        )
+        if found < edge:
+            return found
+    return None
+
+
+def _reach(networks: Callable[[Tensor], Tensor], x: Tensor, axis: int, after: bool) -> int:
+    """How many pixels before the middle of an axis see those after it, or vice versa."""
+    edge = x.shape[axis] // 2
+    x.narrow(axis, edge if after else 0, edge).fill_(math.nan)
+    seen = networks(x).isnan().movedim(axis, 0).flatten(1).any(1)
+    near = seen[: len(seen) // 2].flip(0) if after else seen[len(seen) // 2 :]
+    reach = int(near.nonzero().max()) + 1 if bool(near.any()) else 0
+    return reach * x.shape[axis] // len(seen)
