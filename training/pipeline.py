@@ -23,7 +23,9 @@ from training.data import ImageSet, as_float
 from training.errors import CheckpointError, ConfigError, DiskError
 from training.evaluation.evaluate import likelihood, report, restoration
 from training.evaluation.scoring import held_out
-from training.export.export import GOLDEN_ROWS, export, exportables, version_folder
+from training.export.export import GOLDEN_ROWS, export, exportables, golden_size, version_folder
+from training.export.pair import shapes_told
+from training.export.tiling import tiles
 from training.loop.checkpoint import stage_seconds, trained_epochs
 from training.loop.processes import ALONE, Processes
 from training.loop.randomness import keyed_generator
@@ -255,9 +257,8 @@ class Workshop:
         version_folder(models, self.run.name, self.run.version, replace=replace)
         vae, recognition = self.vae(), self.recognition()
         about = {
-            "input_shape": list(self.images.shape),
+            **self._sizes(vae),
             "value_range": [0.0, 1.0],
-            "latent_shape": list(vae.latent_shape),
             "likelihood": self.run.model.likelihood.likelihood,
             "prior": self.run.model.prior.prior,
             "dataset": self.run.data.dataset,
@@ -285,9 +286,18 @@ class Workshop:
         if known != found:
             raise CheckpointError(f"{self.folder} was trained on other images; use --fresh or another --run")
 
+    def _sizes(self, vae: VAE) -> dict[str, Any]:
+        """Shapes of images and latents for the manifest, and, where sizes are free, how images are cut into tiles."""
+        step, shape = self.run.model.network.multiple_of, self.images.shape
+        told = shapes_told((1, *shape), (1, *vae.latent_shape), step)
+        return told if step is None else {**told, "tiles": tiles(vae.encoder, vae.decoder, shape[0], step)}
+
     def _golden_rows(self) -> tuple[Tensor, Corrupted]:
-        x = as_float(self.images.test[:GOLDEN_ROWS].cpu())
-        rows = x.repeat(-(-GOLDEN_ROWS // len(x)), 1, 1, 1)[:GOLDEN_ROWS]
+        x, step = as_float(self.images.test[:GOLDEN_ROWS].cpu()), self.run.model.network.multiple_of
+        shape = x.shape[2:] if step is None else golden_size(step)
+        wanted = (GOLDEN_ROWS, *shape)
+        times, down, right = (-(-a // b) for a, b in zip(wanted, (len(x), *x.shape[2:]), strict=True))
+        rows = x.repeat(times, 1, down, right)[:GOLDEN_ROWS, :, : shape[0], : shape[1]].contiguous()
         return rows, simulate(rows, keyed_generator(x.device, self.run.seed, 5))
 
     def _training(self) -> dict[str, Any]:

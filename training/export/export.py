@@ -168,15 +168,17 @@ def exportables(vae: VAE, recognition: Recognition | None, x: Tensor, seen: Corr
         "encoder": (vae.encoder, (x,)),
         "decoder": (Decode(vae), (mean,)),
         "log_joint": (LogJoint(vae), (x, mean)),
-        "elbo_gradient": (ElboGradient(vae), (mean, log_var, _normal(mean.shape), x)),
     }
+    if mean.ndim == 2:
+        parts["elbo_gradient"] = ElboGradient(vae), (mean, log_var, _normal(mean.shape), x)
     if not isinstance(vae.prior, StandardNormal):  # draws of N(0, I) are the noise itself
         prior = vae.prior.frozen()
         parts["prior"] = (Draw(prior), (_normal((len(x), *prior.noise_shape)),))
     if recognition is not None:
         parts |= restoring_parts(vae, recognition, seen)
-        posterior = recognition.posterior(seen)
-        parts["refinement"] = Refinement(vae, recognition.fusion), _refinement_rows(posterior, seen)
+        if mean.ndim == 2:
+            rows = _refinement_rows(recognition.posterior(seen), seen)
+            parts["refinement"] = Refinement(vae, recognition.fusion), rows
     return {
         name: Exportable(module, rows, GRAPHS[name], gradients=isinstance(module, (ElboGradient, Refinement)))
         for name, (module, rows) in parts.items()

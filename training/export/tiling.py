@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 LENGTHS = (128, 256, 512, 1024)
 """Lengths of the strips that are tried, in pixels."""
@@ -47,6 +49,23 @@ def margin(
         if found < edge:
             return found
     return None
+
+
+def tiles(encoder: nn.Module, decoder: nn.Module, channels: int, multiple_of: int) -> dict[str, Any]:
+    """Measure the manifest's `tiles` of a model of images of any size.
+
+    Args:
+        encoder: Maps x (n, c, h, w) to mean and log_var.
+        decoder: Maps a mean to images.
+        channels: c.
+        multiple_of: What divides height and width.
+
+    Returns:
+        The margin of a reconstruction, which is none if all pixels see each other.
+    """
+    encode, decode = (deepcopy(network).cpu().double().eval() for network in (encoder, decoder))
+    found = margin(lambda x: decode(encode(x)[0]), channels, multiple_of)
+    return {"margin": found or 0, "exact": found is not None}
 
 
 def _reach(networks: Callable[[Tensor], Tensor], x: Tensor, axis: int, after: bool) -> int:
