@@ -18,6 +18,7 @@ from training.distributions.priors import PriorSettings
 from training.distributions.priors.standard_normal import StandardNormalSettings
 from training.errors import ConfigError
 from training.networks import Architecture
+from training.networks.conv import Conv
 from training.networks.unet import UNetSettings
 from training.strict import Positive, Strict
 
@@ -147,16 +148,39 @@ class Run(Strict):
                 "a VampPrior contains the encoder, which wake-sleep trains on draws of the prior; set prior = "
                 '"standard_normal" or "realnvp"'
             )
-        if self.model.network.multiple_of is not None:
-            self._check_any_size()
+        self._check_latents()
         return self
+
+    def _check_latents(self) -> None:
+        """Refuse networks whose latents do not fit together."""
+        networks = {"model.network": self.model.network}
+        if self.restoration is not None:
+            networks |= {
+                "restoration.network": self.restoration.network,
+                "restoration.level_network": self.restoration.level_network,
+            }
+        kinds = {name: one.latents if isinstance(one, Conv) else "vector" for name, one in networks.items()}
+        kind = kinds["model.network"]
+        if kind == "pooled":
+            raise ValueError('model.network: latents = "pooled" is for a level_network; use "vector" or "spatial"')
+        wanted = {"restoration.network": kind, "restoration.level_network": "pooled" if kind == "spatial" else "vector"}
+        for name, latents in wanted.items():
+            if kinds.get(name, latents) != latents:
+                raise ValueError(f'{name} needs latents = "{latents}", because model.network has latents = "{kind}"')
+        if kind == "spatial":
+            self._check_any_size()
 
     def _check_any_size(self) -> None:
         """Refuse what does not go with images of any size."""
         if (prior := self.model.prior.prior) != "standard_normal":
             raise ValueError(f'latents = "spatial" needs prior = "standard_normal", because {prior} is of one size')
-        if self.restoration is not None:
-            raise ValueError('latents = "spatial" has no restoration; leave out [restoration]')
+        step = self.model.network.multiple_of
+        if self.restoration is None or step is None:
+            return
+        if self.restoration.network.multiple_of != step:
+            raise ValueError("restoration.network needs as many levels as model.network, so that their latents agree")
+        if step % 2 ** (len(self.restoration.correction.channels) - 1):
+            raise ValueError(f"restoration.correction has too many levels for images of multiples of {step}")
 
     @property
     def binary(self) -> bool:

@@ -257,7 +257,7 @@ class Workshop:
         version_folder(models, self.run.name, self.run.version, replace=replace)
         vae, recognition = self.vae(), self.recognition()
         about = {
-            **self._sizes(vae),
+            **self._sizes(vae, recognition),
             "value_range": [0.0, 1.0],
             "likelihood": self.run.model.likelihood.likelihood,
             "prior": self.run.model.prior.prior,
@@ -286,11 +286,11 @@ class Workshop:
         if known != found:
             raise CheckpointError(f"{self.folder} was trained on other images; use --fresh or another --run")
 
-    def _sizes(self, vae: VAE) -> dict[str, Any]:
+    def _sizes(self, vae: VAE, recognition: Recognition | None) -> dict[str, Any]:
         """Shapes of images and latents for the manifest, and, where sizes are free, how images are cut into tiles."""
         step, shape = self.run.model.network.multiple_of, self.images.shape
         told = shapes_told((1, *shape), (1, *vae.latent_shape), step)
-        return told if step is None else {**told, "tiles": tiles(vae.encoder, vae.decoder, shape[0], step)}
+        return told if step is None else {**told, "tiles": tiles(vae, recognition, step)}
 
     def _golden_rows(self) -> tuple[Tensor, Corrupted]:
         x, step = as_float(self.images.test[:GOLDEN_ROWS].cpu()), self.run.model.network.multiple_of

@@ -134,8 +134,9 @@ class Recognise(nn.Module):
         self.recognition = recognition
 
     def forward(self, y: Tensor, mask: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-        """Map y and mask (n, c, h, w) and level (n, F) to mean and log_var, (n, d) each."""
-        return self.recognition.posterior(Corrupted(y, mask, level))
+        """Map y and mask (n, c, h, w) and level (n, F) to mean and log_var, (n, *latent_shape) each."""
+        mean, log_var = self.recognition.posterior(Corrupted(y, mask, level))
+        return mean, log_var
 
 
 class EstimateLevel(nn.Module):

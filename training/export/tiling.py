@@ -10,6 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from service.contract.corruption import FAMILIES
+from training.models.restoration import Recognition
+from training.models.vae import VAE
+
 LENGTHS = (128, 256, 512, 1024)
 """Lengths of the strips that are tried, in pixels."""
 BREADTH = 32
@@ -51,21 +55,33 @@ def margin(
     return None
 
 
-def tiles(encoder: nn.Module, decoder: nn.Module, channels: int, multiple_of: int) -> dict[str, Any]:
+def tiles(vae: VAE, recognition: Recognition | None, multiple_of: int) -> dict[str, Any]:
     """Measure the manifest's `tiles` of a model of images of any size.
 
     Args:
-        encoder: Maps x (n, c, h, w) to mean and log_var.
-        decoder: Maps a mean to images.
-        channels: c.
+        vae: The model.
+        recognition: Its recognition model of corrupted images; None if it has none.
         multiple_of: What divides height and width.
 
     Returns:
-        The margin of a reconstruction, which is none if all pixels see each other.
+        The larger of the margins of a reconstruction and of a restoration at a known level.
     """
-    encode, decode = (deepcopy(network).cpu().double().eval() for network in (encoder, decoder))
-    found = margin(lambda x: decode(encode(x)[0]), channels, multiple_of)
-    return {"margin": found or 0, "exact": found is not None}
+    channels = vae.likelihood.event_shape[0]
+    encode, decode = _in_double(vae.encoder), _in_double(vae.decoder)
+    margins = [margin(lambda x: decode(encode(x)[0]), channels, multiple_of)]
+    if recognition is not None:
+        observed = 2 * channels + len(FAMILIES)
+        recognise, correct = _in_double(recognition.network), _in_double(recognition.correction.network)
+        parts = (
+            margin(lambda y: decode(recognise(y)[0]), observed, multiple_of),
+            margin(correct, observed + 2 * channels, multiple_of),
+        )
+        margins.append(None if None in parts else sum(part or 0 for part in parts))
+    return {"margin": max(found or 0 for found in margins), "exact": None not in margins}
+
+
+def _in_double(network: nn.Module) -> nn.Module:
+    return deepcopy(network).cpu().double().eval()
 
 
 def _reach(networks: Callable[[Tensor], Tensor], x: Tensor, axis: int, after: bool) -> int:

@@ -85,10 +85,11 @@ def recognition_of(settings: Restoration, seed: int, shape: tuple[int, int, int]
     torch.manual_seed(seed + 1)
     channels, height, width = shape
     planes = 2 * channels + len(FAMILIES)
+    size = (height, width) if settings.network.multiple_of is None else None
     return Recognition(
         settings.network.encoder((planes, height, width), latent_dim),
         settings.level_network.encoder((2 * channels, height, width), len(FAMILIES)),
-        settings.correction.network(planes + 2 * channels, 2 * channels, (height, width)),
+        settings.correction.network(planes + 2 * channels, 2 * channels, size),
     )
 
 

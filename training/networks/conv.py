@@ -29,15 +29,16 @@ class Conv(Strict):
     """Residual blocks a level."""
     head: Positive = 12
     """Channels at full size before the last convolution."""
-    latents: Literal["vector", "spatial"] = "vector"
+    latents: Literal["vector", "spatial", "pooled"] = "vector"
     """`vector`: linear layers between the coarsest level and z, for images of one size. `spatial`: none, so z has
     `latent_dim` numbers at each place of the coarsest level, and the model takes images of any size whose height and
-    width are multiples of 2^levels."""
+    width are multiples of 2^levels. `pooled`: linear layers after the mean of all places, for a `level_network` of
+    images of any size."""
 
     @property
     def multiple_of(self) -> int | None:
         """What divides height and width of images of any size; None where images have one size."""
-        return 2 ** len(self.channels) if self.latents == "spatial" else None
+        return {"vector": None, "spatial": 2 ** len(self.channels), "pooled": 1}[self.latents]
 
     def latent_shape(self, latent_dim: int, shape: tuple[int, int, int]) -> tuple[int, ...]:
         """Of one z, for images of that shape."""
@@ -48,12 +49,15 @@ class Conv(Strict):
         layers: list[nn.Module] = []
         for inputs, outputs in pairwise((shape[0], *self.channels)):
             layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), *self._blocks(outputs)]
+        width = self.channels[-1]
         if self.latents == "spatial":
             head = partial(nn.Conv2d, kernel_size=1)
-            return MlpEncoder(nn.Sequential(*layers, nn.SiLU()), self.channels[-1], latent_dim, head)
-        height, width = self._sizes(shape)[-1]
-        body = nn.Sequential(*layers, nn.SiLU(), nn.Flatten())
-        return MlpEncoder(body, self.channels[-1] * height * width, latent_dim)
+            return MlpEncoder(nn.Sequential(*layers, nn.SiLU()), width, latent_dim, head)
+        if self.latents == "pooled":
+            layers += [nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+            return MlpEncoder(nn.Sequential(*layers), width, latent_dim)
+        layers += [nn.SiLU(), nn.Flatten()]
+        return MlpEncoder(nn.Sequential(*layers), width * math.prod(self._sizes(shape)[-1]), latent_dim)
 
     def decoder(self, latent_dim: int, shape: tuple[int, int, int]) -> nn.Module:
         """z (n, *latent_shape) -> parameters of p(x|z) (n, *shape)."""

@@ -20,8 +20,8 @@ class UNetSettings(Strict):
     blocks: Positive = 1
     """Residual blocks a level."""
 
-    def network(self, inputs: int, outputs: int, size: tuple[int, int]) -> nn.Module:
-        """(n, inputs, *size) -> (n, outputs, *size)."""
+    def network(self, inputs: int, outputs: int, size: tuple[int, int] | None) -> nn.Module:
+        """(n, inputs, *size) -> (n, outputs, *size); without a size, images of any multiples of 2^(levels - 1)."""
         return UNet(inputs, outputs, size, self.channels, self.blocks)
 
 
@@ -34,13 +34,13 @@ class UNet(nn.Module):
     """
 
     def __init__(
-        self, inputs: int, outputs: int, size: tuple[int, int], channels: Sequence[int], blocks: int = 1
+        self, inputs: int, outputs: int, size: tuple[int, int] | None, channels: Sequence[int], blocks: int = 1
     ) -> None:
         super().__init__()
         sizes = [size]
         for _ in channels[1:]:
-            height, width = sizes[-1]
-            sizes.append(((height + 1) // 2, (width + 1) // 2))
+            sizes.append(None if size is None else ((size[0] + 1) // 2, (size[1] + 1) // 2))
+            size = sizes[-1]
         self.first = nn.Conv2d(inputs, channels[0], 3, padding=1)
         self.levels = nn.ModuleList(_blocks(width, blocks) for width in channels)
         self.down = nn.ModuleList(
