@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from training.networks.mlp import MlpEncoder
-from training.strict import Positive, Strict, Widths
+from training.networks.network import Network
+from training.strict import Positive, Widths
 
 
-class Conv(Strict):
+class Conv(Network):
     """Residual convolutions, each level at half the height and width of the one before, rounding up.
 
     Encoder and decoder have the same levels.

@@ -9,12 +9,13 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from training.strict import Strict, Widths
+from training.networks.network import Network
+from training.strict import Widths
 
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "softplus": nn.Softplus, "silu": nn.SiLU}
 
 
-class Mlp(Strict):
+class Mlp(Network):
     """Hidden layers of the given widths in the encoder, and of the reversed widths in the decoder.
 
     Source: Kingma and Welling (2013), appendix C.
@@ -26,14 +27,6 @@ class Mlp(Strict):
     """Widths of the encoder's hidden layers, first one first."""
     activation: Literal["tanh", "relu", "softplus", "silu"] = "tanh"
     """Activation of the hidden layers."""
-
-    @property
-    def multiple_of(self) -> None:
-        """Images have one size."""
-
-    def latent_shape(self, latent_dim: int, _shape: tuple[int, int, int]) -> tuple[int, ...]:
-        """Of one z."""
-        return (latent_dim,)
 
     def encoder(self, shape: tuple[int, int, int], latent_dim: int) -> nn.Module:
         """x (n, *shape) -> mean, log_var (n, latent_dim)."""
