@@ -17,7 +17,7 @@ from training.distributions.likelihoods.bernoulli import BernoulliSettings
 from training.distributions.priors import PriorSettings
 from training.distributions.priors.standard_normal import StandardNormalSettings
 from training.errors import ConfigError
-from training.networks import Architecture
+from training.networks import Architecture, LatentArchitecture
 from training.networks.unet import UNetSettings
 from training.strict import Positive, Strict
 
@@ -35,7 +35,7 @@ class Model(Strict):
     """p(x|z)."""
     prior: PriorSettings = StandardNormalSettings()
     """p(z)."""
-    network: Architecture
+    network: LatentArchitecture
     """Architecture of encoder and decoder."""
 
 

@@ -16,8 +16,10 @@ from training.distributions.noise import corrupt
 from training.errors import CheckpointError
 from training.loop.checkpoint import Module, read_trained, trained_epochs
 from training.loop.trainer import Stage
+from training.models.ladder import LadderVAE
 from training.models.restoration import Recognition, restoration_bound, simulate
 from training.models.vae import VAE, Bound
+from training.networks.ladder import Ladder
 from training.objectives.elbo import importance_weighted, monte_carlo_elbo
 from training.objectives.wake_sleep import wake_sleep
 
@@ -54,7 +56,10 @@ def build_vae(run: Run, shape: tuple[int, int, int]) -> VAE:
     if run.model.initial_std is not None:
         for parameter in (*encoder.parameters(), *decoder.parameters()):
             nn.init.normal_(parameter, std=run.model.initial_std)
-    return VAE(encoder, decoder, run.model.likelihood.build(shape), run.model.prior.build(latent_dim, shape, encoder))
+    likelihood, prior = run.model.likelihood.build(shape), run.model.prior.build(latent_dim, shape, encoder)
+    if isinstance(network, Ladder):
+        return LadderVAE(encoder, decoder, likelihood, prior, run.train.free_nats)
+    return VAE(encoder, decoder, likelihood, prior)
 
 
 def build_recognition(run: Run, shape: tuple[int, int, int]) -> Recognition:

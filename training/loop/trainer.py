@@ -185,6 +185,7 @@ class _Loop(Loop):
         return terms, nn.utils.get_total_norm(gradients, foreach=True) + 0.0 * terms.sum()
 
     def _add_gradient(self, number: int, part: Tensor) -> Tensor:
+        torch.default_generator.manual_seed(mixed(self.stage.seed, 15, self.step, number))  # dropout draws from it
         bound: Bound = self.bounded(self.images[part], self.generators[number])
         loss = -(bound.log_likelihood - self.kl_weight * self._freed(bound.kl)).mean()
         (loss * (self.processes.size * len(part) / self.batch_size)).backward()

@@ -78,6 +78,4 @@ def importance_log_likelihood(model: VAE, x: Tensor, eps: Tensor) -> Tensor:
     Source: Burda, Grosse and Salakhutdinov (2015), equation 8.
     """
     model.likelihood.check(x)
-    posterior = model.posterior(x)
-    z = posterior.draw(eps)
-    return torch.logsumexp(model.log_joint(x, z) - posterior.log_prob(z), 0) - math.log(len(eps))
+    return torch.logsumexp(model.log_weights(x, eps), 0) - math.log(len(eps))
