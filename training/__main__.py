@@ -14,6 +14,7 @@ from training.cli import asking_command, run
 from training.config import load
 from training.data.mnist import download
 from training.evaluation.calibrate import CalibrateOptions, calibrate
+from training.evaluation.evaluate import ALL, Share
 from training.inference.command import advi_command
 from training.loop.processes import ALONE, Processes, joined
 
@@ -45,6 +46,9 @@ def _parser() -> argparse.ArgumentParser:
     for command in (fit, evaluate, export):
         command.add_argument("--draws", type=int, help="importance samples an image, instead of the TOML's")
         command.add_argument("--images", type=int, help="evaluate on a seeded random subset of the test images")
+    evaluate.add_argument(
+        "--share", type=Share.parse, default=ALL, metavar="1/2", help="evaluate this part of the images alone"
+    )
     widen = asking_command(commands, "calibrate", "calibrate the `std` of restored images on held-out images")
     widen.set_defaults(command=_calibrate)
     advi_command(commands)
@@ -98,7 +102,7 @@ def _fit(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    print(json.dumps(_workshop(options).evaluate(), indent=2))
+    print(json.dumps(_workshop(options).evaluate(options.share), indent=2))
 
 
 def _export(options: argparse.Namespace) -> None:

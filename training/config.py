@@ -18,6 +18,7 @@ from training.distributions.priors import PriorSettings
 from training.distributions.priors.standard_normal import StandardNormalSettings
 from training.errors import ConfigError
 from training.networks import Architecture, LatentArchitecture
+from training.networks.ladder import Ladder
 from training.networks.unet import UNetSettings
 from training.strict import Positive, Strict
 
@@ -106,6 +107,9 @@ class Evaluation(Strict):
     """Importance samples an image."""
     images: Positive | None = None
     """Size of a seeded random subset of the test images; without it all of them."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Number format of the networks' products, as in training. In bfloat16 the estimate is of the model with products
+    so rounded, in up to half the time."""
 
 
 class Run(Strict):
@@ -142,12 +146,25 @@ class Run(Strict):
                 f"binarise = true contradicts the {likelihood.likelihood} likelihood, whose pixels have other values "
                 'than 0 and 1; set binarise = false, or leave it out, or set likelihood = "bernoulli"'
             )
+        if isinstance(self.model.network, Ladder):
+            self._fits_ladder()
         if self.train.objective == "wake_sleep" and self.model.prior.prior == "vamp":
             raise ValueError(
                 "a VampPrior contains the encoder, which wake-sleep trains on draws of the prior; set prior = "
                 '"standard_normal" or "realnvp"'
             )
         return self
+
+    def _fits_ladder(self) -> None:
+        """Refuse what needs a posterior without noise."""
+        if self.restoration is not None:
+            raise ValueError('a ladder has no restoration; remove [restoration], or set architecture = "conv"')
+        if self.model.prior.prior == "vamp":
+            raise ValueError('a ladder has no VampPrior; set prior = "standard_normal" or "realnvp"')
+        if self.train.objective in {"importance_weighted", "wake_sleep"}:
+            raise ValueError(
+                f'a ladder has no objective {self.train.objective}; set "elbo", "monte_carlo_elbo" or "denoising"'
+            )
 
     @property
     def binary(self) -> bool:

@@ -36,6 +36,13 @@ class GroupedPrior(Prior):
         first, others = self._split(eps)
         return torch.cat([self.first.draw(first), others], 1)
 
+    def frozen(self) -> Prior:
+        """N(0, I) where the first group's is that too."""
+        first = self.first.frozen()
+        if isinstance(first, StandardNormal):
+            return StandardNormal(sum(self.sizes))
+        return GroupedPrior(first, self.sizes)
+
     def kl(self, posterior: DiagonalGaussian, z: Tensor) -> Tensor:
         """The sum of `kl_groups`, with the gradient of those above their free nats: (n,)."""
         groups = self.kl_groups(posterior, z)

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
+from training.errors import ConfigError
 from training.networks.conv import Residual, Upsample
 from training.networks.mlp import MlpEncoder
 from training.strict import Strict, Widths
@@ -57,11 +58,14 @@ class Ladder(Strict):
         """Height and width of each level, finest first.
 
         Raises:
-            ValueError: They do not divide.
+            ConfigError: Images of that shape have no such levels.
         """
         by = 2 ** len(self.channels)
         if shape[1] % by or shape[2] % by:
-            raise ValueError(f"a ladder of {len(self.channels)} levels needs a height and width that {by} divides")
+            raise ConfigError(
+                f"images of {shape[1]} x {shape[2]} cannot be halved {len(self.channels)} times, once a level of the "
+                'ladder; take fewer levels, or architecture = "conv"'
+            )
         return [(shape[1] >> level, shape[2] >> level) for level in range(1, len(self.channels) + 1)]
 
 
