@@ -280,7 +280,7 @@ def test_interrupted_training_is_resumed_bit_for_bit(tmp_path: Path) -> None:
 def test_training_raises_the_bound(tmp_path: Path) -> None:
     """Of images with one pixel in ten white, from 64 fair coins to below the cost of independent pixels."""
     x = (torch.rand(60, *SHAPE, generator=torch.Generator().manual_seed(10)) < 0.1).to(torch.uint8)
-    stage = vae_stage(run(epochs=25, learning_rate=0.03, batch_size=30, warmup_steps=0), SHAPE, CPU)
+    stage = vae_stage(run(epochs=30, learning_rate=0.01, batch_size=30, warmup_steps=0), SHAPE, CPU)
     model: Any = stage.module
     eps = model.noise(4, 60, torch.Generator().manual_seed(11))
     before = model.bound(x.float(), eps).elbo.mean().detach()
