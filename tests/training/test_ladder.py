@@ -101,7 +101,7 @@ class Chain:
                 return (z @ chain.weight.T.float()).unflatten(1, chain.shape)
 
             def walk(self, seen: Seen, eps: Tensor) -> Walk:
-                draws = len(eps) // len(seen.mean)
+                draws, eps = len(eps), eps.flatten(0, 1)
                 mean, log_var, below = (part.repeat(draws, 1) for part in (seen.mean, seen.log_var, seen.levels[0]))
                 first = mean + torch.exp(0.5 * log_var) * eps[:, :1]
                 mean2 = below[:, :1] + below[:, 1:2] * (first - mean) + shift
@@ -341,5 +341,5 @@ def test_levels_may_be_one_or_three() -> None:
         settings = Ladder(architecture="ladder", channels=channels, groups=ones, latents=ones)  # type: ignore[arg-type]
         down = settings.decoder(3, shape)
         seen = settings.encoder(shape, 3)(torch.rand(2, *shape))
-        walk = down.walk(seen, torch.randn(4, sum(down.group_sizes)))
+        walk = down.walk(seen, torch.randn(2, 2, sum(down.group_sizes)))
         assert walk.parameters.shape == (4, *shape)

@@ -19,7 +19,7 @@ from training.loop.trainer import Stage
 from training.models.ladder import LadderVAE
 from training.models.restoration import Recognition, restoration_bound, simulate
 from training.models.vae import VAE, Bound
-from training.networks.ladder import Ladder
+from training.networks.ladder import Down, Up
 from training.objectives.elbo import importance_weighted, monte_carlo_elbo
 from training.objectives.wake_sleep import wake_sleep
 
@@ -57,7 +57,7 @@ def build_vae(run: Run, shape: tuple[int, int, int]) -> VAE:
         for parameter in (*encoder.parameters(), *decoder.parameters()):
             nn.init.normal_(parameter, std=run.model.initial_std)
     likelihood, prior = run.model.likelihood.build(shape), run.model.prior.build(latent_dim, shape, encoder)
-    if isinstance(network, Ladder):
+    if isinstance(encoder, Up) and isinstance(decoder, Down):
         return LadderVAE(encoder, decoder, likelihood, prior, run.train.free_nats)
     return VAE(encoder, decoder, likelihood, prior)
 

@@ -88,7 +88,7 @@ class LadderVAE(VAE):
 
     def infer(self, posterior: Seen, eps: Tensor) -> Inference:
         """Draw every group from q given those above, on one way down."""
-        walk = self.decoder.walk(posterior, eps.flatten(0, 1))
+        walk = self.decoder.walk(posterior, eps)
         z, mean, log_var, parameters = (part.float().unflatten(0, eps.shape[:2]) for part in walk)
         return Inference(z, DiagonalGaussian(mean, log_var), parameters)
 

@@ -119,10 +119,10 @@ class Step(nn.Module):
             nn.init.zeros_(conv.weight)
             nn.init.constant_(conv.bias, 0.0)  # type: ignore[arg-type]
 
-    def posterior(self, state: Tensor, seen: Tensor) -> Tensor:
-        """Mean and log_var beside each other: state (L n, c, h, w), seen (n, c, h, w) -> (L n, 2 k, h, w)."""
+    def posterior(self, state: Tensor, seen: Tensor, draws: int) -> Tensor:
+        """Mean and log_var beside each other: state (draws n, c, h, w), seen (n, c, h, w) -> (draws n, 2 k, h, w)."""
         above = self.state(functional.silu(state))
-        both = above.unflatten(0, (-1, len(seen))) + self.seen(seen)
+        both = above.unflatten(0, (draws, -1)) + self.seen(seen)
         found: Tensor = self.q(functional.silu(both.flatten(0, 1)))
         return found
 
@@ -181,14 +181,13 @@ class Down(nn.Module):
         return [part.unflatten(1, shape) for part, shape in zip(split, self.group_shapes, strict=True)]
 
     def walk(self, seen: Seen, eps: Tensor) -> Walk:
-        """Draw all groups from q, each given those above: seen of n images, eps (L n, d) -> (L n, d) each."""
-        noise = self.parts(eps)
-        draws = len(eps) // len(seen.mean)
+        """Draw all groups from q, each given those above: seen of n images, eps (L, n, d) -> (L n, d) each."""
+        draws, noise = eps.shape[0], self.parts(eps.flatten(0, 1))
         mean, log_var = seen.mean.repeat(draws, 1), seen.log_var.repeat(draws, 1)
         drawn = [(mean + torch.exp(0.5 * log_var) * noise[0], mean, log_var)]
 
         def draw(step: Step, state: Tensor, level: int) -> Tensor:
-            mean, log_var = step.posterior(state, seen.levels[level]).float().chunk(2, 1)
+            mean, log_var = step.posterior(state, seen.levels[level], draws).float().chunk(2, 1)
             z = mean + torch.exp(0.5 * log_var) * noise[len(drawn)]
             drawn.append((z, mean, log_var))
             return z
@@ -202,7 +201,7 @@ class Down(nn.Module):
         state = self.vector(vector).contiguous(memory_format=torch.channels_last)
         coarsest = len(self.levels) - 1
         for index, (steps, up) in enumerate(zip(self.levels, self.ups, strict=True)):
-            for step in steps:  # type: ignore[union-attr]
+            for step in steps:  # type: ignore[attr-defined]
                 state = step(state, latents(step, state, coarsest - index))
             state = up(functional.silu(state))
         return state
