@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--draws", type=int, help="importance samples an image, instead of the TOML's")
         command.add_argument("--images", type=int, help="evaluate on a seeded random subset of the test images")
     evaluate.add_argument(
-        "--share", type=Share.parse, default=ALL, metavar="1/2", help="evaluate this part of the images alone"
+        "--share", type=_share, default=ALL, metavar="1/2", help="evaluate this part of the images alone"
     )
     widen = asking_command(commands, "calibrate", "calibrate the `std` of restored images on held-out images")
     widen.set_defaults(command=_calibrate)
@@ -68,6 +68,14 @@ def _run_command(commands, name: str, help: str, command) -> argparse.ArgumentPa
     parser.add_argument("--threads", type=int, help="CPU threads (the number of idle cores)")
     parser.set_defaults(command=command)
     return parser
+
+
+def _share(text: str) -> Share:
+    """Read `2/3`: the second of three shares."""
+    number, _, of = text.partition("/")
+    if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+        raise argparse.ArgumentTypeError(f"{text} is no share; with 3 there are 1/3, 2/3 and 3/3")
+    return Share(int(number), int(of))
 
 
 def _calibrate(options: argparse.Namespace) -> None:

@@ -29,7 +29,7 @@ class Model(Strict):
     """The model: q(z|x), p(z) and p(x|z)."""
 
     latent_dim: Positive
-    """Numbers in z."""
+    """Numbers in z; of a ladder, those of the vector above its groups."""
     initial_std: Annotated[float, Field(gt=0)] | None = None
     """Standard deviation of the initial parameters of both networks, 0.01 in the paper; without it torch's defaults."""
     likelihood: LikelihoodSettings = BernoulliSettings()
@@ -59,7 +59,7 @@ class Optimisation(Strict):
     draws: Positive = 1
     """Draws of z an image, L."""
     free_nats: Annotated[float, Field(ge=0)] = 0.0
-    """The KL has no gradient while a minibatch's mean KL is below this number of nats."""
+    """The KL has no gradient while a minibatch's mean KL is below this number of nats; in a ladder that of each group."""
     microbatches: Positive = 1
     """Parts of a minibatch, each with its own noise. One process runs them in turn, or several share them: the result
     is the same. Their number must be a multiple of the number of processes."""

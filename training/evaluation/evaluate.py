@@ -40,18 +40,6 @@ class Share(NamedTuple):
     number: int = 1
     of: int = 1
 
-    @classmethod
-    def parse(cls, text: str) -> Share:
-        """Read `2/3`.
-
-        Raises:
-            ValueError: It is no such text.
-        """
-        number, of = map(int, text.split("/"))
-        if not 1 <= number <= of:
-            raise ValueError(f"{text} is no share, such as 1/2")
-        return cls(number, of)
-
 
 ALL = Share()
 

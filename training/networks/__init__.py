@@ -11,5 +11,5 @@ from training.networks.ladder import Ladder
 from training.networks.mlp import Mlp
 
 Architecture = Annotated[Conv | Mlp, Field(discriminator="architecture")]
-LatentArchitecture = Annotated[Conv | Mlp | Ladder, Field(discriminator="architecture")]
+LatentArchitecture = Annotated[Architecture | Ladder, Field(discriminator="architecture")]
 """Architectures of a VAE: also those whose latents have groups."""
