@@ -24,6 +24,7 @@ from training.errors import ConfigError
 from training.evaluation.scoring import bound_at_draws
 from training.loop.stages import build_vae, trained_vae, vae_stage
 from training.loop.trainer import train
+from training.loop.validation import HeldOut
 from training.models.ladder import GroupedPrior, LadderVAE
 from training.networks.ladder import Ladder, Seen, Walk
 from training.objectives.elbo import importance_log_likelihood, monte_carlo_elbo
@@ -275,6 +276,18 @@ def test_interrupted_training_is_resumed_bit_for_bit(tmp_path: Path) -> None:
     train(vae_stage(settings, SHAPE, CPU), pixels, tmp_path / "broken", held_out=None)
     assert_same_bits(state(tmp_path / "broken"), state(tmp_path / "whole"))
     assert isinstance(trained_vae(settings, SHAPE, tmp_path / "whole", CPU), LadderVAE)
+
+
+def test_held_out_images_are_scored_without_dropout() -> None:
+    """The bound is that of the same weights in a network that drops nothing, and training goes on dropping."""
+    pixels = (255 * images(20)).to(torch.uint8)
+    scores = []
+    for rate in (0.0, 0.5):
+        stage = vae_stage(run(network={"dropout": rate}), SHAPE, CPU)
+        stage.module.load_state_dict(vae().state_dict())
+        scores.append(HeldOut(stage, pixels, pixels, 10).score(stage.module, pixels))
+        assert stage.module.training
+    assert scores[0] == scores[1]
 
 
 def test_training_raises_the_bound(tmp_path: Path) -> None:
