@@ -59,7 +59,8 @@ class Optimisation(Strict):
     draws: Positive = 1
     """Draws of z an image, L."""
     free_nats: Annotated[float, Field(ge=0)] = 0.0
-    """The KL has no gradient while a minibatch's mean KL is below this number of nats; in a ladder that of each group."""
+    """The KL has no gradient while a minibatch's mean KL is below this number of nats; in a ladder, that of each
+    group."""
     microbatches: Positive = 1
     """Parts of a minibatch, each with its own noise. One process runs them in turn, or several share them: the result
     is the same. Their number must be a multiple of the number of processes."""

@@ -23,7 +23,7 @@ from training.data import ImageSet, as_float
 from training.errors import CheckpointError, ConfigError, DiskError
 from training.evaluation.evaluate import ALL, Share, likelihood, report, restoration
 from training.evaluation.scoring import held_out
-from training.export.export import GOLDEN_ROWS, export, exportables, version_folder
+from training.export.export import GOLDEN_ROWS, export, exportables, packed, version_folder
 from training.loop.checkpoint import stage_seconds, trained_epochs
 from training.loop.processes import ALONE, Processes
 from training.loop.randomness import keyed_generator
@@ -254,6 +254,7 @@ class Workshop:
             "input_shape": list(self.images.shape),
             "value_range": [0.0, 1.0],
             "latent_shape": list(vae.latent_shape),
+            "groups": packed(vae.group_shapes),
             "likelihood": self.run.model.likelihood.likelihood,
             "prior": self.run.model.prior.prior,
             "dataset": self.run.data.dataset,

@@ -81,6 +81,11 @@ class LadderVAE(VAE):
     def __init__(self, encoder: Up, decoder: Down, likelihood: Likelihood, prior: Prior, free_nats: float) -> None:
         super().__init__(encoder, decoder, likelihood, GroupedPrior(prior, decoder.group_sizes, free_nats))
 
+    @property
+    def group_shapes(self) -> list[tuple[int, int, int]]:
+        """Shapes of the groups, the vector above them first, as (latent_dim, 1, 1)."""
+        return self.decoder.group_shapes
+
     def posterior(self, x: Tensor) -> Seen:  # type: ignore[override]
         """What q depends on: x (n, c, h, w) -> features."""
         seen: Seen = self.encoder(x)

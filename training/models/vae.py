@@ -63,6 +63,11 @@ class VAE(nn.Module):
         return self.prior.event_shape
 
     @property
+    def group_shapes(self) -> list[tuple[int, int, int]]:
+        """Shapes (c, h, w) of the groups of a hierarchical latent, from the top down; empty where z is one group."""
+        return []
+
+    @property
     def noise_shapes(self) -> NoiseShapes:
         """Shapes of the noise that `bound` and `sample` take for one example."""
         return NoiseShapes(self.latent_shape, self.prior.noise_shape)

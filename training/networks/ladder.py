@@ -30,7 +30,8 @@ class Ladder(Strict):
     architecture: Literal["ladder"]
     """Top-down inference with groups of spatial latents."""
     channels: Widths = (32, 64)
-    """Channels of each level, finest first; each level halves height and width, which must divide."""
+    """Channels of each level, finest first; each level halves height and width, which must be equal and
+    divide."""
     groups: Widths = (2, 3)
     """Groups of latents at each level."""
     latents: Widths = (4, 8)
@@ -61,10 +62,10 @@ class Ladder(Strict):
             ConfigError: Images of that shape have no such levels.
         """
         by = 2 ** len(self.channels)
-        if shape[1] % by or shape[2] % by:
+        if shape[1] % by or shape[1] != shape[2]:
             raise ConfigError(
-                f"images of {shape[1]} x {shape[2]} cannot be halved {len(self.channels)} times, once a level of the "
-                'ladder; take fewer levels, or architecture = "conv"'
+                f"a ladder of {len(self.channels)} levels takes square images that can be halved so many times, not "
+                f'{shape[1]} x {shape[2]}; take fewer levels, or architecture = "conv"'
             )
         return [(shape[1] >> level, shape[2] >> level) for level in range(1, len(self.channels) + 1)]
 
@@ -152,7 +153,7 @@ class Down(nn.Module):
         super().__init__()
         sizes = settings.sizes(shape)[::-1]
         widths, latents = settings.channels[::-1], settings.latents[::-1]
-        self.group_shapes = [(latent_dim,)] + [
+        self.group_shapes = [(latent_dim, 1, 1)] + [
             (k, *size)
             for k, size, number in zip(latents, sizes, settings.groups[::-1], strict=True)
             for _ in range(number)
@@ -176,9 +177,9 @@ class Down(nn.Module):
         return self._down(z[:, : self.group_sizes[0]], lambda _step, _state, _level: next(parts))
 
     def parts(self, z: Tensor) -> list[Tensor]:
-        """The groups of z (n, d), each (n, *its shape)."""
-        split = z.split(self.group_sizes, 1)
-        return [part.unflatten(1, shape) for part, shape in zip(split, self.group_shapes, strict=True)]
+        """The vector (n, latent_dim) and the groups (n, c, h, w) of z (n, d)."""
+        vector, *others = z.split(self.group_sizes, 1)
+        return [vector, *(part.unflatten(1, shape) for part, shape in zip(others, self.group_shapes[1:], strict=True))]
 
     def walk(self, seen: Seen, eps: Tensor) -> Walk:
         """Draw all groups from q, each given those above: seen of n images, eps (L, n, d) -> (L n, d) each."""
