@@ -39,6 +39,14 @@ SHAPE = (1, 8, 8)
 NETWORK = {"architecture": "ladder", "channels": [4, 6], "groups": [1, 2], "latents": [2, 3], "blocks": 1}
 SIZES = [3, 3 * 2 * 2, 3 * 2 * 2, 2 * 4 * 4]
 """Numbers of each group of `vae`: the vector, two groups at 2 x 2, one at 4 x 4."""
+SMALL = {"channels": [4], "groups": [2], "latents": [2]}
+"""An even smaller network, because exporting takes its time."""
+SMALL_SHAPES = [(3, 1, 1), (2, 4, 4), (2, 4, 4)]
+SMALL_DIM = 3 + 2 * 32
+PRIORS: dict[str, Any] = {
+    "standard_normal": {"prior": "standard_normal"},
+    "realnvp": {"prior": "realnvp", "couplings": 2, "width": 5},
+}
 CPU = torch.device("cpu")
 
 
@@ -50,7 +58,7 @@ def run(*, network: dict[str, Any] | None = None, prior: str = "realnvp", **trai
             "seed": 3,
             "binarise": False,
             "data": {"dataset": "mnist_static"},
-            "model": {"latent_dim": 3, "prior": {"prior": prior}, "network": {**NETWORK, **(network or {})}},
+            "model": {"latent_dim": 3, "prior": PRIORS[prior], "network": {**NETWORK, **(network or {})}},
             "train": {"epochs": 4, "batch_size": 10, **train},
         }
     )
@@ -271,7 +279,7 @@ def test_a_reconstruction_follows_the_means() -> None:
 @pytest.fixture(scope="module")
 def version(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an exported ladder."""
-    model, x = vae(), images(4)
+    model, x = vae(**SMALL), images(4)
     about = {
         "input_shape": list(SHAPE),
         "latent_shape": list(model.latent_shape),
@@ -291,9 +299,9 @@ def rows_of(version: Path, graph: str, **inputs: Tensor) -> list[Any]:
 
 def test_the_exported_posterior_is_torch_s(version: Path) -> None:
     """For other numbers of rows than it was exported with; log q is the Gaussian density of the draw."""
-    model = vae()
+    model = vae(**SMALL)
     for rows in (1, 7):
-        x, eps = images(rows), torch.randn(rows, sum(SIZES), generator=torch.Generator().manual_seed(rows))
+        x, eps = images(rows), torch.randn(rows, SMALL_DIM, generator=torch.Generator().manual_seed(rows))
         z, mean, log_var, log_q = rows_of(version, "posterior", x=x, eps=eps)
         known = model.infer(model.posterior(x), eps[None])
         for found, expected in ((z, known.z), (mean, known.q.mean), (log_var, known.q.log_var)):
@@ -310,22 +318,24 @@ def test_the_exported_posterior_is_torch_s(version: Path) -> None:
 def test_without_noise_the_exported_posterior_follows_the_means(version: Path) -> None:
     """eps = 0 gives z = mean, which the decoder turns into the reconstruction."""
     x = images(3)
-    z, mean, _, _ = rows_of(version, "posterior", x=x, eps=torch.zeros(3, sum(SIZES)))
+    z, mean, _, _ = rows_of(version, "posterior", x=x, eps=torch.zeros(3, SMALL_DIM))
     np.testing.assert_array_equal(z, mean)
-    np.testing.assert_allclose(rows_of(version, "decoder", z=torch.tensor(z))[0], vae().reconstruct(x), atol=1e-5)
+    np.testing.assert_allclose(
+        rows_of(version, "decoder", z=torch.tensor(z))[0], vae(**SMALL).reconstruct(x), atol=1e-5
+    )
 
 
 def test_the_manifest_tells_how_to_unpack_the_groups(version: Path) -> None:
     """Each group is found again by depth-to-space, and together they are all of z."""
     manifest = read(version)
     assert manifest.graphs.keys() == {"posterior", "decoder", "prior", "log_joint"}
-    assert [tuple(group.shape) for group in manifest.groups] == [(3, 1, 1), (3, 2, 2), (3, 2, 2), (2, 4, 4)]
-    z = torch.randn(5, sum(SIZES))
-    for group, part in zip(manifest.groups, vae().decoder.parts(z), strict=True):
+    assert [tuple(group.shape) for group in manifest.groups] == SMALL_SHAPES
+    z = torch.randn(5, SMALL_DIM)
+    for group, part in zip(manifest.groups, vae(**SMALL).decoder.parts(z), strict=True):
         start, end = group.channels
         found = functional.pixel_shuffle(z[:, start:end, None, None], group.block)
         assert torch.equal(found, part.reshape(found.shape))
-    assert manifest.groups[-1].channels[1] == manifest.latent_dim == sum(SIZES)
+    assert manifest.groups[-1].channels[1] == manifest.latent_dim == SMALL_DIM
 
 
 SETTINGS: dict[str, Any] = {"objective": "denoising", "free_nats": 0.5, "microbatches": 2, "epochs": 2}
