@@ -120,16 +120,15 @@ class Step(nn.Module):
             nn.init.zeros_(conv.weight)
             nn.init.constant_(conv.bias, 0.0)  # type: ignore[arg-type]
 
-    def posterior(self, state: Tensor, seen: Tensor, draws: int) -> Tensor:
-        """Mean and log_var beside each other: state (draws n, c, h, w), seen (n, c, h, w) -> (draws n, 2 k, h, w)."""
-        above = self.state(functional.silu(state))
-        both = above.unflatten(0, (draws, -1)) + self.seen(seen)
+    def posterior(self, active: Tensor, seen: Tensor, draws: int) -> Tensor:
+        """Mean and log_var beside each other: active (draws n, c, h, w), seen (n, c, h, w) -> (draws n, 2 k, h, w)."""
+        both = self.state(active).unflatten(0, (draws, -1)) + self.seen(seen)
         found: Tensor = self.q(functional.silu(both.flatten(0, 1)))
         return found
 
-    def forward(self, state: Tensor, z: Tensor) -> Tensor:
-        """State (n, c, h, w) and z (n, k, h, w) -> the state below, (n, c, h, w)."""
-        std = self.log_std(functional.silu(state)).float().exp()
+    def forward(self, state: Tensor, active: Tensor, z: Tensor) -> Tensor:
+        """State and its activation (n, c, h, w), and z (n, k, h, w) -> the state below, (n, c, h, w)."""
+        std = self.log_std(active).float().exp()
         found: Tensor = self.block(state + self.enter(z * std))
         return found
 
@@ -174,7 +173,7 @@ class Down(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """(n, d) -> (n, c, h, w)."""
         parts = iter(self.parts(z)[1:])
-        return self._down(z[:, : self.group_sizes[0]], lambda _step, _state, _level: next(parts))
+        return self._down(z[:, : self.group_sizes[0]], lambda _step, _active, _level: next(parts))
 
     def parts(self, z: Tensor) -> list[Tensor]:
         """The vector (n, latent_dim) and the groups (n, c, h, w) of z (n, d)."""
@@ -187,8 +186,8 @@ class Down(nn.Module):
         mean, log_var = seen.mean.repeat(draws, 1), seen.log_var.repeat(draws, 1)
         drawn = [(mean + torch.exp(0.5 * log_var) * noise[0], mean, log_var)]
 
-        def draw(step: Step, state: Tensor, level: int) -> Tensor:
-            mean, log_var = step.posterior(state, seen.levels[level], draws).float().chunk(2, 1)
+        def draw(step: Step, active: Tensor, level: int) -> Tensor:
+            mean, log_var = step.posterior(active, seen.levels[level], draws).float().chunk(2, 1)
             z = mean + torch.exp(0.5 * log_var) * noise[len(drawn)]
             drawn.append((z, mean, log_var))
             return z
@@ -198,11 +197,12 @@ class Down(nn.Module):
         return Walk(z, mean, log_var, parameters)
 
     def _down(self, vector: Tensor, latents: Callable[[Step, Tensor, int], Tensor]) -> Tensor:
-        """The way from the vector to p(x|z); `latents` gives those of a step, given the state and the level."""
+        """The way from the vector to p(x|z); `latents` gives those of a step, given the active state and the level."""
         state = self.vector(vector).contiguous(memory_format=torch.channels_last)
         coarsest = len(self.levels) - 1
         for index, (steps, up) in enumerate(zip(self.levels, self.ups, strict=True)):
             for step in steps:  # type: ignore[attr-defined]
-                state = step(state, latents(step, state, coarsest - index))
+                active = functional.silu(state)
+                state = step(state, active, latents(step, active, coarsest - index))
             state = up(functional.silu(state))
         return state
