@@ -15,6 +15,7 @@ from training.config import RestoringRun, load, load_as
 from training.data.mnist import download
 from training.errors import ConfigError
 from training.evaluation.calibrate import CalibrateOptions, calibrate
+from training.evaluation.evaluate import ALL, Share
 from training.importing.command import import_command
 from training.importing.restore import restore_only
 from training.inference.command import advi_command
@@ -51,6 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     for command in (fit, evaluate, export):
         command.add_argument("--draws", type=int, help="importance samples an image, instead of the TOML's")
         command.add_argument("--images", type=int, help="evaluate on a seeded random subset of the test images")
+    evaluate.add_argument(
+        "--share", type=_share, default=ALL, metavar="1/2", help="evaluate this part of the images alone"
+    )
     widen = asking_command(commands, "calibrate", "calibrate the `std` of restored images on held-out images")
     widen.set_defaults(command=_calibrate)
     import_command(commands)
@@ -71,6 +75,14 @@ def _run_command(commands, name: str, help: str, command) -> argparse.ArgumentPa
     parser.add_argument("--threads", type=int, help="CPU threads (the number of idle cores)")
     parser.set_defaults(command=command)
     return parser
+
+
+def _share(text: str) -> Share:
+    """Read `2/3`: the second of three shares."""
+    number, _, of = text.partition("/")
+    if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+        raise argparse.ArgumentTypeError(f"{text} is no share; with 3 there are 1/3, 2/3 and 3/3")
+    return Share(int(number), int(of))
 
 
 def _calibrate(options: argparse.Namespace) -> None:
@@ -124,7 +136,7 @@ def _restore_only(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    print(json.dumps(_workshop(options).evaluate(), indent=2))
+    print(json.dumps(_workshop(options).evaluate(options.share), indent=2))
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -17,8 +17,9 @@ from training.distributions.likelihoods.bernoulli import BernoulliSettings
 from training.distributions.priors import PriorSettings
 from training.distributions.priors.standard_normal import StandardNormalSettings
 from training.errors import ConfigError
-from training.networks import Architecture
+from training.networks import Architecture, LatentArchitecture
 from training.networks.conv import Conv
+from training.networks.ladder import Ladder
 from training.networks.unet import UNetSettings
 from training.strict import Positive, Strict
 
@@ -29,14 +30,14 @@ class Model(Strict):
     """The model: q(z|x), p(z) and p(x|z)."""
 
     latent_dim: Positive
-    """Numbers in z; with spatial latents, at each place."""
+    """Numbers in z; with spatial latents, at each place; of a ladder, those of the vector above its groups."""
     initial_std: Annotated[float, Field(gt=0)] | None = None
     """Standard deviation of the initial parameters of both networks, 0.01 in the paper; without it torch's defaults."""
     likelihood: LikelihoodSettings = BernoulliSettings()
     """p(x|z)."""
     prior: PriorSettings = StandardNormalSettings()
     """p(z)."""
-    network: Architecture
+    network: LatentArchitecture
     """Architecture of encoder and decoder."""
 
 
@@ -59,7 +60,8 @@ class Optimisation(Strict):
     draws: Positive = 1
     """Draws of z an image, L."""
     free_nats: Annotated[float, Field(ge=0)] = 0.0
-    """The KL has no gradient while a minibatch's mean KL is below this number of nats."""
+    """The KL has no gradient while a minibatch's mean KL is below this number of nats; in a ladder, that of each
+    group."""
     microbatches: Positive = 1
     """Parts of a minibatch, each with its own noise. One process runs them in turn, or several share them: the result
     is the same. Their number must be a multiple of the number of processes."""
@@ -107,6 +109,9 @@ class Evaluation(Strict):
     """Importance samples an image."""
     images: Positive | None = None
     """Size of a seeded random subset of the test images; without it all of them."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Number format of the networks' products, as in training. In bfloat16 the estimate is of the model with products
+    so rounded, in up to half the time."""
 
 
 class Run(Strict):
@@ -143,6 +148,8 @@ class Run(Strict):
                 f"binarise = true contradicts the {likelihood.likelihood} likelihood, whose pixels have other values "
                 'than 0 and 1; set binarise = false, or leave it out, or set likelihood = "bernoulli"'
             )
+        if isinstance(self.model.network, Ladder):
+            self._fits_ladder()
         if self.train.objective == "wake_sleep" and self.model.prior.prior == "vamp":
             raise ValueError(
                 "a VampPrior contains the encoder, which wake-sleep trains on draws of the prior; set prior = "
@@ -181,6 +188,17 @@ class Run(Strict):
             raise ValueError("restoration.network needs as many levels as model.network, so that their latents agree")
         if step % 2 ** (len(self.restoration.correction.channels) - 1):
             raise ValueError(f"restoration.correction has too many levels for images of multiples of {step}")
+
+    def _fits_ladder(self) -> None:
+        """Refuse what needs a posterior without noise."""
+        if self.restoration is not None:
+            raise ValueError('a ladder has no restoration; remove [restoration], or set architecture = "conv"')
+        if self.model.prior.prior == "vamp":
+            raise ValueError('a ladder has no VampPrior; set prior = "standard_normal" or "realnvp"')
+        if self.train.objective in {"importance_weighted", "wake_sleep"}:
+            raise ValueError(
+                f'a ladder has no objective {self.train.objective}; set "elbo", "monte_carlo_elbo" or "denoising"'
+            )
 
     @property
     def binary(self) -> bool:

@@ -21,9 +21,9 @@ from service.contract.manifest import digest
 from training.config import Run
 from training.data import ImageSet, as_float
 from training.errors import CheckpointError, ConfigError, DiskError
-from training.evaluation.evaluate import likelihood, report, restoration
+from training.evaluation.evaluate import ALL, Share, likelihood, report, restoration
 from training.evaluation.scoring import held_out
-from training.export.export import GOLDEN_ROWS, export, exportables, golden_size, version_folder
+from training.export.export import GOLDEN_ROWS, export, exportables, golden_size, packed, version_folder
 from training.export.pair import shapes_told
 from training.export.tiling import tiles
 from training.loop.checkpoint import stage_seconds, trained_epochs
@@ -219,22 +219,30 @@ class Workshop:
             return None
         return trained_recognition(self.run, self.images.shape, self.folder, self.device)
 
-    def evaluate(self) -> dict[str, Any]:
-        """Evaluate on the test images.
+    def evaluate(self, share: Share = ALL) -> dict[str, Any]:
+        """Evaluate on the test images, or on a share of them.
 
         Returns:
             The manifest's `quality`: figures in nats per image, with the settings that repeat them.
         """
-        return self._quality(self.vae(), self.recognition())
+        return self._quality(self.vae(), self.recognition(), share)
 
-    def _quality(self, vae: VAE, recognition: Recognition | None) -> dict[str, Any]:
+    def _quality(self, vae: VAE, recognition: Recognition | None, share: Share = ALL) -> dict[str, Any]:
         settings, test = self.run.evaluation, self.images.test
         if settings.images is not None and settings.images < len(test):
             order = torch.randperm(len(test), generator=torch.Generator().manual_seed(self.run.seed))
             test = test[order[: settings.images].to(test.device)]
-        partial = self.folder / "evaluation.pt"
-        quality: dict[str, Any] = likelihood(vae, test, settings.draws, self.run.seed, partial, dynamic=self.run.binary)
-        if recognition is not None:
+        quality: dict[str, Any] = likelihood(
+            vae,
+            test,
+            settings.draws,
+            self.run.seed,
+            self.folder / "evaluation.pt",
+            dynamic=self.run.binary,
+            precision=settings.precision,
+            share=share,
+        )
+        if recognition is not None and share == ALL:
             quality["restoration"] = restoration(vae, recognition, test, self.run.seed)
             report(quality["restoration"])
         return quality
@@ -259,6 +267,7 @@ class Workshop:
         about = {
             **self._sizes(vae, recognition),
             "value_range": [0.0, 1.0],
+            "groups": packed(vae.group_shapes),
             "likelihood": self.run.model.likelihood.likelihood,
             "prior": self.run.model.prior.prior,
             "dataset": self.run.data.dataset,

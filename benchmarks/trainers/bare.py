@@ -17,8 +17,8 @@ from training.data import binarise
 from training.distributions.gaussian import DiagonalGaussian
 from training.distributions.priors.standard_normal import StandardNormal
 from training.loop.optimisers import build
+from training.loop.precision import computes_bfloat16
 from training.loop.stages import vae_stage
-from training.loop.trainer import computes_bfloat16
 from training.models.vae import VAE
 
 

@@ -192,6 +192,11 @@ def test_evaluate_prints_json_and_fresh_starts_again(
     assert main(["evaluate", str(config), *run, "--draws", "3", "--images", "20"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert (figures["images"], figures["importance_samples"]) == (20, 3)
+    assert main(["evaluate", str(config), *run, "--images", "180", "--share", "2/2"]) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 80
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(config), *run, "--share", "3/2"])
+    assert "3/2 is no share" in capsys.readouterr().err
 
     config.write_text(TOML.replace("epochs = 40", "epochs = 2").replace("seed = 5", "seed = 6"))
     assert main([*arguments(config), "--device", "cpu"]) == 1

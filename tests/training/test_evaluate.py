@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from service.contract.corruption import FAMILIES
 from training.distributions.likelihoods.bernoulli import Bernoulli
 from training.distributions.priors.standard_normal import StandardNormal
-from training.evaluation.evaluate import BLOCK, likelihood, report, restoration
+from training.evaluation.evaluate import BLOCK, Share, likelihood, report, restoration
+from training.loop.precision import computes_bfloat16
 from training.models.restoration import Recognition
 from training.models.vae import VAE
 from training.networks.mlp import Mlp
@@ -97,6 +98,38 @@ def test_interrupted_evaluation_goes_on_where_it_was(linear_gaussian: LinearGaus
     resumed = model(at=-1)
     assert likelihood(resumed, images, 5, 4, partial, dynamic=True) == whole
     assert resumed.encoder.calls < calls
+
+
+def test_shares_add_up_to_the_whole(linear_gaussian: LinearGaussian, tmp_path: Path) -> None:
+    """Three shares, each of its own blocks, and then the whole, which scores nothing anew and has the same figures."""
+    images = black_and_white(4 * BLOCK + 30)
+    whole = likelihood(linear_gaussian.vae(0.3, 1.4), images, 5, 4, tmp_path / "whole.pt", dynamic=True)
+    partial, parts = tmp_path / "evaluation.pt", []
+    for number in (2, 1, 3):
+        vae = linear_gaussian.vae(0.3, 1.4)
+        parts.append(likelihood(vae, images, 5, 4, partial, dynamic=True, share=Share(number, 3)))
+    assert [part["images"] for part in parts] == [130, 200, 100]
+    mean = sum(float(part["test_nll_nats"]) * int(part["images"]) for part in parts) / len(images)
+    assert mean == pytest.approx(float(whole["test_nll_nats"]), abs=1e-3)
+    idle = linear_gaussian.vae(0.3, 1.4)
+    idle.encoder = Interrupting(idle.encoder, at=1)
+    assert likelihood(idle, images, 5, 4, partial, dynamic=True) == whole
+
+
+@pytest.mark.skipif(not computes_bfloat16(torch.device("cpu")), reason="this CPU does not compute with bfloat16")
+def test_bfloat16_scores_another_model_nearly_as_well(tmp_path: Path) -> None:
+    """The networks compute in bfloat16, the figures say so, and they are the same within a few hundredths of a nat."""
+    mlp = Mlp(architecture="mlp", hidden=(6,))
+    torch.manual_seed(1)
+    vae = VAE(mlp.encoder((1, 2, 3), 2), mlp.decoder(2, (1, 2, 3)), Bernoulli((1, 2, 3)), StandardNormal(2))
+    images = black_and_white(200)
+    exact = likelihood(vae, images, 50, 1, tmp_path / "exact.pt", dynamic=True)
+    kinds = set()
+    vae.decoder.register_forward_hook(lambda *call: kinds.add(call[2].dtype))
+    lower = likelihood(vae, images, 50, 1, tmp_path / "lower.pt", dynamic=True, precision="bfloat16")
+    assert kinds == {torch.bfloat16}
+    assert lower.pop("precision") == "bfloat16"
+    assert lower["test_nll_nats"] == pytest.approx(exact["test_nll_nats"], abs=0.05)
 
 
 @pytest.mark.parametrize("change", ["weights", "draws", "seed", "images", "dynamic"])

@@ -25,10 +25,11 @@ from training.config import Run, load
 from training.data import Folder
 from training.errors import CheckpointError, DiskError, DivergedError
 from training.loop import trainer
+from training.loop.precision import computes_bfloat16
 from training.loop.processes import ALONE
 from training.loop.randomness import keyed_generator
 from training.loop.stages import trained_vae, vae_stage
-from training.loop.trainer import AVERAGED_STEPS, Stage, computes_bfloat16, train
+from training.loop.trainer import AVERAGED_STEPS, Stage, train
 from training.loop.validation import HeldOut
 from training.models.vae import Bound
 from training.networks.mlp import Mlp

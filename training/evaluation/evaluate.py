@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from statistics import mean, median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from training.distributions.interface import Support
 from training.distributions.noise import NOISE, corrupt
 from training.errors import CheckpointError
 from training.loop.checkpoint import read_checkpoint, write_checkpoint
+from training.loop.precision import Precision, autocast
 from training.loop.randomness import keyed_generator
 from training.models.restoration import Corrupted, Recognition
 from training.models.vae import VAE
@@ -32,45 +34,73 @@ RESTORED = 200
 """Test images that are corrupted and restored."""
 
 
+class Share(NamedTuple):
+    """One of several equal parts of an evaluation, counted from 1; 1 of 1 is all of it."""
+
+    number: int = 1
+    of: int = 1
+
+
+ALL = Share()
+
+
 @torch.inference_mode()
 def likelihood(
-    model: VAE, images: Tensor, draws: int, seed: int, partial: Path, dynamic: bool
+    model: VAE,
+    images: Tensor,
+    draws: int,
+    seed: int,
+    partial: Path,
+    dynamic: bool,
+    *,
+    precision: Precision = "float32",
+    share: Share = ALL,
 ) -> dict[str, float | int | str]:
     """Estimate test ELBO and importance-sampled log p(x) in nats per image, with standard errors over images.
 
-    Under Bernoulli pixels a grey level has no probability, so grey images get the ELBO alone.
+    Under Bernoulli pixels a grey level has no probability, so grey images get the ELBO alone. The noise of a block of
+    images is a function of the seed and the block, so the figures do not depend on how the work was shared.
 
     Args:
         model: The VAE.
         images: uint8 (n, c, h, w).
         draws: Importance samples an image.
         seed: Seed of binarisation and draws.
-        partial: File of the finished blocks, from which an interrupted evaluation continues.
+        partial: File of the finished blocks, from which an interrupted evaluation continues. A share has its own file
+            beside it; an evaluation of everything takes up those of all shares.
         dynamic: Whether to binarise the images by `seed`; otherwise they stay as they are.
+        precision: Of the networks, as in training. The estimate is then of the model with such networks.
+        share: The part of the images to score.
 
     Returns:
-        Figures by name, as in the manifest's `quality`.
+        Figures of the share's images by name, as in the manifest's `quality`.
     """
     identity = {
         "draws": draws,
         "seed": seed,
         "dynamic": dynamic,
+        "precision": precision,
         "images": digest(images.cpu().numpy().tobytes()),
         "weights": _fingerprint(model),
     }
-    columns = _resume(partial, identity)
-    progress = tqdm(total=len(images), initial=len(columns) * BLOCK, desc="evaluating", unit="image")
-    try:
-        for index in range(len(columns), math.ceil(len(images) / BLOCK)):
-            block = images[index * BLOCK : (index + 1) * BLOCK]
+    others = sorted(partial.parent.glob(f"{partial.stem}-*-of-*{partial.suffix}"))
+    path = partial if share.of == 1 else partial.with_stem(f"{partial.stem}-{share.number}-of-{share.of}")
+    blocks = images.split(BLOCK)
+    mine = range(share.number - 1, len(blocks), share.of)
+    scores = _resume([path] if share.of > 1 else [partial, *others], identity)
+    count = sum(len(blocks[index]) for index in mine)
+    done = sum(len(blocks[index]) for index in mine if index in scores)
+    with tqdm(total=count, initial=done, desc="evaluating", unit="image") as progress:
+        for index in (index for index in mine if index not in scores):
             generator = keyed_generator(images.device, seed, 2, index)
-            columns.append(_score(model, block, draws, generator, dynamic).cpu())
-            progress.update(len(block))
-    finally:
-        progress.close()
-        write_checkpoint(partial, {"identity": identity, "columns": columns})
+            with autocast(precision, images.device):
+                scores[index] = _score(model, blocks[index], draws, generator, dynamic).cpu()
+            write_checkpoint(path, {"identity": identity, "blocks": scores})
+            progress.update(len(blocks[index]))
     kind = "dynamic" if dynamic else "none (grey levels)" if is_grey(images) else "static"
-    summary = _summary(torch.cat(columns, 1), draws, seed, kind)
+    summary = _summary(torch.cat([scores[index] for index in mine], 1), draws, seed, kind)
+    if precision != "float32":
+        summary["precision"] = precision
     if model.likelihood.support is Support.EIGHT_BIT:
         pixels = images[0].numel()
         summary["test_elbo_bits_per_dim"] = bits_per_dim(-float(summary["test_elbo_nats"]), pixels)
@@ -145,12 +175,13 @@ def bits_per_dim(nats: float, dimensions: int) -> float:
     return round(nats / (dimensions * math.log(2.0)), 4)
 
 
-def _resume(partial: Path, identity: dict[str, Any]) -> list[Tensor]:
-    try:
-        columns: list[Tensor] = read_checkpoint(partial, identity, torch.device("cpu"))["columns"]
-    except CheckpointError:
-        return []
-    return columns
+def _resume(paths: Iterable[Path], identity: dict[str, Any]) -> dict[int, Tensor]:
+    """The finished blocks by index, from all files of the same evaluation."""
+    found: dict[int, Tensor] = {}
+    for path in paths:
+        with suppress(CheckpointError):
+            found |= read_checkpoint(path, identity, torch.device("cpu"))["blocks"]
+    return found
 
 
 def _fingerprint(model: VAE) -> float:

@@ -85,10 +85,9 @@ def bound_at_draws(vae: VAE, x: Tensor, eps: Tensor) -> Bound:
 
     Source: Kingma and Welling (2013), equation 6, with the entropy in closed form.
     """
-    posterior = vae.posterior(x)
-    z = posterior.draw(eps)
-    log_likelihood = vae.likelihood.log_prob(vae.decode(z), x).mean(0)
-    return Bound(log_likelihood, -posterior.entropy() - vae.prior.log_prob(z).mean(0))
+    z, q, parameters = vae.infer(vae.posterior(x), eps)
+    entropy = q.entropy().expand(len(eps), -1).mean(0)
+    return Bound(vae.likelihood.log_prob(parameters, x).mean(0), -entropy - vae.prior.log_prob(z).mean(0))
 
 
 @torch.inference_mode()

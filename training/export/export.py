@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count
+from itertools import accumulate, count
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,24 @@ class Decode(nn.Module):
         return self.likelihood.mean(self.decoder(z))
 
 
+class Infer(nn.Module):
+    """A hierarchical posterior as a function of noise: x, eps -> z, mean, log_var, log q(z|x)."""
+
+    def __init__(self, vae: VAE) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, x: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Map x (n, c, h, w) and eps (n, d) to z, mean and log_var (n, d) and log q in nats (n,).
+
+        Log q is computed in double, as `LogJoint` computes its terms.
+        """
+        z, q, _ = self.vae.infer(self.vae.posterior(x), eps[None])
+        mean, log_var = (part[0] for part in q)
+        log_q = DiagonalGaussian(mean.double(), log_var.double()).log_prob(z[0].double())
+        return z[0], mean, log_var, log_q.float()
+
+
 class Draw(nn.Module):
     """The prior as a function of noise: eps ~ N(0, I) -> z ~ p(z)."""
 
@@ -164,20 +182,23 @@ def exportables(vae: VAE, recognition: Recognition | None, x: Tensor, seen: Corr
     Returns:
         Graphs by name.
     """
-    mean, log_var = vae.posterior(x)
-    parts: dict[str, tuple[nn.Module, Rows]] = {
-        "encoder": (vae.encoder, (x,)),
-        "decoder": (Decode(vae), (mean,)),
-        "log_joint": (LogJoint(vae), (x, mean)),
-    }
-    if mean.ndim == 2:
-        parts["elbo_gradient"] = ElboGradient(vae), (mean, log_var, _normal(mean.shape), x)
-    if not isinstance(vae.prior, StandardNormal):  # draws of N(0, I) are the noise itself
-        prior = vae.prior.frozen()
+    eps = _normal((len(x), *vae.noise_shapes.posterior))
+    parts: dict[str, tuple[nn.Module, Rows]]
+    if vae.group_shapes:
+        z = Infer(vae)(x, eps)[0]
+        parts = {"posterior": (Infer(vae), (x, eps))}
+    else:
+        z, log_var = vae.posterior(x)
+        parts = {"encoder": (vae.encoder, (x,))}
+        if z.ndim == 2:
+            parts["elbo_gradient"] = ElboGradient(vae), (z, log_var, eps, x)
+    parts |= {"decoder": (Decode(vae), (z,)), "log_joint": (LogJoint(vae), (x, z))}
+    prior = vae.prior.frozen()
+    if not isinstance(prior, StandardNormal):  # draws of N(0, I) are the noise itself
         parts["prior"] = (Draw(prior), (_normal((len(x), *prior.noise_shape)),))
     if recognition is not None:
         parts |= restoring_parts(vae, recognition, seen)
-        if mean.ndim == 2:
+        if z.ndim == 2:
             rows = _refinement_rows(recognition.posterior(seen), seen)
             parts["refinement"] = Refinement(vae, recognition.fusion), rows
     return {
@@ -196,6 +217,15 @@ def restoring_parts(vae: VAE, recognition: Recognition, seen: Corrupted) -> dict
         "fusion": (fusion, (x_mean, *seen)),
         "correction": (recognition.correction, (*fusion(x_mean, *seen), *seen)),
     }
+
+
+def packed(shapes: Sequence[tuple[int, int, int]]) -> list[dict[str, Any]]:
+    """The manifest's `groups`: where groups (c, b, b) lie in a vector, packed by space-to-depth in blocks of b x b."""
+    ends = list(accumulate(math.prod(shape) for shape in shapes))
+    return [
+        {"name": f"z{number}", "shape": list(shape), "channels": [end - math.prod(shape), end], "block": shape[1]}
+        for number, (shape, end) in enumerate(zip(shapes, ends, strict=True), 1)
+    ]
 
 
 def _refinement_rows(start: DiagonalGaussian, seen: Corrupted) -> tuple[Tensor, ...]:

@@ -16,8 +16,10 @@ from training.distributions.noise import corrupt
 from training.errors import CheckpointError, ConfigError
 from training.loop.checkpoint import Module, read_trained, trained_epochs
 from training.loop.trainer import Stage
+from training.models.ladder import LadderVAE
 from training.models.restoration import Recognition, restoration_bound, simulate
 from training.models.vae import VAE, Bound
+from training.networks.ladder import Down, Up
 from training.objectives.elbo import importance_weighted, monte_carlo_elbo
 from training.objectives.wake_sleep import wake_sleep
 
@@ -66,7 +68,10 @@ def build_vae(run: Run, shape: tuple[int, int, int]) -> VAE:
             nn.init.normal_(parameter, std=run.model.initial_std)
     prior = run.model.prior.build(network.latent_shape(latent_dim, shape), shape, encoder)
     pixels = shape if step is None else (shape[0], 1, 1)  # a place in a crop is none in the picture
-    return VAE(encoder, decoder, run.model.likelihood.build(pixels), prior)
+    likelihood = run.model.likelihood.build(pixels)
+    if isinstance(encoder, Up) and isinstance(decoder, Down):
+        return LadderVAE(encoder, decoder, likelihood, prior, run.train.free_nats)
+    return VAE(encoder, decoder, likelihood, prior)
 
 
 def build_recognition(run: Run, shape: tuple[int, int, int]) -> Recognition:

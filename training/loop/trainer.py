@@ -21,6 +21,7 @@ from training.errors import ConfigError, DivergedError
 from training.loop.cuda_graph import Replay
 from training.loop.loop import Loop
 from training.loop.optimisers import build
+from training.loop.precision import autocast
 from training.loop.processes import ALONE, Processes
 from training.loop.randomness import mixed
 from training.loop.validation import HeldOut
@@ -51,13 +52,6 @@ class Stage:
     watched_steps: frozenset[int] = frozenset()
     replayable: bool = True
     """Whether the objective keeps everything on the device and reads no value back, so that a GPU can replay it."""
-
-
-def computes_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 itself; elsewhere it is emulated, slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.backends.mkldnn.is_available() and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
 
 def train(
@@ -137,9 +131,7 @@ class _Loop(Loop):
         self.peaks = [float(group["lr"]) for group in self._groups]
         self.averaged = AveragedModel(stage.module, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))
         self.averages: list[Tensor] = [p for p in self.averaged.module.parameters() if p.requires_grad]
-        lower = settings.precision == "bfloat16" and computes_bfloat16(images.device)
-        autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=lower)
-        self.bounded = processes.parallel(_Bounded(stage, autocast))
+        self.bounded = processes.parallel(_Bounded(stage, autocast(settings.precision, images.device)))
         self.generators = [torch.Generator(images.device) for _ in range(settings.microbatches)]
         self.rows = torch.empty(self.batch_size, dtype=torch.int64, device=images.device)
         self.kl_weight = torch.ones((), device=images.device)
@@ -199,6 +191,7 @@ class _Loop(Loop):
         return terms, nn.utils.get_total_norm(gradients, foreach=True) + 0.0 * terms.sum()
 
     def _add_gradient(self, number: int, part: Tensor) -> Tensor:
+        torch.default_generator.manual_seed(mixed(self.stage.seed, 15, self.step, number))  # dropout draws from it
         bound: Bound = self.bounded(self.images[part], self.generators[number])
         loss = -(bound.log_likelihood - self.kl_weight * self._freed(bound.kl)).mean()
         (loss * (self.processes.size * len(part) / self.batch_size)).backward()

@@ -54,8 +54,10 @@ class HeldOut:
     @torch.no_grad()
     def score(self, module: nn.Module, images: Tensor) -> Score:
         """Estimate the module's bound with the same noise at every call; a bound that is not finite counts as -inf."""
-        generator = keyed_generator(images.device, self._stage.seed, 13)
+        generator, training = keyed_generator(images.device, self._stage.seed, 13), module.training
+        module.eval()  # without dropout
         bounds = [self._stage.objective(module, part, generator) for part in images.split(self._batch_size)]
+        module.train(training)
         whole = Bound(*(torch.cat(terms).double() for terms in zip(*bounds, strict=True)))
         if not bool(whole.elbo.isfinite().all()):
             return Score(-math.inf, 0.0, math.nan)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,17 @@ class NoiseShapes(NamedTuple):
     """For one draw of p(z)."""
 
 
+class Inference(NamedTuple):
+    """Draws of q(z|x) for n images, and what was computed on the way."""
+
+    z: Tensor
+    """(L, n, *latent_shape)."""
+    q: DiagonalGaussian
+    """The density of each number of z given those before it: mean and log_var, (n, d) or (L, n, d)."""
+    parameters: Tensor
+    """Of p(x|z), (L, n, c, h, w)."""
+
+
 class VAE(nn.Module):
     """An encoder q(z|x), and a generative model p(z) p(x|z) of a decoder, a likelihood and a prior.
 
@@ -50,6 +61,11 @@ class VAE(nn.Module):
     def latent_shape(self) -> tuple[int, ...]:
         """Of one z."""
         return self.prior.event_shape
+
+    @property
+    def group_shapes(self) -> list[tuple[int, int, int]]:
+        """Shapes (c, h, w) of the groups of a hierarchical latent, from the top down; empty where z is one group."""
+        return []
 
     @property
     def noise_shapes(self) -> NoiseShapes:
@@ -83,11 +99,21 @@ class VAE(nn.Module):
         """E[x|z] at draws of the prior: eps (n, *noise_shapes.prior), draws of N(0, I) -> (n, c, h, w)."""
         return self.x_mean(self.prior.draw(eps))
 
+    def infer(self, posterior: Any, eps: Tensor) -> Inference:
+        """Draw z from a posterior and decode it.
+
+        Args:
+            posterior: What `posterior` returned for n images.
+            eps: Draws of N(0, I), (L, n, *noise_shapes.posterior).
+        """
+        z = posterior.draw(eps)
+        return Inference(z, posterior, self.decode(z))
+
     def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
         """Log p(x, z) in nats: x (n, c, h, w), z (..., n, *latent_shape) -> (..., n)."""
         return self.likelihood.log_prob(self.decode(z), x) + self.prior.log_prob(z)
 
-    def bound(self, x: Tensor, eps: Tensor, posterior: DiagonalGaussian | None = None) -> Bound:
+    def bound(self, x: Tensor, eps: Tensor, posterior: Any = None) -> Bound:
         """Estimate the bound on log p(x), with the KL in closed form where it has one, differentiable in both networks.
 
         Args:
@@ -100,6 +126,10 @@ class VAE(nn.Module):
 
         Source: Kingma and Welling (2013), equation 7 (estimator B) and equation 10.
         """
-        q = self.posterior(x) if posterior is None else posterior
-        z = q.draw(eps)
-        return Bound(self.likelihood.log_prob(self.decode(z), x).mean(0), self.prior.kl(q, z))
+        z, q, parameters = self.infer(self.posterior(x) if posterior is None else posterior, eps)
+        return Bound(self.likelihood.log_prob(parameters, x).mean(0), self.prior.kl(q, z))
+
+    def log_weights(self, x: Tensor, eps: Tensor) -> Tensor:
+        """Log p(x, z) / q(z|x) in nats at draws of q(z|x): eps (L, n, *noise_shapes.posterior) -> (L, n)."""
+        z, q, parameters = self.infer(self.posterior(x), eps)
+        return self.likelihood.log_prob(parameters, x) + self.prior.log_prob(z) - q.log_prob(z)

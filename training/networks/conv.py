@@ -87,10 +87,14 @@ class Conv(Network):
 
 
 class Residual(nn.Module):
-    """x + f(x), f two 3 x 3 convolutions after activations; the second starts at 0, so f starts at 0."""
+    """x + f(x), f two 3 x 3 convolutions after activations; the second starts at 0, so f starts at 0.
 
-    def __init__(self, channels: int) -> None:
+    Training drops the share `dropout` of the channels between the two.
+    """
+
+    def __init__(self, channels: int, dropout: float = 0.0) -> None:
         super().__init__()
+        self.dropout = dropout
         self.first = nn.Conv2d(channels, channels, 3, padding=1)
         self.second = nn.Conv2d(channels, channels, 3, padding=1)
         nn.init.zeros_(self.second.weight)
@@ -98,8 +102,8 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, c, h, w) -> the same shape."""
-        hidden = self.first(functional.silu(x))
-        return x + self.second(functional.silu(hidden))
+        hidden = functional.silu(self.first(functional.silu(x)))
+        return x + self.second(functional.dropout2d(hidden, self.dropout, self.training))
 
 
 class Upsample(nn.Module):
@@ -108,9 +112,9 @@ class Upsample(nn.Module):
     Source: Shi et al. (2016), section 3.2.
     """
 
-    def __init__(self, inputs: int, outputs: int, size: tuple[int, int] | None) -> None:
+    def __init__(self, inputs: int, outputs: int, size: tuple[int, int] | None, kernel: int = 3) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(inputs, 4 * outputs, 3, padding=1)
+        self.conv = nn.Conv2d(inputs, 4 * outputs, kernel, padding=kernel // 2)
         self.size = size
 
     def forward(self, x: Tensor) -> Tensor:

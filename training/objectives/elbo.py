@@ -28,10 +28,9 @@ def monte_carlo_elbo(model: VAE, x: Tensor, eps: Tensor) -> Bound:
 
     Source: Kingma and Welling (2013), equation 6 (estimator A).
     """
-    posterior = model.posterior(x)
-    z = posterior.draw(eps)
-    kl = posterior.log_prob(z) - model.prior.log_prob(z)
-    return Bound(model.likelihood.log_prob(model.decode(z), x).mean(0), kl.mean(0))
+    z, q, parameters = model.infer(model.posterior(x), eps)
+    kl = q.log_prob(z) - model.prior.log_prob(z)
+    return Bound(model.likelihood.log_prob(parameters, x).mean(0), kl.mean(0))
 
 
 def importance_weighted(model: VAE, x: Tensor, eps: Tensor) -> Bound:
@@ -78,6 +77,4 @@ def importance_log_likelihood(model: VAE, x: Tensor, eps: Tensor) -> Tensor:
     Source: Burda, Grosse and Salakhutdinov (2015), equation 8.
     """
     model.likelihood.check(x)
-    posterior = model.posterior(x)
-    z = posterior.draw(eps)
-    return torch.logsumexp(model.log_joint(x, z) - posterior.log_prob(z), 0) - math.log(len(eps))
+    return torch.logsumexp(model.log_weights(x, eps), 0) - math.log(len(eps))
