@@ -42,6 +42,9 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--epochs", type=int, help="epochs, instead of the TOML's; with more, a finished run continues")
     fit.add_argument("--restoration-epochs", type=int, help="the same for the recognition model of corrupted images")
     fit.add_argument("--fresh", action="store_true", help="discard the run's checkpoints first")
+    fit.add_argument(
+        "--tensorboard", action="store_true", help="also write the log and the sheet into runs/<name>/tensorboard"
+    )
     for command in (fit, evaluate, export):
         command.add_argument("--draws", type=int, help="importance samples an image, instead of the TOML's")
         command.add_argument("--images", type=int, help="evaluate on a seeded random subset of the test images")
@@ -83,7 +86,8 @@ def _workshop(options: argparse.Namespace, processes: Processes = ALONE) -> pipe
         {"evaluation": evaluation, "train": epochs, "restoration": {"train": restoration_epochs}},
     )
     folder = options.run or Path("runs") / settings.name
-    return pipeline.Workshop.open(settings, options.data, folder, pipeline.device(options.device), processes)
+    device, board = pipeline.device(options.device), getattr(options, "tensorboard", False)
+    return pipeline.Workshop.open(settings, options.data, folder, device, processes, tensorboard=board)
 
 
 def _fit(options: argparse.Namespace) -> None:

@@ -9,8 +9,12 @@ from typing import Any
 from training.errors import DependencyError
 
 
-def needed(module: str) -> Any:
-    """Import a module of the extra `evaluation`.
+def needed(module: str, extra: str = "evaluation") -> Any:
+    """Import a module of an extra.
+
+    Args:
+        module: The module.
+        extra: The extra of pyproject.toml that brings it.
 
     Raises:
         DependencyError: It is not installed; the message names the extra.
@@ -18,9 +22,8 @@ def needed(module: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        package = module.split(".", 1)[0]
         raise DependencyError(
-            f"{package} cannot be imported ({error}); pip install '.[evaluation]' in the project's folder"
+            f"{module} cannot be imported ({error}); pip install '.[{extra}]' in the project's folder"
         ) from error
 
 
