@@ -14,6 +14,7 @@ from training.cli import asking_command, run
 from training.config import load
 from training.data.mnist import download
 from training.evaluation.calibrate import CalibrateOptions, calibrate
+from training.export.card_sheet import describe_again
 from training.inference.command import advi_command
 from training.loop.processes import ALONE, Processes, joined
 
@@ -50,6 +51,10 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--images", type=int, help="evaluate on a seeded random subset of the test images")
     widen = asking_command(commands, "calibrate", "calibrate the `std` of restored images on held-out images")
     widen.set_defaults(command=_calibrate)
+    card = commands.add_parser("card", help="write the model card of an existing version anew")
+    card.add_argument("folder", type=Path, metavar="FOLDER", help="folder of the version, models/<name>/<version>")
+    card.add_argument("--config", type=Path, help="TOML whose table [card] has the card's words")
+    card.set_defaults(command=_card)
     advi_command(commands)
     fetch = commands.add_parser("download", help="fetch a data set")
     fetch.add_argument("dataset", choices=["mnist"])
@@ -74,6 +79,11 @@ def _calibrate(options: argparse.Namespace) -> None:
     plan = CalibrateOptions.of(options, runs=options.runs / "calibrate")
     for path in calibrate(plan):
         print(f"wrote {path}")
+
+
+def _card(options: argparse.Namespace) -> None:
+    notes = None if options.config is None else load(options.config).card
+    print(f"wrote {describe_again(options.folder, notes)}")
 
 
 def _workshop(options: argparse.Namespace, processes: Processes = ALONE) -> pipeline.Workshop:

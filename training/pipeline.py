@@ -304,9 +304,12 @@ class Workshop:
         seconds, run = stage_seconds(self.folder), as_trained(self.run, self.folder)
         return {
             "settings": {
-                **run.model_dump(mode="json", exclude={"name", "version", "evaluation", "tileable"}, exclude_none=True),
+                **run.model_dump(
+                    mode="json", exclude={"name", "version", "evaluation", "tileable", "card"}, exclude_none=True
+                ),
                 "binarise": run.binary,
             },
+            **({"card": notes} if (notes := run.card.model_dump(exclude_none=True)) else {}),
             "train_images": len(self.images.train),
             "seconds": seconds,
             "device": self.device.type,

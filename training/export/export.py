@@ -35,12 +35,10 @@ from training.distributions.interface import Prior
 from training.distributions.priors.standard_normal import StandardNormal
 from training.errors import DiskError, ExportError
 from training.evaluation.scoring import ElboGradient, LogJoint
+from training.export.card_sheet import described, opened
 from training.inference.refinement import Refinement, differentiated
 from training.models.restoration import Corrupted, Recognition
 from training.models.vae import VAE
-
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as in service/runtime/session.py
-import onnxruntime as ort  # after the line above
 
 PARITY = 1e-5
 """Maximum difference between torch and onnxruntime, on the machine that exports."""
@@ -178,7 +176,7 @@ def export(
 ) -> Path:
     """Write models/<name>/<version>/ atomically: a failed export leaves no version behind.
 
-    Each graph is reloaded with onnxruntime and compared with torch.
+    Each graph is reloaded with onnxruntime and compared with torch. The model card is written last, from the rest.
 
     Args:
         graphs: The graphs by name.
@@ -213,7 +211,7 @@ def export(
                     **about,
                 }
             )
-            (folder / FILE_NAME).write_text(manifest.to_json())
+            (folder / FILE_NAME).write_text(described(manifest, folder).to_json())
     except ManifestError as error:
         raise ExportError(f"{target} cannot be exported: {error}") from error
     except OSError as error:
@@ -370,7 +368,7 @@ def _check_graph(name: str, content: bytes) -> None:
 
 def _check_parity(name: str, content: bytes, inputs: dict[str, np.ndarray], outputs: dict[str, np.ndarray]) -> None:
     """Compare the graph's outputs with torch's, by name, for one row and for all rows."""
-    session = ort.InferenceSession(content, providers=["CPUExecutionProvider"])
+    session = opened(content)
     for size in (1, len(next(iter(inputs.values())))):
         found = session.run(list(outputs), {key: row[:size] for key, row in inputs.items()})
         for (key, known), answer in zip(outputs.items(), found, strict=True):
