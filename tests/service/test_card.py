@@ -89,7 +89,7 @@ def test_a_version_without_a_card_says_how_to_get_one(small_models: Path, tmp_pa
 def test_a_card_needs_a_key_as_the_models_do(small: Repository, tmp_path: Path) -> None:
     """Without one it is 401, as `GET /v1/models` is."""
     keys = tmp_path / "keys"
-    keys.write_text("alice " + "0" * 64 + "\n")
+    keys.write_text(f"alice sha256:{'0' * 64} infer\n")
     for answer in asyncio.run(answers(small, "/v1/models", "/v1/models/mnist-2d/card", api_keys=str(keys))):
         assert answer.status_code == 401
 
