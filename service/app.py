@@ -20,7 +20,7 @@ from service.api.admin.control import control_router
 from service.api.admin.docs import SCRIPT_HASHES, docs_router
 from service.api.admin.health import health_router
 from service.api.admin.metrics import metrics_router
-from service.api.admin.models import models_router, readiness_router
+from service.api.admin.models import card_router, models_router, readiness_router
 from service.api.invoke import Context
 from service.api.memory import Memory
 from service.api.offload import Offload
@@ -142,6 +142,7 @@ def create_app(
     for router in (
         models_router(repository, OPERATIONS),
         readiness_router(repository, engine),
+        card_router(repository),
         control_router(repository, control, settings),
         health_router(repository, engine),
         metrics_router(telemetry),

@@ -16,6 +16,7 @@ from training.data.mnist import download
 from training.errors import ConfigError
 from training.evaluation.calibrate import CalibrateOptions, calibrate
 from training.evaluation.evaluate import ALL, Share
+from training.export.card_sheet import describe_again
 from training.importing.command import import_command
 from training.importing.restore import restore_only
 from training.inference.command import advi_command
@@ -49,6 +50,9 @@ def _parser() -> argparse.ArgumentParser:
         "--restore-only", action="store_true", help="train restoration for an imported VAE, which the TOML names"
     )
     fit.add_argument("--fresh", action="store_true", help="discard the run's checkpoints first")
+    fit.add_argument(
+        "--tensorboard", action="store_true", help="also write the log and the sheet into runs/<name>/tensorboard"
+    )
     for command in (fit, evaluate, export):
         command.add_argument("--draws", type=int, help="importance samples an image, instead of the TOML's")
         command.add_argument("--images", type=int, help="evaluate on a seeded random subset of the test images")
@@ -58,6 +62,10 @@ def _parser() -> argparse.ArgumentParser:
     widen = asking_command(commands, "calibrate", "calibrate the `std` of restored images on held-out images")
     widen.set_defaults(command=_calibrate)
     import_command(commands)
+    card = commands.add_parser("card", help="write the model card of an existing version anew")
+    card.add_argument("folder", type=Path, metavar="FOLDER", help="folder of the version, models/<name>/<version>")
+    card.add_argument("--config", type=Path, help="TOML whose table [card] has the card's words")
+    card.set_defaults(command=_card)
     advi_command(commands)
     fetch = commands.add_parser("download", help="fetch a data set")
     fetch.add_argument("dataset", choices=["mnist"])
@@ -92,6 +100,11 @@ def _calibrate(options: argparse.Namespace) -> None:
         print(f"wrote {path}")
 
 
+def _card(options: argparse.Namespace) -> None:
+    notes = None if options.config is None else load(options.config).card
+    print(f"wrote {describe_again(options.folder, notes)}")
+
+
 def _workshop(options: argparse.Namespace, processes: Processes = ALONE) -> pipeline.Workshop:
     pipeline.threads(options.threads)
     evaluation = {"draws": options.draws, "images": options.images}
@@ -102,7 +115,8 @@ def _workshop(options: argparse.Namespace, processes: Processes = ALONE) -> pipe
         {"evaluation": evaluation, "train": epochs, "restoration": {"train": restoration_epochs}},
     )
     folder = options.run or Path("runs") / settings.name
-    return pipeline.Workshop.open(settings, options.data, folder, pipeline.device(options.device), processes)
+    device, board = pipeline.device(options.device), getattr(options, "tensorboard", False)
+    return pipeline.Workshop.open(settings, options.data, folder, device, processes, tensorboard=board)
 
 
 def _fit(options: argparse.Namespace) -> None:

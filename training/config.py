@@ -114,6 +114,23 @@ class Evaluation(Strict):
     so rounded, in up to half the time."""
 
 
+class CardNotes(Strict):
+    """What the model card says that no figure does. Without a key the card has what is known of the data set."""
+
+    purpose: str | None = None
+    """What the model is for."""
+    not_for: str | None = None
+    """What it must not be used for."""
+    data: str | None = None
+    """What the training images are and where they come from."""
+    data_licence: str | None = None
+    """Licence of the training images."""
+    licence: str | None = None
+    """Licence of the model."""
+    limits: str | None = None
+    """Known faults, and where the model fails."""
+
+
 class Run(Strict):
     """A whole run: `python -m training fit CONFIG`."""
 
@@ -136,6 +153,8 @@ class Run(Strict):
     """Training of denoise, inpaint and super-resolve; without it the model has none of these operations."""
     evaluation: Evaluation = Evaluation()
     """Evaluation of the trained model."""
+    card: CardNotes = CardNotes()
+    """Words of the model card, the README.md beside the manifest."""
     tileable: bool = False
     """Whether parts of larger images look like the training images, as with textures or tiles of scans, but not with
     whole digits, faces or photographs. Only then does the service restore larger images with `fit=tile`."""

@@ -13,7 +13,7 @@ def needed(module: str, extra: str = "evaluation") -> Any:
     """Import a module of an extra.
 
     Args:
-        module: Its name.
+        module: The module.
         extra: The extra of pyproject.toml that brings it.
 
     Raises:
@@ -22,9 +22,8 @@ def needed(module: str, extra: str = "evaluation") -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        package = module.split(".", 1)[0]
         raise DependencyError(
-            f"{package} cannot be imported ({error}); pip install '.[{extra}]' in the project's folder"
+            f"{module} cannot be imported ({error}); pip install '.[{extra}]' in the project's folder"
         ) from error
 
 

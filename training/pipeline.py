@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import platform
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -26,11 +27,13 @@ from training.evaluation.scoring import held_out
 from training.export.export import GOLDEN_ROWS, export, exportables, golden_size, packed, version_folder
 from training.export.pair import shapes_told
 from training.export.tiling import tiles
+from training.extras import needed
 from training.loop.checkpoint import stage_seconds, trained_epochs
+from training.loop.pictures import PICTURES
 from training.loop.processes import ALONE, Processes
 from training.loop.randomness import keyed_generator
 from training.loop.stages import as_trained, restoration_stage, trained_recognition, trained_vae, vae_stage
-from training.loop.trainer import train
+from training.loop.trainer import Stage, train
 from training.models.restoration import Corrupted, Recognition, simulate
 from training.models.vae import VAE
 from training.progress import tell
@@ -61,10 +64,11 @@ def device(wanted: str) -> torch.device:
 
 
 def clear(folder: Path) -> None:
-    """Delete checkpoints, partial evaluations and log of a run."""
+    """Delete checkpoints, partial evaluations, log, pictures and TensorBoard's files of a run."""
     for path in folder.glob("*"):
-        if path.suffix in {".pt", ".jsonl", ".part", ".sha256"}:
+        if path.suffix in {".pt", ".jsonl", ".part", ".sha256"} or path.name in PICTURES:
             path.unlink()
+    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
 
 
 @contextmanager
@@ -133,6 +137,7 @@ class Workshop:
         folder: Folder of checkpoints and log.
         device: The device of images and models.
         processes: The processes that train together.
+        tensorboard: Whether training also writes for TensorBoard.
     """
 
     run: Run
@@ -140,9 +145,19 @@ class Workshop:
     folder: Path
     device: torch.device
     processes: Processes = ALONE
+    tensorboard: bool = False
 
     @classmethod
-    def open(cls, run: Run, data: Path, folder: Path, device: torch.device, processes: Processes = ALONE) -> Workshop:
+    def open(
+        cls,
+        run: Run,
+        data: Path,
+        folder: Path,
+        device: torch.device,
+        processes: Processes = ALONE,
+        *,
+        tensorboard: bool = False,
+    ) -> Workshop:
         """Load the data onto the device.
 
         Args:
@@ -151,17 +166,21 @@ class Workshop:
             folder: Folder of checkpoints and log.
             device: The device.
             processes: The processes that train together.
+            tensorboard: Whether training also writes for TensorBoard.
 
         Returns:
             The run, ready to train.
 
         Raises:
             DataError: The data are missing or unreadable.
+            DependencyError: TensorBoard is asked for and not installed.
         """
-        return cls(run, run.data.load(data).to(device), folder, device, processes)
+        if tensorboard:
+            needed("torch.utils.tensorboard", "tensorboard")  # before the data are read
+        return cls(run, run.data.load(data).to(device), folder, device, processes, tensorboard)
 
     def clear(self) -> None:
-        """Delete checkpoints, partial evaluations and log."""
+        """Delete what `clear` deletes."""
         clear(self.folder)
 
     def fit(self, models: Path, *, replace: bool = False) -> Path:
@@ -188,7 +207,7 @@ class Workshop:
 
     def _train(self) -> None:
         """Train both stages. A finished stage continues if the run has more epochs."""
-        shape, images = self.images.shape, self.images
+        shape = self.images.shape
         run, before = as_trained(self.run, self.folder, longer=True), trained_epochs(self.folder / "vae.pt")
         self.processes.wait()
         if before is not None and before < run.train.epochs and self.processes.first:
@@ -196,18 +215,22 @@ class Workshop:
             if stale.exists():
                 tell("training of the VAE continues, so restoration is trained again from the start")
                 stale.unlink()
+        self._train_stage(vae_stage(run, shape, self.device))
+        if run.restoration is None:
+            return
+        self._train_stage(restoration_stage(run, self.vae(), shape, self.device))
+
+    def _train_stage(self, stage: Stage) -> None:
+        images = self.images
         train(
-            vae_stage(run, shape, self.device),
+            stage,
             images.train,
             self.folder,
             self.processes,
             images.validation,
-            images.crops,
+            crops=images.crops,
+            tensorboard=self.tensorboard,
         )
-        if run.restoration is None:
-            return
-        stage = restoration_stage(run, self.vae(), shape, self.device)
-        train(stage, images.train, self.folder, self.processes, images.validation, images.crops)
 
     def vae(self) -> VAE:
         """Load the trained VAE."""
@@ -313,9 +336,12 @@ class Workshop:
         seconds, run = stage_seconds(self.folder), as_trained(self.run, self.folder)
         return {
             "settings": {
-                **run.model_dump(mode="json", exclude={"name", "version", "evaluation", "tileable"}, exclude_none=True),
+                **run.model_dump(
+                    mode="json", exclude={"name", "version", "evaluation", "tileable", "card"}, exclude_none=True
+                ),
                 "binarise": run.binary,
             },
+            **({"card": notes} if (notes := run.card.model_dump(exclude_none=True)) else {}),
             "train_images": len(self.images.train),
             "seconds": seconds,
             "device": self.device.type,

@@ -41,6 +41,8 @@ MAX_FILE_BYTES = 2**31 - 1
 """Limit of a graph's file, which is protobuf's."""
 MAX_GOLDEN_BYTES = 2**30
 """Limit of the golden arrays, unpacked."""
+MAX_CARD_BYTES = 2**20
+"""Limit of each file of a model card."""
 MAX_DEPTH = 32
 """Limit of nested objects and lists. Some writers of JSON fail at 254."""
 MAX_AXES, MAX_NUMBERS = 8, 2**28
@@ -118,8 +120,8 @@ FileName = Annotated[
     str,
     _must(f"a plain file name other than {FILE_NAME}", lambda name: is_plain_name(name) and name != FILE_NAME),
 ]
-CARD_NAME = "README.md"
-CardName = Annotated[str, _must(CARD_NAME, CARD_NAME.__eq__)]
+CARD_FILE = "README.md"
+CardName = Annotated[str, _must(CARD_FILE, CARD_FILE.__eq__)]
 Sha256 = Annotated[str, _must("64 hex digits", lambda text: re.fullmatch("[0-9a-f]{64}", text) is not None)]
 
 
@@ -162,13 +164,11 @@ class File(Part):
     """Digest of its content in lower-case hex."""
 
 
-class Card(Part):
+class Card(File):
     """The model card, for people."""
 
     file: CardName
-    """Name of the file, in Markdown."""
-    sha256: Sha256
-    """Digest of its content in lower-case hex."""
+    """README.md: Markdown in UTF-8."""
     pictures: Annotated[list[File], _at_most(MAX_ENTRIES)] = []
     """Pictures that it shows, in PNG."""
 
@@ -399,7 +399,7 @@ class Manifest(Variant):
     tileable: bool = False
     """Whether parts of larger images look like the training images, so that they may be restored tile by tile."""
     card: Card | None = None
-    """The model card."""
+    """The model card; the fingerprint stays when it changes."""
     likelihood: str = ""
     """Family of p(x|z), for people."""
     dataset: str = ""
@@ -430,12 +430,19 @@ class Manifest(Variant):
         ]
 
     def files(self) -> list[File]:
-        """Every file that serving needs, but the manifest."""
+        """Every file of the version but the manifest."""
         return [
-            file
-            for one in (self, *self.variants)
-            for file in (*(part for graph in one.graphs.values() for part in (graph, *graph.data)), one.golden)
+            *(
+                file
+                for one in (self, *self.variants)
+                for file in (*(part for graph in one.graphs.values() for part in (graph, *graph.data)), one.golden)
+            ),
+            *self.card_files(),
         ]
+
+    def card_files(self) -> list[File]:
+        """The files of the model card, README.md first; none without a card."""
+        return [] if self.card is None else [self.card, *self.card.pictures]
 
     def to_json(self) -> str:
         """The manifest as text, each shape on one line, without later keys that have their default."""
@@ -451,8 +458,7 @@ class Manifest(Variant):
         channels = [one.channels for one in (self, *self.variants)]
         if len(set(channels)) < len(channels):
             raise ValueError("every variant must have a number of channels of its own")
-        card = [] if self.card is None else self.card.pictures
-        names = [entry.file for entry in (*self.files(), *card)]
+        names = [entry.file for entry in self.files()]
         if len(set(names)) < len(names):
             raise ValueError("every file must have a name of its own")
         return self

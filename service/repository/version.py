@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from service.contract import manifest as manifests
 from service.contract.golden import archive_bytes, read_golden
-from service.contract.manifest import MAX_FILE_BYTES, File, Golden, Graph, Manifest, ManifestError
+from service.contract.manifest import CARD_FILE, MAX_CARD_BYTES, MAX_FILE_BYTES, File, Manifest, ManifestError
 from service.errors import StartError, one_line
 from service.repository.confined import Killed, TookTooLong, run_module
 from service.repository.warm_up import take_timings, warm
@@ -32,11 +32,12 @@ class Files(NamedTuple):
 
 
 class Version(NamedTuple):
-    """The files of a version by variant, and the digest of the manifest, which covers all of them."""
+    """The files of a version by variant, its model card, and the digest of the manifest, which covers all of them."""
 
     folder: Path
     digest: str
     variants: list[Files]
+    card: dict[str, bytes]
 
     @property
     def golden(self) -> list[dict[str, Any]]:
@@ -119,8 +120,9 @@ def check_files(folder: Path, manifest: Manifest) -> None:
 
 def most_bytes(manifest: Manifest) -> dict[str, int]:
     """Limit of the size of each file of a version, by name."""
-    golden = {view.golden.file: archive_bytes(view) for view in manifest.views()}
-    return {entry.file: golden.get(entry.file, MAX_FILE_BYTES) for entry in manifest.files()}
+    lower = {view.golden.file: archive_bytes(view) for view in manifest.views()}
+    lower |= dict.fromkeys((entry.file for entry in manifest.card_files()), MAX_CARD_BYTES)
+    return {entry.file: lower.get(entry.file, MAX_FILE_BYTES) for entry in manifest.files()}
 
 
 def read_version(folder: Path) -> Version:
@@ -134,7 +136,9 @@ def read_version(folder: Path) -> Version:
         manifest = manifests.parse_file(folder, text)
     if (manifest.name, manifest.version) != (folder.parent.name, folder.name):
         raise StartError(f"{folder} holds version {manifest.version} of {manifest.name}; name the folders after them")
-    return Version(folder, manifests.digest(text), [_read_variant(folder, view) for view in manifest.views()])
+    variants = [_read_variant(folder, view) for view in manifest.views()]
+    card = {entry.file: _read(folder, entry, MAX_CARD_BYTES) for entry in manifest.card_files()}
+    return Version(folder, manifests.digest(text), variants, card)
 
 
 def _read_variant(folder: Path, manifest: Manifest) -> Files:
@@ -163,7 +167,7 @@ def assemble(version: Version, provider: str, threads: int) -> Model:
     variants: dict[int, Model] = {}
     for files in version.variants:
         graphs = _opened(version.folder, files, provider, threads)
-        Model(files.manifest, unit_range(files.manifest, graphs), variants=variants)
+        Model(files.manifest, unit_range(files.manifest, graphs), variants=variants, card=version.card)
     return variants[version.variants[0].manifest.channels]
 
 
@@ -223,7 +227,7 @@ def _try(trial: Trial, limit_s: float) -> tuple[str, list[Timing]]:
     return answer["digest"], [dict(map(tuple, timing)) for timing in answer["timings"]]
 
 
-def _read(folder: Path, entry: Graph | Golden, max_bytes: int) -> bytes:
+def _read(folder: Path, entry: File, max_bytes: int) -> bytes:
     """Read a file once, so that the content that was checked is the content that is opened.
 
     Raises:
@@ -236,6 +240,7 @@ def _read(folder: Path, entry: Graph | Golden, max_bytes: int) -> bytes:
     return content
 
 
-def _changed(folder: Path, entry: File | Graph | Golden) -> StartError:
+def _changed(folder: Path, entry: File) -> StartError:
     path = folder / entry.file
-    return StartError(f"{path} does not match the SHA-256 in its manifest; it was changed after the export")
+    fix = f"; `python -m training card {folder}` writes it anew" if entry.file == CARD_FILE else ""
+    return StartError(f"{path} does not match the SHA-256 in its manifest; it was changed after the export{fix}")

@@ -34,12 +34,14 @@ class Model:
         graphs: Its opened graphs, by name, with images in [0, 1].
         programs: Its programs, by operation and static choices.
         variants: All variants of the version by their channels, this one included.
+        card: The files of the version's model card, by name; empty without a card.
     """
 
     manifest: Manifest
     graphs: Graphs
     programs: dict[tuple[Any, ...], ModelProgram] = field(default_factory=dict)
     variants: dict[int, Model] = field(default_factory=dict)
+    card: Mapping[str, bytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.variants.setdefault(self.manifest.channels, self)

@@ -22,7 +22,7 @@ ABSENT = "no_such_package"
 EXTRAS = {
     "service/repository/remote.py": ["remote"],
     "service/observability/tracing.py": ["tracing"],
-    "training": ["train", "evaluation", "diffusers"],
+    "training": ["train", "evaluation", "diffusers", "tensorboard"],
     "experiments": ["train", "evaluation"],
     "tests": ["train", "test"],
     "benchmarks": ["train", "test"],

@@ -73,7 +73,7 @@ def test_pixels_are_sorted_as_the_service_does(digits_models: Path, tmp_path: Pa
 
 
 def test_a_service_is_calibrated(digits_models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The manifest alone changes, not the fingerprint, and nothing is left behind; what cannot be is said in a line."""
+    """Manifest and card change, the fingerprint does not; nothing is left behind; what cannot be is said in a line."""
     models, runs = tmp_path / "models", tmp_path / "runs"
     folder = models / "digits" / "1"
     shutil.copytree(digits_models, models)
@@ -87,7 +87,9 @@ def test_a_service_is_calibrated(digits_models: Path, tmp_path: Path, capsys: py
     assert f"wrote {folder / 'manifest.json'}" in capsys.readouterr().out
     after = manifests.read(folder)
     assert after.calibration is not None
-    assert after.model_copy(update={"calibration": None}) == before
+    assert after.model_copy(update={"calibration": None, "card": before.card}) == before
+    assert "calibrated on 30 validation images" in (folder / "README.md").read_text()
+    assert all(manifests.has_digest(folder, entry, 2**20) for entry in after.card_files())
     for quality in ("fast", "refined"):
         told = after.calibration.factors[quality]
         assert told.keys() == {*before.noise_families, BESIDE, APART, "shrink-2", "blur"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -78,8 +79,9 @@ def test_two_processes_learn_what_one_learns(config: Path, alone: torch.Tensor, 
     assert process.returncode == 0, said
     assert torch.allclose(weights(tmp_path / "run"), alone, atol=1e-4)
     assert (tmp_path / "run-models" / "tiny" / "1" / "manifest.json").exists()
-    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
-    assert [sum(name in line for line in lines) for name in ('"elbo"', '"held_out_elbo"')] == [4, 16]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "elbo" in line and line["step"] % 100 == 0] == [100, 200, 300, 400]
+    assert sum("held_out_elbo" in line for line in lines) == 16
 
 
 def test_stopped_half_way_they_leave_a_checkpoint_for_any_number(
@@ -96,7 +98,7 @@ def test_stopped_half_way_they_leave_a_checkpoint_for_any_number(
         process.communicate(timeout=180)
     assert process.returncode != 0
     step = torch.load(run / "vae.pt", weights_only=True)["step"]
-    assert 100 <= step < 16 * (1294 // 50)
+    assert 0 < step < 16 * (1294 // 50)
     assert main(arguments(config, run)) == 0
     assert torch.allclose(weights(run), alone, atol=1e-4)
 

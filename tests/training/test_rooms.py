@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 TIERS = (
     {"errors"},
-    {"canvas", "extras", "progress", "strict"},
+    {"extras", "files", "progress", "strict"},
+    {"canvas"},
     {"distributions"},
     {"networks", "data"},
     {"config", "models"},

@@ -14,6 +14,11 @@ class Digits(DatasetSettings):
     """1,797 images of 8 x 8 with 17 grey levels, split at random by `seed`."""
 
     stochastic: ClassVar[bool] = True
+    about: ClassVar[str] = (
+        "Optical Recognition of Handwritten Digits, by Alpaydin and Kaynak (1998); the test part, as scikit-learn has "
+        "it: <https://archive.ics.uci.edu/dataset/80>."
+    )
+    licence: ClassVar[str] = "CC BY 4.0."
     dataset: Literal["digits"]
     """The digits of scikit-learn."""
     validation: Share = 0.1

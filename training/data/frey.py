@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -26,6 +26,11 @@ class Frey(DatasetSettings):
     on. `contiguous`: the same sizes in the order of the film, so that only the frames at the borders leak.
     """
 
+    about: ClassVar[str] = (
+        "Frey Face, 1,965 frames of a film of one man's face, by Brendan Frey; published by Sam Roweis. Neighbours in "
+        "the film are nearly alike."
+    )
+    licence: ClassVar[str] = "Its source states none: research use, not to be redistributed."
     dataset: Literal["frey"]
     """Frey Face."""
     split: Literal["author", "random", "contiguous"] = "contiguous"

@@ -27,6 +27,10 @@ class DatasetSettings(Strict):
     """Values of a pixel in [0, 1]."""
     stochastic: ClassVar[bool] = False
     """Whether a grey level is the probability that the pixel is white, as for handwritten digits."""
+    about: ClassVar[str] = ""
+    """What the images are and where they come from, for model cards; empty where only the user knows."""
+    licence: ClassVar[str] = ""
+    """Their licence likewise."""
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,13 @@ class Mnist(DatasetSettings):
     """60,000 training and 10,000 test images of 28 x 28; the last `validation` training images are for validation."""
 
     stochastic: ClassVar[bool] = True
+    about: ClassVar[str] = (
+        "MNIST, 70,000 grey images of handwritten digits by LeCun, Cortes and Burges, made of NIST's Special Databases "
+        "1 and 3: <http://yann.lecun.com/exdb/mnist/>."
+    )
+    licence: ClassVar[str] = (
+        "Copyright of Yann LeCun and Corinna Cortes, a work derived from NIST's; made available under CC BY-SA 3.0."
+    )
     dataset: Literal["mnist"]
     """MNIST."""
     validation: int = 2000

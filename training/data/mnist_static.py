@@ -20,6 +20,14 @@ class MnistStatic(DatasetSettings):
     """50,000, 10,000 and 10,000 images of 28 x 28, black or white (Salakhutdinov and Murray; Larochelle's split)."""
 
     support: ClassVar[Support] = Support.BINARY
+    about: ClassVar[str] = (
+        "MNIST, each pixel drawn once as black or white by its grey level: the draw of Salakhutdinov and Murray (2008) "
+        "in the split of Larochelle and Murray (2011)."
+    )
+    licence: ClassVar[str] = (
+        "As MNIST's: copyright of Yann LeCun and Corinna Cortes, a work derived from NIST's; made available under "
+        "CC BY-SA 3.0."
+    )
     dataset: Literal["mnist_static"]
     """Static binarised MNIST."""
 

@@ -18,10 +18,12 @@ from service.contract.calibration import calibrated, ways, widened
 from service.contract.corruption import Observation
 from service.contract.images import Pixels
 from service.contract.manifest import FILE_NAME, QUALITIES, Calibration, Manifest, ManifestError, digest
-from training.errors import ConfigError, DiskError
+from training.errors import ConfigError
+from training.evaluation.card import renewed
 from training.evaluation.measures import LEAST_STD, coverage
 from training.evaluation.served import Answer, Client, ServiceOptions, offering, served
 from training.evaluation.tasks import BLURRING, POISSON, Seen, Task, chosen, subject_of
+from training.files import write_whole
 
 PROMISED = 0.9
 """Share of the pixels within mean +- 1.645 std after calibration."""
@@ -150,7 +152,8 @@ def _calibrate(plan: CalibrateOptions, client: Client, model: dict[str, Any]) ->
     qualities = QUALITIES if "refinement" in manifest.graphs else QUALITIES[:1]
     found = {quality: _factors(asking, tasks, quality) for quality in qualities}
     calibration = Calibration(factors=found, images=len(x), seed=plan.seed)
-    _write(manifest.model_copy(update={"calibration": calibration}), path)
+    calibrated_one = renewed(manifest.model_copy(update={"calibration": calibration}), path.parent)
+    write_whole(path, calibrated_one.to_json().encode())
     shutil.rmtree(kept)
     return path
 
@@ -184,12 +187,3 @@ def _manifest(path: Path, fingerprint: str) -> Manifest:
             f"{path.parent} holds {manifest.fingerprint}, but {fingerprint} is served; restart the service"
         )
     return manifest
-
-
-def _write(manifest: Manifest, path: Path) -> None:
-    partial = path.with_suffix(".part")
-    try:
-        partial.write_text(manifest.to_json())
-        partial.replace(path)
-    except OSError as error:
-        raise DiskError(f"{path} cannot be written: {error.strerror}") from error

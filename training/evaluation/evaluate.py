@@ -203,7 +203,8 @@ def restoration(
     Returns:
         By family and level, with data range 1: `noisy_db`, the mean PSNR of the noisy image clipped to [0, 1];
         `restored_db`, after restoration at the known level; `auto_db`, at the estimated level; `worse`, the share of
-        images whose error grew; `level_error`, the mean of |log(estimate / level)|.
+        images whose error grew; `level_error`, the mean of |log(estimate / level)|; of the restored images' PSNR also
+        the standard error over the images.
     """
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:RESTORED]
     x = as_float(images[order.to(images.device)])
@@ -256,4 +257,7 @@ def _decibels(x: Tensor, y: Tensor, known: Tensor, unknown: Tensor) -> dict[str,
         "auto_db": psnr(unknown).mean(),
         "worse": (after < before).float().mean(),
     }
+    if len(x) > 1:
+        figures["restored_standard_error_db"] = after.std() / math.sqrt(len(x))
+        figures["auto_standard_error_db"] = psnr(unknown).std() / math.sqrt(len(x))
     return {name: round(float(value), 3) for name, value in figures.items()}

@@ -37,12 +37,10 @@ from training.distributions.interface import Prior
 from training.distributions.priors.standard_normal import StandardNormal
 from training.errors import DiskError, ExportError
 from training.evaluation.scoring import ElboGradient, LogJoint
+from training.export.card_sheet import described, opened
 from training.inference.refinement import Refinement, differentiated
 from training.models.restoration import Corrupted, Recognition
 from training.models.vae import VAE
-
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as in service/runtime/session.py
-import onnxruntime as ort  # after the line above
 
 PARITY = 1e-5
 """Maximum difference between torch and onnxruntime, on the machine that exports."""
@@ -253,7 +251,7 @@ def export(
     """Write models/<name>/<version>/ atomically: a failed export leaves no version behind.
 
     Each graph of torch is reloaded with onnxruntime and compared with torch: with one row and with all, and at three
-    sizes where `about` says that height and width are free.
+    sizes where `about` says that height and width are free. The model card is written last, from the rest.
 
     Args:
         graphs: The graphs by name, of torch or of ONNX.
@@ -288,7 +286,7 @@ def export(
                     **about,
                 }
             )
-            (folder / FILE_NAME).write_text(manifest.to_json())
+            (folder / FILE_NAME).write_text(described(manifest, folder).to_json())
     except ManifestError as error:
         raise ExportError(f"{target} cannot be exported: {error}") from error
     except OSError as error:
@@ -403,7 +401,7 @@ def convert(name: str, graph: Exportable, about: Mapping[str, Any]) -> Converted
     except torch.onnx.OnnxExporterError as error:
         raise ExportError(f"torch cannot export {name}: {_first_line(error.__cause__ or error)}") from error
     check_graph(name, onnx.load_model_from_string(content))
-    session = ort.InferenceSession(content, providers=["CPUExecutionProvider"])
+    session = opened(content)
     sizes = further_sizes(multiple_of) if any(map(_free, shapes.values())) else []
     for checked in (*(_resized(rows, list(shapes.values()), size) for size in sizes), rows):
         try:
@@ -583,7 +581,7 @@ def _nodes(nodes: Sequence[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
 
 def _check_parity(
     name: str,
-    session: ort.InferenceSession,
+    session: Any,
     inputs: dict[str, np.ndarray],
     outputs: dict[str, np.ndarray],
     parity: float = PARITY,

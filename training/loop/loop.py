@@ -8,7 +8,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,13 +20,14 @@ from training.data.crops import Crops
 from training.errors import DivergedError
 from training.loop.checkpoint import disk_error, read_checkpoint, write_checkpoint
 from training.loop.log import Log
+from training.loop.pictures import Pictures
 from training.loop.processes import ALONE, Processes
 from training.loop.randomness import row_order
 
 CHECKPOINT_S = 60.0
 """Between two checkpoints."""
-LOG_STEPS = 100
-"""Between two lines of the log."""
+LOG_STEPS, LOG_S = 100, 2.0
+"""A line of the log is written after every `LOG_STEPS` steps, and when the last one is `LOG_S` old."""
 SHOWN_S = 0.5
 """Between two values in the progress bar."""
 
@@ -63,8 +64,19 @@ class Loop(ABC):
     """Steps 0 to `steps` over a training set; resumed from its checkpoint bit for bit.
 
     The order of an epoch is a function of (seed, epoch); a subclass makes all other noise a function of (seed, step).
-    `crops` replaces the images in every epoch.
+
+    Args:
+        stage: What to train.
+        images: uint8 (n, c, h, w) on the module's device.
+        folder: Folder of the checkpoint and the log.
+        batch_size: Images of a minibatch.
+        processes: Those that train together.
+        crops: Replaces the images in every epoch; None keeps them.
+        tensorboard: Whether the log is also written for TensorBoard, into `folder`/tensorboard/.
     """
+
+    pictures: Pictures | None = None
+    """The pictures of the run, renewed while it trains; a subclass may set them in the first process."""
 
     def __init__(
         self,
@@ -73,15 +85,18 @@ class Loop(ABC):
         folder: Path,
         batch_size: int,
         processes: Processes = ALONE,
+        *,
         crops: Crops | None = None,
+        tensorboard: bool = False,
     ) -> None:
-        self.stage, self.images, self.processes, self.crops = stage, images, processes, crops
+        self.stage, self.images, self.processes = stage, images, processes
+        self.crops, self.tensorboard = crops, tensorboard
         self.path = folder / f"{stage.name}.pt"
         self.log_path = folder / "log.jsonl" if processes.first else Path(os.devnull)
         self.batch_size = min(batch_size, len(images))
         self.epoch_steps = len(images) // self.batch_size
         self.steps = self.step = 0
-        self.seconds = self.shown = 0.0
+        self.seconds = self.shown = self.logged = 0.0
         self.saved_step = self.order_epoch = -1
         self.parameters = [p for p in stage.module.parameters() if p.requires_grad]
 
@@ -111,6 +126,11 @@ class Loop(ABC):
 
     def conclude(self) -> None:  # noqa: B027  # most loops have nothing to choose
         """Choose what the checkpoint keeps, after the last step."""
+
+    @property
+    def exhibit(self) -> nn.Module:
+        """The module that the pictures are of."""
+        return self.stage.module
 
     @property
     def sound(self) -> bool:
@@ -161,27 +181,44 @@ class Loop(ABC):
             mininterval=0.5,
             disable=not self.processes.first,
         )
-        started, saved = time.monotonic() - self.seconds, time.monotonic()
-        log = Log(self.log_path)
-        with progress, log.file:
+        started, saved, begun = time.monotonic() - self.seconds, time.monotonic(), self.step
+        self.logged = saved
+        with progress, closing(self._opened_log()) as log:
             while self.step < self.steps:
                 self.learn(self._rows(interrupted))
                 self.step += 1
                 self.seconds = time.monotonic() - started
                 if self.step in self.stage.watched_steps and self.processes.first:
                     log.write({"stage": self.stage.name, "step": self.step, **self.stage.watch(self.stage.module)})
-                if self.step < self.steps and self.processes.any(interrupted()):
+                news = self.processes.any(interrupted() or self._overdue())  # one vote a step, on both
+                if news and self.step < self.steps and self.processes.any(interrupted()):
                     self.save()
                     self.processes.wait()
+                    self._draw(log)
                     raise KeyboardInterrupt
                 self._show(progress)
-                self._log(log)
+                self._log(log, overdue=news)
                 if self.step < self.steps and time.monotonic() - saved > CHECKPOINT_S:
                     self.save()
                     saved = time.monotonic()
-        self.conclude()
+                if self.pictures is not None and self.pictures.due():
+                    self._draw(log)
+            self.conclude()
+            if self.step > begun:
+                self._draw(log)
         if self.processes.any(interrupted()):
             raise KeyboardInterrupt
+
+    def _opened_log(self) -> Log:
+        board = self.path.parent / "tensorboard" / self.stage.name
+        return Log(self.log_path, board if self.tensorboard and self.processes.first else None, self.step)
+
+    def _overdue(self) -> bool:
+        return self.processes.first and time.monotonic() - self.logged > LOG_S
+
+    def _draw(self, log: Log) -> None:
+        if self.pictures is not None:
+            log.show(self.pictures.draw(self.exhibit), self.step)
 
     def _rows(self, interrupted: Callable[[], bool]) -> Tensor:
         """Those of the next minibatch, (n,)."""
@@ -199,11 +236,13 @@ class Loop(ABC):
             self.shown = time.monotonic()
         progress.update(self.batch_size)
 
-    def _log(self, log: Log) -> None:
+    def _log(self, log: Log, *, overdue: bool) -> None:
         """Write the lines that are due after a step: of the training, and of an epoch that ended."""
         common = {"stage": self.stage.name, "step": self.step}
-        if (self.step % LOG_STEPS == 0 or self.step == self.steps) and (found := self.report()):
-            log.write({**common, "epoch": self.epoch, "seconds": round(self.seconds, 2), **found})
+        if overdue or self.step % LOG_STEPS == 0 or self.step == self.steps:
+            self.logged = time.monotonic()
+            if found := self.report():
+                log.write({**common, "epoch": self.epoch, "seconds": round(self.seconds, 2), **found})
         if self.step % self.epoch_steps == 0:
             epoch = self.step // self.epoch_steps
             if found := self.validate(epoch):

@@ -15,6 +15,7 @@ from training.data import as_float, binarise
 from training.distributions.noise import corrupt
 from training.errors import CheckpointError, ConfigError
 from training.loop.checkpoint import Module, read_trained, trained_epochs
+from training.loop.pictures import restoration_blocks, vae_blocks
 from training.loop.trainer import Stage
 from training.models.ladder import LadderVAE
 from training.models.restoration import Recognition, restoration_bound, simulate
@@ -106,7 +107,11 @@ def vae_stage(run: Run, shape: tuple[int, int, int], device: torch.device) -> St
         x = binarise(images, generator) if run.binary else as_float(images)
         return bound(model, x, model.noise(run.train.draws, len(x), generator), generator)
 
-    return Stage("vae", placed(build_vae(run, shape), device), objective, run.train, run.seed, _vae_identity(run))
+    def show(model: VAE, x: Tensor) -> dict[str, Tensor]:
+        return vae_blocks(model, x, run.seed)
+
+    vae = placed(build_vae(run, shape), device)
+    return Stage("vae", vae, objective, run.train, run.seed, _vae_identity(run), show=show)
 
 
 def restoration_stage(run: Run, vae: VAE, shape: tuple[int, int, int], device: torch.device) -> Stage:
@@ -127,8 +132,11 @@ def recognition_stage(
         eps = vae.noise(settings.draws, len(x), generator)
         return restoration_bound(model, vae, x, simulate(x, generator), eps)
 
+    def show(model: Recognition, x: Tensor) -> dict[str, Tensor]:
+        return restoration_blocks(model, vae, x, seed)
+
     # Operators on images are computed by numpy, which no GPU can replay.
-    return Stage("restoration", recognition, objective, settings, seed + 1, identity, replayable=False)
+    return Stage("restoration", recognition, objective, settings, seed + 1, identity, show=show, replayable=False)
 
 
 def as_trained(run: Run, folder: Path, *, longer: bool = False) -> Run:

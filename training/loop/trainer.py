@@ -6,6 +6,7 @@ Source: Kingma and Welling (2013), algorithm 1.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,9 @@ from training.config import Optimisation
 from training.data.crops import Crops
 from training.errors import ConfigError, DivergedError
 from training.loop.cuda_graph import Replay
-from training.loop.loop import Loop
+from training.loop.loop import LOG_STEPS, Loop
 from training.loop.optimisers import build
+from training.loop.pictures import Pictures
 from training.loop.precision import autocast
 from training.loop.processes import ALONE, Processes
 from training.loop.randomness import mixed
@@ -50,6 +52,9 @@ class Stage:
     watch: Callable[[Any], dict[str, float]] = lambda _: {}
     """Further values of the module for the log, after each of `watched_steps`; it must leave the module unchanged."""
     watched_steps: frozenset[int] = frozenset()
+    show: Callable[[Any, Tensor], dict[str, Tensor]] | None = None
+    """What the module makes of float images (n, c, h, w) in [0, 1]: blocks of images by caption, for the run's
+    `sheet.png`. The same at every call; it must leave the module unchanged."""
     replayable: bool = True
     """Whether the objective keeps everything on the device and reads no value back, so that a GPU can replay it."""
 
@@ -60,11 +65,14 @@ def train(
     folder: Path,
     processes: Processes = ALONE,
     held_out: Tensor | None = None,
+    *,
     crops: Crops | None = None,
+    tensorboard: bool = False,
 ) -> None:
     """Train to the end of the last epoch, from the checkpoint in `folder` if there is one.
 
-    Writes `<stage>.pt` and appends to `log.jsonl` in `folder`.
+    Writes `<stage>.pt` and appends to `log.jsonl` in `folder`. With held-out images it renews the pictures
+    `curves.png` and `sheet.png` there every few minutes.
 
     Args:
         stage: What to train.
@@ -74,13 +82,15 @@ def train(
         held_out: Images like `images`. The bound on them is measured after every epoch and decides whether the stage
             keeps the moving average of the weights or the last ones; without them it keeps the average.
         crops: Replaces the images in every epoch; None keeps them.
+        tensorboard: Whether the log and the sheet are also written for TensorBoard, into `folder`/tensorboard/.
 
     Raises:
+        DependencyError: TensorBoard is asked for and not installed.
         ConfigError: The processes cannot share out a minibatch.
         DataError: A picture whose crops are due cannot be read.
         DivergedError, DiskError, CheckpointError, KeyboardInterrupt: As `Loop.complete`.
     """
-    _Loop(stage, images, folder, processes, held_out, crops).complete()
+    _Loop(stage, images, folder, processes, held_out, crops=crops, tensorboard=tensorboard).complete()
 
 
 class _Bounded(nn.Module):
@@ -106,7 +116,9 @@ class _Loop(Loop):
         folder: Path,
         processes: Processes,
         held_out: Tensor | None,
+        *,
         crops: Crops | None = None,
+        tensorboard: bool = False,
     ) -> None:
         settings = stage.optimisation
         if settings.microbatches % processes.size:
@@ -114,7 +126,7 @@ class _Loop(Loop):
                 f"{processes.size} processes share out {settings.microbatches} microbatches; "
                 f"set microbatches in the TOML to a multiple of {processes.size}"
             )
-        super().__init__(stage, images, folder, settings.batch_size, processes, crops)
+        super().__init__(stage, images, folder, settings.batch_size, processes, crops=crops, tensorboard=tensorboard)
         self.settings = settings
         self.steps = max(settings.epochs, -(-settings.least_steps // self.epoch_steps)) * self.epoch_steps
         self.warmup_steps = min(settings.warmup_steps, int(WARMUP_SHARE * self.steps))
@@ -122,6 +134,8 @@ class _Loop(Loop):
         self.held_out = None
         if held_out is not None and processes.first:
             self.held_out = HeldOut(stage, held_out, images, self.batch_size)
+            if stage.show is not None:
+                self.pictures = Pictures(folder, stage.show, held_out)
         self.kept, self.elbo = "averaged", math.nan
         self.skipped = self.skipped_in_a_row = 0
         self.means = _Means()
@@ -257,6 +271,10 @@ class _Loop(Loop):
         """The module with the moving average of the weights, or the module itself before there is one."""
         return self.averaged.module if self.averaged.n_averaged else self.stage.module
 
+    @property
+    def exhibit(self) -> nn.Module:
+        return self.average_so_far if self.kept == "averaged" else self.stage.module
+
     def values(self) -> dict[str, str]:
         if not self.means.terms:
             return {}
@@ -270,8 +288,8 @@ class _Loop(Loop):
         if not self.means.terms:
             return {}
         log_likelihood, kl = self.processes.mean(self.means.take()).tolist()
-        self.elbo = log_likelihood - kl
-        return {"elbo": self.elbo, "log_likelihood": log_likelihood, "kl": kl, "skipped": self.skipped}
+        self.elbo = float(self.processes.mean(self.means.latest()))
+        return {"elbo": log_likelihood - kl, "log_likelihood": log_likelihood, "kl": kl, "skipped": self.skipped}
 
     def validate(self, epoch: int) -> dict[str, float]:
         if self.held_out is None:
@@ -300,13 +318,15 @@ class _Loop(Loop):
 
 
 class _Means:
-    """Running means of the bound's terms since they were last taken."""
+    """Running means of the bound's terms since they were last taken, and the bound's over the latest steps."""
 
     def __init__(self) -> None:
         self.terms: list[Bound] = []
+        self.steps: deque[Bound] = deque(maxlen=LOG_STEPS)
 
     def add(self, bound: Bound) -> None:
         self.terms.append(bound)
+        self.steps.append(bound)
 
     def so_far(self) -> Tensor:
         """log_likelihood and kl, (2,)."""
@@ -317,3 +337,7 @@ class _Means:
         found = self.so_far()
         self.terms.clear()
         return found
+
+    def latest(self) -> Tensor:
+        """The bound's mean over at most `LOG_STEPS` steps, one number."""
+        return torch.cat([bound.elbo for bound in self.steps]).mean()

@@ -1,13 +1,16 @@
-"""`GET /v1/models...`: models and versions, with the state of each and the reason for it."""
+"""`GET /v1/models...`: models and versions, with the state of each and the reason for it, and their cards."""
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request, Response
 
+from service.api.admin.cached import Kept
 from service.api.problems import documented
-from service.errors import NotReady, UnknownModel
+from service.contract.manifest import CARD_FILE
+from service.errors import NotFound, NotReady, UnknownModel, quoted
 from service.operations.examples import example
 from service.operations.operation import Operation
 from service.repository.repository import Condition, Repository
@@ -43,6 +46,20 @@ ONE = {**example(EXAMPLE), **documented(UnknownModel)}
 READY = {
     **example({"ready": True, "model": "mnist", "version": "1"}),
     **documented(UnknownModel, NotReady),
+}
+MARKDOWN, PNG = "text/markdown; charset=utf-8", "image/png"
+CARD = {
+    200: {"content": {"text/markdown": {"example": "# mnist, version 3\n\nA variational auto-encoder of ..."}}},
+    **documented(NotFound, UnknownModel, NotReady),
+}
+PICTURE = {
+    200: {
+        "content": {
+            **CARD[200]["content"],
+            PNG: {"schema": {"type": "string", "contentMediaType": PNG}},
+        }
+    },
+    **documented(NotFound, UnknownModel, NotReady),
 }
 
 
@@ -141,6 +158,57 @@ def models_router(repository: Repository, operations: tuple[Operation, ...]) -> 
         return describe(repository.find(model, version))
 
     return router
+
+
+def card_router(repository: Repository) -> APIRouter:
+    """Make the routes of the model cards.
+
+    Args:
+        repository: The models of this worker.
+    """
+    router = APIRouter(prefix="/v1/models", tags=["models"], default_response_class=Response)
+
+    @router.get("/{model}/card", summary="The card of a model's latest version", responses=CARD)
+    async def model_card(request: Request, model: str) -> Response:
+        return card_file(repository.find(model, None), CARD_FILE).answer(request)
+
+    @router.get("/{model}/card/{file}", summary="A file of that card: README.md, or its picture", responses=PICTURE)
+    async def model_card_file(request: Request, model: str, file: str) -> Response:
+        return card_file(repository.find(model, None), file).answer(request)
+
+    @router.get("/{model}/versions/{version}/card", summary="The card of a version", responses=CARD)
+    async def version_card(request: Request, model: str, version: str) -> Response:
+        return card_file(repository.find(model, version), CARD_FILE).answer(request)
+
+    @router.get("/{model}/versions/{version}/card/{file}", summary="A file of that card", responses=PICTURE)
+    async def version_card_file(request: Request, model: str, version: str, file: str) -> Response:
+        return card_file(repository.find(model, version), file).answer(request)
+
+    return router
+
+
+def card_file(model: Model, name: str) -> Kept:
+    """Return a file of a model's card.
+
+    Args:
+        model: The model.
+        name: Name of the file, from the client.
+
+    Raises:
+        NotFound: The model has no card, or its card has no such file.
+    """
+    manifest, files = model.manifest, model.card
+    if not files:
+        folder = f"{manifest.name}/{manifest.version}"
+        raise NotFound(f"{folder} has no card; `python -m training card` with its folder writes one, then load it anew")
+    if name not in files:
+        raise NotFound(f"the card has no file {quoted(name)}; its files are {', '.join(files)}")
+    return _kept(files[name], MARKDOWN if name == CARD_FILE else PNG)
+
+
+@lru_cache(16)
+def _kept(content: bytes, media_type: str) -> Kept:
+    return Kept(content, media_type)
 
 
 def readiness_router(repository: Repository, engine: Engine) -> APIRouter:
