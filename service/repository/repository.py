@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from service.contract import manifest as manifests
+from service.contract.files import check_files
 from service.errors import NotReady, StartError, UnknownModel, quoted
 from service.repository.overrides import WHOLE, Overrides
 from service.repository.selection import Selection, version_key
-from service.repository.version import LoadLimits, check_files, open_model, start_errors
+from service.repository.version import LoadRules, open_model, read_manifest, start_errors
 from service.runtime.model import Model
 
 State = Literal["ready", "loading", "unloaded", "failed"]
@@ -32,11 +33,12 @@ class Condition(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """The folder of a model repository, the versions of it that are selected, and how one is opened."""
+    """The folder of a model repository, the versions of it that are selected, how one is opened, and who signs them."""
 
     path: Path
     selection: Selection
     open: Callable[[Path], Model]
+    public_keys: str = ""
 
     def names(self) -> list[str]:
         """Return the models that have a version; hidden folders are left out."""
@@ -58,13 +60,14 @@ class ModelFolder:
         """Whether the folder holds another version under the same number.
 
         Raises:
-            StartError: It cannot be read, or its files are not as its manifest says.
+            StartError: It cannot be read, its signature is not valid, or its files are not as its manifest says.
         """
         folder = self.path / model.manifest.name / model.manifest.version
+        _, manifest = read_manifest(folder, self.public_keys)
+        if manifest != model.manifest:
+            return True
         with start_errors():
-            if manifests.read(folder) != model.manifest:
-                return True
-        check_files(folder, model.manifest)
+            check_files(folder, manifest)
         return False
 
     def reason(self, error: StartError) -> str:
@@ -102,7 +105,7 @@ class Repository:
         max_rows: int,
         selection: Selection = Selection(),  # noqa: B008  # frozen
         overrides: Overrides = Overrides(),  # noqa: B008  # a tuple
-        limits: LoadLimits = LoadLimits(),  # noqa: B008  # a tuple
+        rules: LoadRules = LoadRules(),  # noqa: B008  # a tuple
     ) -> Repository:
         """Load the versions of a folder; those that fail are logged, and the others serve.
 
@@ -114,12 +117,17 @@ class Repository:
             max_rows: Rows of a batch, for the warm-up.
             selection: The versions to load.
             overrides: Loads and unloads on top of the selection.
-            limits: Limits on loading one version.
+            rules: What a version must keep to.
 
         Raises:
             StartError: In one line: there is no default model, or no version of it can be served.
         """
-        opened = ModelFolder(folder, selection, lambda path: open_model(path, provider, threads, max_rows, limits))
+        opened = ModelFolder(
+            folder,
+            selection,
+            lambda path: open_model(path, provider, threads, max_rows, rules),
+            rules.public_keys,
+        )
         default, names = default_model(folder, selection, default), opened.names()
         repository = cls({}, default, opened)
         for name in names:

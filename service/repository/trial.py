@@ -53,7 +53,7 @@ def run(asked: Trial) -> dict[str, Any]:
         MemoryError: There is too little memory.
     """
     process.limit_memory(asked.memory_bytes)
-    version = read_version(Path(asked.folder))
+    version = read_version(Path(asked.folder), asked.public_keys)
     graphs = [
         (files.manifest.graphs[name].file, graph) for files in version.variants for name, graph in files.graphs.items()
     ]

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from service.contract import manifest as manifests
-from service.contract.golden import archive_bytes, read_golden
-from service.contract.manifest import MAX_FILE_BYTES, File, Golden, Graph, Manifest, ManifestError
+from service.contract.files import most_bytes, read_checked
+from service.contract.golden import read_golden
+from service.contract.manifest import Manifest, ManifestError
 from service.errors import StartError, one_line
 from service.repository.confined import Killed, TookTooLong, run_module
+from service.repository.signatures import check_signature, read_signature
 from service.repository.warm_up import take_timings, warm
 from service.runtime.model import Model, replay, unit_range
 from service.runtime.program import Timing
@@ -44,11 +46,18 @@ class Version(NamedTuple):
         return [files.golden for files in self.variants]
 
 
-class LoadLimits(NamedTuple):
-    """Limits on the time and the memory of loading a version."""
+class LoadRules(NamedTuple):
+    """What a version must keep to when it is loaded.
+
+    Attributes:
+        time_s: Limit on the time, in seconds.
+        memory_bytes: Limit on the memory.
+        public_keys: PEM files of those who may sign versions, separated by commas; empty asks for no signature.
+    """
 
     time_s: float = 60.0
     memory_bytes: int = 4 * 2**30
+    public_keys: str = ""
 
 
 class Trial(NamedTuple):
@@ -60,6 +69,7 @@ class Trial(NamedTuple):
         max_rows: Rows of the largest batch.
         memory_bytes: Limit of memory.
         timed: Whether programs are timed too.
+        public_keys: As in `LoadRules`.
     """
 
     folder: str
@@ -67,6 +77,7 @@ class Trial(NamedTuple):
     max_rows: int
     memory_bytes: int
     timed: bool
+    public_keys: str
 
 
 def open_model(
@@ -74,7 +85,7 @@ def open_model(
     provider: str,
     threads: int,
     max_rows: int,
-    limits: LoadLimits = LoadLimits(),  # noqa: B008  # a tuple
+    rules: LoadRules = LoadRules(),  # noqa: B008  # a tuple
 ) -> Model:
     """Try a version in a process of its own, then open, replay and warm it here.
 
@@ -83,15 +94,16 @@ def open_model(
         provider: onnxruntime's name of the execution provider.
         threads: Threads of a graph.
         max_rows: Rows of a batch, for the warm-up.
-        limits: Limits on the trial.
+        rules: What the version must keep to.
 
     Raises:
         StartError: It cannot be served; the message names the file and the fix.
     """
     on_cpu = provider == PROVIDERS["cpu"]
-    digest, timings = _try(Trial(str(folder), threads, max_rows, limits.memory_bytes, on_cpu), limits.time_s)
+    trial = Trial(str(folder), threads, max_rows, rules.memory_bytes, on_cpu, rules.public_keys)
+    digest, timings = _try(trial, rules.time_s)
     try:
-        version = read_version(folder)
+        version = read_version(folder, rules.public_keys)
         if version.digest != digest:
             raise StartError(f"{folder} was changed while it was opened; load it again")
         model = assemble(version, provider, threads)
@@ -104,42 +116,44 @@ def open_model(
     return model
 
 
-def check_files(folder: Path, manifest: Manifest) -> None:
-    """Check the files of a version against the digests in its manifest.
+def read_manifest(folder: Path, public_keys: str) -> tuple[bytes, Manifest]:
+    """Read the manifest of a version, and check its signature before it is parsed.
+
+    Args:
+        folder: Folder of the version.
+        public_keys: As in `LoadRules`.
+
+    Returns:
+        Its bytes, and the manifest.
 
     Raises:
-        StartError: A file is missing or has another digest.
-    """
-    most = most_bytes(manifest)
-    with start_errors():
-        for entry in manifest.files():
-            if not manifests.has_digest(folder, entry, most[entry.file]):
-                raise _changed(folder, entry)
-
-
-def most_bytes(manifest: Manifest) -> dict[str, int]:
-    """Limit of the size of each file of a version, by name."""
-    golden = {view.golden.file: archive_bytes(view) for view in manifest.views()}
-    return {entry.file: golden.get(entry.file, MAX_FILE_BYTES) for entry in manifest.files()}
-
-
-def read_version(folder: Path) -> Version:
-    """Read the files of a version that its manifest lists.
-
-    Raises:
-        StartError: One is not as the manifest says.
+        StartError: It is not signed by one of the keys, unusable, or of another version than its folder's.
     """
     with start_errors():
         text = manifests.read_text(folder)
+        check_signature(folder, text, read_signature(folder) if public_keys else None, public_keys)
         manifest = manifests.parse_file(folder, text)
     if (manifest.name, manifest.version) != (folder.parent.name, folder.name):
         raise StartError(f"{folder} holds version {manifest.version} of {manifest.name}; name the folders after them")
-    return Version(folder, manifests.digest(text), [_read_variant(folder, view) for view in manifest.views()])
+    return text, manifest
 
 
-def _read_variant(folder: Path, manifest: Manifest) -> Files:
-    graphs = {name: _read(folder, graph, MAX_FILE_BYTES) for name, graph in manifest.graphs.items()}
-    archive = _read(folder, manifest.golden, archive_bytes(manifest))
+def read_version(folder: Path, public_keys: str = "") -> Version:
+    """Read the files of a version that its manifest lists.
+
+    Raises:
+        StartError: As `read_manifest`, or a file is not as the manifest says.
+    """
+    text, manifest = read_manifest(folder, public_keys)
+    most = most_bytes(manifest)
+    variants = [_read_variant(folder, view, most) for view in manifest.views()]
+    return Version(folder, manifests.digest(text), variants)
+
+
+def _read_variant(folder: Path, manifest: Manifest, most: dict[str, int]) -> Files:
+    with start_errors():
+        graphs = {name: read_checked(folder, graph, most[graph.file]) for name, graph in manifest.graphs.items()}
+        archive = read_checked(folder, manifest.golden, most[manifest.golden.file])
     with start_errors(f"{folder} cannot be opened: "):
         golden = read_golden(archive, manifest)
     return Files(manifest, graphs, golden)
@@ -221,21 +235,3 @@ def _try(trial: Trial, limit_s: float) -> tuple[str, list[Timing]]:
     if "refused" in answer:
         raise StartError(answer["refused"])
     return answer["digest"], [dict(map(tuple, timing)) for timing in answer["timings"]]
-
-
-def _read(folder: Path, entry: Graph | Golden, max_bytes: int) -> bytes:
-    """Read a file once, so that the content that was checked is the content that is opened.
-
-    Raises:
-        StartError: It is not as the manifest says.
-    """
-    with start_errors():
-        content = manifests.read_file(folder, entry.file, max_bytes)
-    if manifests.digest(content) != entry.sha256:
-        raise _changed(folder, entry)
-    return content
-
-
-def _changed(folder: Path, entry: File | Graph | Golden) -> StartError:
-    path = folder / entry.file
-    return StartError(f"{path} does not match the SHA-256 in its manifest; it was changed after the export")

@@ -18,6 +18,8 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -333,6 +335,56 @@ def test_the_folder_is_polled_for_versions_that_are_whole(flat_models: Path, bri
 
     async def is_served(one: httpx.AsyncClient, model: str) -> bool:
         return (await one.post(f"http://x/v1/models/{model}/sample")).status_code == 200
+
+    asyncio.run(scenario())
+
+
+def sign(folder: Path, key: Ed25519PrivateKey) -> None:
+    (folder / "manifest.json.sig").write_bytes(key.sign((folder / "manifest.json").read_bytes()))
+
+
+def test_signatures_are_checked_at_every_load(flat_models: Path, tmp_path: Path) -> None:
+    """A bad one refuses what lies in the folder, and what is served stays; keys are read anew, so another will do."""
+    ours, theirs = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
+    keys, folder = tmp_path / "keys.pem", flat_models / "mnist-2d" / "1"
+    public = [key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo) for key in (ours, theirs)]
+    keys.write_bytes(public[0])
+    sign(folder, ours)
+
+    async def scenario() -> None:
+        async with client(flat_models, model_public_keys=str(keys)) as one:
+            sign(folder, theirs)
+            refused = await one.post("/versions/1/load")
+            assert (refused.status_code, refused.json()["code"]) == (409, "load_refused")
+            assert "mnist-2d/1/manifest.json.sig is by no key of VAE_MODEL_PUBLIC_KEYS" in refused.json()["detail"]
+            assert await version(one) == "1"
+            keys.write_bytes(b"".join(public))
+            assert (await one.post("/versions/1/load")).status_code == 200
+            assert await conditions(one) == {"1": ("ready", "")}
+
+    asyncio.run(scenario())
+
+
+def test_a_signature_that_arrives_is_found_by_polling(flat_models: Path, tmp_path: Path, brighter: Brighter) -> None:
+    """The version was refused without it, and is served from then on."""
+    ours, keys = Ed25519PrivateKey.generate(), tmp_path / "keys.pem"
+    keys.write_bytes(ours.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    sign(flat_models / "mnist-2d" / "1", ours)
+
+    async def scenario() -> None:
+        async with client(flat_models, model_public_keys=str(keys), poll_s=0.05) as one:
+            late = brighter(flat_models, "2")
+
+            async def refused() -> bool:
+                return "is not signed" in (await conditions(one)).get("2", ("", ""))[1]
+
+            async def served() -> bool:
+                return await version(one) == "2"
+
+            await eventually(refused)
+            assert await version(one) == "1"
+            sign(late, ours)
+            await eventually(served)
 
     asyncio.run(scenario())
 

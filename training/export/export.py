@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from torch import Tensor, nn
 
 from service.contract.golden import deviation
@@ -38,6 +39,7 @@ from training.evaluation.scoring import ElboGradient, LogJoint
 from training.inference.refinement import Refinement, differentiated
 from training.models.restoration import Corrupted, Recognition
 from training.models.vae import VAE
+from training.signing import write_signature
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as in service/runtime/session.py
 import onnxruntime as ort  # after the line above
@@ -175,6 +177,7 @@ def export(
     about: dict[str, Any],
     *,
     replace: bool = False,
+    key: Ed25519PrivateKey | None = None,
 ) -> Path:
     """Write models/<name>/<version>/ atomically: a failed export leaves no version behind.
 
@@ -187,6 +190,7 @@ def export(
         version: Its version.
         about: Further keys of the manifest.
         replace: Whether an existing version is replaced.
+        key: Signs the version; None leaves it unsigned.
 
     Returns:
         The folder of the version.
@@ -213,7 +217,10 @@ def export(
                     **about,
                 }
             )
-            (folder / FILE_NAME).write_text(manifest.to_json())
+            text = manifest.to_json().encode()
+            (folder / FILE_NAME).write_bytes(text)
+            if key is not None:
+                write_signature(folder, text, key)
     except ManifestError as error:
         raise ExportError(f"{target} cannot be exported: {error}") from error
     except OSError as error:
