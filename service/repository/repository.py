@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from service.contract import manifest as manifests
 from service.contract.files import check_files
 from service.errors import NotReady, StartError, UnknownModel, quoted
 from service.repository.overrides import WHOLE, Overrides
+from service.repository.progress import Tell, logged
 from service.repository.selection import Selection, version_key
 from service.repository.version import LoadRules, open_model, read_manifest, start_errors
 from service.runtime.model import Model
@@ -24,11 +26,26 @@ log = logging.getLogger(__name__)
 
 
 class Condition(NamedTuple):
-    """State of a version, and the reason for it. `stamp` is that of the files when the version failed."""
+    """State of a version.
+
+    Attributes:
+        state: The state.
+        reason: The reason for it; of a version that is loading, the step.
+        stamp: That of the files when the version failed.
+        began: Time of the monotonic clock at which it began to load, in seconds.
+    """
 
     state: State
     reason: str = ""
     stamp: Stamp = ()
+    began: float = 0.0
+
+    @property
+    def told(self) -> str:
+        """The reason; of a version that is loading, with the time since it began."""
+        return (
+            f"{self.reason}, {time.monotonic() - self.began:.0f} s so far" if self.state == "loading" else self.reason
+        )
 
 
 @dataclass(frozen=True)
@@ -37,7 +54,7 @@ class ModelFolder:
 
     path: Path
     selection: Selection
-    open: Callable[[Path], Model]
+    open: Callable[[Path, Tell], Model]
     public_keys: str = ""
 
     def names(self) -> list[str]:
@@ -125,7 +142,7 @@ class Repository:
         opened = ModelFolder(
             folder,
             selection,
-            lambda path: open_model(path, provider, threads, max_rows, rules),
+            lambda path, tell: open_model(path, provider, threads, max_rows, rules, tell),
             rules.public_keys,
         )
         default, names = default_model(folder, selection, default), opened.names()
@@ -162,7 +179,16 @@ class Repository:
     def refused(self, name: str) -> dict[str, str]:
         """Return the versions of a model that cannot be served as the folder has them, and the reason for each."""
         known = self.conditions.get(name, {}).items()
-        return {version: found.reason for version, found in known if found.reason and found.state != "unloaded"}
+        return {
+            version: found.reason
+            for version, found in known
+            if found.reason and found.state not in ("unloaded", "loading")
+        }
+
+    def loading(self, name: str) -> dict[str, str]:
+        """Return the versions of a model that are loading, and the step that each is at."""
+        known = self.conditions.get(name, {}).items()
+        return {version: found.told for version, found in known if found.state == "loading"}
 
     def log_refused(self, name: str) -> None:
         """Log the versions of a model that cannot be served."""
@@ -235,14 +261,29 @@ class Repository:
         folder = self._folder
         assert folder is not None
         stamp = folder.stamp(name, version)
-        self._set_conditions(name, {**conditions, version: Condition("loading")})
         try:
-            model = folder.open(folder.path / name / version)
+            model = self._open(name, version, conditions)
         except StartError as error:
             conditions[version] = Condition("failed", folder.reason(error), stamp)
             return None
         conditions[version] = Condition("ready")
         return model
+
+    def _open(self, name: str, version: str, conditions: Mapping[str, Condition]) -> Model:
+        """Open a version, and show in the conditions and the log how far it is.
+
+        Raises:
+            StartError: It cannot be served.
+        """
+        folder, began = self._folder, time.monotonic()
+        assert folder is not None
+
+        def tell(step: str) -> None:
+            self._set_conditions(name, {**conditions, version: Condition("loading", step, began=began)})
+
+        tell("starting")
+        with logged(lambda: f"model {name} version {version} is loading: {self.conditions[name][version].told}"):
+            return folder.open(folder.path / name / version, tell)
 
     def _reload(self, name: str, version: str, served: dict[str, Model], conditions: dict[str, Condition]) -> None:
         """Replace a served version by what the folder holds under the same number; it stays where that fails."""
@@ -250,8 +291,7 @@ class Repository:
         assert folder is not None
         try:
             if folder.differs(served[version]):
-                self._set_conditions(name, {**conditions, version: Condition("loading")})
-                served[version] = folder.open(folder.path / name / version)
+                served[version] = self._open(name, version, conditions)
             conditions[version] = Condition("ready")
         except StartError as error:
             conditions[version] = Condition("ready", f"what lies in the folder now is refused: {folder.reason(error)}")

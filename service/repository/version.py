@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from service.contract.golden import read_golden
 from service.contract.manifest import Manifest, ManifestError
 from service.errors import StartError, one_line
 from service.repository.confined import Killed, TookTooLong, run_module
+from service.repository.progress import Tell, counted, tell_nobody
 from service.repository.signatures import check_signature, read_signature
 from service.repository.warm_up import take_timings, warm
 from service.runtime.model import Model, replay, unit_range
@@ -86,6 +87,7 @@ def open_model(
     threads: int,
     max_rows: int,
     rules: LoadRules = LoadRules(),  # noqa: B008  # a tuple
+    tell: Tell = tell_nobody,
 ) -> Model:
     """Try a version in a process of its own, then open, replay and warm it here.
 
@@ -95,21 +97,24 @@ def open_model(
         threads: Threads of a graph.
         max_rows: Rows of a batch, for the warm-up.
         rules: What the version must keep to.
+        tell: Takes each step.
 
     Raises:
         StartError: It cannot be served; the message names the file and the fix.
     """
     on_cpu = provider == PROVIDERS["cpu"]
     trial = Trial(str(folder), threads, max_rows, rules.memory_bytes, on_cpu, rules.public_keys)
-    digest, timings = _try(trial, rules.time_s)
+    digest, timings = _try(trial, rules.time_s, tell)
+    tell("reading")
     try:
         version = read_version(folder, rules.public_keys)
         if version.digest != digest:
             raise StartError(f"{folder} was changed while it was opened; load it again")
-        model = assemble(version, provider, threads)
+        model = assemble(version, provider, threads, tell)
         if on_cpu:
             take_timings(model, version.golden, max_rows, timings)
         else:
+            tell("warming up")
             warm(model, version.golden, max_rows)
     except MemoryError as error:
         raise StartError(f"{folder} needs more memory than is free; give the service more") from error
@@ -159,13 +164,14 @@ def _read_variant(folder: Path, manifest: Manifest, most: dict[str, int]) -> Fil
     return Files(manifest, graphs, golden)
 
 
-def assemble(version: Version, provider: str, threads: int) -> Model:
+def assemble(version: Version, provider: str, threads: int, tell: Tell = tell_nobody) -> Model:
     """Open the graphs of a version, as many at a time as there are threads, and replay them.
 
     Args:
         version: The version.
         provider: onnxruntime's name of the execution provider.
         threads: Threads of a graph.
+        tell: Takes each step.
 
     Returns:
         The first variant, which knows the others.
@@ -175,17 +181,23 @@ def assemble(version: Version, provider: str, threads: int) -> Model:
         MemoryError: There is too little memory.
     """
     variants: dict[int, Model] = {}
+    next_one = counted(tell, "opening {} graphs", sum(len(files.graphs) for files in version.variants))
     for files in version.variants:
-        graphs = _opened(version.folder, files, provider, threads)
+        graphs = _opened(version.folder, files, provider, threads, next_one)
+        tell("replaying its golden rows")
+        _replay(version.folder, files, graphs)
         Model(files.manifest, unit_range(files.manifest, graphs), variants=variants)
     return variants[version.variants[0].manifest.channels]
 
 
-def _opened(folder: Path, files: Files, provider: str, threads: int) -> dict[str, Session]:
-    """The graphs of a variant, opened and replayed."""
+def _opened(
+    folder: Path, files: Files, provider: str, threads: int, next_one: Callable[[], None]
+) -> dict[str, Session]:
+    """The graphs of a variant, opened."""
     shapes = files.manifest.graphs
 
     def opened(name: str) -> Session:
+        next_one()
         try:
             return Session(files.graphs[name], provider, 1 if name in OWN_THREAD else threads, shapes[name])
         except MemoryError:
@@ -195,14 +207,16 @@ def _opened(folder: Path, files: Files, provider: str, threads: int) -> dict[str
             raise StartError(told) from error
 
     names = sorted(shapes, key=lambda name: -len(files.graphs[name]))  # the largest first: few take most of the time
+    return dict(zip(names, in_threads(opened, names, threads), strict=True))
+
+
+def _replay(folder: Path, files: Files, graphs: dict[str, Session]) -> None:
     try:
-        graphs = dict(zip(names, in_threads(opened, names, threads), strict=True))
         replay(files.manifest, graphs, files.golden)
     except (StartError, MemoryError):
         raise
     except Exception as error:
         raise StartError(f"{folder} cannot be opened: {one_line(error)}") from error
-    return graphs
 
 
 @contextmanager
@@ -214,14 +228,19 @@ def start_errors(prefix: str = "") -> Iterator[None]:
         raise StartError(f"{prefix}{error}") from error
 
 
-def _try(trial: Trial, limit_s: float) -> tuple[str, list[Timing]]:
+def _try(trial: Trial, limit_s: float, tell: Tell) -> tuple[str, list[Timing]]:
     """Run the trial of a version; returns its manifest's digest and the timings of its programs.
 
     Raises:
         StartError: It has failed.
     """
+
+    def heard(line: bytes) -> None:
+        tell(f"trial: {one_line(line.decode(errors='replace'))}")
+
+    tell("trial: starting")
     try:
-        answer = json.loads(run_module("service.repository.trial", json.dumps(trial), limit_s))
+        answer = json.loads(run_module("service.repository.trial", json.dumps(trial), limit_s, heard))
     except TookTooLong as error:
         raise StartError(
             f"{trial.folder} was not opened and replayed within the {limit_s:g} s of VAE_LOAD_LIMIT_S; raise it, or "
