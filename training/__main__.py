@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from training import pipeline
 from training.cli import asking_command, run
@@ -21,6 +22,7 @@ from training.importing.command import import_command
 from training.importing.restore import restore_only
 from training.inference.command import advi_command
 from training.loop.processes import ALONE, Processes, joined
+from training.signing import private_key, sign
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (fit, export):
         command.add_argument("--out", type=Path, default=Path("models"), help="model repository (%(default)s)")
         command.add_argument("--replace", action="store_true", help="overwrite the version if it exists")
+        _key_option(command)
     fit.add_argument("--epochs", type=int, help="epochs, instead of the TOML's; with more, a finished run continues")
     fit.add_argument("--restoration-epochs", type=int, help="the same for the recognition model of corrupted images")
     fit.add_argument(
@@ -60,18 +63,29 @@ def _parser() -> argparse.ArgumentParser:
         "--share", type=_share, default=ALL, metavar="1/2", help="evaluate this part of the images alone"
     )
     widen = asking_command(commands, "calibrate", "calibrate the `std` of restored images on held-out images")
+    _key_option(widen)
     widen.set_defaults(command=_calibrate)
     import_command(commands)
     card = commands.add_parser("card", help="write the model card of an existing version anew")
     card.add_argument("folder", type=Path, metavar="FOLDER", help="folder of the version, models/<name>/<version>")
     card.add_argument("--config", type=Path, help="TOML whose table [card] has the card's words")
+    _key_option(card)
     card.set_defaults(command=_card)
+    signed = commands.add_parser("sign", help="sign versions, so that a service knows who made them")
+    signed.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="folder of a version")
+    _key_option(signed, required=True)
+    signed.set_defaults(command=_sign)
     advi_command(commands)
     fetch = commands.add_parser("download", help="fetch a data set")
     fetch.add_argument("dataset", choices=["mnist"])
     fetch.add_argument("--data", type=Path, required=True, help="directory to fetch into")
     fetch.set_defaults(command=lambda options: download(options.data))
     return parser
+
+
+def _key_option(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    text = "PEM file of the Ed25519 private key that signs what is written"
+    parser.add_argument("--key", type=Path, metavar="PRIVATE.pem", required=required, help=text)
 
 
 def _run_command(commands, name: str, help: str, command) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]  # noqa: A002, ANN001
@@ -93,16 +107,23 @@ def _share(text: str) -> Share:
     return Share(int(number), int(of))
 
 
+def _sign(options: argparse.Namespace) -> None:
+    key = private_key(options.key)
+    assert key is not None
+    for folder in options.folders:
+        print(f"wrote {sign(folder, key)}")
+
+
 def _calibrate(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
-    plan = CalibrateOptions.of(options, runs=options.runs / "calibrate")
+    plan = CalibrateOptions.of(options, runs=options.runs / "calibrate", key=private_key(options.key))
     for path in calibrate(plan):
         print(f"wrote {path}")
 
 
 def _card(options: argparse.Namespace) -> None:
     notes = None if options.config is None else load(options.config).card
-    print(f"wrote {describe_again(options.folder, notes)}")
+    print(f"wrote {describe_again(options.folder, notes, private_key(options.key))}")
 
 
 def _workshop(options: argparse.Namespace, processes: Processes = ALONE) -> pipeline.Workshop:
@@ -120,20 +141,21 @@ def _workshop(options: argparse.Namespace, processes: Processes = ALONE) -> pipe
 
 
 def _fit(options: argparse.Namespace) -> None:
+    key = private_key(options.key)
     if options.restore_only:
-        _restore_only(options)
+        _restore_only(options, key)
         return
     with joined(pipeline.device(options.device)) as processes:
         workshop = _workshop(options, processes)
         if options.fresh and processes.first:
             workshop.clear()
         processes.wait()
-        written = workshop.fit(options.out, replace=options.replace)
+        written = workshop.fit(options.out, replace=options.replace, key=key)
         if processes.first:
             print(f"wrote {written}")
 
 
-def _restore_only(options: argparse.Namespace) -> None:
+def _restore_only(options: argparse.Namespace, key: Ed25519PrivateKey | None) -> None:
     if (options.epochs, options.draws, options.images) != (None, None, None):
         raise ConfigError("--restore-only trains no VAE: of these it takes --restoration-epochs alone")
     pipeline.threads(options.threads)
@@ -144,7 +166,13 @@ def _restore_only(options: argparse.Namespace) -> None:
         if options.fresh:
             pipeline.clear(folder)
         written = restore_only(
-            run, options.data, folder, options.out, pipeline.device(options.device), replace=options.replace
+            run,
+            options.data,
+            folder,
+            options.out,
+            pipeline.device(options.device),
+            replace=options.replace,
+            key=key,
         )
     print(f"wrote {written}")
 
@@ -154,7 +182,8 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    print(f"wrote {_workshop(options).export(options.out, replace=options.replace)}")
+    key = private_key(options.key)
+    print(f"wrote {_workshop(options).export(options.out, replace=options.replace, key=key)}")
 
 
 if __name__ == "__main__":

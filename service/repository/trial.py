@@ -15,13 +15,14 @@ from service import process
 from service.contract.manifest import ManifestError
 from service.errors import StartError, one_line
 from service.repository.graph_check import check_graph
+from service.repository.progress import Tell, tell_nobody
 from service.repository.version import Trial, assemble, read_version
 from service.repository.warm_up import warm
 from service.runtime.session import PROVIDERS
 
 
 def main(arguments: list[str]) -> int:
-    """Try a version, and write the outcome to standard output in JSON.
+    """Try a version, and write its steps to standard output, each on a line; the last line is the outcome in JSON.
 
     Args:
         arguments: Process id of the parent, and a `Trial` in JSON.
@@ -30,7 +31,7 @@ def main(arguments: list[str]) -> int:
     process.end_with_parent(parent)
     process.disable_core_dumps()
     try:
-        outcome = run(asked)
+        outcome = run(asked, write_step)
     except MemoryError:
         outcome = {
             "refused": f"{asked.folder} needs more memory than the {asked.memory_bytes} bytes of "
@@ -45,7 +46,13 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def run(asked: Trial) -> dict[str, Any]:
+def write_step(step: str) -> None:
+    """Write a step to standard output, for the parent."""
+    sys.stdout.write(f"{step}\n")
+    sys.stdout.flush()
+
+
+def run(asked: Trial, tell: Tell = tell_nobody) -> dict[str, Any]:
     """Return the manifest's digest, and the timings of the programs as pairs of rows and seconds.
 
     Raises:
@@ -53,7 +60,8 @@ def run(asked: Trial) -> dict[str, Any]:
         MemoryError: There is too little memory.
     """
     process.limit_memory(asked.memory_bytes)
-    version = read_version(Path(asked.folder))
+    tell("reading")
+    version = read_version(Path(asked.folder), asked.public_keys)
     graphs = [
         (files.manifest.graphs[name].file, graph) for files in version.variants for name, graph in files.graphs.items()
     ]
@@ -65,7 +73,8 @@ def run(asked: Trial) -> dict[str, Any]:
     process.limit_memory(asked.memory_bytes, asked.threads * len(graphs))
     process.forbid_files()
     # On the CPU in any case: other providers need files, and reserve more address space than they use.
-    model = assemble(version, PROVIDERS["cpu"], asked.threads)
+    model = assemble(version, PROVIDERS["cpu"], asked.threads, tell)
+    tell("warming up")
     timings = warm(model, version.golden, asked.max_rows) if asked.timed else []
     return {"digest": version.digest, "timings": [list(timing.items()) for timing in timings]}
 

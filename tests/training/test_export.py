@@ -14,6 +14,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from torch import Tensor, nn
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
@@ -296,8 +297,13 @@ class Stopped(nn.Module):
 
 
 def test_existing_version_survives_all_but_a_good_replacement(tmp_path: Path) -> None:
-    """Without `replace` an existing version is refused; an interrupted one leaves it; a good one takes its place."""
-    first = export(two_graphs(nn.Linear(3, 3)), tmp_path, "tiny", "1", LINE)
+    """Without `replace` an existing version is refused; an interrupted one leaves it; a good one takes its place.
+
+    A key signs what is exported; without one, no signature stays.
+    """
+    key = Ed25519PrivateKey.generate()
+    first = export(two_graphs(nn.Linear(3, 3)), tmp_path, "tiny", "1", LINE, key=key)
+    key.public_key().verify((first / "manifest.json.sig").read_bytes(), (first / "manifest.json").read_bytes())
     before = {path.name: path.read_bytes() for path in first.iterdir()}
 
     def now() -> dict[str, bytes]:
@@ -312,6 +318,7 @@ def test_existing_version_survives_all_but_a_good_replacement(tmp_path: Path) ->
     replaced = export(two_graphs(nn.Linear(3, 3)), tmp_path, "tiny", "1", LINE, replace=True)
     assert replaced == first
     assert now()["decoder.onnx"] != before["decoder.onnx"]
+    assert before.keys() - now().keys() == {"manifest.json.sig"}
     assert [path.name for path in (tmp_path / "tiny").iterdir()] == ["1"]
 
 

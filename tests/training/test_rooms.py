@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 TIERS = (
     {"errors"},
-    {"extras", "files", "progress", "strict"},
+    {"extras", "files", "progress", "signing", "strict"},
     {"canvas"},
     {"distributions"},
     {"networks", "data"},

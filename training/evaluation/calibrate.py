@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -17,13 +18,20 @@ from service.contract import manifest as manifests
 from service.contract.calibration import calibrated, ways, widened
 from service.contract.corruption import Observation
 from service.contract.images import Pixels
-from service.contract.manifest import FILE_NAME, QUALITIES, Calibration, Manifest, ManifestError, digest
+from service.contract.manifest import (
+    FILE_NAME,
+    QUALITIES,
+    Calibration,
+    Manifest,
+    ManifestError,
+    digest,
+)
 from training.errors import ConfigError
 from training.evaluation.card import renewed
 from training.evaluation.measures import LEAST_STD, coverage
 from training.evaluation.served import Answer, Client, ServiceOptions, offering, served
 from training.evaluation.tasks import BLURRING, POISSON, Seen, Task, chosen, subject_of
-from training.files import write_whole
+from training.signing import check_key, write_manifest
 
 PROMISED = 0.9
 """Share of the pixels within mean +- 1.645 std after calibration."""
@@ -39,9 +47,11 @@ class CalibrateOptions(ServiceOptions):
 
     Attributes:
         runs: Folder for answers of an interrupted calibration.
+        key: Signs the versions anew; None calibrates unsigned ones alone.
     """
 
     runs: Path
+    key: Ed25519PrivateKey | None = None
 
 
 class Told(NamedTuple):
@@ -145,6 +155,7 @@ def _calibrate(plan: CalibrateOptions, client: Client, model: dict[str, Any]) ->
     _, subject = subject_of(model)
     path = plan.models / model["model"] / model["version"] / FILE_NAME
     manifest = _manifest(path, model["fingerprint"])
+    check_key(path.parent, plan.key)
     x = chosen(subject.dataset.load(plan.data).validation, plan.images, plan.seed)
     applied, kept = model.get("calibration", {}), plan.runs / model["fingerprint"]
     asking = Asking(client.images, manifest, applied, x, plan.seed, kept)
@@ -153,7 +164,7 @@ def _calibrate(plan: CalibrateOptions, client: Client, model: dict[str, Any]) ->
     found = {quality: _factors(asking, tasks, quality) for quality in qualities}
     calibration = Calibration(factors=found, images=len(x), seed=plan.seed)
     calibrated_one = renewed(manifest.model_copy(update={"calibration": calibration}), path.parent)
-    write_whole(path, calibrated_one.to_json().encode())
+    write_manifest(path.parent, calibrated_one, plan.key)
     shutil.rmtree(kept)
     return path
 

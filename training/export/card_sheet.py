@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from service.contract import manifest as manifests
 from service.contract.images import Pixels
-from service.contract.manifest import FILE_NAME, File, Manifest, ManifestError, digest
+from service.contract.manifest import File, Manifest, ManifestError, digest
 from training.canvas import small_png
 from training.config import CardNotes
 from training.errors import ExportError
 from training.evaluation.card import SHEET_FILE, with_card
 from training.files import write_whole
+from training.signing import check_key, write_manifest
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as in service/runtime/session.py
 import onnxruntime as ort  # after the line above
@@ -54,20 +56,23 @@ def described(manifest: Manifest, folder: Path) -> Manifest:
     return with_card(manifest, folder, [File(file=SHEET_FILE, sha256=digest(content))])
 
 
-def describe_again(folder: Path, notes: CardNotes | None = None) -> Path:
+def describe_again(folder: Path, notes: CardNotes | None = None, key: Ed25519PrivateKey | None = None) -> Path:
     """Write the model card of an existing version, and its manifest with it.
 
     Args:
         folder: Folder of the version.
         notes: Words that replace those of the manifest; None keeps them.
+        key: Signs the version anew.
 
     Returns:
         The card's path.
 
     Raises:
         ExportError: The folder holds no readable version.
+        SigningError: The version is signed, and there is no key.
         DiskError: A file cannot be written.
     """
+    check_key(folder, key)
     try:
         manifest = manifests.read(folder)
     except ManifestError as error:
@@ -76,8 +81,7 @@ def describe_again(folder: Path, notes: CardNotes | None = None) -> Path:
         told = {name: value for name, value in manifest.training.items() if name != "card"}
         training = {**told, **({"card": words} if (words := notes.model_dump(exclude_none=True)) else {})}
         manifest = manifest.model_copy(update={"training": training})
-    manifest = described(manifest, folder)
-    write_whole(folder / FILE_NAME, manifest.to_json().encode())
+    write_manifest(folder, described(manifest, folder), key)
     return folder / manifests.CARD_FILE
 
 

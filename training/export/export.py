@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -25,7 +26,6 @@ from service.contract.golden import deviation
 from service.contract.graphs import GRAPHS, Axis, Signature, at_size, fraction_of, free_axes, shape_of
 from service.contract.manifest import (
     DEFAULT_FILE,
-    FILE_NAME,
     SCHEMA_VERSION,
     ManifestError,
     digest,
@@ -41,6 +41,7 @@ from training.export.card_sheet import described, opened
 from training.inference.refinement import Refinement, differentiated
 from training.models.restoration import Corrupted, Recognition
 from training.models.vae import VAE
+from training.signing import write_manifest
 
 PARITY = 1e-5
 """Maximum difference between torch and onnxruntime, on the machine that exports."""
@@ -247,6 +248,7 @@ def export(
     about: dict[str, Any],
     *,
     replace: bool = False,
+    key: Ed25519PrivateKey | None = None,
 ) -> Path:
     """Write models/<name>/<version>/ atomically: a failed export leaves no version behind.
 
@@ -260,6 +262,7 @@ def export(
         version: Its version.
         about: Further keys of the manifest. `input_shape` and `latent_shape` say which sizes are free.
         replace: Whether an existing version is replaced.
+        key: Signs the version; None leaves it unsigned.
 
     Returns:
         The folder of the version.
@@ -286,7 +289,7 @@ def export(
                     **about,
                 }
             )
-            (folder / FILE_NAME).write_text(described(manifest, folder).to_json())
+            write_manifest(folder, described(manifest, folder), key)
     except ManifestError as error:
         raise ExportError(f"{target} cannot be exported: {error}") from error
     except OSError as error:
