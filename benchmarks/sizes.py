@@ -44,25 +44,34 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as home:
         folder = model(Path(home))
         probe = Body("/v1/reconstruct", {"content-type": NPY, "accept": NPY}, mixed[0])
-        with Server(COMMAND, folder, probe, Path(home, "log")) as server:
-            loads = {
-                "mixed": (probe, mixed[1:], sum(h * w for h, w in SIZES) / len(SIZES)),
-                "one": (probe._replace(content=content(*ONE)), [], ONE[0] * ONE[1]),
-            }
-            ratios = []
-            for turn in range(options.rounds):
-                rates = {}
-                for name in sorted(loads, reverse=bool(turn % 2)):
-                    body, others, pixels = loads[name]
-                    found = closed.run(server.port, body, CONNECTIONS, options.seconds, others)
-                    if found.failures:
-                        raise SystemExit(f"{found.failures} requests of the {name} load failed")
-                    rates[name] = found.rate * pixels
-                ratios.append(rates["mixed"] / rates["one"])
-                print(f"round {turn + 1}: {rates['mixed'] / 1e6:.2f} of {rates['one'] / 1e6:.2f} Mpixel/s", flush=True)
+        server = Server(COMMAND, folder, probe, Path(home, "log"))
+        try:
+            ratios = measured(server.port, probe, mixed, options)
+        finally:
+            server.stop()
     middle = median(ratios)
     print(f"mixed / one size: {middle:.3f}, from {min(ratios):.3f} to {max(ratios):.3f}; at least {LEAST} wanted")
     return int(middle < LEAST)
+
+
+def measured(port: int, probe: Body, mixed: list[bytes], options: argparse.Namespace) -> list[float]:
+    """Ratios of pixels a second, mixed to one size, of each round."""
+    loads = {
+        "mixed": (probe, mixed[1:], sum(h * w for h, w in SIZES) / len(SIZES)),
+        "one": (probe._replace(content=content(*ONE)), [], ONE[0] * ONE[1]),
+    }
+    ratios = []
+    for turn in range(options.rounds):
+        rates = {}
+        for name in sorted(loads, reverse=bool(turn % 2)):
+            body, others, pixels = loads[name]
+            found = closed.run(port, body, CONNECTIONS, options.seconds, others)
+            if found.failures:
+                raise SystemExit(f"{found.failures} requests of the {name} load failed")
+            rates[name] = found.rate * pixels
+        ratios.append(rates["mixed"] / rates["one"])
+        print(f"round {turn + 1}: {rates['mixed'] / 1e6:.2f} of {rates['one'] / 1e6:.2f} Mpixel/s", flush=True)
+    return ratios
 
 
 def content(height: int, width: int) -> bytes:

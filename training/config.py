@@ -228,14 +228,26 @@ class Run(Strict):
 
 
 class Imported(Strict):
-    """A VAE that others have trained, of fixed weights."""
+    """A VAE that others have trained, of fixed weights: in a Python file, or in a folder of diffusers."""
 
-    file: Path
+    file: Path | None = None
     """Python file that defines the modules `encoder` and `decoder`, as `export_vae` takes them. It is run."""
+    folder: Path | None = None
+    """Folder of an AutoencoderKL, as `import diffusers` takes it."""
     value_range: tuple[float, float] = (0.0, 1.0)
-    """Black and white in both, [0.0, 1.0] or [-1.0, 1.0]."""
+    """Black and white in the modules of `file`, [0.0, 1.0] or [-1.0, 1.0]."""
+    multiple_of: Positive | None = None
+    """What divides height and width, where the modules of `file` take images of any size."""
     prior: Literal["standard_normal"] | None = None
     """p(z); without it the model cannot be sampled."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Imported:
+        if (self.file is None) == (self.folder is None):
+            raise ValueError("name either a file or a folder")
+        if self.folder is not None and self.model_fields_set & {"value_range", "multiple_of"}:
+            raise ValueError("value_range and multiple_of are for a file; a folder tells its own")
+        return self
 
 
 class RestoringRun(Strict):
@@ -248,9 +260,9 @@ class RestoringRun(Strict):
     seed: int = 0
     """Seed of the initial weights, the order of the images and the noise."""
     data: Dataset
-    """The images, of one size."""
+    """The images."""
     imported: Imported
-    """The VAE, whose latents are vectors."""
+    """The VAE."""
     restoration: Restoration
     """What is trained."""
 

@@ -25,7 +25,7 @@ from training.data import ImageSet, as_float
 from training.errors import CheckpointError, ConfigError, DiskError
 from training.evaluation.evaluate import ALL, Share, likelihood, report, restoration
 from training.evaluation.scoring import held_out
-from training.export.export import GOLDEN_ROWS, export, exportables, golden_size, packed, version_folder
+from training.export.export import GOLDEN_ROWS, export, exportables, golden_images, packed, version_folder
 from training.export.pair import shapes_told
 from training.export.tiling import tiles
 from training.extras import needed
@@ -325,14 +325,11 @@ class Workshop:
         """Shapes of images and latents for the manifest, and, where sizes are free, how images are cut into tiles."""
         step, shape = self.run.model.network.multiple_of, self.images.shape
         told = shapes_told((1, *shape), (1, *vae.latent_shape), step)
-        return told if step is None else {**told, "tiles": tiles(vae, recognition, step)}
+        return told if step is None else {**told, "tiles": tiles(vae.encoder, vae.decoder, recognition, shape[0], step)}
 
     def _golden_rows(self) -> tuple[Tensor, Corrupted]:
-        x, step = as_float(self.images.test[:GOLDEN_ROWS].cpu()), self.run.model.network.multiple_of
-        shape = x.shape[2:] if step is None else golden_size(step)
-        wanted = (GOLDEN_ROWS, *shape)
-        times, down, right = (-(-a // b) for a, b in zip(wanted, (len(x), *x.shape[2:]), strict=True))
-        rows = x.repeat(times, 1, down, right)[:GOLDEN_ROWS, :, : shape[0], : shape[1]].contiguous()
+        x = as_float(self.images.test[:GOLDEN_ROWS].cpu())
+        rows = golden_images(x, self.run.model.network.multiple_of)
         return rows, simulate(rows, keyed_generator(x.device, self.run.seed, 5))
 
     def _training(self) -> dict[str, Any]:

@@ -294,11 +294,10 @@ def test_a_pair_of_any_size_keeps_weights_in_float16(tmp_path: Path) -> None:
         (Dictionary(), torch.rand(2, 3, 8, 8), {}, "the encoder must return mean and log_var, or one tensor"),
         (Sides(), torch.rand(2, 3, 8, 8) - 1.0, {}, r"pixels from -.* outside value_range \[0, 1\]"),
         (Sides(), torch.rand(3, 8, 8), {}, r"x must be example images .* not of shape \[3, 8, 8\]"),
-        (Sides(), torch.rand(2, 3, 9, 8), {"multiple_of": 2}, "are 9 x 8; both must be multiples of 2"),
         (Sides(), torch.rand(2, 3, 12, 12), {"multiple_of": 3}, "f a divisor of 3; export for images of one size"),
         (Sides(), torch.rand(2, 3, 9, 8), {}, r"the decoder makes \[4, 3, 8, 8\] of latents of \[4, 3, 9, 8\]"),
     ],
-    ids=["draws", "choosing", "one-size", "dictionary", "range", "axes", "multiple", "divisor", "decoder"],
+    ids=["draws", "choosing", "one-size", "dictionary", "range", "axes", "divisor", "decoder"],
 )  # fmt: skip
 def test_modules_that_do_not_fit_together_are_refused(
     encoder: nn.Module, x: Tensor, options: dict[str, Any], complaint: str, tmp_path: Path
@@ -402,7 +401,7 @@ def test_the_bound_of_a_frozen_vae_is_a_kl_divergence() -> None:
     """From the encoder's posterior to the given one, as torch.distributions has it; 0 for the encoder's own."""
     torch.manual_seed(0)
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(4, 6))
-    vae = Frozen(Encode(encoder), nn.Identity(), 3, (-1.0, 1.0))
+    vae = Frozen(Encode(encoder), nn.Identity(), (3,), (-1.0, 1.0))
     x, other = torch.rand(5, 1, 2, 2), DiagonalGaussian(torch.randn(5, 3), torch.randn(5, 3))
     mean, log_var = encoder(2.0 * x - 1.0).chunk(2, 1)
     q, r = (Normal(loc, (0.5 * log).exp()) for loc, log in ((mean, log_var), other))

@@ -429,6 +429,25 @@ def golden_size(multiple_of: int) -> tuple[int, int]:
     return height, height - multiple_of
 
 
+def golden_images(x: Tensor, multiple_of: int | None) -> Tensor:
+    """Golden images of example images.
+
+    Args:
+        x: The images (n, c, h, w).
+        multiple_of: What divides height and width where they are free; then parts of the images are repeated or cut to
+            the golden size.
+
+    Returns:
+        `GOLDEN_ROWS` images.
+    """
+    height, width = x.shape[2:] if multiple_of is None else golden_size(multiple_of)
+    times, down, right = (
+        -(-wanted // length)
+        for wanted, length in zip((GOLDEN_ROWS, height, width), (len(x), *x.shape[2:]), strict=True)
+    )
+    return x[:GOLDEN_ROWS].repeat(times, 1, down, right)[:GOLDEN_ROWS, :, :height, :width].contiguous()
+
+
 def further_sizes(multiple_of: int) -> list[tuple[int, int]]:
     """Sizes at which a graph is compared with torch besides that of its golden rows, with which it was traced."""
     return [(2 * multiple_of, 3 * multiple_of), (5 * multiple_of, 2 * multiple_of)]

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from service.contract.graphs import GRAPHS
 from training.errors import ExportError
-from training.export.export import GOLDEN_ROWS, Exportable, export, golden_size, version_folder
+from training.export.export import Exportable, export, golden_images, version_folder
+from training.export.tiling import tiles
 
 LOG_VAR_RANGE = (-30.0, 20.0)
 """Bounds of a log variance that stands beside the mean in one tensor, as diffusers' DiagonalGaussianDistribution has
@@ -97,6 +98,8 @@ def export_vae(
         "prior": prior,
         **(told or {}),
     }
+    if multiple_of is not None and "tiles" not in (told or {}):
+        about["tiles"] = tiles(encode, decode, None, rows.shape[1], multiple_of)
     pair = {
         graph: Exportable(module, (inputs,), GRAPHS[graph], parity=MODULE_PARITY, float16=float16)
         for graph, module, inputs in (("encoder", encode, rows), ("decoder", decode, mean))
@@ -105,7 +108,7 @@ def export_vae(
 
 
 def _rows(x: Tensor, value_range: Sequence[float], multiple_of: int | None) -> Tensor:
-    """The golden rows, float32; small parts of the images where sizes are free.
+    """The golden rows, float32.
 
     Raises:
         ExportError: x holds no images of this range.
@@ -121,15 +124,7 @@ def _rows(x: Tensor, value_range: Sequence[float], multiple_of: int | None) -> T
             f"x has pixels from {rows.min():.3g} to {rows.max():.3g}, outside value_range [{low:g}, {high:g}]; scale "
             "the images as the model wants them, or name its range"
         )
-    height, width = x.shape[2:]
-    if multiple_of is not None:
-        if height % multiple_of or width % multiple_of or min(height, width) < 2 * multiple_of:
-            raise ExportError(
-                f"the example images are {height} x {width}; both must be multiples of {multiple_of}, and at least "
-                f"{2 * multiple_of}"
-            )
-        height, width = golden_size(multiple_of)
-    return rows.repeat(-(-GOLDEN_ROWS // len(rows)), 1, 1, 1)[:GOLDEN_ROWS, :, :height, :width].contiguous()
+    return golden_images(rows, multiple_of)
 
 
 def _prepared(module: nn.Module, float16: bool) -> nn.Module:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from service.contract.corruption import FAMILIES
 from training.models.restoration import Recognition
-from training.models.vae import VAE
 
 LENGTHS = (128, 256, 512, 1024)
 """Lengths of the strips that are tried, in pixels."""
@@ -55,19 +54,22 @@ def margin(
     return None
 
 
-def tiles(vae: VAE, recognition: Recognition | None, multiple_of: int) -> dict[str, Any]:
+def tiles(
+    encoder: nn.Module, decoder: nn.Module, recognition: Recognition | None, channels: int, multiple_of: int
+) -> dict[str, Any]:
     """Measure the manifest's `tiles` of a model of images of any size.
 
     Args:
-        vae: The model.
-        recognition: Its recognition model of corrupted images; None if it has none.
+        encoder: x (n, c, h, w) -> mean and log_var.
+        decoder: z -> images.
+        recognition: The recognition model of corrupted images; None if there is none.
+        channels: c.
         multiple_of: What divides height and width.
 
     Returns:
         The larger of the margins of a reconstruction and of a restoration at a known level.
     """
-    channels = vae.likelihood.event_shape[0]
-    encode, decode = _in_double(vae.encoder), _in_double(vae.decoder)
+    encode, decode = _in_double(encoder), _in_double(decoder)
     margins = [margin(lambda x: decode(encode(x)[0]), channels, multiple_of)]
     if recognition is not None:
         observed = 2 * channels + len(FAMILIES)

@@ -22,6 +22,8 @@ from training.loop.randomness import keyed_generator
 
 CONFIG = "config.json"
 CLASS = "AutoencoderKL"
+VALUE_RANGE = (-1.0, 1.0)
+"""Of pixels, as diffusers' VaeImageProcessor gives them."""
 MOST_TOLD = 300
 """Characters of an error of diffusers that a message repeats."""
 
@@ -52,6 +54,25 @@ class Autoencoder(NamedTuple):
         size = self.config["sample_size"]
         least = min(size) if isinstance(size, (list, tuple)) else int(size)
         return max(2, least // self.multiple_of) * self.multiple_of
+
+    def told(self, *, float16: bool = False) -> dict[str, Any]:
+        """What the manifest says of it, besides shapes.
+
+        Args:
+            float16: Whether weights are stored as float16.
+        """
+        return {
+            "scaling_factor": self.config["scaling_factor"] or 1.0,
+            "shift_factor": self.config["shift_factor"] or 0.0,
+            "tiles": {"side": self.tile, "margin": 0, "exact": False},
+            "training": {
+                "imported": CLASS,
+                "diffusers": installed("diffusers"),
+                "weights": self.weights,
+                "stored": "float16" if float16 else "float32",
+                "config": self.config,
+            },
+        }
 
 
 def read_autoencoder_kl(folder: Path) -> Autoencoder:
@@ -139,19 +160,7 @@ def import_diffusers(
     found = read_autoencoder_kl(folder)
     shape = (GOLDEN_ROWS, found.config["in_channels"], *golden_size(found.multiple_of))
     x = 2.0 * torch.rand(shape, generator=keyed_generator(torch.device("cpu"), 0)) - 1.0
-    told: dict[str, Any] = {
-        "scaling_factor": found.config["scaling_factor"] or 1.0,
-        "shift_factor": found.config["shift_factor"] or 0.0,
-        "tiles": {"side": found.tile, "margin": 0, "exact": False},
-        "training": {
-            "imported": CLASS,
-            "diffusers": installed("diffusers"),
-            "weights": found.weights,
-            "stored": "float16" if float16 else "float32",
-            "config": found.config,
-        },
-    }
     return export_vae(
-        found.encoder, found.decoder, x, models, name, version, value_range=(-1.0, 1.0),
-        multiple_of=found.multiple_of, float16=float16, told=told, replace=replace,
+        found.encoder, found.decoder, x, models, name, version, value_range=VALUE_RANGE,
+        multiple_of=found.multiple_of, float16=float16, told=found.told(float16=float16), replace=replace,
     )  # fmt: skip

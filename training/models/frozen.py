@@ -17,25 +17,29 @@ class Frozen(VAE):
     the encoder implies. It needs neither likelihood nor prior.
 
     Args:
-        encoder: x (n, c, h, w) -> mean and log_var, (n, d) each.
-        decoder: z (n, d) -> images (n, c, h, w).
-        latent_dim: d.
+        encoder: x (n, c, h, w) -> mean and log_var, (n, *latent_shape) each.
+        decoder: z (n, *latent_shape) -> images (n, c, h, w).
+        latent_shape: Of one z: (d,), or (c, h, w) for the training images.
         value_range: Values of black and white of both; x and x_mean of this class are in [0, 1].
     """
 
     def __init__(
-        self, encoder: nn.Module, decoder: nn.Module, latent_dim: int, value_range: tuple[float, float]
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        latent_shape: tuple[int, ...],
+        value_range: tuple[float, float],
     ) -> None:
         nn.Module.__init__(self)
         self.encoder, self.decoder = encoder, decoder
-        self.latent_dim = latent_dim
+        self.of_one = latent_shape
         self.low, self.high = value_range
         self.eval().requires_grad_(requires_grad=False)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
         """Of one z."""
-        return (self.latent_dim,)
+        return self.of_one
 
     @property
     def noise_shapes(self) -> NoiseShapes:
@@ -43,11 +47,11 @@ class Frozen(VAE):
         return NoiseShapes(self.latent_shape, self.latent_shape)
 
     def posterior(self, x: Tensor) -> DiagonalGaussian:
-        """q(z|x): x (n, c, h, w) in [0, 1] -> mean and log_var (n, d), in float32."""
+        """q(z|x): x (n, c, h, w) in [0, 1] -> mean and log_var (n, *latent_shape), in float32."""
         return super().posterior(self.low + (self.high - self.low) * x)
 
     def x_mean(self, z: Tensor) -> Tensor:
-        """E[x|z]: z (n, d) -> (n, c, h, w), in [0, 1]."""
+        """E[x|z]: z (n, *latent_shape) -> (n, c, h, w), in [0, 1]."""
         return ((self.decode(z) - self.low) / (self.high - self.low)).clamp(0.0, 1.0)
 
     def bound(self, x: Tensor, _eps: Tensor, posterior: DiagonalGaussian | None = None) -> Bound:
@@ -59,5 +63,5 @@ class Frozen(VAE):
         with torch.no_grad():
             q = self.posterior(x)
         square = (q.log_var.exp() + (q.mean - posterior.mean).square()) * torch.exp(-posterior.log_var)
-        kl = 0.5 * (posterior.log_var - q.log_var + square - 1.0).sum(-1)
+        kl = 0.5 * (posterior.log_var - q.log_var + square - 1.0).flatten(1).sum(1)
         return Bound(torch.zeros_like(kl), kl)
