@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from io import BufferedReader
 from pathlib import Path
 
 from service.contract.golden import archive_bytes
 from service.contract.manifest import (
+    ADVICE,
     CARD_FILE,
     MAX_CARD_BYTES,
     MAX_FILE_BYTES,
@@ -14,15 +19,20 @@ from service.contract.manifest import (
     ManifestError,
     digest,
     has_digest,
-    read_file,
+    open_file,
 )
+
+MAX_DATA_BYTES = 2**33
+"""Limit of a file of external data: two thousand million weights in float32."""
 
 
 def most_bytes(manifest: Manifest) -> dict[str, int]:
     """Upper bounds of the sizes of a version's files, by their names."""
-    lower = {view.golden.file: archive_bytes(view) for view in manifest.views()}
-    lower |= dict.fromkeys((entry.file for entry in manifest.card_files()), MAX_CARD_BYTES)
-    return {entry.file: lower.get(entry.file, MAX_FILE_BYTES) for entry in manifest.files()}
+    views = manifest.views()
+    golden = {view.golden.file: archive_bytes(view) for view in views}
+    data = {entry.file: MAX_DATA_BYTES for view in views for graph in view.graphs.values() for entry in graph.data}
+    card = {entry.file: MAX_CARD_BYTES for entry in manifest.card_files()}
+    return {entry.file: MAX_FILE_BYTES for entry in manifest.files()} | data | golden | card
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
@@ -34,22 +44,60 @@ def check_files(folder: Path, manifest: Manifest) -> None:
     most = most_bytes(manifest)
     for entry in manifest.files():
         if not has_digest(folder, entry, most[entry.file]):
-            raise _changed(folder, entry)
+            raise _changed(folder / entry.file)
 
 
-def read_checked(folder: Path, entry: File, max_bytes: int) -> bytes:
-    """Read a file once, so that the content that was checked is the content that is opened.
+class OpenFiles:
+    """The files of a version, each opened once.
+
+    They may be replaced, deleted or changed in place meanwhile: what `read` gives is a copy of its own, and has the
+    digest of the manifest.
+
+    Args:
+        folder: Folder of the version.
+        files: Open files, by name.
+    """
+
+    def __init__(self, folder: Path, files: dict[str, BufferedReader]) -> None:
+        self._folder, self._files = folder, files
+
+    def size(self, entry: File) -> int:
+        """Return the size of a file, in bytes."""
+        return os.fstat(self._files[entry.file].fileno()).st_size
+
+    def read(self, entry: File) -> bytes:
+        """Return the content of a file.
+
+        Raises:
+            ManifestError: It has another digest.
+        """
+        file, path = self._files[entry.file], self._folder / entry.file
+        size = self.size(entry)
+        file.seek(0)
+        content = file.read(size + 1)  # allocates that many bytes at once
+        if len(content) > size:
+            raise ManifestError(f"{path} grew while it was read; {ADVICE}")
+        if digest(content) != entry.sha256:
+            raise _changed(path)
+        return content
+
+
+@contextmanager
+def opened(folder: Path, manifest: Manifest) -> Iterator[OpenFiles]:
+    """Open the files of a version while the block runs.
 
     Raises:
-        ManifestError: It is missing, larger than `max_bytes` or has another digest.
+        ManifestError: A file is missing, not regular, or too large.
     """
-    content = read_file(folder, entry.file, max_bytes)
-    if digest(content) != entry.sha256:
-        raise _changed(folder, entry)
-    return content
+    most = most_bytes(manifest)
+    with ExitStack() as stack:
+        files = {
+            entry.file: stack.enter_context(open_file(folder, entry.file, most[entry.file]))
+            for entry in manifest.files()
+        }
+        yield OpenFiles(folder, files)
 
 
-def _changed(folder: Path, entry: File) -> ManifestError:
-    path = folder / entry.file
-    fix = f"; `python -m training card {folder}` writes it anew" if entry.file == CARD_FILE else ""
+def _changed(path: Path) -> ManifestError:
+    fix = f"; `python -m training card {path.parent}` writes it anew" if path.name == CARD_FILE else ""
     return ManifestError(f"{path} does not match the SHA-256 in its manifest; it was changed after the export{fix}")

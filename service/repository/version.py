@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from service.contract import manifest as manifests
-from service.contract.files import most_bytes, read_checked
+from service.contract.files import OpenFiles, opened
 from service.contract.golden import read_golden
-from service.contract.manifest import Manifest, ManifestError
+from service.contract.manifest import Graph, Manifest, ManifestError
 from service.errors import StartError, one_line
 from service.repository.confined import Killed, TookTooLong, run_module
 from service.repository.progress import Tell, counted, tell_nobody
@@ -26,26 +26,33 @@ OWN_THREAD = ("refinement", "elbo_gradient", "log_joint")
 """Graphs of iterative work. They run on the caller's nice-19 thread; onnxruntime's own threads are not nice."""
 
 
-class Files(NamedTuple):
-    """The files of one variant, checked against its manifest."""
+LARGE_BYTES = 2**26
+"""Above this size of its files, the graphs of a version are opened one after the other.
 
-    manifest: Manifest
-    graphs: dict[str, bytes]
-    golden: dict[str, Any]
+onnxruntime needs up to three times the size of a graph while it opens it, and one time afterwards.
+"""
 
 
 class Version(NamedTuple):
-    """The files of a version by variant, its model card, and the digest of the manifest, which covers all of them."""
+    """An open version.
+
+    Attributes:
+        folder: Its folder.
+        digest: Digest of its manifest, which covers all of its files.
+        variants: The manifest as each of its variants sees it.
+        golden: Golden rows of each variant.
+        files: Its files.
+    """
 
     folder: Path
     digest: str
-    variants: list[Files]
-    card: dict[str, bytes]
+    variants: list[Manifest]
+    golden: list[dict[str, Any]]
+    files: OpenFiles
 
-    @property
-    def golden(self) -> list[dict[str, Any]]:
-        """Golden rows of each variant."""
-        return [files.golden for files in self.variants]
+    def graph_bytes(self, graph: Graph) -> int:
+        """Size of a graph with its external data."""
+        return sum(self.files.size(entry) for entry in (graph, *graph.data))
 
 
 class LoadRules(NamedTuple):
@@ -108,10 +115,10 @@ def open_model(
     digest, timings = _try(trial, rules.time_s, tell)
     tell("reading")
     try:
-        version = read_version(folder, rules.public_keys)
-        if version.digest != digest:
-            raise StartError(f"{folder} was changed while it was opened; load it again")
-        model = assemble(version, provider, threads, tell)
+        with open_version(folder, rules.public_keys) as version:
+            if version.digest != digest:
+                raise StartError(f"{folder} was changed while it was opened; load it again")
+            model = assemble(version, provider, threads, tell)
         if on_cpu:
             take_timings(model, version.golden, max_rows, timings)
         else:
@@ -144,27 +151,22 @@ def read_manifest(folder: Path, public_keys: str) -> tuple[bytes, Manifest]:
     return text, manifest
 
 
-def read_version(folder: Path, public_keys: str = "") -> Version:
-    """Read the files of a version that its manifest lists.
+@contextmanager
+def open_version(folder: Path, public_keys: str = "") -> Iterator[Version]:
+    """Open the files of a version while the block runs, and read its golden rows.
 
     Raises:
         StartError: As `read_manifest`, or a file is not as the manifest says.
     """
     text, manifest = read_manifest(folder, public_keys)
-    most = most_bytes(manifest)
-    variants = [_read_variant(folder, view, most) for view in manifest.views()]
-    with start_errors():
-        card = {entry.file: read_checked(folder, entry, most[entry.file]) for entry in manifest.card_files()}
-    return Version(folder, manifests.digest(text), variants, card)
-
-
-def _read_variant(folder: Path, manifest: Manifest, most: dict[str, int]) -> Files:
-    with start_errors():
-        graphs = {name: read_checked(folder, graph, most[graph.file]) for name, graph in manifest.graphs.items()}
-        archive = read_checked(folder, manifest.golden, most[manifest.golden.file])
-    with start_errors(f"{folder} cannot be opened: "):
-        golden = read_golden(archive, manifest)
-    return Files(manifest, graphs, golden)
+    views = manifest.views()
+    with ExitStack() as stack:
+        with start_errors():
+            files = stack.enter_context(opened(folder, manifest))
+            archives = [files.read(view.golden) for view in views]
+        with start_errors(f"{folder} cannot be opened: "):
+            golden = [read_golden(archive, view) for archive, view in zip(archives, views, strict=True)]
+        yield Version(folder, manifests.digest(text), views, golden, files)
 
 
 def assemble(version: Version, provider: str, threads: int, tell: Tell = tell_nobody) -> Model:
@@ -183,39 +185,47 @@ def assemble(version: Version, provider: str, threads: int, tell: Tell = tell_no
         StartError: A graph cannot be opened, or is off its golden vectors.
         MemoryError: There is too little memory.
     """
+    with start_errors():
+        card = {entry.file: version.files.read(entry) for entry in version.variants[0].card_files()}
     variants: dict[int, Model] = {}
-    next_one = counted(tell, "opening {} graphs", sum(len(files.graphs) for files in version.variants))
-    for files in version.variants:
-        graphs = _opened(version.folder, files, provider, threads, next_one)
+    next_one = counted(tell, "opening {} graphs", sum(len(manifest.graphs) for manifest in version.variants))
+    for manifest, golden in zip(version.variants, version.golden, strict=True):
+        graphs = _open_graphs(version, manifest, provider, threads, next_one)
         tell("replaying its golden rows")
-        _replay(version.folder, files, graphs)
-        Model(files.manifest, unit_range(files.manifest, graphs), variants=variants, card=version.card)
-    return variants[version.variants[0].manifest.channels]
+        _replay(version.folder, manifest, graphs, golden)
+        Model(manifest, unit_range(manifest, graphs), variants=variants, card=card)
+    return variants[version.variants[0].channels]
 
 
-def _opened(
-    folder: Path, files: Files, provider: str, threads: int, next_one: Callable[[], None]
+def _open_graphs(
+    version: Version, manifest: Manifest, provider: str, threads: int, next_one: Callable[[], None]
 ) -> dict[str, Session]:
-    """The graphs of a variant, opened."""
-    shapes = files.manifest.graphs
+    """The graphs of a variant. Their files are read one by one, so that few copies are in memory at a time."""
+    shapes, files = manifest.graphs, version.files
 
-    def opened(name: str) -> Session:
+    def open_graph(name: str) -> Session:
         next_one()
+        graph = shapes[name]
         try:
-            return Session(files.graphs[name], provider, 1 if name in OWN_THREAD else threads, shapes[name])
+            with start_errors():
+                content = files.read(graph)
+                data = {entry.file: files.read(entry) for entry in graph.data}
+            return Session(content, provider, 1 if name in OWN_THREAD else threads, graph, data)
         except MemoryError:
             raise
         except Exception as error:
-            told = f"{folder} cannot be opened: {shapes[name].file}: {one_line(error)}"
+            told = f"{version.folder} cannot be opened: {graph.file}: {one_line(error)}"
             raise StartError(told) from error
 
-    names = sorted(shapes, key=lambda name: -len(files.graphs[name]))  # the largest first: few take most of the time
-    return dict(zip(names, in_threads(opened, names, threads), strict=True))
+    sizes = {name: version.graph_bytes(graph) for name, graph in shapes.items()}
+    names = sorted(shapes, key=lambda name: -sizes[name])  # the largest first: few take most of the time
+    count = 1 if sum(sizes.values()) > LARGE_BYTES else threads
+    return dict(zip(names, in_threads(open_graph, names, count), strict=True))
 
 
-def _replay(folder: Path, files: Files, graphs: dict[str, Session]) -> None:
+def _replay(folder: Path, manifest: Manifest, graphs: dict[str, Session], golden: dict[str, Any]) -> None:
     try:
-        replay(files.manifest, graphs, files.golden)
+        replay(manifest, graphs, golden)
     except (StartError, MemoryError):
         raise
     except Exception as error:
