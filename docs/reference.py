@@ -16,10 +16,10 @@ from service.contract import manifest
 from service.contract.graphs import GRAPHS
 from service.observability.metrics import Telemetry
 from service.settings import PREFIX, Settings
-from training.config import Run
+from training.config import RestoringRun, Run
 
 ROOT = Path(__file__).parents[1]
-PAGES = tuple(ROOT / "docs" / name for name in ("operations.md", "configuration.md", "models.md"))
+PAGES = tuple(ROOT / "docs" / name for name in ("operations.md", "configuration.md", "importing.md", "models.md"))
 ALERTS = ROOT / "deploy" / "alerts.yml"
 BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
 Schema = dict[str, Any]
@@ -83,6 +83,12 @@ def keys() -> str:
     parts = [_section("Top level", schema)]
     parts += [_section(" and ".join(dict.fromkeys(found)), schema["$defs"][kind]) for kind, found in names.items()]
     return "\n".join(parts)
+
+
+def importing_keys() -> str:
+    """Sections for a TOML of `fit --restore-only`: what it has that other runs lack."""
+    schema = RestoringRun.model_json_schema()
+    return "\n".join([_section("Top level", schema), _section("`[imported]`", schema["$defs"]["Imported"])])
 
 
 def _tables(schema: Schema, known: dict[str, Schema], above: str) -> Iterator[tuple[str, str]]:
@@ -185,6 +191,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "metrics": metrics,
     "alerts": alerts,
     "keys": keys,
+    "importing": importing_keys,
     "manifest": manifest_keys,
     "graphs": graphs,
 }

@@ -234,7 +234,7 @@ class Imported(Strict):
     """Python file that defines the modules `encoder` and `decoder`, as `export_vae` takes them. It is run."""
     folder: Path | None = None
     """Folder of an AutoencoderKL, as `import diffusers` takes it."""
-    value_range: tuple[float, float] = (0.0, 1.0)
+    value_range: tuple[float, ...] = (0.0, 1.0)
     """Black and white in the modules of `file`, [0.0, 1.0] or [-1.0, 1.0]."""
     multiple_of: Positive | None = None
     """What divides height and width, where the modules of `file` take images of any size."""
@@ -245,6 +245,8 @@ class Imported(Strict):
     def _one_source(self) -> Imported:
         if (self.file is None) == (self.folder is None):
             raise ValueError("name either a file or a folder")
+        if self.value_range not in ((0.0, 1.0), (-1.0, 1.0)):
+            raise ValueError(f"value_range must be [0.0, 1.0] or [-1.0, 1.0], not {list(self.value_range)}")
         if self.folder is not None and self.model_fields_set & {"value_range", "multiple_of"}:
             raise ValueError("value_range and multiple_of are for a file; a folder tells its own")
         return self

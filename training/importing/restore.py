@@ -123,7 +123,8 @@ def _source(imported: Imported) -> Source:
     if not (isinstance(encoder, nn.Module) and isinstance(decoder, nn.Module)):
         raise ModelFileError(f"{path} must define the modules encoder and decoder; see docs/importing.md")
     told = {"training": {"imported": path.name}}
-    return Source(encoder, decoder, imported.value_range, imported.multiple_of, told)
+    low, high = imported.value_range
+    return Source(encoder, decoder, (low, high), imported.multiple_of, told)
 
 
 @torch.no_grad()
