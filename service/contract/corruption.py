@@ -155,6 +155,14 @@ class Observation(NamedTuple):
     operator: OperatorName | None = None
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the image behind the observation."""
+        if self.operator is not None:
+            return self.operator[2:]
+        height, width = self.y.shape[2:]
+        return height, width
+
+    @property
     def estimated(self) -> int | None:
         """Column of the level to estimate, None where there is none."""
         return None if self.known else self.family
