@@ -16,22 +16,23 @@ from fastapi import FastAPI
 from numpy.typing import NDArray
 
 from service.app import create_app
-from service.errors import InvalidShape, UnsupportedOperation
+from service.errors import InvalidShape, TooLarge, UnsupportedOperation
 from service.operations.denoise import DenoiseOptions, denoise
 from service.operations.encode import encode
 from service.operations.inference.latent import standard_normal
 from service.operations.inference.vae import Result
 from service.operations.interpolate import InterpolateOptions, interpolate
 from service.operations.operation import MEANS, DrawOptions, Inputs, Operation, Options
+from service.operations.reconstruct import reconstruct
 from service.operations.registry import OPERATIONS, warm_up
 from service.operations.restoration import observed
 from service.operations.score import ScoreOptions, score
 from service.operations.super_resolve import SuperResolveOptions, super_resolve
 from service.repository.repository import Repository
 from service.repository.version import read_version
-from service.runtime.batcher import Batcher
 from service.runtime.model import Model
 from service.runtime.program import Trip
+from service.runtime.scheduler import Engine
 from service.settings import Settings
 from tests.support.versions import FACTOR, OFFSET, SLOPE, VARIANCE_X, VARIANCE_Z2, free_version, ladder_version, opened
 
@@ -46,8 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("kinds")
     ladder_version(folder / "ladder" / "1")
     ladder_version(folder / "wide" / "1", spread=WIDE)
-    free_version(folder / "free" / "1", graphs=EVERY)
-    free_version(folder / "grey" / "1", channels=(1,), graphs=EVERY)
+    free_version(folder / "free" / "1", channels=(3, 1), graphs=EVERY)
     free_version(folder / "priorless" / "1", prior=None)
     free_version(folder / "drawing" / "1", graphs=("decoder",))
     return folder
@@ -55,10 +55,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def models(folder: Path) -> dict[str, Model]:
-    """Their models; `grey` is a variant of `free` too."""
-    found = {path.name: opened(path / "1") for path in sorted(folder.iterdir())}
-    found["free"].variants[1] = found["grey"]
-    return found
+    """Their models."""
+    return {path.name: opened(path / "1") for path in sorted(folder.iterdir())}
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +95,13 @@ def refused(client: httpx.Client, path: str, content: Any = None, code: str = "u
     return str(answer.json()["detail"])
 
 
-def performed(model: Model, operation: Operation, *requests: tuple[Inputs, Options]) -> list[Result]:
-    """Requests side by side through one batcher."""
+def performed(
+    model: Model, operation: Operation, *requests: tuple[Inputs, Options], tile_pixels: int = 2**20
+) -> list[Result]:
+    """Requests side by side through one engine."""
 
     async def scenario() -> list[Result]:
-        engine = Batcher(max_rows=8, queue_rows=4096)
+        engine = Engine(max_rows=8, queue_rows=4096, tile_pixels=tile_pixels)
         try:
             runs = [operation.perform(model, engine.submit, inputs, options) for inputs, options in requests]
             return await asyncio.gather(*runs)
@@ -202,7 +202,7 @@ def test_what_a_hierarchical_model_cannot_do_is_refused(kinds: httpx.Client, x: 
     )
     between = refused(kinds, "/v1/models/ladder/interpolate", {"images": x[:2].tolist()})
     assert "cannot interpolate: its latents are groups" in between
-    assert between.endswith("served models that can: drawing, free, grey, priorless, mnist-2d")
+    assert between.endswith("served models that can: drawing, free, priorless, mnist-2d")
 
 
 def test_a_hierarchical_prior_is_sampled(kinds: httpx.Client) -> None:
@@ -218,7 +218,7 @@ def test_without_a_prior_nothing_is_sampled(kinds: httpx.Client, operation: str)
     """The refusal says why, and names a model that can."""
     detail = refused(kinds, f"/v1/models/priorless/{operation}")
     reason = "it has no prior p(z), because its latents were never fitted to one"
-    able = "served models that can: drawing, free, grey, ladder, wide"
+    able = "served models that can: drawing, free, ladder, wide, mnist-2d"
     assert detail == f"model priorless cannot {operation}: {reason}; {able}"
 
 
@@ -298,9 +298,9 @@ def test_an_image_that_is_too_large_for_the_memory_is_refused(
 def test_channels_choose_the_variant(kinds: httpx.Client, models: dict[str, Model]) -> None:
     """The first one by default."""
     size = "height=8&width=8&seed=3"
-    for channels, name in ((1, "grey"), (3, "free")):
+    for channels in (1, 3):
         found = asked(kinds, f"/v1/models/free/sample?channels={channels}&{size}")
-        whole = models[name].graphs["decoder"](standard_normal(3, 1, (2, 2, 2)))[0]
+        whole = models["free"].variants[channels].graphs["decoder"](standard_normal(3, 1, (2, 2, 2)))[0]
         np.testing.assert_allclose(found["images"], whole, atol=1e-5)
     assert asked(kinds, f"/v1/models/free/sample?{size}")["images"].shape == (1, 3, 8, 8)
 
@@ -382,10 +382,26 @@ def test_padded_images_are_not_scored(models: dict[str, Model]) -> None:
     assert "percentile" not in found.outputs
 
 
+@pytest.mark.parametrize("operation", [reconstruct, denoise])
+def test_large_images_are_worked_off_in_tiles(models: dict[str, Model], operation: Operation) -> None:
+    """With the answer of the whole image, for floats and levels alike; what needs whole images refuses them."""
+    model, levels = models["free"], np.random.default_rng(0).integers(0, 256, (1, 3, 96, 80), np.uint8)
+    rows = levels.astype(np.float32) / np.float32(255.0)
+    (whole,) = performed(model, operation, (Inputs(rows, size=(95, 77)), operation.options()))
+    for sent in (rows, levels):
+        request = Inputs(sent, size=(95, 77)), operation.options()  # type: ignore[arg-type]
+        (tiled,) = performed(model, operation, request, tile_pixels=64**2)
+        assert tiled.trip.tiled
+        close = {"atol": 1e-4} if operation is reconstruct else {"atol": 0.02}  # a level is the median of the tiles'
+        np.testing.assert_allclose(tiled.outputs["images"], whole.outputs["images"], **close)
+    with pytest.raises(TooLarge, match="send a smaller one"):
+        performed(model, score, (Inputs(rows, size=(96, 80)), ScoreOptions()), tile_pixels=64**2)
+
+
 def test_every_kind_is_warmed_up(folder: Path, models: dict[str, Model]) -> None:
     """Each operation that it offers submits a program, at the size of its golden rows."""
     for name, model in models.items():
         offered = [operation for operation in OPERATIONS if operation.offered_by(model)]
-        golden = read_version(folder / name / "1").golden
+        golden = read_version(folder / name / "1").golden[0]
         for operation in offered:
             assert list(warm_up(model, golden, (operation,))), (name, operation.name)

@@ -23,7 +23,7 @@ from service.operations.inference.refinement import (
     begin,
     climb_rows,
 )
-from service.operations.inference.vae import Observe, Result, Rows, decode_draws, drawn_noise, sample_rows
+from service.operations.inference.vae import Observe, Result, Rows, decode_draws, drawn, drawn_noise
 from service.runtime.model import Model
 from service.runtime.program import Arrays, Compute, Graphs, Submit, Trip
 
@@ -138,7 +138,10 @@ async def restore(
     shape = model.latent_at(*seen.size) if choices.draws else ()
     eps, about = drawn_noise(noise, len(seen.y), choices.draws, shape)
     if seen.operator is None and not choices.refined:
-        program = model.plan("denoise", denoise_rows, choices.draws, seen.estimated, completions=choices.completions)
+        images = (1, 3) if choices.completions else (1,)
+        program = model.plan(
+            "denoise", denoise_rows, choices.draws, seen.estimated, images=images, completions=choices.completions
+        )
         trip = await submit(program, (seen.y, seen.mask, seen.level, *eps))
         level, *arrays = trip.arrays
     else:
@@ -172,7 +175,7 @@ async def prior_mean(model: Model, submit: Submit) -> tuple[Rows, Rows]:
     The model must have one size.
     """
     noise_shape = model.noise_at(*model.padded(None))
-    trip = await submit(model.plan("sample", sample_rows), (latent.standard_normal(0, PRIOR_DRAWS, noise_shape),))
+    trip = await drawn(model, submit, latent.standard_normal(0, PRIOR_DRAWS, noise_shape))
     return trip.arrays[0].mean(0), trip.arrays[0].std(0)
 
 
@@ -187,7 +190,15 @@ async def _fused(
     completions: bool = False,
 ) -> Trip:
     """The outputs of `fuse_rows` for that posterior, as the continuation of an answer that began with recognition."""
-    program = model.plan("fuse", fuse_rows, eps[0].shape[1] if eps else 0, seen.operator, completions=completions)
+    program = model.plan(
+        "fuse",
+        fuse_rows,
+        eps[0].shape[1] if eps else 0,
+        seen.operator,
+        local=seen.operator is None,
+        images=(0, 2) if completions else (0,),
+        completions=completions,
+    )
     return await submit(program, (mean, log_var, *seen[:3], *eps), begun=True)
 
 

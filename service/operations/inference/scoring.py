@@ -20,7 +20,7 @@ from service.operations.inference.refinement import (
     begin,
     climb_rows,
 )
-from service.operations.inference.vae import Observe, Result, Rows, decode_rows, draw_rows, posterior
+from service.operations.inference.vae import Observe, Result, Rows, decoded, draw_rows, posterior
 from service.runtime.model import Model
 from service.runtime.program import Arrays, Compute, Graphs, Submit, Trip
 
@@ -137,7 +137,7 @@ async def score(
         if not q:
             trip = (await posterior(model, submit, x)).after(trip)
         mean = q[0] if q else trip.arrays[0]
-        trip = (await submit(model.plan("decode", decode_rows), (mean,))).after(trip)
+        trip = (await decoded(model, submit, mean)).after(trip)
         outputs["error"] = np.square(trip.arrays[0] - x)
     return Result(outputs, {"seed": seed, "binarisation": choices.binarisation}, trip)
 
@@ -160,7 +160,7 @@ async def _terms(model: Model, submit: Submit, x: Rows, q: Posterior, eps: Rows,
     for start in slices:
         part = np.ascontiguousarray(eps[:, start : start + SLICE])
         further: dict[str, Any] = {"begun": True} if start else {}
-        program = model.plan("weigh", weigh_rows, part.shape[1], rounds=rounds)
+        program = model.plan("weigh", weigh_rows, part.shape[1], rounds=rounds, local=False)
         trip = await submit(program, (x, part, *q), **further)
         joint.append(trip.arrays)
         before = trip.after(before)

@@ -147,14 +147,19 @@ async def posterior(model: Model, submit: Submit, x: Rows) -> Trip:
 
 async def decode(model: Model, submit: Submit, z: Rows) -> Result:
     """E[x|z]."""
-    trip = await submit(model.plan("decode", decode_rows), (z,))
+    trip = await decoded(model, submit, z)
     return Result({"images": trip.arrays[0]}, {}, trip)
+
+
+async def decoded(model: Model, submit: Submit, z: Rows) -> Trip:
+    """E[x|z]."""
+    return await submit(model.plan("decode", decode_rows, images=(0,), of_latents=True), (z,))
 
 
 async def reconstruct(model: Model, submit: Submit, x: Rows, draws: int, noise: Noise) -> Result:
     """The decoder's mean at the posterior's mean, or averaged over draws."""
     eps, about = drawn_noise(noise, len(x), draws, model.latent_at(*x.shape[-2:]) if draws else ())
-    trip = await submit(model.plan("reconstruct", reconstruct_rows, draws, model.latent_at), (x, *eps))
+    trip = await submit(model.plan("reconstruct", reconstruct_rows, draws, model.latent_at, images=(0,)), (x, *eps))
     return Result({"images": trip.arrays[0]}, about, trip)
 
 
@@ -169,9 +174,13 @@ async def sample(
 
 async def transform(model: Model, submit: Submit, eps: Rows, *, latents: bool) -> Result:
     """The images, and on request the latents, that the prior makes of given noise."""
-    trip = await submit(model.plan("sample", sample_rows), (eps,))
-    images, z = trip.arrays
+    images, z = (trip := await drawn(model, submit, eps)).arrays
     return _with_latents(images, z, trip, latents=latents)
+
+
+async def drawn(model: Model, submit: Submit, eps: Rows) -> Trip:
+    """E[x|z] and z, which the prior makes of given noise."""
+    return await submit(model.plan("sample", sample_rows, images=(0,), of_latents=True), (eps,))
 
 
 async def interpolate(
@@ -180,7 +189,7 @@ async def interpolate(
     """E[x|z] at `steps` points of a path between two latents, or between the posterior means of two images."""
     z = ends if encoded else (await posterior(model, submit, ends)).arrays[0]
     between = latent.path(z[0], z[1], steps, spherical=spherical)
-    trip = await submit(model.plan("decode", decode_rows), (between,))
+    trip = await decoded(model, submit, between)
     return _with_latents(trip.arrays[0], between, trip, latents=latents)
 
 
