@@ -74,7 +74,7 @@ class Operator(NamedTuple):
         return Operator(self.rows**2, self.columns**2)
 
 
-@lru_cache(64)
+@lru_cache(16)
 def operator_of(name: OperatorName) -> Operator:
     """The operator with that name."""
     kind, size, height, width = name

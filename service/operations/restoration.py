@@ -12,7 +12,7 @@ from service.contract.calibration import calibrated
 from service.contract.corruption import Observation, OperatorName, Rows
 from service.contract.graphs import GRAPHS
 from service.contract.images import FIT_ADVICE, Fit
-from service.errors import InvalidOption
+from service.errors import InvalidOption, TooLarge
 from service.operations.abilities import Need
 from service.operations.inference.latent import Noise
 from service.operations.inference.refinement import STEPS
@@ -39,6 +39,8 @@ OUTPUTS = (
     Tensor("elbo", ("n",), "Lower bound on log p(y), in nats, with `quality=refined`", required=False),
     replace(SEED, required=False),
 )
+MOST_THROUGH = 1024
+"""Largest height and width of an image seen through an operator, which is two matrices of such sides."""
 WARM_UP: tuple[dict[str, Any], ...] = ({}, {"quality": "refined"})
 
 
@@ -113,7 +115,14 @@ def observed(
 
     Raises:
         InvalidOption: The model was not trained on this family of noise.
+        TooLarge: The image behind an operator is too large.
     """
+    if operator is not None and max(operator[2:]) > MOST_THROUGH:
+        height, width = operator[2:]
+        raise TooLarge(
+            f"blur and super-resolution look at whole images of at most {MOST_THROUGH} x {MOST_THROUGH}, not "
+            f"{height} x {width}; send parts of the image"
+        )
     families = model.manifest.noise_families
     if noise is not None and noise not in families:
         raise InvalidOption(f"noise is {noise}, but model {model.manifest.name} knows {', '.join(families)} and none")

@@ -361,6 +361,13 @@ def test_small_images_of_any_size_are_enlarged(models: dict[str, Model]) -> None
     np.testing.assert_allclose(blurred, sent[..., :5, :], atol=0.02)
 
 
+def test_an_operator_on_a_huge_image_is_refused(models: dict[str, Model]) -> None:
+    """Before its matrices are made, which would be larger than the image."""
+    request = Inputs(np.zeros((1, 3, 8, 4096), np.float32)), DenoiseOptions(blur=1.0)
+    with pytest.raises(TooLarge, match="at most 1024 x 1024, not 8 x 4096"):
+        performed(models["free"], denoise, request)
+
+
 def test_nothing_seen_of_any_size_is_noted(models: dict[str, Model]) -> None:
     """The answer is the model's own, because the mean of its prior would take many images of that size."""
     y = np.zeros((1, 3, 8, 8), np.float32)
