@@ -105,7 +105,15 @@ class Share:
         )
 
 
-def answer_bytes(model: Model, options: Any, rows: int) -> int:
-    """Estimate the memory of answering `rows` rows at once, in bytes."""
-    image, latent = math.prod(model.input_shape), math.prod(model.latent_shape)
+def answer_bytes(model: Model, options: Any, rows: int, size: tuple[int, int] | None = None) -> int:
+    """Estimate the memory of answering `rows` rows at once, in bytes.
+
+    Args:
+        model: The model.
+        options: The options of the request.
+        rows: Number of rows.
+        size: Height and width of the answer's images; None for a model of one size.
+    """
+    height, width = model.padded(size)
+    image, latent = model.input_shape[0] * height * width, math.prod(model.latent_at(height, width))
     return NUMBER_BYTES * rows * int(options.memory_numbers(image, latent))

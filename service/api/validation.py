@@ -18,7 +18,7 @@ from service.runtime.model import Model
 ROUNDING = 1e-6
 """Values outside the range by at most this much are clipped to it, because float32 rounds."""
 OBSERVED_MARGIN = 10.0
-"""How far a noisy value may lie outside the value range, in widths of the range."""
+"""How far a noisy value may lie outside [0, 1]."""
 
 
 def admit(
@@ -27,7 +27,7 @@ def admit(
     payload: Payload,
     options: Any,
     max_rows: int,
-    room: Callable[[int], None],
+    room: Callable[..., None],
 ) -> Inputs:
     """Check the arrays of a request, and adapt them to rows of the model's shape.
 
@@ -37,7 +37,7 @@ def admit(
         payload: The arrays of the request.
         options: The options.
         max_rows: Maximum rows of a request, draws counted.
-        room: Reserves memory for a number of rows.
+        room: Reserves memory for a number of rows of images of a size.
 
     Returns:
         Inputs whose rows have the model's shape, or are cut into tiles of it.
@@ -50,9 +50,11 @@ def admit(
         Overloaded: `room` raises it.
     """
     if operation.takes is None:
+        options.check(model)
         check_count(options.count, max_rows)
-        room(options.count)
-        return Inputs(np.empty((options.count, 0), np.float32))
+        size = options.made_size(model)
+        room(options.count, size)
+        return Inputs(np.empty((options.count, 0), np.float32), size=size)
     if payload.array is None:
         raise InvalidShape(f'the body lacks "{operation.takes}"')
     options.check(model)
@@ -70,7 +72,7 @@ def admit(
     count = tiles.rows if tiles else len(rows)
     check_count(count * options.multiplicity, max_rows)
     room(count)
-    rows = in_range(rows, *_bounds(operation, model, name), name)
+    rows = in_range(rows, *_bounds(operation, name), name)
     if payload.mask is None and operation.masked:
         raise InvalidShape(
             f"{operation.name} needs a mask, 1 where a pixel is seen and 0 where it is missing: `mask` in JSON, a "
@@ -124,12 +126,11 @@ def _mask(array: NDArray[Any], shape: tuple[int, ...], options: Any, rows: int, 
     return np.broadcast_to((mask >= 0.5).astype(np.float32), (rows, *shape))
 
 
-def _bounds(operation: Operation, model: Model, name: str) -> tuple[float, float]:
+def _bounds(operation: Operation, name: str) -> tuple[float, float]:
     if name == "latents":
         return -np.inf, np.inf
-    low, high = model.manifest.value_range
-    margin = OBSERVED_MARGIN * (high - low) if operation.observed else 0.0
-    return low - margin, high + margin
+    margin = OBSERVED_MARGIN if operation.observed else 0.0
+    return -margin, 1.0 + margin
 
 
 def check_tiles(tiles: Tiling, multiplicity: int, limit: int) -> None:

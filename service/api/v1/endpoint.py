@@ -92,7 +92,7 @@ class OperationApp:
             try:
                 model = self.context.repository.find(path.get("model"), path.get("version"))
                 label = model.manifest.name
-                self.operation.check_offered(model)
+                self.operation.check_offered(model, self.context.repository.models)
                 request = await self._received(model, scope, receive, share)
                 if request is None:
                     return
@@ -159,7 +159,7 @@ class OperationApp:
             reply = await parts_reply(best, invoke_parts(context.submit, invocation, PART_ROWS), rows)
             if reply is not None:
                 return reply
-            caller.share.need(answer_bytes(request.model, invocation.options, rows))
+            caller.share.need(answer_bytes(invocation.model, invocation.options, rows, invocation.inputs.size))
         answer = await invoke(context.submit, invocation)
         if sum([array.size for array in answer.outputs.values()]) > LOOP_NUMBERS:
             work = partial(write, answer, request.accepted, request.accept)
@@ -183,12 +183,14 @@ class OperationApp:
         payload = codec.read(body, request.content_type, intake) if codec and codec.read else Payload(None)
         if payload.options:
             options = self._options({**_pairs(request.query), **payload.options})
+        model = options.variant(model)
+        operation.check_offered(model, self.context.repository.models, options)
         _check_fingerprint(model, request.fingerprint, options)
 
-        def room(rows: int) -> None:
+        def room(rows: int, size: tuple[int, int] | None = None) -> None:
             if rows > 2 * PART_ROWS and operation.row_wise and _is_array(request.best, options):  # two parts at a time
                 rows = 2 * PART_ROWS
-            share.need(answer_bytes(model, options, rows))
+            share.need(answer_bytes(model, options, rows, size))
 
         inputs = admit(operation, model, payload, options, self.context.settings.max_request_rows, room)
         if operation.check is not None:
