@@ -57,15 +57,14 @@ def parse(body: Body, intake: Intake) -> tuple[Pixels | Levels, Pixels | None]:
         raise Unreadable(f"this operation takes {intake.name or 'options'}, not pictures")
     found = picture(body)
     channels = _channels(found, intake.channels)
-    if intake.float_pixels is None or found.width * found.height <= intake.float_pixels:
-        convert, pixel_bytes = to_array, found.pixel_bytes(channels)
-    else:
-        convert, pixel_bytes = to_levels, found.level_bytes(channels, masked=intake.masked)
+    floats = intake.float_pixels is None or found.width * found.height <= intake.float_pixels
 
-    def converted(image: Image.Image) -> tuple[Pixels | Levels, Pixels | None]:
-        return convert(image, channels), opacity(image) if intake.masked else None
+    def convert(image: Image.Image) -> tuple[Pixels | Levels, Pixels | None]:
+        pixels = to_array(image, channels) if floats else to_levels(image, channels)
+        return pixels, opacity(image) if intake.masked else None
 
-    return _decoded(found, pixel_bytes, intake.meter, converted)
+    pixel_bytes = found.pixel_bytes(channels) if floats else found.level_bytes(channels, masked=intake.masked)
+    return _decoded(found, pixel_bytes, intake.meter, convert)
 
 
 def _channels(found: Picture, known: tuple[int, ...]) -> int:

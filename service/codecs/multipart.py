@@ -20,7 +20,17 @@ from python_multipart.multipart import parse_options_header
 
 from service.codecs import image, npy
 from service.codecs.codec import Codec
-from service.codecs.payload import Body, Intake, Meter, Payload, as_images, as_rows, channels_of, check_pictures, of_one_type
+from service.codecs.payload import (
+    Body,
+    Intake,
+    Meter,
+    Payload,
+    as_images,
+    as_rows,
+    channels_of,
+    check_pictures,
+    of_one_type,
+)
 from service.errors import InvalidOption, InvalidShape, InvalidValue, TooLarge, Unreadable, quoted
 
 logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # its warnings repeat what the answer says
@@ -136,7 +146,7 @@ def _masks(files: list[bytes], intake: Intake) -> Array:
 def _joined(arrays: list[Array], name: str, meter: Meter) -> Array:
     if len({array.shape[1:] for array in arrays}) > 1:
         raise InvalidShape(
-            f"the files in the fields `{name}` must be of one size, all grey or all colour; send them one by one"
+            f"the files in the fields `{name}` must be of one size, and all grey or all colour; send them one by one"
         )
     return np.concatenate(of_one_type(arrays, meter))
 
@@ -145,7 +155,7 @@ def _read(content: bytes, field: str, intake: Intake) -> tuple[Array, Array | No
     """A file as (rows, mask): the mask is the picture's opacity where the operation wants one."""
     try:
         if content.startswith(npy.MAGIC):
-            return npy.parse(content, intake), None
+            return npy.parse(content, intake._replace(float_pixels=None) if field == "mask" else intake), None
         if field == "mask":
             return image.parse_mask(content, intake)[None], None
         payload = image.read(content, "", intake)

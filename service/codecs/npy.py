@@ -53,9 +53,10 @@ def parse(body: Body, intake: Intake) -> NDArray[Any]:
     if not expected:
         raise InvalidShape(f"the array in the .npy file has shape {shape}, which holds nothing; send at least one row")
     array = np.frombuffer(body, dtype, offset=start).reshape(shape, order="F" if fortran else "C")
-    if intake.float_pixels is not None and dtype == np.uint8 and array.size > intake.float_pixels:
+    if intake.keeps_levels(array):
         check_scale(array, intake.name)
-    if dtype != FLOAT or fortran or shape[-len(intake.shape) :] != intake.shape:  # it will be copied
+        intake.meter.reserve(array.nbytes)
+    elif dtype != FLOAT or fortran or shape[-len(intake.shape) :] != intake.shape:  # it will be copied
         intake.meter.reserve(array.size * FLOAT.itemsize)
     return array
 

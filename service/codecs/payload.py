@@ -110,6 +110,14 @@ class Intake(NamedTuple):
         """Numbers of channels that images may have."""
         return self.variants or self.shape[:1]
 
+    def keeps_levels(self, array: NDArray[Any]) -> bool:
+        """Whether an array holds images whose levels stay integers."""
+        if self.float_pixels is None or not self.is_images or array.dtype.kind != "u":
+            return False
+        count = _channels_in(array, self.channels)
+        images = None if count is None else viewed(array, (count, *self.shape[1:]), self.name)
+        return images is not None and images[0, 0].size > self.float_pixels
+
 
 class Payload(NamedTuple):
     """The content of a body: the array as it was sent, a mask beside it, and the options that it names."""
@@ -221,16 +229,19 @@ def channels_of(array: NDArray[Any], channels: tuple[int, ...]) -> int:
     Raises:
         InvalidShape: No reading has one of these.
     """
+    count = _channels_in(array, channels)
+    if count is None:
+        counts = " or ".join(map(str, sorted(channels)))
+        raise InvalidShape(f"images has shape {array.shape}; the model takes (n, {counts}, height, width)")
+    return count
+
+
+def _channels_in(array: NDArray[Any], channels: tuple[int, ...]) -> int | None:
     found = array.shape
     first = found[-3:-2] if len(found) in (3, 4) else ()
     last = found[-1:] if first and min(found[-3:-1]) > 1 else ()
     grey = (1,) if len(found) in (2, 3) else ()
-    for count in (*first, *last, *grey):
-        if count in channels:
-            return count
-    raise InvalidShape(
-        f"images has shape {found}; the model takes (n, {' or '.join(map(str, sorted(channels)))}, height, width)"
-    )
+    return next((count for count in (*first, *last, *grey) if count in channels), None)
 
 
 def as_images(array: NDArray[Any], shape: tuple[int, ...], name: str, float_pixels: int | None = None) -> Pixels:
@@ -359,9 +370,8 @@ def as_floats(array: NDArray[Any], name: str) -> NDArray[np.float32]:
     if kind == "f":
         with np.errstate(over="ignore"):
             return array.astype(np.float32, "C")
-    if kind == "u" and array.dtype == np.uint16 and name == "images":  # of pictures alone
-        return np.divide(array, np.float32(WHITE), dtype=np.float32, order="C")
-    if name == "latents" or array.dtype not in (np.bool_, np.uint8):
+    deep = name == "images" and array.dtype == np.uint16  # of pictures alone
+    if name == "latents" or not (deep or array.dtype in (np.bool_, np.uint8)):
         raise InvalidShape(f"{name} must be floats, not {array.dtype}")
     if kind == "b":
         return np.ascontiguousarray(array, np.float32)
@@ -370,8 +380,9 @@ def as_floats(array: NDArray[Any], name: str) -> NDArray[np.float32]:
         if not ((array == 0) | (array == most)).all() or most not in (0, 1, 255):
             raise InvalidValue("a mask in uint8 must hold 0 and 1, or 0 and 255; 0 is missing")
         return np.ascontiguousarray(array != 0, np.float32)
-    check_scale(array, name)
-    return np.divide(array, np.float32(255.0), dtype=np.float32, order="C")
+    if not deep:
+        check_scale(array, name)
+    return np.divide(array, np.float32(WHITE if deep else 255.0), dtype=np.float32, order="C")
 
 
 def check_scale(array: NDArray[Any], name: str) -> None:

@@ -197,7 +197,9 @@ def _arrays(value: Any, intake: Intake) -> tuple[NDArray[Any], NDArray[Any] | No
         pictures.append(picture)
         masks.append(mask)
     if len({picture.shape for picture in pictures}) > 1:
-        raise InvalidShape("the pictures of one request must be of one size, all grey or all colour; send them one by one")
+        raise InvalidShape(
+            "the pictures of one request must be of one size, all grey or all colour; send them one by one"
+        )
     seen = [mask for mask in masks if mask is not None]
     return np.stack(of_one_type(pictures, intake.meter)), np.stack(seen) if len(seen) == len(pictures) else None
 

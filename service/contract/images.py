@@ -167,8 +167,7 @@ def _fit_plane(plane: Image.Image, size: tuple[int, int], how: Fit) -> NDArray[A
 
 
 def to_image(images: Pixels | NDArray[np.uint8]) -> Image.Image:
-    """One Pillow image of (n, c, h, w) in [0, 1] or in uint8; several rows become a sheet, nearly square, with empty
-    places black."""
+    """One Pillow image of (n, c, h, w) in [0, 1] or uint8; several rows become a sheet, nearly square, blanks black."""
     n, channels, height, width = images.shape
     columns = int(np.ceil(np.sqrt(n)))
     rows = -(-n // columns)

@@ -47,6 +47,28 @@ class Options(BaseModel):
         """Rows that one row of the request becomes."""
         return 1
 
+    @property
+    def scale(self) -> int:
+        """Height and width of the answer's images in those of the request's."""
+        return 1
+
+    def variant(self, model: Model) -> Model:
+        """The variant of a model that the options choose; the first one by default.
+
+        Raises:
+            InvalidOption: There is none; the message names those that there are.
+        """
+        return model
+
+    def answer_size(self, model: Model) -> tuple[int, int] | None:  # noqa: ARG002  # for subclasses
+        """Height and width of the answer's images, where the options and not the request's images give them."""
+        return None
+
+    @property
+    def images_alone(self) -> bool:
+        """Whether an answer that has images has no other arrays, so that a picture holds it."""
+        return True
+
     def check(self, model: Model) -> None:
         """Refuse options that the model cannot serve.
 
@@ -115,6 +137,9 @@ class Inputs(NamedTuple):
         latents: Whether the rows are latents in place of images.
         tiling: Places of the rows in larger images, if they are tiles.
         observe: Called with intermediate results of iterative work; None if the caller wants none.
+        size: Height and width of the images of the answer, where the rows were padded to what the graphs take; None
+            where nothing is to be cut back.
+        levels: `uint8` where images of the answer may be uint8 levels, because a picture is written of them.
     """
 
     rows: Rows
@@ -123,6 +148,8 @@ class Inputs(NamedTuple):
     latents: bool = False
     tiling: Tiling | None = None
     observe: Observe | None = None
+    size: tuple[int, int] | None = None
+    levels: Literal["uint8"] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -160,7 +187,7 @@ class Tensor:
 
 
 PIXELS = ("channels", "height", "width")
-IMAGES = Tensor("images", ("n", *PIXELS), "Images; numbers lie in the model's value range")
+IMAGES = Tensor("images", ("n", *PIXELS), "Images; numbers lie in [0, 1]")
 LATENTS = Tensor("latents", ("n", "latent"), "Latents, of the model's latent shape")
 MASK = Tensor("mask", ("n", *PIXELS), "1 where a pixel is seen, 0 where it is missing", required=False)
 MEANS = Tensor("images", ("n", *PIXELS), "Mean images")
@@ -267,8 +294,8 @@ class Operation:
     def _explained(self, name: str, model: Model, inputs: Inputs) -> ServiceError:
         """Make the error for an output that is not finite: the input's if it is out of range, else the model's."""
         what = "latents" if inputs.latents else self.takes
-        low, high = (-LATENT_EXTREME, LATENT_EXTREME) if what == "latents" else model.manifest.value_range
-        if inputs.rows.size:
+        low, high = (-LATENT_EXTREME, LATENT_EXTREME) if what == "latents" else (0.0, 1.0)
+        if inputs.rows.size and inputs.rows.dtype.kind == "f":
             least, most = inputs.rows.min(), inputs.rows.max()
             if least < low or most > high:
                 return InvalidValue(
@@ -325,6 +352,8 @@ class Operation:
 
 def is_finite(array: Rows) -> bool:
     """Whether all numbers are finite."""
+    if array.dtype.kind != "f":
+        return True
     flat = array.ravel()  # a sum of squares takes a third of the time of np.isfinite
     return math.isfinite(flat.dot(flat)) or bool(np.isfinite(array).all())
 

@@ -55,6 +55,11 @@ class RestoreOptions(DrawOptions):
     preview: bool = False
     """Whether progress events hold the `images` as estimated so far. Other answers ignore it."""
 
+    @property
+    def images_alone(self) -> bool:
+        """Whether the answer has no other arrays than images."""
+        return not (self.uncertainty or self.completions)
+
     def memory_numbers(self, image: int, latent: int) -> int:
         """Numbers in memory while one row of the request is answered; see `Options.memory_numbers`."""
         images = 3 + self.uncertainty + (self.draws if self.completions else 0)  # 3: observation, mask, mean

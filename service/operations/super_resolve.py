@@ -23,6 +23,11 @@ class SuperResolveOptions(RestoreOptions):
     level: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Standard deviation of Gaussian noise on what is sent; 0 for none."""
 
+    @property
+    def scale(self) -> int:
+        """Height and width of the answer's images in those of the request's."""
+        return self.factor
+
     def check(self, model: Model) -> None:
         """Refuse a factor that does not divide the model's height and width.
 
@@ -37,13 +42,13 @@ class SuperResolveOptions(RestoreOptions):
 
     def sent_shape(self, model: Model) -> tuple[int, ...]:
         """Shape (c, h, w) of one image in the request: height and width divided by the factor, rounded down."""
-        channels, height, width = model.input_shape
-        return channels, max(1, height // self.factor), max(1, width // self.factor)
+        channels, *sides = model.input_shape
+        return channels, *(side and max(1, side // self.factor) for side in sides)
 
 
 async def _run(model: Model, submit: Submit, inputs: Inputs, options: SuperResolveOptions) -> Result:
-    _, height, width = model.input_shape
-    operator = ("shrink", options.factor, height, width)
+    height, width = inputs.rows.shape[2:]
+    operator = ("shrink", options.factor, height * options.factor, width * options.factor)
     seen = observed(model, inputs, "gaussian" if options.level else None, options.level, operator)
     return await restored(model, submit, inputs, seen, options)
 
