@@ -83,7 +83,7 @@ def admit(
     """
     if operation.takes is None:
         check_count(options.count, max_rows)
-        made = options.answer_size(model)
+        made = options.made_size(model)
         room(options.count, None if made is None else padded(model, made))
         return Inputs(np.empty((options.count, 0), np.float32))
     if payload.array is None:

@@ -60,7 +60,7 @@ class Options(BaseModel):
         """
         return model
 
-    def answer_size(self, model: Model) -> tuple[int, int] | None:  # noqa: ARG002  # for subclasses
+    def made_size(self, model: Model) -> tuple[int, int] | None:  # noqa: ARG002  # for subclasses
         """Height and width of the answer's images, where the options and not the request's images give them."""
         return None
 
