@@ -259,7 +259,7 @@ def _bounds(operation: Operation, name: str) -> tuple[float, float]:
     if name == "latents":
         return -np.inf, np.inf
     margin = OBSERVED_MARGIN if operation.observed else 0.0
-    return -margin, 1.0 + margin
+    return 0.0 - margin, 1.0 + margin
 
 
 def check_tiles(tiles: Tiling, multiplicity: int, limit: int) -> None:

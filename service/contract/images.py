@@ -171,19 +171,22 @@ def to_image(images: Pixels | NDArray[np.uint8]) -> Image.Image:
     n, channels, height, width = images.shape
     columns = int(np.ceil(np.sqrt(n)))
     rows = -(-n // columns)
-    if images.dtype == np.uint8:
+    if images.dtype == np.uint8 or height * width > STRIP_PIXELS:
         whole = Image.new(MODES[channels], (columns * width, rows * height))
         for k, image in enumerate(images):
             for top, bottom in _strips(height, width):
-                strip = np.ascontiguousarray(np.moveaxis(image[:, top:bottom], 0, -1))
-                place = k % columns * width, k // columns * height + top
-                whole.paste(_from_levels(strip), place)
+                strip = _quantised(np.ascontiguousarray(np.moveaxis(image[:, top:bottom], 0, -1)))
+                whole.paste(_from_levels(strip), (k % columns * width, k // columns * height + top))
         return whole
     sheet = np.zeros((rows * columns, channels, height, width), np.float32)
     sheet[:n] = images
     tiled = sheet.reshape(rows, columns, channels, height, width).transpose(0, 3, 1, 4, 2)
-    levels = np.rint(np.clip(tiled, 0.0, 1.0) * 255.0).astype(np.uint8)
-    return _from_levels(levels.reshape(rows * height, columns * width, channels))
+    return _from_levels(_quantised(tiled).reshape(rows * height, columns * width, channels))
+
+
+def _quantised(values: NDArray[Any]) -> NDArray[np.uint8]:
+    """The nearest levels of values in [0, 1]; levels as they are."""
+    return values if values.dtype == np.uint8 else np.rint(np.clip(values, 0.0, 1.0) * 255.0).astype(np.uint8)
 
 
 def _from_levels(levels: NDArray[np.uint8]) -> Image.Image:

@@ -281,8 +281,23 @@ class Operation:
         """
         observe = inputs.observe
         if observe is not None:
-            inputs = inputs._replace(observe=lambda found: observe(self._finite(found, model, inputs)))
-        return self._finite(await self.run(model, submit, inputs, options), model, inputs)
+            inputs = inputs._replace(observe=lambda found: observe(self._checked(found, model, inputs)))
+        return self._checked(await self.run(model, submit, inputs, options), model, inputs)
+
+    @cached_property
+    def _images(self) -> frozenset[str]:
+        """Names of its outputs that are images."""
+        return frozenset(tensor.name for tensor in self.outputs if tensor.shape[-2:] == PIXELS[-2:])
+
+    def _checked(self, result: Result, model: Model, inputs: Inputs) -> Result:
+        if inputs.size is not None:
+            height, width = inputs.size
+            cut = {
+                name: np.ascontiguousarray(array[..., :height, :width]) if name in self._images else array
+                for name, array in result.outputs.items()
+            }
+            result = result._replace(outputs=cut)
+        return self._finite(result, model, inputs)
 
     def _finite(self, result: Result, model: Model, inputs: Inputs) -> Result:
         for found in (result.outputs, result.about):

@@ -107,14 +107,14 @@ async def encode(plan: Plan, submit: Submit, shape: tuple[int, ...], x: Rows, dr
 
 async def decode(plan: Plan, submit: Submit, z: Rows) -> Result:
     """E[x|z]."""
-    trip = await submit(plan("decode", decode_rows), (z,))
+    trip = await submit(plan("decode", decode_rows, images=(0,), of_latents=True), (z,))
     return Result({"images": trip.arrays[0]}, {}, trip)
 
 
 async def reconstruct(plan: Plan, submit: Submit, shape: tuple[int, ...], x: Rows, draws: int, noise: Noise) -> Result:
     """The decoder's mean at the posterior's mean, or averaged over draws."""
     eps, about = drawn_noise(noise, len(x), draws, shape)
-    trip = await submit(plan("reconstruct", reconstruct_rows, draws), (x, *eps))
+    trip = await submit(plan("reconstruct", reconstruct_rows, draws, images=(0,)), (x, *eps))
     return Result({"images": trip.arrays[0]}, about, trip)
 
 
@@ -129,7 +129,7 @@ async def sample(
 
 async def transform(plan: Plan, submit: Submit, eps: Rows, *, latents: bool) -> Result:
     """The images, and on request the latents, that the prior makes of given noise."""
-    trip = await submit(plan("sample", sample_rows), (eps,))
+    trip = await submit(plan("sample", sample_rows, images=(0,), of_latents=True), (eps,))
     images, z = trip.arrays
     return _with_latents(images, z, trip, latents=latents)
 
@@ -140,7 +140,7 @@ async def interpolate(
     """E[x|z] at `steps` points of a path between two latents, or between the posterior means of two images."""
     z = ends if encoded else (await submit(plan("encode", encode_rows), (ends,))).arrays[0]
     between = latent.path(z[0], z[1], steps, spherical=spherical)
-    trip = await submit(plan("decode", decode_rows), (between,))
+    trip = await submit(plan("decode", decode_rows, images=(0,), of_latents=True), (between,))
     return _with_latents(trip.arrays[0], between, trip, latents=latents)
 
 
