@@ -116,11 +116,13 @@ def answer_bytes(
         model: The model.
         options: The options of the request.
         rows: Number of rows.
-        size: Height and width of the graphs' images; None is the model's own.
+        size: Height and width of images; None for a model of one size.
         levels: Whether the images of the answer are uint8 levels, of which a picture is written.
     """
-    image = math.prod(model.input_shape) if size is None else model.input_shape[0] * math.prod(size)
-    latent = math.prod(model.latent_shape if size is None else model.latent_at(*size))
+    image, latent = math.prod(model.input_shape), math.prod(model.latent_shape)
+    if size is not None:
+        height, width = model.padded(size)
+        image, latent = model.input_shape[0] * height * width, math.prod(model.latent_at(height, width))
     if not levels:
         return NUMBER_BYTES * rows * int(options.memory_numbers(image, latent))
     pixels, others = int(options.memory_numbers(image, 0)), int(options.memory_numbers(0, latent))

@@ -20,7 +20,7 @@ from service.runtime.model import Model
 ROUNDING = 1e-6
 """Values outside the range by at most this much are clipped to it, because float32 rounds."""
 OBSERVED_MARGIN = 10.0
-"""How far a noisy value may lie outside the value range."""
+"""How far a noisy value may lie outside [0, 1]."""
 
 
 Room = Callable[[int, tuple[int, int] | None], None]
@@ -30,24 +30,21 @@ Room = Callable[[int, tuple[int, int] | None], None]
 def variant_of(operation: Operation, model: Model, payload: Payload, options: Any) -> Model:
     """The variant of a model that a request is for.
 
-    The channels of its images choose it; else its latents, which the first variant takes whose latents have their
-    shape; else its options.
+    The channels of its images choose it, else its options. Latents without such an option are for the first variant
+    whose latents have their shape.
 
     Raises:
         InvalidShape: The images have other channels than every variant.
         InvalidOption: No variant is as the options ask.
-        UnsupportedOperation: The variant lacks a graph that the operation needs.
     """
+    found: Model = options.variant(model)
     array = payload.array
-    if array is None:
-        found: Model = options.variant(model)
-    elif payload.latents or operation.takes == "latents":
-        every, shapes = (model, *model.variants.values()), (array.shape[1:], array.shape)
-        found = next((one for one in every if any(fits(shape, one.latent_shape) for shape in shapes)), model)
-    else:
-        found = model.variants[channels_of(array, tuple(model.variants))]
-    operation.check_offered(found)
-    return found
+    if array is None or len(model.variants) == 1:
+        return found
+    if not payload.latents and operation.takes == "images":
+        return model.variants[channels_of(array, tuple(model.variants))]
+    every, shapes = (found, *model.variants.values()), (array.shape[1:], array.shape)
+    return next((one for one in every if any(fits(shape, one.latent_shape) for shape in shapes)), found)
 
 
 def admit(
@@ -82,10 +79,11 @@ def admit(
         Overloaded: `room` raises it.
     """
     if operation.takes is None:
+        options.check(model)
         check_count(options.count, max_rows)
         made = options.made_size(model)
         room(options.count, None if made is None else padded(model, made))
-        return Inputs(np.empty((options.count, 0), np.float32))
+        return Inputs(np.empty((options.count, 0), np.float32), size=made)
     if payload.array is None:
         raise InvalidShape(f'the body lacks "{operation.takes}"')
     if model.manifest.size is not None:

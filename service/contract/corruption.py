@@ -74,7 +74,7 @@ class Operator(NamedTuple):
         return Operator(self.rows**2, self.columns**2)
 
 
-@lru_cache(64)
+@lru_cache(16)
 def operator_of(name: OperatorName) -> Operator:
     """The operator with that name."""
     kind, size, height, width = name
@@ -153,6 +153,14 @@ class Observation(NamedTuple):
     family: int | None
     known: bool
     operator: OperatorName | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the image behind the observation."""
+        if self.operator is not None:
+            return self.operator[2:]
+        height, width = self.y.shape[2:]
+        return height, width
 
     @property
     def estimated(self) -> int | None:

@@ -10,7 +10,7 @@ from service.runtime.program import Submit
 
 
 async def _run(model: Model, submit: Submit, inputs: Inputs, _options: LatentOptions) -> Result:
-    return await vae.decode(model.plan, submit, inputs.rows)
+    return await vae.decode(model, submit, inputs.rows)
 
 
 decode = Operation(
@@ -22,6 +22,7 @@ decode = Operation(
     inputs=(LATENTS,),
     outputs=(MEANS,),
     row_wise=True,
+    needs=("decoder",),
     example={"latents": [[0.3, -0.8]]},
     answer={"images": [[[[0.0, 0.9], [0.1, 0.0]]]]},
 )

@@ -48,7 +48,7 @@ async def run(model: Model, submit: Submit, inputs: Inputs, options: DenoiseOpti
     """
     if options.blur is not None and options.noise not in ("gaussian", "none"):
         raise InvalidOption(f"noise is {options.noise}; after a blur it must be gaussian or none")
-    _, height, width = model.input_shape
+    height, width = inputs.rows.shape[-2:]
     operator = None if options.blur is None else ("blur", options.blur, height, width)
     seen = observed(model, inputs, None if options.noise == "none" else options.noise, options.level, operator)
     return await restored(model, submit, inputs, seen, options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from service.operations.abilities import ENCODING
 from service.operations.inference import vae
 from service.operations.inference.latent import Noise
 from service.operations.inference.vae import Result
@@ -13,15 +14,15 @@ from service.runtime.program import Submit
 
 
 async def _run(model: Model, submit: Submit, inputs: Inputs, options: DrawOptions) -> Result:
-    noise = Noise(options.seed, inputs.first)
-    return await vae.encode(model.plan, submit, model.latent_shape, inputs.rows, options.draws, noise)
+    return await vae.encode(model, submit, inputs.rows, options.draws, Noise(options.seed, inputs.first))
 
 
 encode = Operation(
     name="encode",
     summary="Images to their posterior",
     description="`mean` and `log_var` (log sigma squared) of the diagonal Gaussian q(z|x); with `draws`, `latents` "
-    "drawn from it. A binary answer without draws stacks mean and log_var along axis 1.",
+    "drawn from it. In a hierarchical model, those of a group are conditional on the means of the groups above. "
+    "A binary answer without draws stacks mean and log_var along axis 1.",
     options=DrawOptions,
     run=_run,
     inputs=(IMAGES,),
@@ -32,6 +33,7 @@ encode = Operation(
         replace(SEED, required=False),
     ),
     row_wise=True,
+    needs=(ENCODING,),
     example={"images": ["<base64 of a PNG>"], "draws": 1, "seed": 7},
     answer={
         "mean": [[0.1, -1.2]],

@@ -7,11 +7,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from service.errors import InvalidShape
+from service.errors import InvalidShape, UnsupportedOperation
+from service.operations.abilities import ENCODING, lacking
 from service.operations.inference import vae
 from service.operations.inference.vae import Result
 from service.operations.operation import IMAGES, LATENTS, PIXELS, ImageOptions, Inputs, LatentOptions, Operation, Tensor
-from service.runtime.model import Model
+from service.runtime.model import ONE_GROUP, Model
 from service.runtime.program import Submit
 
 
@@ -40,12 +41,17 @@ class InterpolateOptions(ImageOptions, LatentOptions):
         return self.steps * (image + latent)
 
 
+def _check(model: Model, inputs: Inputs, _options: InterpolateOptions) -> None:
+    if not inputs.latents and lacking(model, (ENCODING,)):
+        raise UnsupportedOperation(f"model {model.manifest.name} has no encoder; send latents in place of images")
+
+
 async def _run(model: Model, submit: Submit, inputs: Inputs, options: InterpolateOptions) -> Result:
     if len(inputs.rows) != 2:
         kind = "latents" if inputs.latents else "images"
         raise InvalidShape(f"interpolate takes two {kind}, not {len(inputs.rows)}")
     return await vae.interpolate(
-        model.plan,
+        model,
         submit,
         inputs.rows,
         options.steps,
@@ -67,6 +73,8 @@ interpolate = Operation(
         Tensor("latents", ("steps", "latent"), "Latents on the path, with `latent_walk`", required=False),
     ),
     row_wise=False,
+    needs=("decoder", ONE_GROUP),
+    check=_check,
     example={"images": ["<base64 of a PNG>", "<base64 of another>"], "steps": 8},
     answer={"images": [[[[0.0, 0.9], [0.1, 0.0]]]], "latents": [[0.3, -0.8]]},
 )

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.contract.images import Fit
-from service.errors import InferenceFailed, InvalidValue, ServiceError, UnsupportedOperation
+from service.errors import InferenceFailed, InvalidOption, InvalidValue, ServiceError
+from service.operations.abilities import Need, check_able, lacking
 from service.operations.inference.latent import MAX_SEED
 from service.operations.inference.tiling import Tiling
 from service.operations.inference.vae import Observe, Result
@@ -22,6 +23,8 @@ from service.runtime.program import Submit
 
 Rows = NDArray[np.float32]
 
+GOLDEN_IMAGES = ("encoder/x", "posterior/x", "recognition/y")
+"""Golden rows that are images."""
 LATENT_EXTREME = 100.0
 """Largest usual magnitude of a latent, for error messages: priors have a standard deviation of about 1."""
 
@@ -52,6 +55,11 @@ class Options(BaseModel):
         """Height and width of the answer's images in those of the request's."""
         return 1
 
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """What these options need of a model, beside what the operation needs."""
+        return ()
+
     def variant(self, model: Model) -> Model:
         """The variant of a model that the options choose; the first one by default.
 
@@ -60,8 +68,8 @@ class Options(BaseModel):
         """
         return model
 
-    def made_size(self, model: Model) -> tuple[int, int] | None:  # noqa: ARG002  # for subclasses
-        """Height and width of the answer's images, where the options and not the request's images give them."""
+    def made_size(self, model: Model) -> tuple[int, int] | None:  # noqa: ARG002  # subclasses need it
+        """Height and width of the answer's images, where the options give them and not the images of the request."""
         return None
 
     @property
@@ -105,7 +113,67 @@ class ImageOptions(Options):
         return self.fit
 
 
-class LatentOptions(Options):
+class ChannelOptions(Options):
+    """Options of every operation that makes images of something else."""
+
+    channels: Annotated[int, Field(ge=1)] | None = None
+    """Channels of the images, 1 or 3 say, of a model that has variants for several; the default is its first."""
+
+    def variant(self, model: Model) -> Model:
+        """The variant that makes images of these channels.
+
+        Raises:
+            InvalidOption: There is none; the message names those that there are.
+        """
+        if self.channels is None:
+            return model
+        if self.channels not in model.variants:
+            known = " or ".join(map(str, sorted(model.variants)))
+            raise InvalidOption(
+                f"channels is {self.channels}, but images of model {model.manifest.name} have {known}; leave it out"
+            )
+        return model.variants[self.channels]
+
+
+class PriorOptions(ChannelOptions):
+    """Options of every operation that makes images of the prior."""
+
+    height: Annotated[int, Field(ge=1)] | None = None
+    """Height of the images; only for a model whose images may have any size, which needs it."""
+    width: Annotated[int, Field(ge=1)] | None = None
+    """Width of the images likewise."""
+
+    def check(self, model: Model) -> None:
+        """Refuse a size for a model of one size, and ask for one where sizes are free.
+
+        Raises:
+            InvalidOption: The message names what works.
+        """
+        name, free = model.manifest.name, model.manifest.size
+        if free is None:
+            if self.height is not None or self.width is not None:
+                _, height, width = model.input_shape
+                raise InvalidOption(
+                    f"model {name} makes images of {height} x {width} and no others; leave out height and width"
+                )
+        elif self.height is None or self.width is None:
+            raise InvalidOption(
+                f"model {name} makes images of any size up to {free.max} x {free.max}; name one with height and width"
+            )
+        elif max(self.height, self.width) > free.max:
+            raise InvalidOption(
+                f"height and width are {self.height} and {self.width}; model {name} makes images of at most "
+                f"{free.max} x {free.max}"
+            )
+
+    def made_size(self, model: Model) -> tuple[int, int] | None:
+        """Height and width of the images; None where the model has one size."""
+        if model.manifest.size is None or self.height is None or self.width is None:
+            return None
+        return self.height, self.width
+
+
+class LatentOptions(ChannelOptions):
     """Options of every operation that takes latents."""
 
     fingerprint: str | None = None
@@ -136,9 +204,9 @@ class Inputs(NamedTuple):
         first: Index of the first row in the request.
         latents: Whether the rows are latents in place of images.
         tiling: Places of the rows in larger images, if they are tiles.
+        size: Height and width of the answer's images, which are cut to it because rows are padded below and to the
+            right; None for a model of one size.
         observe: Called with intermediate results of iterative work; None if the caller wants none.
-        size: Height and width of the images of the answer, where the rows were padded to what the graphs take; None
-            where nothing is to be cut back.
         levels: `uint8` where images of the answer may be uint8 levels, because a picture is written of them.
     """
 
@@ -147,8 +215,8 @@ class Inputs(NamedTuple):
     first: int = 0
     latents: bool = False
     tiling: Tiling | None = None
-    observe: Observe | None = None
     size: tuple[int, int] | None = None
+    observe: Observe | None = None
     levels: Literal["uint8"] | None = None
 
     @property
@@ -214,7 +282,8 @@ class Operation:
         answer: An example of an answer in JSON.
         masked: Whether it needs a mask. The transparency of a picture may be one.
         progress: For iterative work, an example of a progress event.
-        needs: Graphs that a model must have, beside encoder and decoder.
+        needs: What a model must have: graphs, `PRIOR` or `ONE_GROUP`, or alternatives; see
+            service/operations/abilities.py.
         check: Refuses whole requests for other reasons than shape and range: (model, inputs, options).
         warm_up: Options of the requests that run before a model serves. The programs that they submit are timed;
             programs without a timing never run in the event loop.
@@ -235,7 +304,7 @@ class Operation:
     answer: dict[str, Any]
     masked: bool = False
     progress: dict[str, Any] | None = None
-    needs: tuple[str, ...] = ()
+    needs: tuple[Need, ...] = ()
     check: Callable[[Model, Inputs, Any], None] | None = None
     warm_up: tuple[dict[str, Any], ...] = ({},)
 
@@ -263,8 +332,13 @@ class Operation:
         """Whether it accepts a mask, and noisy values outside the model's range."""
         return MASK.name in [tensor.name for tensor in self.inputs]
 
+    @cached_property
+    def _images(self) -> frozenset[str]:
+        """Names of its outputs that are images."""
+        return frozenset(tensor.name for tensor in self.outputs if tensor.shape[-2:] == PIXELS[-2:])
+
     async def perform(self, model: Model, submit: Submit, inputs: Inputs, options: Any) -> Result:
-        """Run the operation, and check that all outputs and progress reports are finite.
+        """Run the operation, cut images to their size, and check that all outputs and progress reports are finite.
 
         Args:
             model: The model.
@@ -283,11 +357,6 @@ class Operation:
         if observe is not None:
             inputs = inputs._replace(observe=lambda found: observe(self._checked(found, model, inputs)))
         return self._checked(await self.run(model, submit, inputs, options), model, inputs)
-
-    @cached_property
-    def _images(self) -> frozenset[str]:
-        """Names of its outputs that are images."""
-        return frozenset(tensor.name for tensor in self.outputs if tensor.shape[-2:] == PIXELS[-2:])
 
     def _checked(self, result: Result, model: Model, inputs: Inputs) -> Result:
         if inputs.size is not None:
@@ -310,7 +379,7 @@ class Operation:
         """Make the error for an output that is not finite: the input's if it is out of range, else the model's."""
         what = "latents" if inputs.latents else self.takes
         low, high = (-LATENT_EXTREME, LATENT_EXTREME) if what == "latents" else (0.0, 1.0)
-        if inputs.rows.size and inputs.rows.dtype.kind == "f":
+        if inputs.rows.size and inputs.rows.dtype == np.float32:  # integer levels are in the range
             least, most = inputs.rows.min(), inputs.rows.max()
             if least < low or most > high:
                 return InvalidValue(
@@ -327,6 +396,12 @@ class Operation:
         shape: tuple[int, ...] = model.latent_shape if self.takes == "latents" else options.sent_shape(model)
         return shape
 
+    def warm_up_options(self, model: Model) -> list[Any]:
+        """Make the options of the warm-up requests; images of free size get that of the golden ones."""
+        free = model.manifest.size is not None and issubclass(self.options, PriorOptions)
+        size = dict(zip(("height", "width"), model.manifest.golden_size(), strict=True)) if free else {}
+        return [self.options(**chosen, **size) for chosen in self.warm_up]
+
     def warm_up_inputs(self, model: Model, options: Any, golden: Mapping[str, Any]) -> Inputs:
         """Make the inputs of a warm-up request.
 
@@ -336,33 +411,39 @@ class Operation:
             golden: Golden rows, by `graph/tensor`.
 
         Returns:
-            Two golden rows, cut to the request's shape; `options.count` empty rows for an operation without inputs.
+            Two rows of golden numbers in the request's shape; `options.count` empty rows for an operation without
+            inputs.
         """
         if self.takes is None:
-            return Inputs(np.empty((options.count, 0), np.float32))
-        shape = self.row_shape(model, options)
-        known = golden["decoder/z" if self.takes == "latents" else "encoder/x"]
-        rows = np.resize(known, (2, *known.shape[1:]))
-        return Inputs(np.ascontiguousarray(rows[(slice(None), *map(slice, shape))]))
+            return Inputs(np.empty((options.count, 0), np.float32), size=options.made_size(model))
+        images = next((golden[name] for name in GOLDEN_IMAGES if name in golden), None)
+        if self.takes == "latents" or images is None:
+            return Inputs(np.resize(golden["decoder/z"], (2, *golden["decoder/z"].shape[1:])), latents=True)
+        step = math.lcm(1 if model.manifest.size is None else model.manifest.size.multiple_of, options.scale)
+        height, width = (-(-length // step) * step // options.scale for length in images.shape[2:])
+        return Inputs(np.resize(images, (2, images.shape[1], height, width)))
 
-    def offered_by(self, model: Model) -> bool:
-        """Whether the model has the graphs that it needs."""
-        return all(graph in model.graphs for graph in self.needs)
+    def offered_by(self, model: Model, options: Options | None = None) -> bool:
+        """Whether the model has what the operation, and a request with these options, needs."""
+        return lacking(model, self.needs if options is None else (*self.needs, *options.needs)) is None
 
-    def check_offered(self, model: Model) -> None:
-        """Refuse a model that lacks a graph.
+    def check_offered(
+        self, model: Model, served: Mapping[str, dict[str, Model]], options: Options | None = None
+    ) -> None:
+        """Refuse a model that lacks what the operation needs, or what a request with these options needs.
 
         Args:
             model: The model.
+            served: All served models by name and version, for the message.
+            options: The options of the request.
 
         Raises:
-            UnsupportedOperation: The message names the graphs.
+            UnsupportedOperation: The message names the reason, and the models that can.
         """
-        if not self.offered_by(model):
-            lacking = ", ".join(graph for graph in self.needs if graph not in model.graphs)
-            raise UnsupportedOperation(
-                f"model {model.manifest.name} was exported without {lacking}; {self.name} needs it"
-            )
+        check_able(model, self.needs, self.name, served)
+        if options is not None and options.needs:
+            needs = (*self.needs, *options.needs)
+            check_able(model, needs, f"{self.name} with quality=refined", served, "; or ask for quality=fast")
 
 
 def is_finite(array: Rows) -> bool:
@@ -371,19 +452,3 @@ def is_finite(array: Rows) -> bool:
         return True
     flat = array.ravel()  # a sum of squares takes a third of the time of np.isfinite
     return math.isfinite(flat.dot(flat)) or bool(np.isfinite(array).all())
-
-
-def check_refinable(model: Model, graph: str) -> None:
-    """Refuse `quality=refined` for a model that lacks the graph of the gradient.
-
-    Args:
-        model: The model.
-        graph: Name of the graph.
-
-    Raises:
-        UnsupportedOperation: The message names the graph.
-    """
-    if graph not in model.graphs:
-        raise UnsupportedOperation(
-            f"model {model.manifest.name} was exported without {graph}; ask for quality=fast, or export it again"
-        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from service.operations.abilities import ENCODING
 from service.operations.inference import vae
 from service.operations.inference.latent import Noise
 from service.operations.inference.vae import Result
@@ -13,8 +14,7 @@ from service.runtime.program import Submit
 
 
 async def _run(model: Model, submit: Submit, inputs: Inputs, options: DrawOptions) -> Result:
-    noise = Noise(options.seed, inputs.first)
-    return await vae.reconstruct(model.plan, submit, model.latent_shape, inputs.rows, options.draws, noise)
+    return await vae.reconstruct(model, submit, inputs.rows, options.draws, Noise(options.seed, inputs.first))
 
 
 reconstruct = Operation(
@@ -26,6 +26,7 @@ reconstruct = Operation(
     inputs=(IMAGES,),
     outputs=(MEANS, replace(SEED, required=False)),
     row_wise=True,
+    needs=(ENCODING, "decoder"),
     example={"images": ["<base64 of a PNG>"]},
     answer={"images": [[[[0.0, 0.9], [0.1, 0.0]]]]},
 )

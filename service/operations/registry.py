@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Generator, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from service.errors import ServiceError
@@ -42,11 +43,10 @@ def warm_up(
         Each submitted program with its input arrays, in order of submission.
     """
     for operation in operations:
-        for chosen in operation.warm_up if operation.offered_by(model) else ():
-            try:
-                yield from _trips(operation, model, golden, operation.options(**chosen))
-            except ServiceError:
-                continue
+        for options in operation.warm_up_options(model):
+            if operation.offered_by(model, options):
+                with suppress(ServiceError):
+                    yield from _trips(operation, model, golden, options)
 
 
 def _trips(

@@ -12,7 +12,8 @@ from service.contract.calibration import calibrated
 from service.contract.corruption import Observation, OperatorName, Rows
 from service.contract.graphs import GRAPHS
 from service.contract.images import FIT_ADVICE, Fit
-from service.errors import InvalidOption
+from service.errors import InvalidOption, TooLarge
+from service.operations.abilities import Need
 from service.operations.inference.latent import Noise
 from service.operations.inference.refinement import STEPS
 from service.operations.inference.restoration import (
@@ -25,8 +26,8 @@ from service.operations.inference.restoration import (
 )
 from service.operations.inference.tiling import Tiling
 from service.operations.inference.vae import Observe, Result, noted
-from service.operations.operation import MEANS, PIXELS, SEED, DrawOptions, Inputs, Tensor, check_refinable
-from service.runtime.model import Model
+from service.operations.operation import MEANS, PIXELS, SEED, DrawOptions, Inputs, Tensor
+from service.runtime.model import PRIOR, Model
 from service.runtime.program import Submit
 
 NEEDS = GRAPHS["recognition"].needs
@@ -38,6 +39,8 @@ OUTPUTS = (
     Tensor("elbo", ("n",), "Lower bound on log p(y), in nats, with `quality=refined`", required=False),
     replace(SEED, required=False),
 )
+MOST_THROUGH = 1024
+"""Largest height and width of an image seen through an operator, which is two matrices of such sides."""
 WARM_UP: tuple[dict[str, Any], ...] = ({}, {"quality": "refined"})
 
 
@@ -59,6 +62,11 @@ class RestoreOptions(DrawOptions):
     def images_alone(self) -> bool:
         """Whether the answer has no other arrays than images."""
         return not (self.uncertainty or self.completions)
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """What refinement needs of a model."""
+        return ("refinement",) if self.quality == "refined" else ()
 
     def memory_numbers(self, image: int, latent: int) -> int:
         """Numbers in memory while one row of the request is answered; see `Options.memory_numbers`."""
@@ -107,21 +115,32 @@ def observed(
         operator: Blur or shrinking of the images before the noise.
 
     Returns:
-        The observation, with missing pixels set to 0.
+        The observation, with missing pixels set to 0. Without a mask it holds the images themselves, and a mask of one
+        number.
 
     Raises:
         InvalidOption: The model was not trained on this family of noise.
+        TooLarge: The image behind an operator is too large.
     """
+    if operator is not None and max(operator[2:]) > MOST_THROUGH:
+        height, width = operator[2:]
+        raise TooLarge(
+            f"blur and super-resolution look at whole images of at most {MOST_THROUGH} x {MOST_THROUGH}, not "
+            f"{height} x {width}; send parts of the image"
+        )
     families = model.manifest.noise_families
     if noise is not None and noise not in families:
         raise InvalidOption(f"noise is {noise}, but model {model.manifest.name} knows {', '.join(families)} and none")
     family = None if noise is None else families.index(noise)
-    mask = np.ones_like(inputs.rows) if inputs.mask is None else inputs.mask
+    if inputs.mask is None:
+        y, mask = inputs.rows, np.broadcast_to(np.float32(1.0), inputs.rows.shape)
+    else:  # levels stay integers
+        y, mask = np.multiply(inputs.rows, inputs.mask, dtype=inputs.rows.dtype, casting="unsafe"), inputs.mask
     levels = np.zeros((len(inputs.rows), len(families)), np.float32)
     if family is not None and level != "auto":
         levels[:, family] = level
     known = family is None or level != "auto"
-    return Observation(inputs.rows * mask, mask, levels, family, known, operator)
+    return Observation(y, mask, levels, family, known, operator)
 
 
 async def restored(model: Model, submit: Submit, inputs: Inputs, seen: Observation, options: RestoreOptions) -> Result:
@@ -138,23 +157,21 @@ async def restored(model: Model, submit: Submit, inputs: Inputs, seen: Observati
         The outputs that `OUTPUTS` declares, of whole images.
 
     Raises:
-        UnsupportedOperation: `quality` is refined and the model lacks the graph of refinement.
         InvalidOption: `completions` is set without `draws`.
     """
-    refined = options.quality == "refined"
-    if refined:
-        check_refinable(model, "refinement")
     if options.completions and not options.draws:
         raise InvalidOption("completions are draws of the posterior; say how many with draws")
     estimated = seen.estimated is not None
-    if inputs.tiling is not None and not seen.known:
+    if not seen.known and (inputs.tiling is not None or model.manifest.size is not None):
         seen = await _of_one_level(model, submit, seen, inputs.tiling)
+    refined = options.quality == "refined"
     choices = RestoreChoices(refined, options.draws, options.uncertainty, options.completions, options.preview)
     noise, observe = Noise(options.seed, inputs.first), _of_whole_images(inputs.observe, inputs.tiling)
-    result = await restore(model.plan, submit, model.latent_shape, seen, choices, noise, observe)
+    result = await restore(model, submit, seen, choices, noise, observe)
     if options.uncertainty:
         result.outputs["std"] = _calibrated(model, result.outputs["std"], seen, options.quality)
-    sighted: NDArray[np.bool_] = np.any(seen.mask, axis=(1, 2, 3))
+    whole = inputs.mask is None
+    sighted = np.ones(len(inputs.rows), bool) if whole else np.any(seen.mask, axis=(1, 2, 3))
     if not sighted.all():
         result = await _without_sight(model, submit, result, np.flatnonzero(~sighted), inputs)
     if estimated:
@@ -170,11 +187,13 @@ def _calibrated(model: Model, std: Rows, seen: Observation, quality: str) -> Row
     return calibrated(std, seen, model.manifest.noise_families, calibration.factors.get(quality, {}))
 
 
-async def _of_one_level(model: Model, submit: Submit, seen: Observation, tiling: Tiling) -> Observation:
-    """Set one noise level for each image: the median of the estimates of its tiles."""
+async def _of_one_level(model: Model, submit: Submit, seen: Observation, tiling: Tiling | None) -> Observation:
+    """Set one noise level for each image: its estimate, or the median of the estimates of its tiles."""
     trip = await submit(model.plan("level", level_rows, 0, seen.estimated), seen.lifted())
-    estimates = trip.arrays[0].reshape(tiling.images, tiling.tiles, -1)
-    return seen._replace(level=np.repeat(np.median(estimates, 1), tiling.tiles, axis=0), known=True)
+    level = trip.arrays[0]
+    if tiling is not None:
+        level = np.repeat(np.median(level.reshape(tiling.images, tiling.tiles, -1), 1), tiling.tiles, axis=0)
+    return seen._replace(level=level, known=True)
 
 
 def _of_whole_images(observe: Observe | None, tiling: Tiling | None) -> Observe | None:
@@ -195,13 +214,19 @@ def _joined(result: Result, tiling: Tiling) -> Result:
 
 
 async def _without_sight(model: Model, submit: Submit, result: Result, unseen: NDArray[Any], inputs: Inputs) -> Result:
-    """Put the prior's mean into rows whose mask hides all pixels, and add a note about these rows."""
-    mean, std = await prior_mean(model.plan, submit, model.noise_shape)
-    for name, known in (("images", mean), ("std", std)):
-        if name in result.outputs:
-            result.outputs[name][unseen] = known
+    """Add a note about rows whose mask hides all pixels, and put the prior's mean into them.
+
+    A model without a prior, or of images of any size, answers as its restoration does where nothing is seen.
+    """
     what = "of a tile of the image" if inputs.tiling else "of the image"
-    detail = f"the mask hides all {what}, so the answer there is the mean of the prior"
+    answer = "what the model gives without any observation"
+    if PRIOR in model.abilities and model.manifest.size is None:
+        mean, std = await prior_mean(model, submit)
+        for name, known in (("images", mean), ("std", std)):
+            if name in result.outputs:
+                result.outputs[name][unseen] = known
+        answer = "the mean of the prior"
+    detail = f"the mask hides all {what}, so the answer there is {answer}"
     return noted(result, "nothing_seen", _places(unseen, inputs), detail)
 
 

@@ -10,13 +10,13 @@ from pydantic import Field
 from service.operations.inference import vae
 from service.operations.inference.latent import MAX_SEED, Noise
 from service.operations.inference.vae import Result
-from service.operations.operation import LATENTS, MEANS, SEED, Inputs, Operation, Options
-from service.runtime.model import Model
+from service.operations.operation import LATENTS, MEANS, SEED, Inputs, Operation, PriorOptions
+from service.runtime.model import PRIOR, Model
 from service.runtime.program import Submit
 
 
-class SampleOptions(Options):
-    """Options of sample: number of images, seed and temperature."""
+class SampleOptions(PriorOptions):
+    """Options of sample: number and size of the images, seed and temperature."""
 
     count: Annotated[int, Field(ge=1)] = 1
     """Number of images."""
@@ -34,10 +34,8 @@ class SampleOptions(Options):
 
 
 async def _run(model: Model, submit: Submit, inputs: Inputs, options: SampleOptions) -> Result:
-    noise = Noise(options.seed, inputs.first)
-    return await vae.sample(
-        model.plan, submit, model.noise_shape, len(inputs.rows), options.temperature, options.latents, noise
-    )
+    noise, shape = Noise(options.seed, inputs.first), model.noise_at(*model.padded(inputs.size))
+    return await vae.sample(model, submit, shape, len(inputs.rows), options.temperature, options.latents, noise)
 
 
 sample = Operation(
@@ -49,6 +47,7 @@ sample = Operation(
     inputs=(),
     outputs=(MEANS, SEED, replace(LATENTS, required=False)),
     row_wise=True,
+    needs=("decoder", PRIOR),
     example={"count": 1, "seed": 7},
     answer={"images": [[[[0.0, 0.9], [0.1, 0.0]]]], "seed": 7},
 )

@@ -8,14 +8,15 @@ import numpy as np
 from pydantic import Field
 
 from service.contract.manifest import Scoring
-from service.errors import InvalidOption
+from service.errors import InvalidOption, InvalidShape
+from service.operations.abilities import ENCODING, Need
 from service.operations.examples import PROGRESS
 from service.operations.inference.latent import MAX_SEED, Noise
 from service.operations.inference.refinement import STEPS
 from service.operations.inference.scoring import DRAWS, ScoreChoices
 from service.operations.inference.scoring import score as scored
 from service.operations.inference.vae import Result, noted
-from service.operations.operation import IMAGES, PIXELS, SEED, ImageOptions, Inputs, Operation, Tensor, check_refinable
+from service.operations.operation import IMAGES, PIXELS, SEED, ImageOptions, Inputs, Operation, Tensor
 from service.runtime.model import Model
 from service.runtime.program import Submit
 
@@ -45,6 +46,11 @@ class ScoreOptions(ImageOptions):
     def multiplicity(self) -> int:
         """Rows that one row of the request becomes."""
         return self.draws
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """What refinement needs of a model."""
+        return ("encoder", "elbo_gradient") if self.quality == "refined" else ()
 
     def memory_numbers(self, image: int, latent: int) -> int:
         """Numbers in memory while one row of the request is answered; see `Options.memory_numbers`."""
@@ -76,8 +82,13 @@ def binarisation(model: Model, options: ScoreOptions) -> tuple[Scoring, str]:
 
 def _check(model: Model, inputs: Inputs, options: ScoreOptions) -> None:
     scoring, how = binarisation(model, options)
-    if options.quality == "refined":
-        check_refinable(model, "elbo_gradient")
+    if inputs.size is not None and inputs.size != inputs.rows.shape[-2:]:
+        free = model.manifest.size
+        assert free is not None  # images of other models are not padded
+        raise InvalidShape(
+            f"images of {inputs.size[0]} x {inputs.size[1]} cannot be scored, because no pixels may be added; crop "
+            f"them to multiples of {free.multiple_of} that are at least {free.min}"
+        )
     binary_only = scoring.binary and scoring.binarisation != "none"
     if binary_only and how == "none" and not ((inputs.rows == 0.0) | (inputs.rows == 1.0)).all():
         raise InvalidOption(
@@ -90,9 +101,9 @@ async def _run(model: Model, submit: Submit, inputs: Inputs, options: ScoreOptio
     scoring, how = binarisation(model, options)
     of_grey = scoring.binary and scoring.binarisation == "none" and how == "none"
     choices = ScoreChoices(how, not of_grey, options.quality == "refined", options.draws, options.error)
-    result = await scored(model.plan, submit, inputs.rows, choices, Noise(options.seed, inputs.first), inputs.observe)
+    result = await scored(model, submit, inputs.rows, choices, Noise(options.seed, inputs.first), inputs.observe)
     outputs = dict(result.outputs)
-    if how == scoring.binarisation:
+    if how == scoring.binarisation and model.manifest.size is None:
         values = scoring.elbo_percentiles_nats
         outputs["percentile"] = np.interp(outputs["elbo"], values, np.arange(101.0)).astype(np.float32)
     result = result._replace(outputs=outputs)
@@ -134,7 +145,7 @@ score = Operation(
         "binarisation": "sample",
     },
     progress=PROGRESS,
-    needs=("log_joint",),
+    needs=("log_joint", ENCODING),
     check=_check,
     warm_up=({}, {"quality": "refined"}),
 )

@@ -23,32 +23,38 @@ class SuperResolveOptions(RestoreOptions):
     level: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Standard deviation of Gaussian noise on what is sent; 0 for none."""
 
-    @property
-    def scale(self) -> int:
-        """Height and width of the answer's images in those of the request's."""
-        return self.factor
-
     def check(self, model: Model) -> None:
-        """Refuse a factor that does not divide the model's height and width.
+        """Refuse a factor that does not divide the model's height and width, where they are not free.
 
         Raises:
             InvalidOption: The message names the factors that do.
         """
+        if model.manifest.size is not None:
+            return
         _, height, width = model.input_shape
         if height % self.factor or width % self.factor:
             fitting = [str(k) for k in range(2, min(height, width) + 1) if not (height % k or width % k)]
             known = ", ".join(fitting) or "none does"
             raise InvalidOption(f"factor is {self.factor}; it must divide {height} x {width}: {known}")
 
+    @property
+    def scale(self) -> int:
+        """Height and width of the answer's images in those of the request's."""
+        return self.factor
+
     def sent_shape(self, model: Model) -> tuple[int, ...]:
-        """Shape (c, h, w) of one image in the request: height and width divided by the factor, rounded down."""
-        channels, *sides = model.input_shape
-        return channels, *(side and max(1, side // self.factor) for side in sides)
+        """Shape (c, h, w) of one image in the request: height and width divided by the factor, rounded down.
+
+        Height and width are 0 where they are free.
+        """
+        channels, *size = model.input_shape
+        height, width = (length and max(1, length // self.factor) for length in size)
+        return channels, height, width
 
 
 async def _run(model: Model, submit: Submit, inputs: Inputs, options: SuperResolveOptions) -> Result:
-    height, width = inputs.rows.shape[2:]
-    operator = ("shrink", options.factor, height * options.factor, width * options.factor)
+    height, width = (options.factor * length for length in inputs.rows.shape[-2:])
+    operator = ("shrink", options.factor, height, width)
     seen = observed(model, inputs, "gaussian" if options.level else None, options.level, operator)
     return await restored(model, submit, inputs, seen, options)
 

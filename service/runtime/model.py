@@ -77,10 +77,17 @@ class Model:
         prior = self.manifest.graphs.get("prior")
         return self.latent_at(height, width) if prior is None else at_size(prior.inputs["eps"], height, width)
 
-    @cached_property
-    def noise_shape(self) -> tuple[int, ...]:
-        """Shape of that noise for images of a fixed size."""
-        return self.noise_at(*self.input_shape[1:])
+    def padded(self, size: tuple[int, int] | None) -> tuple[int, int]:
+        """Height and width that the graphs take for an image of this height and width.
+
+        Args:
+            size: Height and width of the image; None for a model of one size.
+        """
+        free = self.manifest.size
+        if free is None or size is None:
+            _, height, width = self.input_shape
+            return height, width
+        return free.padded(size[0]), free.padded(size[1])
 
     @cached_property
     def free(self) -> FreeSize | None:

@@ -90,8 +90,6 @@ class Trip(NamedTuple):
 
 Submit = Callable[..., Awaitable[Trip]]
 """(program, arrays, begun=whether it continues an answer that has begun) -> Trip."""
-Plan = Callable[..., Program]
-"""(operation, how its rows are computed, draws, further static choices) -> Program; see `Model.plan`."""
 
 
 @dataclass(eq=False)

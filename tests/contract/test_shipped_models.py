@@ -205,9 +205,9 @@ def test_an_answer_never_depends_on_its_batch_mates(repository: Repository) -> N
             shown = image if operator is None else operator_of(operator).seen(np.zeros(image, np.float32)).shape
             seen = [shown, shown, (len(model.manifest.noise_families),)]
             shapes = {
-                "weigh": [image, latent, latent, (16, *latent)],
+                "weigh": [image, (16, *latent), latent, latent],
                 "decode": [latent],
-                "sample": [model.noise_shape],
+                "sample": [model.noise_at(*image[1:])],
                 "denoise": seen,
                 "recognise": seen,
                 "fuse": [latent, latent, *seen],

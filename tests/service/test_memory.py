@@ -115,11 +115,11 @@ def test_what_others_leave_no_room_for_may_come_back(slow: Callable[[Callable[[]
 
 def test_programs_are_not_remembered_for_ever(model: Model) -> None:
     """However many blurs are named; what requests without options need stays."""
-    usual = model.plan("encode", encode_rows)
+    usual = model.plan("encode", encode_rows, 0, model.latent_at)
     for k in range(2 * MOST_PROGRAMS):
         assert model.plan("fuse", fuse_rows, 0, ("blur", 1.0 + k, 8, 8)).operation == "fuse"
     assert len(model.programs) <= MOST_PROGRAMS
-    assert model.plan("encode", encode_rows) is usual
+    assert model.plan("encode", encode_rows, 0, model.latent_at) is usual
 
 
 def test_long_queries_are_not_remembered(digits_models: Path) -> None:

@@ -153,6 +153,6 @@ def test_a_half_written_version_is_not_seen(copy: Path) -> None:
 
 def test_warm_programs_know_their_cost(model: Model) -> None:
     """After the warm-up, more rows cost no less, and a program that nobody has timed is never cheap."""
-    program = model.plan("reconstruct", reconstruct_rows)
+    program = model.plan("reconstruct", reconstruct_rows, 0, model.latent_at)
     assert 0 < program.cost_s(1) <= program.cost_s(8) < 1
-    assert model.plan("reconstruct", reconstruct_rows, 3).cost_s(1) == math.inf
+    assert model.plan("reconstruct", reconstruct_rows, 3, model.latent_at).cost_s(1) == math.inf

@@ -105,10 +105,7 @@ def run(model: Model, *requests: tuple[Observation, RestoreChoices, int]) -> lis
     async def scenario() -> list[Result]:
         engine = Batcher(max_rows=8, queue_rows=4096)
         try:
-            jobs = [
-                restore(model.plan, engine.submit, model.latent_shape, seen, choices, Noise(seed))
-                for seen, choices, seed in requests
-            ]
+            jobs = [restore(model, engine.submit, seen, choices, Noise(seed)) for seen, choices, seed in requests]
             return await asyncio.gather(*jobs)
         finally:
             await engine.close()

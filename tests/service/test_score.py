@@ -39,7 +39,7 @@ def run(model: Model, *requests: tuple[Rows, ScoreChoices, int]) -> list[Result]
     async def scenario() -> list[Result]:
         engine = Batcher(max_rows=8, queue_rows=4096)
         try:
-            return await asyncio.gather(*(score(model.plan, engine.submit, x, w, Noise(s)) for x, w, s in requests))
+            return await asyncio.gather(*(score(model, engine.submit, x, w, Noise(s)) for x, w, s in requests))
         finally:
             await engine.close()
 
@@ -88,7 +88,7 @@ class Linear:
     def model(self) -> Model:
         """As a model of the service."""
         graphs: Any = {name: getattr(self, name) for name in ("encoder", "log_joint", "elbo_gradient")}
-        manifest: Any = SimpleNamespace(name="linear")
+        manifest: Any = SimpleNamespace(name="linear", channels=1, latent_shape=[2])
         return Model(manifest, graphs)
 
     def x(self, n: int) -> Rows:
@@ -159,7 +159,7 @@ def test_much_work_is_cut_up_and_gives_way(images: int, draws: int, slices: int)
             rounds.append(program.rounds)
         return Trip(program.run(*arrays), 0.0, 0.0)
 
-    asyncio.run(score(linear.model().plan, submit, linear.x(images), CHOICES._replace(draws=draws), Noise(1)))
+    asyncio.run(score(linear.model(), submit, linear.x(images), CHOICES._replace(draws=draws), Noise(1)))
     assert rounds == [slices] * -(-draws // SLICE)
 
 

@@ -231,7 +231,8 @@ FREE = {
         restored = Add (x_mean, step)
         high = Unsqueeze (level, planes)
         nothing = Mul (y, zero)
-        variance = Add (nothing, high)
+        known = Add (nothing, high)
+        variance = Add (known, little)
     """,
     "correction": "restored = Identity (fused) variance = Identity (fused_variance)",
 }
@@ -255,6 +256,7 @@ def _free_parts(channels: int, value_range: tuple[float, float], graphs: Collect
         "low": np.float32(low),
         "half": np.float32(0.5),
         "zero": np.float32(0.0),
+        "little": np.float32(0.01),
         "pixels": np.int64([1, 2, 3]),
         "planes": np.int64([2, 3]),
         "last": np.int64([1]),

@@ -96,7 +96,7 @@ class OperationApp:
                 model = self.context.repository.find(path.get("model"), path.get("version"))
                 label = model.manifest.name
                 if len(model.variants) == 1:
-                    self.operation.check_offered(model)
+                    self.operation.check_offered(model, self.context.repository.models)
                 request = await self._received(model, scope, receive, share)
                 if request is None:
                     return
@@ -187,9 +187,9 @@ class OperationApp:
         payload = codec.read(body, request.content_type, intake) if codec and codec.read else Payload(None)
         if payload.options:
             options = self._options({**_pairs(request.query), **payload.options})
+        model = variant_of(operation, model, payload, options)
+        operation.check_offered(model, self.context.repository.models, options)
         _check_fingerprint(model, request.fingerprint, options)
-        if len(model.variants) > 1:
-            model = variant_of(operation, model, payload, options)
         if intake.float_pixels is not None and payload.array is not None and intake.keeps_levels(payload.array):
             share.keep(2 * (payload.array.nbytes + (0 if payload.mask is None else payload.mask.nbytes)))  # padded too
         row_bytes, levels = 0, False

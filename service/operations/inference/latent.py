@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ MAX_SEED = 2**53 - 1
 """The largest integer that every JSON reader represents exactly."""
 BLOCK_ROWS = 64
 """Rows drawn with one key."""
+LOG_2_PI = math.log(2.0 * math.pi)
 STREAM_BITS = 48
 """The second word of a key: the stream in the bits from this one on, the block below."""
 
@@ -86,6 +88,14 @@ def posterior_draws(mean: NDArray[Any], log_var: NDArray[Any], eps: NDArray[Any]
     std = np.exp(0.5 * log_var)
     draws: NDArray[np.float32] = mean[:, None] + std[:, None] * eps
     return draws
+
+
+def log_density(log_var: NDArray[Any], eps: NDArray[Any]) -> NDArray[np.float64]:
+    """log q(z) in nats, (n, L), at z = mean + std * eps: log_var (n, *latent), eps (n, L, *latent)."""
+    n, draws = eps.shape[:2]
+    square = np.square(eps.reshape(n, draws, -1), dtype=np.float64)
+    found: NDArray[np.float64] = -0.5 * (square + log_var.reshape(n, 1, -1).astype(np.float64) + LOG_2_PI).sum(2)
+    return found
 
 
 def path(start: NDArray[Any], end: NDArray[Any], steps: int, *, spherical: bool) -> NDArray[np.float32]:

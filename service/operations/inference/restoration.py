@@ -23,8 +23,9 @@ from service.operations.inference.refinement import (
     begin,
     climb_rows,
 )
-from service.operations.inference.vae import Observe, Result, Rows, decode_draws, drawn_noise, sample_rows
-from service.runtime.program import Arrays, Compute, Graphs, Plan, Submit, Trip
+from service.operations.inference.vae import Observe, Result, Rows, decode_draws, drawn, drawn_noise
+from service.runtime.model import Model
+from service.runtime.program import Arrays, Compute, Graphs, Submit, Trip
 
 LEAST_LEVEL, MOST_LEVEL = np.float32(1e-6), np.float32(1.0)
 """Bounds of an estimated level: those of the option `level`, which must be above 0."""
@@ -116,9 +117,8 @@ class RestoreChoices(NamedTuple):
 
 
 async def restore(
-    plan: Plan,
+    model: Model,
     submit: Submit,
-    shape: tuple[int, ...],
     seen: Observation,
     choices: RestoreChoices,
     noise: Noise,
@@ -127,22 +127,25 @@ async def restore(
     """E[x | y] and the level of the noise; with uncertainty, the standard deviation of the posterior too.
 
     Args:
-        plan: Gives the model's programs.
+        model: The model.
         submit: Submits a program.
-        shape: Shape of a latent.
         seen: The observation.
         choices: How to restore.
         noise: The request's noise.
         observe: Called after every window of a refinement; with a preview, with the images so far.
     """
     seed, noise = noise.settled()  # one seed repeats both draws and steps
+    shape = model.latent_at(*seen.size) if choices.draws else ()
     eps, about = drawn_noise(noise, len(seen.y), choices.draws, shape)
     if seen.operator is None and not choices.refined:
-        program = plan("denoise", denoise_rows, choices.draws, seen.estimated, completions=choices.completions)
+        images = (1, 3) if choices.completions else (1,)
+        program = model.plan(
+            "denoise", denoise_rows, choices.draws, seen.estimated, images=images, completions=choices.completions
+        )
         trip = await submit(program, (seen.y, seen.mask, seen.level, *eps))
         level, *arrays = trip.arrays
     else:
-        trip = await submit(plan("recognise", recognise_rows, 0, seen.estimated), seen.lifted())
+        trip = await submit(model.plan("recognise", recognise_rows, 0, seen.estimated), seen.lifted())
         mean, log_var, level = trip.arrays
         if not seen.known:
             seen = seen._replace(level=level)
@@ -150,11 +153,11 @@ async def restore(
             _, steps = noise.normal(len(seen.y), (STEPS, mean.shape[1] + level.shape[1]), REFINEMENT_STREAM)
             start = begin(mean, log_var, level.shape[1])
             mean, log_var, bound, level, spent = await _refine(
-                plan, submit, start, seen, steps, observe, preview=choices.preview
+                model, submit, start, seen, steps, observe, preview=choices.preview
             )
             about, seen = {"seed": seed, "elbo": bound}, seen.with_level(level, LEAST_LEVEL, MOST_LEVEL)
             trip = spent.after(trip)
-        fused = await _fused(plan, submit, seen, mean, log_var, eps, completions=choices.completions)
+        fused = await _fused(model, submit, seen, mean, log_var, eps, completions=choices.completions)
         trip = fused.after(trip)
         level, arrays = seen.level, list(trip.arrays)
     outputs = {"images": arrays[0]}
@@ -166,14 +169,18 @@ async def restore(
     return Result(outputs, {**about, **found}, trip)
 
 
-async def prior_mean(plan: Plan, submit: Submit, noise_shape: tuple[int, ...]) -> tuple[Rows, Rows]:
-    """E[x] and the standard deviation of E[x|z] under the prior, (c, h, w), for images of which nothing is seen."""
-    trip = await submit(plan("sample", sample_rows), (latent.standard_normal(0, PRIOR_DRAWS, noise_shape),))
+async def prior_mean(model: Model, submit: Submit) -> tuple[Rows, Rows]:
+    """E[x] and the standard deviation of E[x|z] under the prior, (c, h, w), for images of which nothing is seen.
+
+    The model must have one size.
+    """
+    noise_shape = model.noise_at(*model.padded(None))
+    trip = await drawn(model, submit, latent.standard_normal(0, PRIOR_DRAWS, noise_shape))
     return trip.arrays[0].mean(0), trip.arrays[0].std(0)
 
 
 async def _fused(
-    plan: Plan,
+    model: Model,
     submit: Submit,
     seen: Observation,
     mean: Rows,
@@ -183,12 +190,20 @@ async def _fused(
     completions: bool = False,
 ) -> Trip:
     """The outputs of `fuse_rows` for that posterior, as the continuation of an answer that began with recognition."""
-    program = plan("fuse", fuse_rows, eps[0].shape[1] if eps else 0, seen.operator, completions=completions)
+    program = model.plan(
+        "fuse",
+        fuse_rows,
+        eps[0].shape[1] if eps else 0,
+        seen.operator,
+        local=seen.operator is None,
+        images=(0, 2) if completions else (0,),
+        completions=completions,
+    )
     return await submit(program, (mean, log_var, *seen[:3], *eps), begun=True)
 
 
 async def _refine(
-    plan: Plan,
+    model: Model,
     submit: Submit,
     ascent: Ascent,
     seen: Observation,
@@ -203,7 +218,7 @@ async def _refine(
     if seen.estimated is not None:
         unknown[:, seen.estimated] = 1.0
     operators = (np.broadcast_to(part, (n, *part.shape)) for part in seen.through())
-    program = plan("refine", climb_rows, 0, "refinement", seen.y.shape[1:], RATE, rounds=STEPS)
+    program = model.plan("refine", climb_rows, 0, "refinement", seen.y.shape[1:], RATE, rounds=STEPS)
     given = (seen.y, seen.mask, seen.level, unknown, *operators)
 
     async def watch(way: Waypoint) -> None:
@@ -211,7 +226,7 @@ async def _refine(
         shown = {}
         if preview:
             so_far = seen.with_level(way.told[1], LEAST_LEVEL, MOST_LEVEL)
-            shown["images"] = (await _fused(plan, submit, so_far, *way.ascent.posterior(latent_dim))).arrays[0]
+            shown["images"] = (await _fused(model, submit, so_far, *way.ascent.posterior(latent_dim))).arrays[0]
         observe(way.result(shown))
 
     ascent, (bound, level), spent = await ascend(submit, program, ascent, eps, given, watch if observe else None)

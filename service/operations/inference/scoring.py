@@ -5,14 +5,12 @@ Draws are cut into slices. Sums over them are taken here, in double precision.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service.operations.inference import latent
-from service.operations.inference.latent import Noise, uniform
+from service.operations.inference.latent import LOG_2_PI, Noise, uniform
 from service.operations.inference.refinement import (
     NEARBY_RATE,
     REFINEMENT_STREAM,
@@ -22,8 +20,9 @@ from service.operations.inference.refinement import (
     begin,
     climb_rows,
 )
-from service.operations.inference.vae import Observe, Result, Rows, decode_rows, encode_rows
-from service.runtime.program import Arrays, Compute, Graphs, Plan, Submit, Trip
+from service.operations.inference.vae import Observe, Result, Rows, decoded, draw_rows, posterior
+from service.runtime.model import Model
+from service.runtime.program import Arrays, Compute, Graphs, Submit, Trip
 
 DRAWS = 16
 """Default draws for each image; the percentiles in the manifest use as many."""
@@ -31,26 +30,29 @@ SLICE = 64
 """Draws in one slice. A request of more images times draws is iterative work."""
 BINARISATION_STREAM = 2
 """Stream of a request's noise for its pixels."""
-LOG_2_PI = math.log(2.0 * math.pi)
 
 Doubles = NDArray[np.float64]
-Posterior = tuple[Rows, Rows]
-"""mean and log_var of q, each (n, *latent)."""
+Posterior = tuple[Rows, ...]
+"""mean and log_var of a Gaussian q, each (n, *latent); empty for a posterior that needs noise."""
 
 
 def weigh_rows(graphs: Graphs) -> Compute:
-    """x, mean, log_var, eps (n, L, *latent) -> log p(x|z) and log p(z), (n, L), at the draws z of q."""
+    """x, eps (n, L, *latent)[, mean, log_var] -> log p(x|z), log p(z) and log q(z|x), (n, L), at draws z of q."""
+    draw = draw_rows(graphs)
 
-    def compute(x: Rows, mean: Rows, log_var: Rows, eps: Rows) -> Arrays:
-        z = latent.posterior_draws(mean, log_var, eps)
-        joint = graphs["log_joint"](np.repeat(x, eps.shape[1], axis=0), z.reshape(-1, *mean.shape[1:]))
-        return tuple(part.reshape(eps.shape[:2]) for part in joint)
+    def compute(x: Rows, eps: Rows, *q: Rows) -> Arrays:
+        z, log_q = draw(x, eps, *q)
+        joint = graphs["log_joint"](np.repeat(x, eps.shape[1], axis=0), z.reshape(-1, *z.shape[2:]))
+        return (*(part.reshape(eps.shape[:2]) for part in joint), log_q)
 
     return compute
 
 
 class Terms(NamedTuple):
-    """log p(x|z), log p(z) and log q(z) at draws z of q, (n, L), and the entropy of q, (n,), all in nats."""
+    """log p(x|z), log p(z) and log q(z) at draws z of q, (n, L), and the entropy of q, (n,), all in nats.
+
+    The entropy of a posterior that needs noise is the mean of -log q(z) over the draws.
+    """
 
     log_likelihood: Doubles
     log_prior: Doubles
@@ -98,12 +100,12 @@ class ScoreChoices(NamedTuple):
 
 
 async def score(
-    plan: Plan, submit: Submit, x: Rows, choices: ScoreChoices, noise: Noise, observe: Observe | None = None
+    model: Model, submit: Submit, x: Rows, choices: ScoreChoices, noise: Noise, observe: Observe | None = None
 ) -> Result:
     """Scores of images.
 
     Args:
-        plan: Gives the model's programs.
+        model: The model.
         submit: Submits a program.
         x: Images, (n, c, h, w).
         choices: How to score.
@@ -115,15 +117,15 @@ async def score(
     """
     seed, noise = noise.settled()
     x = binarised(x, choices.binarisation, noise)
-    trip = await submit(plan("encode", encode_rows), (x,))
-    q: Posterior = (trip.arrays[0], trip.arrays[1])
-    _, eps = noise.normal(len(x), (choices.draws, *q[0].shape[1:]))
-    terms, trip = await _terms(plan, submit, x, q, eps, trip)
+    trip = await posterior(model, submit, x) if "encoder" in model.graphs else Trip((), 0.0, 0.0)
+    q: Posterior = trip.arrays
+    _, eps = noise.normal(len(x), (choices.draws, *model.latent_at(*x.shape[-2:])))
+    terms, trip = await _terms(model, submit, x, q, eps, trip)
     log_likelihood, kl = terms.bound()
     figures = {"elbo": log_likelihood - kl, "log_likelihood": log_likelihood, "kl": kl}
     if choices.refined:
-        q, trip = await _refined(plan, submit, x, q, noise, trip, observe)
-        terms, trip = await _terms(plan, submit, x, q, eps, trip)
+        q, trip = await _refined(model, submit, x, q, noise, trip, observe)
+        terms, trip = await _terms(model, submit, x, q, eps, trip)
         log_likelihood, kl = terms.bound()
         figures["refined_elbo"] = log_likelihood - kl
     if choices.weighted:
@@ -132,7 +134,10 @@ async def score(
             figures["standard_error"] = error
     outputs = {name: figure.astype(np.float32) for name, figure in figures.items()}
     if choices.error:
-        trip = (await submit(plan("decode", decode_rows), (q[0],))).after(trip)
+        if not q:
+            trip = (await posterior(model, submit, x)).after(trip)
+        mean = q[0] if q else trip.arrays[0]
+        trip = (await decoded(model, submit, mean)).after(trip)
         outputs["error"] = np.square(trip.arrays[0] - x)
     return Result(outputs, {"seed": seed, "binarisation": choices.binarisation}, trip)
 
@@ -146,8 +151,8 @@ def binarised(x: Rows, how: str, noise: Noise) -> Rows:
     return (x > cut if how == "sample" else x >= cut).astype(np.float32)
 
 
-async def _terms(plan: Plan, submit: Submit, x: Rows, q: Posterior, eps: Rows, before: Trip) -> tuple[Terms, Trip]:
-    """The terms at mean + std * eps (n, L, *latent), and the time with that of `before`."""
+async def _terms(model: Model, submit: Submit, x: Rows, q: Posterior, eps: Rows, before: Trip) -> tuple[Terms, Trip]:
+    """The terms at the draws of noise eps (n, L, *latent), and the time with that of `before`."""
     n, draws = eps.shape[:2]
     slices = range(0, draws, SLICE)
     rounds = 1 if n * draws <= SLICE else max(2, len(slices))
@@ -155,27 +160,28 @@ async def _terms(plan: Plan, submit: Submit, x: Rows, q: Posterior, eps: Rows, b
     for start in slices:
         part = np.ascontiguousarray(eps[:, start : start + SLICE])
         further: dict[str, Any] = {"begun": True} if start else {}
-        program = plan("weigh", weigh_rows, part.shape[1], rounds=rounds)
-        trip = await submit(program, (x, *q, part), **further)
+        program = model.plan("weigh", weigh_rows, part.shape[1], rounds=rounds, local=False)
+        trip = await submit(program, (x, part, *q), **further)
         joint.append(trip.arrays)
         before = trip.after(before)
-    log_likelihood, log_prior = (np.concatenate(parts, 1, dtype=np.float64) for parts in zip(*joint, strict=True))
-    log_var = q[1].reshape(n, -1).astype(np.float64)
-    square = np.square(eps.reshape(n, draws, -1), dtype=np.float64)
-    log_q = -0.5 * (square + log_var[:, None] + LOG_2_PI).sum(2)
-    return Terms(log_likelihood, log_prior, log_q, 0.5 * (log_var + 1.0 + LOG_2_PI).sum(1)), before
+    log_likelihood, log_prior, log_q = (
+        np.concatenate(parts, 1, dtype=np.float64) for parts in zip(*joint, strict=True)
+    )
+    entropy = 0.5 * (q[1].reshape(n, -1).astype(np.float64) + 1.0 + LOG_2_PI).sum(1) if q else -log_q.mean(1)
+    return Terms(log_likelihood, log_prior, log_q, entropy), before
 
 
 async def _refined(
-    plan: Plan, submit: Submit, x: Rows, q: Posterior, noise: Noise, before: Trip, observe: Observe | None
+    model: Model, submit: Submit, x: Rows, q: Posterior, noise: Noise, before: Trip, observe: Observe | None
 ) -> tuple[Posterior, Trip]:
     """q refined for each image from q(z|x) on, and the time with that of `before`."""
     _, eps = noise.normal(len(x), (STEPS, *q[0].shape[1:]), REFINEMENT_STREAM)
-    program = plan("climb", climb_rows, 0, "elbo_gradient", x.shape[1:], NEARBY_RATE, rounds=STEPS)
+    program = model.plan("climb", climb_rows, 0, "elbo_gradient", x.shape[1:], NEARBY_RATE, rounds=STEPS)
 
     async def watch(way: Waypoint) -> None:
         assert observe is not None
         observe(way.result({}))
 
-    ascent, _, spent = await ascend(submit, program, begin(*q, 0), eps, (x,), watch if observe else None)
+    mean, log_var = q
+    ascent, _, spent = await ascend(submit, program, begin(mean, log_var, 0), eps, (x,), watch if observe else None)
     return ascent.posterior(eps.shape[2]), spent.after(before)

@@ -14,9 +14,12 @@ from numpy.typing import NDArray
 
 from service.operations.inference import latent
 from service.operations.inference.latent import Noise
-from service.runtime.program import Arrays, Compute, Graphs, Plan, Submit, Trip
+from service.runtime.model import Model
+from service.runtime.program import Arrays, Compute, Graphs, Submit, Trip
 
 Rows = NDArray[np.float32]
+LatentAt = Callable[[int, int], tuple[int, ...]]
+"""Height and width of an image -> shape of its latent."""
 
 
 class Result(NamedTuple):
@@ -53,9 +56,36 @@ Observe = Callable[[Result], None]
 # Programs: (graphs, static choices...) -> a function from arrays of rows to arrays of rows.
 
 
-def encode_rows(graphs: Graphs) -> Compute:
-    """x -> mean, log_var."""
-    return graphs["encoder"]
+def encode_rows(graphs: Graphs, latent_at: LatentAt) -> Compute:
+    """x -> mean, log_var of q(z|x); of a posterior that needs noise, those at noise 0.
+
+    Args:
+        graphs: The graphs.
+        latent_at: Gives the shape of a latent.
+    """
+    if "encoder" in graphs:
+        return graphs["encoder"]
+
+    def compute(x: Rows) -> Arrays:
+        eps = np.zeros((len(x), *latent_at(*x.shape[-2:])), np.float32)
+        _, mean, log_var, _ = graphs["posterior"](x, eps)
+        return mean, log_var
+
+    return compute
+
+
+def draw_rows(graphs: Graphs) -> Compute:
+    """x, eps (n, L, *latent)[, mean, log_var of q(z|x)] -> draws z (n, L, *latent) of q(z|x), log q(z|x) (n, L)."""
+
+    def compute(x: Rows, eps: Rows, *q: Rows) -> Arrays:
+        if "posterior" in graphs:
+            given = np.repeat(x, eps.shape[1], axis=0), eps.reshape(-1, *eps.shape[2:])
+            z, _, _, log_q = graphs["posterior"](*given)
+            return z.reshape(eps.shape), log_q.reshape(eps.shape[:2])
+        mean, log_var = q or graphs["encoder"](x)
+        return latent.posterior_draws(mean, log_var, eps), latent.log_density(log_var, eps)
+
+    return compute
 
 
 def decode_rows(graphs: Graphs) -> Compute:
@@ -73,14 +103,14 @@ def sample_rows(graphs: Graphs) -> Compute:
     return compute
 
 
-def reconstruct_rows(graphs: Graphs) -> Compute:
+def reconstruct_rows(graphs: Graphs, latent_at: LatentAt) -> Compute:
     """x[, eps (n, L, *latent)] -> the decoder's mean, at the posterior's mean or averaged over L draws of it."""
+    encode, draw = encode_rows(graphs, latent_at), draw_rows(graphs)
 
     def compute(x: Rows, *eps: Rows) -> Arrays:
-        mean, log_var = graphs["encoder"](x)
         if not eps:
-            return graphs["decoder"](mean)
-        return (decode_draws(graphs, latent.posterior_draws(mean, log_var, eps[0])).mean(1),)
+            return graphs["decoder"](encode(x)[0])
+        return (decode_draws(graphs, draw(x, eps[0])[0]).mean(1),)
 
     return compute
 
@@ -94,53 +124,72 @@ def decode_draws(graphs: Graphs, z: Rows) -> Rows:
 # Around a program: noise, submission, names.
 
 
-async def encode(plan: Plan, submit: Submit, shape: tuple[int, ...], x: Rows, draws: int, noise: Noise) -> Result:
+async def encode(model: Model, submit: Submit, x: Rows, draws: int, noise: Noise) -> Result:
     """mean and log_var of q(z|x); with draws, latents (n, L, *latent) from it."""
-    trip = await submit(plan("encode", encode_rows), (x,))
+    trip = await posterior(model, submit, x)
     mean, log_var = trip.arrays
     outputs = {"mean": mean, "log_var": log_var}
     if not draws:
         return Result(outputs, {}, trip)
-    seed, eps = noise.normal(len(x), (draws, *shape))
-    return Result({**outputs, "latents": latent.posterior_draws(mean, log_var, eps)}, {"seed": seed}, trip)
+    (eps,), about = drawn_noise(noise, len(x), draws, mean.shape[1:])
+    if "encoder" in model.graphs:
+        outputs["latents"] = latent.posterior_draws(mean, log_var, eps)
+    else:
+        trip = (await submit(model.plan("draw", draw_rows, draws), (x, eps), begun=True)).after(trip)
+        outputs["latents"] = trip.arrays[0]
+    return Result(outputs, about, trip)
 
 
-async def decode(plan: Plan, submit: Submit, z: Rows) -> Result:
+async def posterior(model: Model, submit: Submit, x: Rows) -> Trip:
+    """mean and log_var of q(z|x); of a posterior that needs noise, those at noise 0."""
+    return await submit(model.plan("encode", encode_rows, 0, model.latent_at), (x,))
+
+
+async def decode(model: Model, submit: Submit, z: Rows) -> Result:
     """E[x|z]."""
-    trip = await submit(plan("decode", decode_rows, images=(0,), of_latents=True), (z,))
+    trip = await decoded(model, submit, z)
     return Result({"images": trip.arrays[0]}, {}, trip)
 
 
-async def reconstruct(plan: Plan, submit: Submit, shape: tuple[int, ...], x: Rows, draws: int, noise: Noise) -> Result:
+async def decoded(model: Model, submit: Submit, z: Rows) -> Trip:
+    """E[x|z]."""
+    return await submit(model.plan("decode", decode_rows, images=(0,), of_latents=True), (z,))
+
+
+async def reconstruct(model: Model, submit: Submit, x: Rows, draws: int, noise: Noise) -> Result:
     """The decoder's mean at the posterior's mean, or averaged over draws."""
-    eps, about = drawn_noise(noise, len(x), draws, shape)
-    trip = await submit(plan("reconstruct", reconstruct_rows, draws, images=(0,)), (x, *eps))
+    eps, about = drawn_noise(noise, len(x), draws, model.latent_at(*x.shape[-2:]) if draws else ())
+    trip = await submit(model.plan("reconstruct", reconstruct_rows, draws, model.latent_at, images=(0,)), (x, *eps))
     return Result({"images": trip.arrays[0]}, about, trip)
 
 
 async def sample(
-    plan: Plan, submit: Submit, shape: tuple[int, ...], count: int, temperature: float, latents: bool, noise: Noise
+    model: Model, submit: Submit, shape: tuple[int, ...], count: int, temperature: float, latents: bool, noise: Noise
 ) -> Result:
     """Images from the prior: E[x|z] for z of the prior's noise, `shape` a row, scaled by the temperature."""
     seed, eps = noise.normal(count, shape)
-    result = await transform(plan, submit, np.float32(temperature) * eps, latents=latents)
+    result = await transform(model, submit, np.float32(temperature) * eps, latents=latents)
     return result._replace(about={"seed": seed})
 
 
-async def transform(plan: Plan, submit: Submit, eps: Rows, *, latents: bool) -> Result:
+async def transform(model: Model, submit: Submit, eps: Rows, *, latents: bool) -> Result:
     """The images, and on request the latents, that the prior makes of given noise."""
-    trip = await submit(plan("sample", sample_rows, images=(0,), of_latents=True), (eps,))
-    images, z = trip.arrays
+    images, z = (trip := await drawn(model, submit, eps)).arrays
     return _with_latents(images, z, trip, latents=latents)
 
 
+async def drawn(model: Model, submit: Submit, eps: Rows) -> Trip:
+    """E[x|z] and z, which the prior makes of given noise."""
+    return await submit(model.plan("sample", sample_rows, images=(0,), of_latents=True), (eps,))
+
+
 async def interpolate(
-    plan: Plan, submit: Submit, ends: Rows, steps: int, *, encoded: bool, spherical: bool, latents: bool
+    model: Model, submit: Submit, ends: Rows, steps: int, *, encoded: bool, spherical: bool, latents: bool
 ) -> Result:
     """E[x|z] at `steps` points of a path between two latents, or between the posterior means of two images."""
-    z = ends if encoded else (await submit(plan("encode", encode_rows), (ends,))).arrays[0]
+    z = ends if encoded else (await posterior(model, submit, ends)).arrays[0]
     between = latent.path(z[0], z[1], steps, spherical=spherical)
-    trip = await submit(plan("decode", decode_rows, images=(0,), of_latents=True), (between,))
+    trip = await decoded(model, submit, between)
     return _with_latents(trip.arrays[0], between, trip, latents=latents)
 
 

@@ -1,0 +1,61 @@
+"""What operations need of a model, and the refusal of a model that lacks it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from service.errors import UnsupportedOperation
+from service.runtime.model import ONE_GROUP, PRIOR, Model
+
+Need = str | tuple[str, ...]
+"""A graph, `PRIOR` or `ONE_GROUP`; or alternatives, of which one is enough."""
+ENCODING: Need = ("encoder", "posterior")
+"""Graphs of q(z|x)."""
+
+REASONS: dict[Need, str] = {
+    ENCODING: "it has no encoder",
+    "encoder": "its q(z|x) is not one diagonal Gaussian",
+    "decoder": "it has no decoder",
+    "log_joint": "it does not give log p(x, z), which the graph log_joint computes",
+    "elbo_gradient": "it does not give the gradient of the ELBO, which the graph elbo_gradient computes",
+    "recognition": "it was not trained to restore corrupted images",
+    "refinement": "it does not give the gradient of the bound on log p(y), which the graph refinement computes",
+    PRIOR: "it has no prior p(z), because its latents were never fitted to one",
+    ONE_GROUP: "its latents are groups that depend on each other, and points between two latents do not keep that",
+}
+"""Why a model cannot do something, by the first need that it does not meet."""
+MOST_NAMED = 5
+"""Models that a message names."""
+
+
+def lacking(model: Model, needs: Iterable[Need]) -> Need | None:
+    """The first need that a model does not meet; None if it meets all."""
+    abilities = model.abilities
+    for need in needs:
+        if need not in abilities if isinstance(need, str) else abilities.isdisjoint(need):
+            return need
+    return None
+
+
+def check_able(
+    model: Model, needs: tuple[Need, ...], doing: str, served: Mapping[str, dict[str, Model]], advice: str = ""
+) -> None:
+    """Refuse a model that does not meet all needs.
+
+    Args:
+        model: The model.
+        needs: What it needs.
+        doing: What it is asked to do, after "cannot".
+        served: Served models by name and version, some of which may be able to.
+        advice: What else works.
+
+    Raises:
+        UnsupportedOperation: The message names the reason, and the models whose latest version is able to.
+    """
+    need = lacking(model, needs)
+    if need is None:
+        return
+    able = [name for name, versions in served.items() if lacking(next(reversed(versions.values())), needs) is None]
+    reason = REASONS.get(need, f"its version has no graph {need if isinstance(need, str) else ' or '.join(need)}")
+    others = f"served models that can: {', '.join(able[:MOST_NAMED])}" if able else "no served model can"
+    raise UnsupportedOperation(f"model {model.manifest.name} cannot {doing}: {reason}; {others}{advice}")
