@@ -94,6 +94,7 @@ def create_app(
         queue_rows=settings.queue_rows,
         linger_ms=settings.linger_ms,
         inline_s=settings.inline_us / 1e6,
+        tile_pixels=settings.tile_pixels,
         batch_limit_s=settings.batch_limit_s,
         observe=telemetry.batch,
         on_failure=on_failure,

@@ -169,6 +169,9 @@ class Settings(BaseSettings):
     """Maximum posterior draws a row."""
     max_pixels: Annotated[int, Field(ge=1, le=89_478_485)] = 16 * 2**20
     """Maximum pixels in the image files of one request, checked before they are decoded."""
+    tile_pixels: Annotated[int, Field(ge=2**12)] = 2**20
+    """Images of free size above this many pixels are worked off in overlapping tiles of at most this many, which bounds
+    their memory."""
     memory_bytes: Annotated[int, Field(ge=2**20)] = 512 * 2**20
     """Maximum memory of all requests under way in a worker, estimated from bodies, rows and answers. A request that
     needs more on its own gets 413; one that must wait for others gets 503."""

@@ -73,6 +73,7 @@ class Invocation(NamedTuple):
         caller: Who waits.
         begun: Whether it is a further part of an answer that has begun: neither a full queue nor the deadline refuses
             it.
+        row_bytes: Estimated memory of answering one row.
     """
 
     model: Model
@@ -81,6 +82,7 @@ class Invocation(NamedTuple):
     options: Any
     caller: Caller
     begun: bool = False
+    row_bytes: int = 0
 
 
 async def invoke(submit: Submit, invocation: Invocation) -> Answer:
@@ -89,8 +91,10 @@ async def invoke(submit: Submit, invocation: Invocation) -> Answer:
     Raises:
         ServiceError: What the operation and the engine raise.
     """
-    model, operation, inputs, options, caller, begun = invocation
+    model, operation, inputs, options, caller, begun, _ = invocation
     known = partial(submit, deadline=None if begun else caller.deadline, gone=caller.gone, begun=begun)
+    if inputs.levels is not None:
+        known = partial(known, levels=True)
     return _answer(model, await operation.perform(model, known, inputs, options))
 
 

@@ -11,6 +11,8 @@ from service.runtime.model import Model
 
 NUMBER_BYTES = 16
 """Memory of one number of an answer, as array and as text."""
+LEVEL_BYTES = 4
+"""Memory of one 8-bit level of an answer: as array, in the picture that is written, and in its file."""
 RETRY_S = 1.0
 
 
@@ -105,15 +107,23 @@ class Share:
         )
 
 
-def answer_bytes(model: Model, options: Any, rows: int, size: tuple[int, int] | None = None) -> int:
+def answer_bytes(
+    model: Model, options: Any, rows: int, size: tuple[int, int] | None = None, *, levels: bool = False
+) -> int:
     """Estimate the memory of answering `rows` rows at once, in bytes.
 
     Args:
         model: The model.
         options: The options of the request.
         rows: Number of rows.
-        size: Height and width of the answer's images; None for a model of one size.
+        size: Height and width of images; None for a model of one size.
+        levels: Whether the images of the answer are uint8 levels, of which a picture is written.
     """
-    height, width = model.padded(size)
-    image, latent = model.input_shape[0] * height * width, math.prod(model.latent_at(height, width))
-    return NUMBER_BYTES * rows * int(options.memory_numbers(image, latent))
+    image, latent = math.prod(model.input_shape), math.prod(model.latent_shape)
+    if size is not None:
+        height, width = model.padded(size)
+        image, latent = model.input_shape[0] * height * width, math.prod(model.latent_at(height, width))
+    if not levels:
+        return NUMBER_BYTES * rows * int(options.memory_numbers(image, latent))
+    pixels, others = int(options.memory_numbers(image, 0)), int(options.memory_numbers(0, latent))
+    return rows * (LEVEL_BYTES * pixels + NUMBER_BYTES * others)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service.codecs.payload import Payload, as_images, as_rows, viewed, within
+from service.codecs.payload import Payload, as_images, as_rows, channels_of, fits, viewed, within
+from service.contract.graphs import fraction_of
 from service.contract.images import FIT_ADVICE, fit
 from service.errors import InvalidOption, InvalidShape, InvalidValue, TooLarge
 from service.operations.inference.tiling import Tiling, tiling
@@ -21,13 +23,38 @@ OBSERVED_MARGIN = 10.0
 """How far a noisy value may lie outside [0, 1]."""
 
 
+Room = Callable[[int, tuple[int, int] | None], None]
+"""Reserves memory for a number of rows, of the height and width of the graphs' images where they are free."""
+
+
+def variant_of(operation: Operation, model: Model, payload: Payload, options: Any) -> Model:
+    """The variant of a model that a request is for.
+
+    The channels of its images choose it, else its options. Latents without such an option are for the first variant
+    whose latents have their shape.
+
+    Raises:
+        InvalidShape: The images have other channels than every variant.
+        InvalidOption: No variant is as the options ask.
+    """
+    found: Model = options.variant(model)
+    array = payload.array
+    if array is None or len(model.variants) == 1:
+        return found
+    if not payload.latents and operation.takes == "images":
+        return model.variants[channels_of(array, tuple(model.variants))]
+    every, shapes = (found, *model.variants.values()), (array.shape[1:], array.shape)
+    return next((one for one in every if any(fits(shape, one.latent_shape) for shape in shapes)), found)
+
+
 def admit(
     operation: Operation,
     model: Model,
     payload: Payload,
     options: Any,
     max_rows: int,
-    room: Callable[..., None],
+    room: Room,
+    float_pixels: int | None = None,
 ) -> Inputs:
     """Check the arrays of a request, and adapt them to rows of the model's shape.
 
@@ -37,10 +64,12 @@ def admit(
         payload: The arrays of the request.
         options: The options.
         max_rows: Maximum rows of a request, draws counted.
-        room: Reserves memory for a number of rows of images of a size.
+        room: Reserves memory.
+        float_pixels: Pixels above which images of free size keep integer levels.
 
     Returns:
-        Inputs whose rows have the model's shape, or are cut into tiles of it.
+        Inputs whose rows have the model's shape, or are cut into tiles of it. Images of free size are padded to a size
+        that the graphs take.
 
     Raises:
         InvalidShape: The arrays have another shape than the model's.
@@ -52,11 +81,13 @@ def admit(
     if operation.takes is None:
         options.check(model)
         check_count(options.count, max_rows)
-        size = options.made_size(model)
-        room(options.count, size)
-        return Inputs(np.empty((options.count, 0), np.float32), size=size)
+        made = options.made_size(model)
+        room(options.count, None if made is None else padded(model, made))
+        return Inputs(np.empty((options.count, 0), np.float32), size=made)
     if payload.array is None:
         raise InvalidShape(f'the body lacks "{operation.takes}"')
+    if model.manifest.size is not None:
+        return _admit_free(operation, model, payload, options, max_rows, room, float_pixels)
     options.check(model)
     shape, name = operation.row_shape(model, options), operation.takes
     if payload.latents:
@@ -71,19 +102,98 @@ def admit(
     rows = _shaped(payload.array, shape, name, options, max_rows, room, larger)
     count = tiles.rows if tiles else len(rows)
     check_count(count * options.multiplicity, max_rows)
-    room(count)
+    room(count, None)
     rows = in_range(rows, *_bounds(operation, name), name)
-    if payload.mask is None and operation.masked:
-        raise InvalidShape(
-            f"{operation.name} needs a mask, 1 where a pixel is seen and 0 where it is missing: `mask` in JSON, a "
-            "second file in the field `mask` of a form, or the transparency of the picture"
-        )
-    if payload.mask is not None and not operation.observed:
-        raise InvalidOption(f"{operation.name} takes no mask")
-    mask = None if payload.mask is None else _mask(payload.mask, shape, options, len(rows), room)
+    mask = _mask(operation, payload, shape, options, len(rows), room)
+    mask = None if mask is None else np.broadcast_to(mask, (len(rows), *shape))
     if tiles is not None:
         rows, mask = tiles.cut(rows), None if mask is None else tiles.cut(mask)
     return Inputs(rows, mask, latents=payload.latents, tiling=tiles)
+
+
+def _admit_free(
+    operation: Operation,
+    model: Model,
+    payload: Payload,
+    options: Any,
+    max_rows: int,
+    room: Room,
+    float_pixels: int | None,
+) -> Inputs:
+    """The same for a model whose images have any size: they are padded by reflection, as are their masks."""
+    assert payload.array is not None
+    if options.resizing is not None:
+        raise InvalidOption(f"model {model.manifest.name} takes images of any size; leave fit out")
+    options.check(model)
+    if payload.latents or operation.takes == "latents":
+        rows = as_rows(payload.array, model.latent_shape, "latents")
+        check_count(len(rows) * options.multiplicity, max_rows)
+        room(len(rows), _size_of_latents(model, rows.shape[1:]))
+        return Inputs(in_range(rows, -np.inf, np.inf, "latents"), latents=payload.latents)
+    images = as_images(payload.array, model.input_shape, "images", float_pixels)
+    shape = images.shape[1:]
+    size = shape[1] * options.scale, shape[2] * options.scale
+    height, width = padded(model, size, options.scale)
+    check_count(len(images) * options.multiplicity, max_rows)
+    room(len(images), (height, width))
+    if images.dtype.kind == "f":  # levels are in the range
+        images = in_range(images, *_bounds(operation, "images"), "images")
+    mask = _mask(operation, payload, shape, options, len(images), room)
+    rows = _reflected(images, height // options.scale, width // options.scale)
+    if mask is not None:
+        mask = np.broadcast_to(_reflected(mask, *rows.shape[2:]), rows.shape)
+    return Inputs(rows, mask, size=size)
+
+
+def padded(model: Model, size: tuple[int, int], scale: int = 1) -> tuple[int, int]:
+    """Height and width of the graphs' images, for images of free size.
+
+    Args:
+        model: A model of free size.
+        size: Height and width of the images.
+        scale: A number of which they must be multiples too.
+
+    Raises:
+        InvalidShape: They are too large for the model.
+    """
+    known = model.manifest.size
+    assert known is not None
+    step = math.lcm(known.multiple_of, scale)
+    height, width = (-(-max(known.min, side) // step) * step for side in size)
+    if max(height, width) > known.max:
+        raise InvalidShape(
+            f"images of {size[0]} x {size[1]} pixels are too large for model {model.manifest.name}, whose sides have "
+            f"at most {known.max}; shrink them, or use another model"
+        )
+    return height, width
+
+
+def _size_of_latents(model: Model, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Height and width of the images that latents of a shape are decoded to.
+
+    Raises:
+        InvalidShape: The model has no such images.
+    """
+    size = {"height": 0, "width": 0}
+    for axis, length in zip(model.manifest.latent_shape, shape, strict=True):
+        if isinstance(axis, str) and (known := fraction_of(axis)):
+            size[known[0]] = length * known[1]
+    found = size["height"], size["width"]
+    if not all(found) or padded(model, found) != found or model.latent_at(*found) != shape:
+        assert model.manifest.size is not None
+        least = model.latent_at(model.manifest.size.min, model.manifest.size.min)
+        raise InvalidShape(
+            f"no image of model {model.manifest.name} has latents of shape {shape}; the least is {least}"
+        )
+    return found
+
+
+def _reflected(images: Rows, height: int, width: int) -> Rows:
+    """Images (n, c, h, w) with reflections of their pixels below and to the right."""
+    below, right = height - images.shape[2], width - images.shape[3]
+    if not (below or right):
+        return images
+    return np.pad(images, ((0, 0), (0, 0), (0, below), (0, right)), "reflect")
 
 
 def _larger(array: NDArray[Any], model: Model, shape: tuple[int, ...], options: Any, max_rows: int) -> str:
@@ -104,7 +214,7 @@ def _shaped(
     name: str,
     options: Any,
     max_rows: int,
-    room: Callable[[int], None],
+    room: Room,
     larger: str = "",
 ) -> Rows:
     """Rows of a shape, resized if the options have a `fit`."""
@@ -113,24 +223,41 @@ def _shaped(
         return as_rows(array, shape, name, larger)
     images = as_images(array, shape, name)
     check_count(len(images), max_rows)
-    room(len(images))
+    room(len(images), None)
     return images if images.shape[1:] == shape else fit(images, (shape[1], shape[2]), how)
 
 
-def _mask(array: NDArray[Any], shape: tuple[int, ...], options: Any, rows: int, room: Callable[[int], None]) -> Rows:
-    """Masks (n, c, h, w), 1 where a pixel is seen, from one mask for all rows or one for each row."""
-    mask = _shaped(array, (1, *shape[1:]), "mask", options, rows, room)
+def _mask(
+    operation: Operation, payload: Payload, shape: tuple[int, ...], options: Any, rows: int, room: Room
+) -> Rows | None:
+    """Masks (1, 1, h, w) or (rows, 1, h, w), 1 where a pixel is seen; None without a mask.
+
+    Raises:
+        InvalidShape: The mask is missing, or has another shape than the images.
+        InvalidValue: A value is outside the range.
+        InvalidOption: The operation takes none.
+    """
+    if payload.mask is None and operation.masked:
+        raise InvalidShape(
+            f"{operation.name} needs a mask, 1 where a pixel is seen and 0 where it is missing: `mask` in JSON, a "
+            "second file in the field `mask` of a form, or the transparency of the picture"
+        )
+    if payload.mask is None:
+        return None
+    if not operation.observed:
+        raise InvalidOption(f"{operation.name} takes no mask")
+    mask = _shaped(payload.mask, (1, *shape[1:]), "mask", options, rows, room)
     mask = in_range(mask, 0.0, 1.0, "mask")
     if len(mask) not in (1, rows):
         raise InvalidShape(f"{len(mask)} masks for {rows} images; send one, or one an image")
-    return np.broadcast_to((mask >= 0.5).astype(np.float32), (rows, *shape))
+    return (mask >= 0.5).astype(np.float32)
 
 
 def _bounds(operation: Operation, name: str) -> tuple[float, float]:
     if name == "latents":
         return -np.inf, np.inf
     margin = OBSERVED_MARGIN if operation.observed else 0.0
-    return -margin, 1.0 + margin
+    return 0.0 - margin, 1.0 + margin
 
 
 def check_tiles(tiles: Tiling, multiplicity: int, limit: int) -> None:

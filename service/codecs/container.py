@@ -102,6 +102,8 @@ class Picture(NamedTuple):
         decoded: Bytes a pixel that the decoder takes.
         transparent: Whether it may have pixels that are not opaque.
         orientation: How to turn it, as EXIF counts; 1 is not at all.
+        grey: Whether all its pixels are grey, by its header or its palette.
+        depth: Bytes of one level.
     """
 
     form: str
@@ -111,10 +113,17 @@ class Picture(NamedTuple):
     decoded: int
     transparent: bool = False
     orientation: int = 1
+    grey: bool = False
+    depth: int = 1
 
     def pixel_bytes(self, channels: int) -> int:
         """Most bytes a pixel of decoding, converting and stacking; tests/service/test_pictures.py measures them."""
         return self.decoded + 6 * channels + (14 if self.transparent else 8)
+
+    def level_bytes(self, channels: int, *, masked: bool) -> int:
+        """The same where pixels stay levels, and where its opacity is a mask too."""
+        turned = 4 if self.orientation != 1 else 0
+        return self.decoded + turned + self.depth * channels + 1 + (12 if masked and self.transparent else 0)
 
 
 def picture(body: Body) -> Picture:
@@ -213,7 +222,9 @@ def _png(body: Body) -> Picture:
     transparent = colour in (4, 6) or b"tRNS" in kept
     content = b"".join([*head, ends[0], *data, ends[1]])
     turn = _orientation(kept.get(b"eXIf", b"")[8:])
-    return Picture("PNG", width, height, content, decoded, transparent, turn)
+    grey = colour in (0, 4) or (colour == 3 and _is_grey(bytes(kept.get(b"PLTE", b"")[8:-4]), 3))
+    bytes_a_level = 2 if (depth, colour) == (16, 0) else 1
+    return Picture("PNG", width, height, content, decoded, transparent, turn, grey, bytes_a_level)
 
 
 def _png_chunks(body: Body) -> Iterator[tuple[bytes, memoryview]]:
@@ -258,7 +269,8 @@ def _jpeg(body: Body) -> Picture:
     if kind in PROGRESSIVE or body[scans + 4] < components:
         _check_scans(body.count(b"\xff\xda", scans), width * height)
         decoded += 2 * components  # all coefficients are kept until the last scan
-    return Picture("JPEG", width, height, b"".join([*kept, memoryview(body)[scans:]]), decoded, orientation=turn or 1)
+    content, grey = b"".join([*kept, memoryview(body)[scans:]]), components == 1
+    return Picture("JPEG", width, height, content, decoded, orientation=turn or 1, grey=grey)
 
 
 def _jpeg_segments(body: Body) -> Iterator[tuple[int, int, memoryview]]:
@@ -363,4 +375,11 @@ def _bmp(body: Body) -> Picture:
         raise Unreadable("the BMP is compressed, which is not read; save it uncompressed, or as PNG")
     if height >> 24 == 0xFF:  # rows from the top are announced by a negative height
         height = 2**32 - height
-    return Picture("BMP", width, height, bytes(body), 1 if bits <= 8 else 4, bits == 32)
+    palette = bytes(body[14 + header : int.from_bytes(body[10:14], "little")]) if bits <= 8 else b""
+    grey = bits <= 8 and _is_grey(palette, 4)
+    return Picture("BMP", width, height, bytes(body), 1 if bits <= 8 else 4, bits == 32, grey=grey)
+
+
+def _is_grey(palette: bytes, step: int) -> bool:
+    """Whether all colours of a palette, one every `step` bytes, are grey."""
+    return palette[0::step] == palette[1::step] == palette[2::step]

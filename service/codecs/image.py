@@ -12,9 +12,20 @@ from typing import TypeVar
 from PIL import Image
 
 from service.codecs.codec import Codec
-from service.codecs.container import picture
+from service.codecs.container import Picture, picture
 from service.codecs.payload import Answer, Body, Intake, Meter, Payload, images_only
-from service.contract.images import DECODER_ERRORS, MODES, Pixels, opacity, seen, to_array, to_image, turned
+from service.contract.images import (
+    DECODER_ERRORS,
+    MODES,
+    Levels,
+    Pixels,
+    opacity,
+    seen,
+    to_array,
+    to_image,
+    to_levels,
+    turned,
+)
 from service.errors import Unreadable
 
 Image.MAX_IMAGE_PIXELS = None  # VAE_MAX_PIXELS is checked by the Meter; Pillow would warn, and remember each warning
@@ -28,12 +39,12 @@ def read(body: Body, _content_type: str, intake: Intake) -> Payload:
     return Payload(pixels[None], None if mask is None else mask[None])
 
 
-def parse(body: Body, intake: Intake) -> tuple[Pixels, Pixels | None]:
+def parse(body: Body, intake: Intake) -> tuple[Pixels | Levels, Pixels | None]:
     """Decode a picture file.
 
     Returns:
-        Pixels (c, h, w) in [0, 1], of the picture's own size; its opacity (1, h, w) where the operation wants a mask
-        and the picture has transparency, else None.
+        Pixels (c, h, w) in [0, 1], or as levels above `intake.float_pixels`, of the picture's own size; its opacity
+        (1, h, w) where the operation wants a mask and the picture has transparency, else None.
 
     Raises:
         Unreadable: The file is no picture or a broken one, or the operation takes none.
@@ -44,14 +55,30 @@ def parse(body: Body, intake: Intake) -> tuple[Pixels, Pixels | None]:
     """
     if not intake.is_images:
         raise Unreadable(f"this operation takes {intake.name or 'options'}, not pictures")
-    channels = intake.shape[0]
-    if channels not in MODES:
-        raise Unreadable(f"the model's images have {channels} channels, which no picture has; send an array")
+    found = picture(body)
+    channels = _channels(found, intake.channels)
+    floats = intake.float_pixels is None or found.width * found.height <= intake.float_pixels
 
-    def convert(image: Image.Image) -> tuple[Pixels, Pixels | None]:
-        return to_array(image, channels), opacity(image) if intake.masked else None
+    def convert(image: Image.Image) -> tuple[Pixels | Levels, Pixels | None]:
+        pixels = to_array(image, channels) if floats else to_levels(image, channels)
+        return pixels, opacity(image) if intake.masked else None
 
-    return _decoded(body, channels, intake.meter, convert)
+    pixel_bytes = found.pixel_bytes(channels) if floats else found.level_bytes(channels, masked=intake.masked)
+    return _decoded(found, pixel_bytes, intake.meter, convert)
+
+
+def _channels(found: Picture, known: tuple[int, ...]) -> int:
+    """The number of channels, among those of the model, in which a picture is read: 1 if it is grey, else 3.
+
+    Raises:
+        Unreadable: No picture has one of these numbers.
+    """
+    best = (1, 3, 4) if found.grey else (4, 3, 1) if found.transparent else (3, 4, 1)
+    channels = next((count for count in best if count in known), None)
+    if channels is None:
+        counts = " or ".join(map(str, known))
+        raise Unreadable(f"the model's images have {counts} channels, which no picture has; send an array")
+    return channels
 
 
 def parse_mask(body: Body, intake: Intake) -> Pixels:
@@ -60,12 +87,12 @@ def parse_mask(body: Body, intake: Intake) -> Pixels:
     Returns:
         (1, h, w) in [0, 1].
     """
-    return _decoded(body, 1, intake.meter, seen)
-
-
-def _decoded(body: Body, channels: int, meter: Meter, convert: Callable[[Image.Image], Decoded]) -> Decoded:
     found = picture(body)
-    meter.picture(found.width, found.height, found.pixel_bytes(channels))
+    return _decoded(found, found.pixel_bytes(1), intake.meter, seen)
+
+
+def _decoded(found: Picture, pixel_bytes: int, meter: Meter, convert: Callable[[Image.Image], Decoded]) -> Decoded:
+    meter.picture(found.width, found.height, pixel_bytes)
     meter.reserve(len(found.content))
     try:
         with Image.open(io.BytesIO(found.content), formats=(found.form,)) as image:
@@ -77,7 +104,7 @@ def _decoded(body: Body, channels: int, meter: Meter, convert: Callable[[Image.I
 def write(answer: Answer) -> bytes | None:
     """The images as a PNG, several as one sheet; None for an answer that holds anything else."""
     images = images_only(answer)
-    if images is None or images.shape[1] not in (1, 3, 4):
+    if images is None or images.shape[1] not in MODES:
         return None
     file = io.BytesIO()
     to_image(images).save(file, "PNG", compress_level=1)

@@ -20,7 +20,17 @@ from python_multipart.multipart import parse_options_header
 
 from service.codecs import image, npy
 from service.codecs.codec import Codec
-from service.codecs.payload import Body, Intake, Payload, as_images, as_rows, check_pictures
+from service.codecs.payload import (
+    Body,
+    Intake,
+    Meter,
+    Payload,
+    as_images,
+    as_rows,
+    channels_of,
+    check_pictures,
+    of_one_type,
+)
 from service.errors import InvalidOption, InvalidShape, InvalidValue, TooLarge, Unreadable, quoted
 
 logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # its warnings repeat what the answer says
@@ -112,10 +122,17 @@ def _rows(files: list[bytes], intake: Intake) -> tuple[Array, Array | None]:
     found = [_read(content, "file", intake) for content in files]
     if len(found) == 1:
         return found[0]
-    rows = as_rows if intake.name == "latents" else as_images
-    arrays = _joined([rows(array, intake.shape, intake.name) for array, _ in found], "file")
+    arrays = _joined([_as_rows(array, intake) for array, _ in found], "file", intake.meter)
     masks = [mask for _, mask in found if mask is not None]
     return arrays, np.concatenate(masks) if len(masks) == len(found) else None
+
+
+def _as_rows(array: Array, intake: Intake) -> Array:
+    """The rows of one of several files."""
+    if intake.name == "latents":
+        return as_rows(array, intake.shape, intake.name)
+    channels = channels_of(array, intake.variants) if intake.variants else intake.shape[0]
+    return as_images(array, (channels, *intake.shape[1:]), intake.name, intake.float_pixels)
 
 
 def _masks(files: list[bytes], intake: Intake) -> Array:
@@ -123,20 +140,22 @@ def _masks(files: list[bytes], intake: Intake) -> Array:
     found = [_read(content, "mask", intake)[0] for content in files]
     if len(found) == 1:
         return found[0]
-    return _joined([as_images(array, (1, *intake.shape[1:]), "mask") for array in found], "mask")
+    return _joined([as_images(array, (1, *intake.shape[1:]), "mask") for array in found], "mask", intake.meter)
 
 
-def _joined(arrays: list[Array], name: str) -> Array:
+def _joined(arrays: list[Array], name: str, meter: Meter) -> Array:
     if len({array.shape[1:] for array in arrays}) > 1:
-        raise InvalidShape(f"the files in the fields `{name}` must be of one size; send them one by one")
-    return np.concatenate(arrays)
+        raise InvalidShape(
+            f"the files in the fields `{name}` must be of one size, and all grey or all colour; send them one by one"
+        )
+    return np.concatenate(of_one_type(arrays, meter))
 
 
 def _read(content: bytes, field: str, intake: Intake) -> tuple[Array, Array | None]:
     """A file as (rows, mask): the mask is the picture's opacity where the operation wants one."""
     try:
         if content.startswith(npy.MAGIC):
-            return npy.parse(content, intake), None
+            return npy.parse(content, intake._replace(float_pixels=None) if field == "mask" else intake), None
         if field == "mask":
             return image.parse_mask(content, intake)[None], None
         payload = image.read(content, "", intake)

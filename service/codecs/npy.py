@@ -14,7 +14,7 @@ from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
 from service.codecs.codec import binary
-from service.codecs.payload import FLOAT, Body, Intake, Payload
+from service.codecs.payload import FLOAT, Body, Intake, Payload, check_scale
 from service.errors import InvalidShape, Unreadable
 
 MAGIC = b"\x93NUMPY"
@@ -38,6 +38,7 @@ def parse(body: Body, intake: Intake) -> NDArray[Any]:
     Raises:
         Unreadable: The body is no .npy file, is of another type, or its length differs from its header.
         InvalidShape: The array is empty.
+        InvalidValue: The scale of levels that stay integers is unknown.
         TooLarge: The request needs more memory than VAE_MEMORY_BYTES to convert it.
         Overloaded: Other requests leave too little memory.
     """
@@ -52,7 +53,10 @@ def parse(body: Body, intake: Intake) -> NDArray[Any]:
     if not expected:
         raise InvalidShape(f"the array in the .npy file has shape {shape}, which holds nothing; send at least one row")
     array = np.frombuffer(body, dtype, offset=start).reshape(shape, order="F" if fortran else "C")
-    if dtype != FLOAT or fortran or shape[-len(intake.shape) :] != intake.shape:  # it will be copied
+    if intake.keeps_levels(array):
+        check_scale(array, intake.name)
+        intake.meter.reserve(array.nbytes)
+    elif dtype != FLOAT or fortran or shape[-len(intake.shape) :] != intake.shape:  # it will be copied
         intake.meter.reserve(array.size * FLOAT.itemsize)
     return array
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from service.contract.images import FIT_ADVICE, Pixels
+from service.contract.images import FIT_ADVICE, WHITE, Pixels
 from service.errors import Deferred, InvalidShape, InvalidValue, TooLarge
 
 FLOAT = np.dtype("<f4")
@@ -84,10 +84,12 @@ class Intake(NamedTuple):
 
     Attributes:
         name: `images` or `latents`; empty where the operation takes no array.
-        shape: Of one row, without the axis of rows.
+        shape: Of one row, without the axis of rows; 0 where an axis may have any length.
         meter: Limits on reading.
         masked: Whether the transparency of a picture is a mask.
         or_latents: Whether `latents` may be sent in place of images.
+        variants: Channels of the images of each variant of the model; empty where the shape's are the only ones.
+        float_pixels: Pixels above which 8-bit and 16-bit images keep their integer levels; None converts all.
     """
 
     name: str
@@ -95,11 +97,26 @@ class Intake(NamedTuple):
     meter: Meter
     masked: bool = False
     or_latents: bool = False
+    variants: tuple[int, ...] = ()
+    float_pixels: int | None = None
 
     @property
     def is_images(self) -> bool:
         """Whether picture files make sense."""
         return self.name == "images"
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Numbers of channels that images may have."""
+        return self.variants or self.shape[:1]
+
+    def keeps_levels(self, array: NDArray[Any]) -> bool:
+        """Whether an array holds images whose levels stay integers."""
+        if self.float_pixels is None or not self.is_images or array.dtype.kind != "u":
+            return False
+        count = _channels_in(array, self.channels)
+        images = None if count is None else viewed(array, (count, *self.shape[1:]), self.name)
+        return images is not None and images[0, 0].size > self.float_pixels
 
 
 class Payload(NamedTuple):
@@ -116,7 +133,7 @@ class Answer(NamedTuple):
     """The outcome of an operation, for the codec that writes it.
 
     Attributes:
-        outputs: Arrays by name; the first axis is rows.
+        outputs: Arrays by name; the first axis is rows. `images` may be uint8 where a picture was asked for.
         about: Fields that describe them, by name: model, version, seed, notes.
         queue_s: Seconds in the queue.
         inference_s: Seconds in the model.
@@ -163,7 +180,7 @@ def as_rows(array: NDArray[Any], shape: tuple[int, ...], name: str, larger: str 
 
     Args:
         array: As it was sent.
-        shape: Of one row.
+        shape: Of one row; latents may have any length where it is 0.
         name: `images`, `latents` or `mask`, for messages; latents have no channels to move.
         larger: Advice for images of another size, beside `fit`.
 
@@ -175,12 +192,14 @@ def as_rows(array: NDArray[Any], shape: tuple[int, ...], name: str, larger: str 
         InvalidValue: It holds integers of unknown scale.
     """
     found = array.shape
+    if 0 in shape and (like := next((end for end in (found[1:], found) if fits(end, shape)), None)):
+        shape = like
     if found[1:] == shape or found == shape:
         rows = array
     elif name != "latents" and (moved := _exact(array, shape)) is not None:
         rows = moved
     else:
-        wanted = ", ".join(map(str, shape))
+        wanted = ", ".join(str(axis or "any") for axis in shape)
         raise InvalidShape(
             f"{name} has shape {found}; the model takes (n, {wanted}){_advice(found, shape, name, larger)}"
         )
@@ -190,10 +209,45 @@ def as_rows(array: NDArray[Any], shape: tuple[int, ...], name: str, larger: str 
     return as_floats(rows, name)
 
 
-def as_images(array: NDArray[Any], shape: tuple[int, ...], name: str) -> Pixels:
+def fits(found: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether an array has a shape whose axes of length 0 may have any length but 0."""
+    return len(found) == len(shape) and all(
+        length == axis or (not axis and length) for length, axis in zip(found, shape, strict=True)
+    )
+
+
+def channels_of(array: NDArray[Any], channels: tuple[int, ...]) -> int:
+    """Channels of images in an array of any layout and size.
+
+    The first of these readings whose number of channels is among `channels` holds: (n, c, h, w), (n, h, w, c);
+    (c, h, w), (h, w, c), grey (n, h, w); grey (h, w).
+
+    Args:
+        array: As it was sent.
+        channels: Numbers of channels that images may have.
+
+    Raises:
+        InvalidShape: No reading has one of these.
+    """
+    count = _channels_in(array, channels)
+    if count is None:
+        counts = " or ".join(map(str, sorted(channels)))
+        raise InvalidShape(f"images has shape {array.shape}; the model takes (n, {counts}, height, width)")
+    return count
+
+
+def _channels_in(array: NDArray[Any], channels: tuple[int, ...]) -> int | None:
+    found = array.shape
+    first = found[-3:-2] if len(found) in (3, 4) else ()
+    last = found[-1:] if first and min(found[-3:-1]) > 1 else ()
+    grey = (1,) if len(found) in (2, 3) else ()
+    return next((count for count in (*first, *last, *grey) if count in channels), None)
+
+
+def as_images(array: NDArray[Any], shape: tuple[int, ...], name: str, float_pixels: int | None = None) -> Pixels:
     """An array as float32 images (n, channels, h, w) of any size, from the same layouts as `as_rows`.
 
-    The model's own shape is tried first.
+    The model's own shape is tried first. Levels of images of more than `float_pixels` pixels stay integers.
 
     Raises:
         InvalidShape: The array cannot be read as images, or in more than one way.
@@ -204,7 +258,22 @@ def as_images(array: NDArray[Any], shape: tuple[int, ...], name: str) -> Pixels:
         raise InvalidShape(
             f"{name} has shape {found}; the model takes (n, {shape[0]}, height, width){_advice(found, shape, name)}"
         )
+    if float_pixels is not None and name == "images" and moved.dtype.kind == "u" and moved[0, 0].size > float_pixels:
+        return np.ascontiguousarray(moved)
     return as_floats(moved, name)
+
+
+def of_one_type(arrays: Sequence[NDArray[Any]], meter: Meter) -> Sequence[NDArray[Any]]:
+    """Images as they are where all are floats or levels of one type, else all as float32.
+
+    Raises:
+        TooLarge: The request needs too much memory to convert them.
+        Overloaded: Other requests leave too little memory.
+    """
+    if len({array.dtype for array in arrays}) == 1:
+        return arrays
+    meter.reserve(FLOAT.itemsize * sum(array.size for array in arrays))
+    return [as_floats(array, "images") for array in arrays]
 
 
 def viewed(array: NDArray[Any], shape: tuple[int, ...], name: str) -> NDArray[Any] | None:
@@ -263,7 +332,7 @@ def _advice(found: tuple[int, ...], shape: tuple[int, ...], name: str, larger: s
             "many rows or columns are sent as (n, 1, height, width)"
         )
     if channels in places or (channels == 1 and len(found) in (2, 3)):
-        return f"; {FIT_ADVICE} brings images to its size{larger}" if name == "images" else ""
+        return f"; {FIT_ADVICE} brings images to its size{larger}" if name == "images" and all(shape) else ""
     if channels > 1 and (len(found) == 2 or 1 in places):
         return f"; repeat the grey images in {channels} channels, or send picture files, which the service converts"
     return ""
@@ -285,7 +354,7 @@ def _bits(value: float, kind: np.dtype[Any]) -> int:
 
 
 def as_floats(array: NDArray[Any], name: str) -> NDArray[np.float32]:
-    """An array as float32 in C order: bool as 0 and 1, uint8 images as 255ths, uint8 masks as 0 and 1.
+    """An array as float32 in C order: bool as 0 and 1, integer images as parts of white, uint8 masks as 0 and 1.
 
     Float64 beyond the range of float32 becomes infinite; the check of the value range refuses it later.
 
@@ -301,18 +370,29 @@ def as_floats(array: NDArray[Any], name: str) -> NDArray[np.float32]:
     if kind == "f":
         with np.errstate(over="ignore"):
             return array.astype(np.float32, "C")
-    if name == "latents" or array.dtype not in (np.bool_, np.uint8):
+    deep = name == "images" and array.dtype == np.uint16  # of pictures alone
+    if name == "latents" or not (deep or array.dtype in (np.bool_, np.uint8)):
         raise InvalidShape(f"{name} must be floats, not {array.dtype}")
     if kind == "b":
         return np.ascontiguousarray(array, np.float32)
-    most = array.max()
     if name == "mask":
+        most = array.max()
         if not ((array == 0) | (array == most)).all() or most not in (0, 1, 255):
             raise InvalidValue("a mask in uint8 must hold 0 and 1, or 0 and 255; 0 is missing")
         return np.ascontiguousarray(array != 0, np.float32)
-    if most == 1:
+    if not deep:
+        check_scale(array, name)
+    return np.divide(array, np.float32(WHITE if deep else 255.0), dtype=np.float32, order="C")
+
+
+def check_scale(array: NDArray[Any], name: str) -> None:
+    """Refuse uint8 arrays whose largest number is 1.
+
+    Raises:
+        InvalidValue: The scale is unknown.
+    """
+    if array.max() == 1:
         raise InvalidValue(
             f"{name} in uint8 are levels of 0 to 255, but the highest is 1; send black and white as bool, as float32, "
             "or as 0 and 255"
         )
-    return np.divide(array, np.float32(255.0), dtype=np.float32, order="C")

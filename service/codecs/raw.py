@@ -15,8 +15,13 @@ def read(body: Body, _content_type: str, intake: Intake) -> Payload:
     """The rows as a view of the body.
 
     Raises:
-        InvalidShape: The body is not a whole number of rows.
+        InvalidShape: The body is not a whole number of rows, or rows have no fixed shape.
     """
+    if 0 in intake.shape:
+        raise InvalidShape(
+            f"the model takes {intake.name} of any size, which application/octet-stream does not tell; send "
+            "application/x-npy" + (" or a picture" if intake.is_images else "")
+        )
     row_bytes = math.prod(intake.shape) * FLOAT.itemsize
     if len(body) == 0 or len(body) % row_bytes:
         raise InvalidShape(

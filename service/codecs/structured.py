@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from service.codecs import image
 from service.codecs.codec import Codec
-from service.codecs.payload import Answer, Body, Intake, Payload, check_pictures
+from service.codecs.payload import Answer, Body, Intake, Payload, check_pictures, of_one_type
 from service.contract.images import Pixels
 from service.errors import InvalidOption, InvalidShape, Unreadable, quoted
 
@@ -191,15 +191,17 @@ def _arrays(value: Any, intake: Intake) -> tuple[NDArray[Any], NDArray[Any] | No
     if not (isinstance(texts, list | simdjson.Array) and len(texts) and isinstance(texts[0], str)):
         return _numbers(value, intake.name), None
     check_pictures(len(texts), intake.meter)
-    pictures, masks = list[Pixels](), list[Pixels | None]()
+    pictures, masks = list[NDArray[Any]](), list[Pixels | None]()
     for text in texts:
         picture, mask = image.parse(_base64(text), intake)
         pictures.append(picture)
         masks.append(mask)
     if len({picture.shape for picture in pictures}) > 1:
-        raise InvalidShape("the pictures of one request must be of one size; send them one by one")
+        raise InvalidShape(
+            "the pictures of one request must be of one size, all grey or all colour; send them one by one"
+        )
     seen = [mask for mask in masks if mask is not None]
-    return np.stack(pictures), np.stack(seen) if len(seen) == len(pictures) else None
+    return np.stack(of_one_type(pictures, intake.meter)), np.stack(seen) if len(seen) == len(pictures) else None
 
 
 def _base64(text: Any) -> bytes:

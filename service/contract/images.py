@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -13,11 +14,16 @@ from PIL import ExifTags, Image, ImageOps
 Fit = Literal["resize", "pad", "crop"]
 FIT_ADVICE = "fit=resize, pad or crop"
 Pixels = NDArray[np.float32]
+Levels = NDArray[np.uint8] | NDArray[np.uint16]
+"""Pixels as integers: 0 is black, the largest number of the type white."""
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 OPAQUE = 255
 WHITE = 65535
 """White of 16-bit grey."""
+NO_WHITE = "32-bit integer grey has no known white; convert it to 8 or 16 bits"
+STRIP_PIXELS = 2**18
+"""Pixels of a large picture that are converted at once."""
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -52,20 +58,50 @@ def to_array(image: Image.Image, channels: int, white: int = WHITE) -> Pixels:
     if channels not in MODES:
         raise ValueError(f"an image file cannot fill {channels} channels; send an array")
     if image.mode == "I" and image.format != "PPM":  # Pillow scales 16-bit PGM to 65,535 and calls it 32-bit
-        raise ValueError("32-bit integer grey has no known white; convert it to 8 or 16 bits")
+        raise ValueError(NO_WHITE)
     image = upright(image)
     if image.mode == "F" or image.mode.startswith("I"):
         divisor = np.float32(1.0 if image.mode == "F" else white)
         plane = np.divide(np.asarray(image), divisor, dtype=np.float32)
         return np.broadcast_to(plane, (channels, *plane.shape))
-    if channels != 4 and is_transparent(image):
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, OPAQUE)), image)
-    levels = np.atleast_3d(np.asarray(image.convert(MODES[channels])))
+    levels = _interleaved(image, channels)
     values = np.empty((channels, *levels.shape[:2]), np.float32)
     for channel, plane in enumerate(values):
         np.divide(levels[..., channel], np.float32(255.0), out=plane)
     return values
+
+
+def _interleaved(image: Image.Image, channels: int) -> NDArray[np.uint8]:
+    """The 8-bit levels (h, w, channels) of an upright image, with transparent pixels on black."""
+    if channels != 4 and is_transparent(image):
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, OPAQUE)), image)
+    return np.atleast_3d(np.asarray(image.convert(MODES[channels])))
+
+
+def to_levels(image: Image.Image, channels: int) -> Levels:
+    """Convert an upright Pillow image to levels (channels, h, w), strip by strip, so that it takes little more memory.
+
+    The levels of 16-bit grey are uint16, all others uint8. Divided by white they are what `to_array` gives.
+
+    Raises:
+        ValueError: It is 32-bit integer grey, whose white is unknown.
+    """
+    if image.mode == "I":
+        raise ValueError(NO_WHITE)
+    image.load()
+    deep = image.mode.startswith("I")
+    levels = np.empty((channels, image.height, image.width), np.uint16 if deep else np.uint8)
+    for top, bottom in _strips(image.height, image.width):
+        strip = image.crop((0, top, image.width, bottom))
+        levels[:, top:bottom] = np.asarray(strip) if deep else np.moveaxis(_interleaved(strip, channels), -1, 0)
+    return levels
+
+
+def _strips(height: int, width: int) -> Iterator[tuple[int, int]]:
+    """First row and end of each strip of an image."""
+    rows = max(1, STRIP_PIXELS // width)
+    return ((top, min(top + rows, height)) for top in range(0, height, rows))
 
 
 def opacity(image: Image.Image) -> Pixels | None:
@@ -130,13 +166,29 @@ def _fit_plane(plane: Image.Image, size: tuple[int, int], how: Fit) -> NDArray[A
     return np.asarray(ImageOps.pad(plane, size) if how == "pad" else plane.resize(size, Image.Resampling.BICUBIC))
 
 
-def to_image(images: Pixels) -> Image.Image:
-    """One Pillow image of (n, c, h, w) in [0, 1]; several rows become a sheet, nearly square, empty places black."""
+def to_image(images: Pixels | NDArray[np.uint8]) -> Image.Image:
+    """One Pillow image of (n, c, h, w) in [0, 1] or uint8; several rows become a sheet, nearly square, blanks black."""
     n, channels, height, width = images.shape
     columns = int(np.ceil(np.sqrt(n)))
     rows = -(-n // columns)
+    if images.dtype == np.uint8 or height * width > STRIP_PIXELS:
+        whole = Image.new(MODES[channels], (columns * width, rows * height))
+        for k, image in enumerate(images):
+            for top, bottom in _strips(height, width):
+                strip = _quantised(np.ascontiguousarray(np.moveaxis(image[:, top:bottom], 0, -1)))
+                whole.paste(_from_levels(strip), (k % columns * width, k // columns * height + top))
+        return whole
     sheet = np.zeros((rows * columns, channels, height, width), np.float32)
     sheet[:n] = images
     tiled = sheet.reshape(rows, columns, channels, height, width).transpose(0, 3, 1, 4, 2)
-    levels = np.rint(np.clip(tiled, 0.0, 1.0) * 255.0).astype(np.uint8)
-    return Image.fromarray(levels.reshape(rows * height, columns * width, channels).squeeze())
+    return _from_levels(_quantised(tiled).reshape(rows * height, columns * width, channels))
+
+
+def _quantised(values: NDArray[Any]) -> NDArray[np.uint8]:
+    """The nearest levels of values in [0, 1]; levels as they are."""
+    return values if values.dtype == np.uint8 else np.rint(np.clip(values, 0.0, 1.0) * 255.0).astype(np.uint8)
+
+
+def _from_levels(levels: NDArray[np.uint8]) -> Image.Image:
+    """The image of levels (h, w, channels)."""
+    return Image.fromarray(levels[..., 0] if levels.shape[2] == 1 else levels)

@@ -31,6 +31,11 @@ class InterpolateOptions(ImageOptions, LatentOptions):
         """Rows that one row of the request becomes."""
         return self.steps
 
+    @property
+    def images_alone(self) -> bool:
+        """Whether the answer has no other arrays than images."""
+        return not self.latent_walk
+
     def memory_numbers(self, image: int, latent: int) -> int:
         """Numbers in memory for one row of the request: an image and a latent for each step."""
         return self.steps * (image + latent)

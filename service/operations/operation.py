@@ -72,6 +72,11 @@ class Options(BaseModel):
         """Height and width of the answer's images, where the options give them and not the images of the request."""
         return None
 
+    @property
+    def images_alone(self) -> bool:
+        """Whether an answer that has images has no other arrays, so that a picture holds it."""
+        return True
+
     def check(self, model: Model) -> None:
         """Refuse options that the model cannot serve.
 
@@ -202,6 +207,7 @@ class Inputs(NamedTuple):
         size: Height and width of the answer's images, which are cut to it because rows are padded below and to the
             right; None for a model of one size.
         observe: Called with intermediate results of iterative work; None if the caller wants none.
+        levels: `uint8` where images of the answer may be uint8 levels, because a picture is written of them.
     """
 
     rows: Rows
@@ -211,6 +217,7 @@ class Inputs(NamedTuple):
     tiling: Tiling | None = None
     size: tuple[int, int] | None = None
     observe: Observe | None = None
+    levels: Literal["uint8"] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -441,5 +448,7 @@ class Operation:
 
 def is_finite(array: Rows) -> bool:
     """Whether all numbers are finite."""
+    if array.dtype.kind != "f":
+        return True
     flat = array.ravel()  # a sum of squares takes a third of the time of np.isfinite
     return math.isfinite(flat.dot(flat)) or bool(np.isfinite(array).all())

@@ -59,6 +59,11 @@ class RestoreOptions(DrawOptions):
     """Whether progress events hold the `images` as estimated so far. Other answers ignore it."""
 
     @property
+    def images_alone(self) -> bool:
+        """Whether the answer has no other arrays than images."""
+        return not (self.uncertainty or self.completions)
+
+    @property
     def needs(self) -> tuple[Need, ...]:
         """What refinement needs of a model."""
         return ("refinement",) if self.quality == "refined" else ()

@@ -27,6 +27,11 @@ class SampleOptions(PriorOptions):
     latents: bool = False
     """Whether the answer also holds the latents."""
 
+    @property
+    def images_alone(self) -> bool:
+        """Whether the answer has no other arrays than images."""
+        return not self.latents
+
 
 async def _run(model: Model, submit: Submit, inputs: Inputs, options: SampleOptions) -> Result:
     noise, shape = Noise(options.seed, inputs.first), model.noise_at(*model.padded(inputs.size))

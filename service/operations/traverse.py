@@ -32,6 +32,11 @@ class TraverseOptions(PriorOptions):
     """Whether the answer also holds the latents."""
 
     @property
+    def images_alone(self) -> bool:
+        """Whether the answer has no other arrays than images."""
+        return not self.latents
+
+    @property
     def numbers(self) -> list[int]:
         """The axes as numbers."""
         return [int(number) for number in self.axes.split(",")]

@@ -31,7 +31,7 @@ with atheris.instrument_imports(include=["service", "python_multipart"]):
     from service.api.v1.endpoint import OperationApp
     from service.api.validation import in_range
     from service.codecs.negotiation import READ, acceptable
-    from service.codecs.payload import Intake, as_images, as_rows
+    from service.codecs.payload import Intake, as_images, as_rows, channels_of
     from service.contract import manifest
     from service.errors import ServiceError
     from service.observability.metrics import Telemetry
@@ -48,7 +48,9 @@ INTAKES: tuple[dict[str, Any], ...] = (
     {"name": "images", "shape": (1, 8, 8)},
     {"name": "images", "shape": (3, 8, 8), "masked": True},
     {"name": "images", "shape": (1, 8, 8), "or_latents": True},
+    {"name": "images", "shape": (3, 0, 0), "masked": True, "variants": (3, 1), "float_pixels": 64},
     {"name": "latents", "shape": (8,)},
+    {"name": "latents", "shape": (4, 0, 0)},
     {"name": "", "shape": ()},
 )
 CONTENT_TYPES = {"multipart/form-data": "multipart/form-data; boundary=x"}
@@ -77,8 +79,9 @@ def body(form: str) -> Target:
             return
         name = "latents" if payload.latents else intake.name
         shape = (8,) if payload.latents else intake.shape
-        if data[0] & 128 and name == "images":
-            as_images(payload.array, shape, name)
+        if name == "images" and (data[0] & 128 or not all(shape)):
+            count = channels_of(payload.array, intake.variants) if intake.variants else shape[0]
+            as_images(payload.array, (count, *shape[1:]), name, intake.float_pixels)
         else:
             in_range(as_rows(payload.array, shape, name), 0.0, 1.0, name)
 

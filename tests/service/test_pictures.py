@@ -259,10 +259,11 @@ def test_ordinary_progressive_jpegs_are_read(client: httpx.Client) -> None:
     assert codes[0] == codes[1] == codes[2]
 
 
-def charged(body: bytes, channels: int, masked: bool) -> int:
-    """Memory that reading a picture reserves."""
+def charged(body: bytes, channels: int, float_pixels: int | None) -> int:
+    """Memory that reading a picture with its mask reserves."""
     taken: list[int] = []
-    image.parse(body, Intake("images", (channels, 8, 8), Meter(reserve=taken.append), masked))
+    meter = Meter(reserve=taken.append)
+    image.parse(body, Intake("images", (channels, 8, 8), meter, masked=True, float_pixels=float_pixels))
     return sum(taken)
 
 
@@ -272,7 +273,8 @@ from service.codecs import image
 from service.codecs.payload import Intake, Meter
 def said(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
-intake = Intake("images", (int(sys.argv[2]), 8, 8), Meter(), True)
+above = None if sys.argv[4] == "None" else int(sys.argv[4])
+intake = Intake("images", (int(sys.argv[2]), 8, 8), Meter(), True, float_pixels=above)
 image.parse(open(sys.argv[3], "rb").read(), intake)
 body = open(sys.argv[1], "rb").read()
 open("/proc/self/clear_refs", "w").write("5")
@@ -282,20 +284,37 @@ print(said("VmHWM") - before)
 """
 
 
+def measured(tmp_path: Any, mode: str, form: str, channels: int, float_pixels: int | None) -> tuple[int, int]:
+    """Memory that reading a picture takes, and what is charged for it, in bytes a pixel of 2048 x 2048.
+
+    It is read in a process of its own, whose peak is that of this picture.
+    """
+    options: dict[str, Any] = {"lossless": True, "method": 0} if form == "WEBP" else {}
+    options |= {"progressive": True} if mode == "CMYK" else {}
+    for side, name in ((2048, "large"), (64, "small")):
+        (tmp_path / name).write_bytes(saved(Image.new(mode, (side, side)), form, **options))
+    arguments = [str(channels), tmp_path / "small", str(float_pixels)]
+    command = [sys.executable, "-c", MEASURE, tmp_path / "large", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    allowed = charged((tmp_path / "large").read_bytes(), channels, float_pixels)
+    return int(done.stdout) // 2048**2, allowed // 2048**2
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("case", ["RGBA WEBP", "LA PNG", "RGB WEBP", "CMYK JPEG"])
 def test_no_picture_takes_more_memory_than_is_charged(tmp_path: Any, case: str, channels: int) -> None:
-    """Measured in a process of its own, whose peak is that of this picture."""
+    """As floats: fewer than 50 bytes a pixel."""
     mode, form = case.split()
-    options: dict[str, Any] = {"lossless": True, "method": 0} if form == "WEBP" else {}
-    options |= {"progressive": True} if form == "JPEG" else {}
-    for side, name in ((2048, "large"), (8, "small")):
-        (tmp_path / name).write_bytes(saved(Image.new(mode, (side, side)), form, **options))
-    command = [sys.executable, "-c", MEASURE, tmp_path / "large", str(channels), tmp_path / "small"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    allowed = charged((tmp_path / "large").read_bytes(), channels, masked=True)
-    assert 0 < int(done.stdout) <= allowed
-    assert allowed < 50 * 2048**2
+    taken, allowed = measured(tmp_path, mode, form, channels, None)
+    assert 0 < taken <= allowed < 50
+
+
+@pytest.mark.parametrize(("case", "most"), [("RGB JPEG", 9), ("RGBA PNG", 21), ("CMYK JPEG", 17), ("I;16 PNG", 6)])
+def test_no_picture_takes_more_memory_as_levels(tmp_path: Any, case: str, most: int) -> None:
+    """Pixels that stay integers take a third of that."""
+    mode, form = case.split()
+    taken, allowed = measured(tmp_path, mode, form, 1 if mode == "I;16" else 3, 1000)
+    assert 0 < taken <= allowed <= most
 
 
 def test_a_small_webp_of_many_pixels_is_charged_for_them() -> None:

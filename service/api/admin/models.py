@@ -17,6 +17,8 @@ from service.repository.repository import Condition, Repository
 from service.runtime.model import Model
 from service.runtime.scheduler import Engine
 
+VALUE_RANGE = [0.0, 1.0]
+"""Black and white of images over HTTP, whatever they are in the graphs."""
 EXAMPLE = {
     "model": "mnist",
     "version": "1",
@@ -29,9 +31,15 @@ EXAMPLE = {
     ],
     "default": True,
     "input_shape": [1, 28, 28],
+    "size": None,
+    "tiles": None,
     "value_range": [0.0, 1.0],
     "latent_shape": [40],
     "latent_dim": 40,
+    "groups": [],
+    "scaling_factor": 1.0,
+    "shift_factor": 0.0,
+    "variants": [],
     "likelihood": "bernoulli",
     "prior": "standard_normal",
     "dataset": "mnist",
@@ -70,6 +78,40 @@ def states(repository: Repository, name: str) -> list[dict[str, str]]:
 
 def _state(version: str, found: Condition) -> dict[str, str]:
     return {"version": version, "state": found.state, "reason": found.told}
+
+
+def _told(model: Model, operations: tuple[Operation, ...]) -> dict[str, Any]:
+    """What the manifest tells of a version, and what it can do."""
+    manifest = model.manifest
+    return {
+        **_variant(model, operations),
+        "size": None if manifest.size is None else manifest.size.model_dump(),
+        "tiles": None if manifest.tiles is None else manifest.tiles.model_dump(),
+        "value_range": VALUE_RANGE,
+        "scaling_factor": manifest.scaling_factor,
+        "shift_factor": manifest.shift_factor,
+        "variants": [_variant(one, operations) for one in model.variants.values() if one is not model],
+        "likelihood": manifest.likelihood,
+        "prior": manifest.prior,
+        "dataset": manifest.dataset,
+        "tileable": manifest.tileable,
+        "quality": manifest.quality,
+        "training": manifest.training,
+        "calibration": {} if manifest.calibration is None else manifest.calibration.factors,
+        "fingerprint": manifest.fingerprint,
+    }
+
+
+def _variant(model: Model, operations: tuple[Operation, ...]) -> dict[str, Any]:
+    """What differs between variants of a version; shapes are as the manifest writes them."""
+    manifest = model.manifest
+    return {
+        "input_shape": manifest.input_shape,
+        "latent_shape": manifest.latent_shape,
+        "latent_dim": manifest.latent_dim,
+        "groups": [group.model_dump() for group in manifest.groups],
+        "operations": [operation.name for operation in operations if operation.offered_by(model)],
+    }
 
 
 def ready(repository: Repository, engine: Engine, name: str, version: str | None) -> dict[str, Any]:
@@ -128,19 +170,7 @@ def models_router(repository: Repository, operations: tuple[Operation, ...]) -> 
             "model": manifest.name,
             **condition(manifest.name, manifest.version),
             **overview(manifest.name),
-            "input_shape": manifest.input_shape,
-            "value_range": manifest.value_range,
-            "latent_shape": manifest.latent_shape,
-            "latent_dim": manifest.latent_dim,
-            "likelihood": manifest.likelihood,
-            "prior": manifest.prior,
-            "dataset": manifest.dataset,
-            "tileable": manifest.tileable,
-            "operations": [operation.name for operation in operations if operation.offered_by(model)],
-            "quality": manifest.quality,
-            "training": manifest.training,
-            "calibration": {} if manifest.calibration is None else manifest.calibration.factors,
-            "fingerprint": manifest.fingerprint,
+            **_told(model, operations),
         }
 
     @router.get("", summary="Every model, at its latest version", responses=example({"models": [EXAMPLE]}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -14,11 +15,13 @@ from service.api.invoke import Caller, Context, Invocation, invoke, invoke_event
 from service.api.memory import Share, answer_bytes
 from service.api.reply import WHOLE, Reply, events_reply, headers_of, parts_reply, refusal
 from service.api.request import IDENTITY, Limit, coding_of, deadline_of, disconnected, fields, inflated, read_body
-from service.api.validation import admit
+from service.api.validation import admit, variant_of
 from service.codecs import JSON
 from service.codecs.codec import Codec
+from service.codecs.image import PNG
 from service.codecs.negotiation import acceptable, named, reader, write
 from service.codecs.payload import Body, Intake, Meter, Payload
+from service.contract.images import MODES
 from service.errors import InvalidOption, WrongModel, quoted
 from service.operations.inference.latent import BLOCK_ROWS
 from service.operations.operation import LatentOptions, Operation
@@ -92,7 +95,8 @@ class OperationApp:
             try:
                 model = self.context.repository.find(path.get("model"), path.get("version"))
                 label = model.manifest.name
-                self.operation.check_offered(model, self.context.repository.models)
+                if len(model.variants) == 1:
+                    self.operation.check_offered(model, self.context.repository.models)
                 request = await self._received(model, scope, receive, share)
                 if request is None:
                     return
@@ -148,7 +152,8 @@ class OperationApp:
     async def _reply(self, request: Request) -> Reply:
         """Decode the body, run the operation, and write the answer in the best accepted format that can hold it."""
         context, codec, caller, size = self.context, request.codec, request.caller, len(request.body)
-        small = size <= LOOP_BYTES or (size <= LOOP_BINARY_BYTES and _is_array(codec, request.options))
+        binary = request.model.manifest.size is None and _is_array(codec, request.options)
+        small = size <= LOOP_BYTES or (size <= LOOP_BINARY_BYTES and binary)
         read, what = partial(self._invocation, request), (codec or JSON).media_type
         invocation = await prepare(context, read, caller, what, in_loop=small and request.coding == IDENTITY)
         rows, best = len(invocation.inputs.rows), request.best
@@ -159,7 +164,7 @@ class OperationApp:
             reply = await parts_reply(best, invoke_parts(context.submit, invocation, PART_ROWS), rows)
             if reply is not None:
                 return reply
-            caller.share.need(answer_bytes(invocation.model, invocation.options, rows, invocation.inputs.size))
+            caller.share.need(rows * invocation.row_bytes)
         answer = await invoke(context.submit, invocation)
         if sum([array.size for array in answer.outputs.values()]) > LOOP_NUMBERS:
             work = partial(write, answer, request.accepted, request.accept)
@@ -178,24 +183,46 @@ class OperationApp:
         body, share = request.body, request.caller.share
         if request.coding != IDENTITY:
             body = inflated(body, request.coding, self._json_limit if codec is JSON else self._limit, meter)
-        shape = operation.row_shape(model, options)
-        intake = Intake(operation.takes or "", shape, meter, operation.masked, operation.or_latents)
+        intake = self._intake(model, options, meter)
         payload = codec.read(body, request.content_type, intake) if codec and codec.read else Payload(None)
         if payload.options:
             options = self._options({**_pairs(request.query), **payload.options})
-        model = options.variant(model)
+        model = variant_of(operation, model, payload, options)
         operation.check_offered(model, self.context.repository.models, options)
         _check_fingerprint(model, request.fingerprint, options)
+        if intake.float_pixels is not None and payload.array is not None and intake.keeps_levels(payload.array):
+            share.keep(2 * (payload.array.nbytes + (0 if payload.mask is None else payload.mask.nbytes)))  # padded too
+        row_bytes, levels = 0, False
 
-        def room(rows: int, size: tuple[int, int] | None = None) -> None:
+        def room(rows: int, size: tuple[int, int] | None) -> None:
+            nonlocal row_bytes, levels
+            levels = size is not None and self._writes_levels(request.best, model, options, size)
+            row_bytes = answer_bytes(model, options, 1, size, levels=levels)
             if rows > 2 * PART_ROWS and operation.row_wise and _is_array(request.best, options):  # two parts at a time
                 rows = 2 * PART_ROWS
-            share.need(answer_bytes(model, options, rows, size))
+            share.need(rows * row_bytes)
 
-        inputs = admit(operation, model, payload, options, self.context.settings.max_request_rows, room)
+        most = self.context.settings.max_request_rows
+        inputs = admit(operation, model, payload, options, most, room, intake.float_pixels)
+        if levels:
+            inputs = inputs._replace(levels="uint8")
         if operation.check is not None:
             operation.check(model, inputs, options)
-        return Invocation(model, operation, inputs, options, request.caller)
+        return Invocation(model, operation, inputs, options, request.caller, row_bytes=row_bytes)
+
+    def _intake(self, model: Model, options: Any, meter: Meter) -> Intake:
+        """What the codec reads for a model."""
+        operation, variants = self.operation, model.variants
+        shape, takes = operation.row_shape(model, options), operation.takes or ""
+        counts = tuple(variants) if len(variants) > 1 else ()
+        float_pixels = None if model.manifest.size is None else self.context.settings.tile_pixels
+        return Intake(takes, shape, meter, operation.masked, operation.or_latents, counts, float_pixels)
+
+    def _writes_levels(self, best: Codec, model: Model, options: Any, size: tuple[int, int]) -> bool:
+        """Whether the answer becomes a picture of so many pixels that its images are made as 8-bit levels."""
+        alone = options.images_alone and any(tensor.name == "images" for tensor in self.operation.outputs)
+        large = math.prod(size) > self.context.settings.tile_pixels
+        return best is PNG and large and alone and model.manifest.channels in MODES
 
     def options_of_query(self, query: bytes) -> Any:
         """Parse the options of a query string.

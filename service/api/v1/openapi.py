@@ -49,11 +49,13 @@ ARRAYS: dict[str, Schema] = {
     "images": {
         "anyOf": [{**_nested(1, "string"), "minItems": 1}, *map(_nested, (2, 3, 4)), {"type": "string"}],
         "description": "Rows as nested numbers, (n, channels, height, width), (n, height, width, channels) or, if "
-        "grey, (n, height, width) or (height, width); or base64 strings of PNG, JPEG, WebP or BMP files",
+        "grey, (n, height, width) or (height, width); or base64 strings of PNG, JPEG, WebP or BMP files. All of one "
+        "size: the model's, or any for a model with a `size`, see /v1/models",
     },
     "latents": {
         "anyOf": [*map(_nested, (1, 2, 3, 4))],
-        "description": "Rows as nested numbers, of the model's latent shape",
+        "description": "Rows as nested numbers, of the model's latent shape, whose height and width are free where "
+        "those of images are",
     },
     "mask": {
         "anyOf": [*map(_nested, (2, 3, 4))],
