@@ -108,6 +108,14 @@ class Evaluation(Strict):
     """Size of a seeded random subset of the test images; without it all of them."""
 
 
+class Export(Strict):
+    """The written version."""
+
+    weights: Literal["float32", "float16"] = "float32"
+    """Number format in which the graphs' large weights are stored. `float16` halves the files; the service computes in
+    float32 either way, as fast. The weights are rounded before the run is evaluated."""
+
+
 class Run(Strict):
     """A whole run: `python -m training fit CONFIG`."""
 
@@ -130,6 +138,8 @@ class Run(Strict):
     """Training of denoise, inpaint and super-resolve; without it the model has none of these operations."""
     evaluation: Evaluation = Evaluation()
     """Evaluation of the trained model."""
+    export: Export = Export()
+    """The written version."""
     tileable: bool = False
     """Whether parts of larger images look like the training images, as with textures or tiles of scans, but not with
     whole digits, faces or photographs. Only then does the service restore larger images with `fit=tile`."""
