@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from training.errors import ConfigError
 from training.evaluation.calibrate import CalibrateOptions, calibrate
 from training.evaluation.evaluate import ALL, Share
 from training.export.card_sheet import describe_again
+from training.export.quantise import QuantiseOptions, quantise
 from training.importing.command import import_command
 from training.importing.restore import restore_only
 from training.inference.command import advi_command
@@ -42,7 +44,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     fit = _run_command(commands, "fit", "train, evaluate and export one run; an interrupted one is resumed", _fit)
     evaluate = _run_command(commands, "evaluate", "evaluate a trained run on test images and print JSON", _evaluate)
-    export = _run_command(commands, "export", "write a trained run as a model version", _export)
+    export = _run_command(commands, "export", "write a trained run, or a version in int8, as a model version", _export)
+    export.add_argument(
+        "--quantise", type=Path, metavar="FOLDER", help="write the version in this folder anew in int8, without CONFIG"
+    )
+    export.add_argument("--version", help="name of the version in int8 (that of the other with -int8)")
     for command in (fit, export):
         command.add_argument("--out", type=Path, default=Path("models"), help="model repository (%(default)s)")
         command.add_argument("--replace", action="store_true", help="overwrite the version if it exists")
@@ -90,7 +96,8 @@ def _key_option(parser: argparse.ArgumentParser, *, required: bool = False) -> N
 
 def _run_command(commands, name: str, help: str, command) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]  # noqa: A002, ANN001
     parser: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help)
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="the run's TOML")
+    of_none = "?" if name == "export" else None  # --quantise needs no run
+    parser.add_argument("config", type=Path, metavar="CONFIG", nargs=of_none, help="the run's TOML")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the data sets (%(default)s)")
     parser.add_argument("--run", type=Path, help="folder for checkpoints and log (runs/<name>)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
@@ -183,6 +190,14 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     key = private_key(options.key)
+    if (options.quantise is None) == (options.config is None):
+        raise ConfigError("export takes the TOML of a run, or --quantise and the folder of a version")
+    if options.quantise is not None:
+        pipeline.threads(options.threads)
+        plan = QuantiseOptions(options.quantise, options.data, options.version, replace=options.replace)
+        images = plan.images if options.images is None else options.images
+        print(f"wrote {quantise(replace(plan, images=images), key)}")
+        return
     print(f"wrote {_workshop(options).export(options.out, replace=options.replace, key=key)}")
 
 

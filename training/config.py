@@ -131,6 +131,14 @@ class CardNotes(Strict):
     """Known faults, and where the model fails."""
 
 
+class Export(Strict):
+    """The written version."""
+
+    weights: Literal["float32", "float16"] = "float32"
+    """Number format in which the graphs' large weights are stored. `float16` halves the files; the service computes in
+    float32 either way, as fast. The weights are rounded before the run is evaluated."""
+
+
 class Run(Strict):
     """A whole run: `python -m training fit CONFIG`."""
 
@@ -155,6 +163,8 @@ class Run(Strict):
     """Evaluation of the trained model."""
     card: CardNotes = CardNotes()
     """Words of the model card, the README.md beside the manifest."""
+    export: Export = Export()
+    """The written version."""
     tileable: bool = False
     """Whether parts of larger images look like the training images, as with textures or tiles of scans, but not with
     whole digits, faces or photographs. Only then does the service restore larger images with `fit=tile`."""

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from dataclasses import replace as replaced
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from training.data import ImageSet, as_float
 from training.errors import CheckpointError, ConfigError, DiskError
 from training.evaluation.evaluate import ALL, Share, likelihood, report, restoration
 from training.evaluation.scoring import held_out
-from training.export.export import GOLDEN_ROWS, export, exportables, golden_images, packed, version_folder
+from training.export.export import GOLDEN_ROWS, Exportable, export, exportables, golden_images, packed, version_folder
 from training.export.pair import shapes_told
 from training.export.tiling import tiles
+from training.export.weights import rounded
 from training.extras import needed
 from training.loop.checkpoint import stage_seconds, trained_epochs
 from training.loop.pictures import PICTURES
@@ -250,7 +252,7 @@ class Workshop:
         Returns:
             The manifest's `quality`: figures in nats per image, with the settings that repeat them.
         """
-        return self._quality(self.vae(), self.recognition(), share)
+        return self._quality(*self._stored(), share)
 
     def _quality(self, vae: VAE, recognition: Recognition | None, share: Share = ALL) -> dict[str, Any]:
         settings, test = self.run.evaluation, self.images.test
@@ -289,7 +291,7 @@ class Workshop:
             CheckpointError: The run is not trained, or its checkpoints have other settings.
         """
         version_folder(models, self.run.name, self.run.version, replace=replace)
-        vae, recognition = self.vae(), self.recognition()
+        vae, recognition = self._stored()
         about = {
             **self._sizes(vae, recognition),
             "value_range": [0.0, 1.0],
@@ -304,9 +306,22 @@ class Workshop:
             "scoring": held_out(vae, self.images.validation, self.run.seed, dynamic=self.run.binary),
         }
         tell("exporting; tracing the graphs and replaying them takes up to a minute")
-        # Graphs are traced on the CPU, where onnxruntime's outputs are compared with torch's.
-        graphs = exportables(vae.cpu(), None if recognition is None else recognition.cpu(), *self._golden_rows())
+        graphs = self._exportables(vae, recognition)
+        if self.run.export.weights == "float16":
+            exact = self._exportables(self.vae(), self.recognition())
+            graphs = {name: replaced(graph, exact=exact[name].module) for name, graph in graphs.items()}
         return export(graphs, models, self.run.name, self.run.version, about, replace=replace, key=key)
+
+    def _stored(self) -> tuple[VAE, Recognition | None]:
+        """The trained models with the weights that the version will have."""
+        vae, recognition = self.vae(), self.recognition()
+        if self.run.export.weights == "float32":
+            return vae, recognition
+        return rounded(vae), None if recognition is None else rounded(recognition)
+
+    def _exportables(self, vae: VAE, recognition: Recognition | None) -> dict[str, Exportable]:
+        """The graphs, traced on the CPU, where onnxruntime's outputs are compared with torch's."""
+        return exportables(vae.cpu(), None if recognition is None else recognition.cpu(), *self._golden_rows())
 
     def _check_images(self) -> None:
         """Refuse training images that differ from those of the folder's checkpoints."""
@@ -337,7 +352,9 @@ class Workshop:
         return {
             "settings": {
                 **run.model_dump(
-                    mode="json", exclude={"name", "version", "evaluation", "tileable", "card"}, exclude_none=True
+                    mode="json",
+                    exclude={"name", "version", "evaluation", "export", "tileable", "card"},
+                    exclude_none=True,
                 ),
                 "binarise": run.binary,
             },

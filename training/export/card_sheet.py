@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +15,14 @@ from training.canvas import small_png
 from training.config import CardNotes
 from training.errors import ExportError
 from training.evaluation.card import SHEET_FILE, with_card
+from training.export.session import opened
 from training.files import write_whole
 from training.signing import check_key, write_manifest
-
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as in service/runtime/session.py
-import onnxruntime as ort  # after the line above
 
 MOST_BYTES = 100_000
 """Size of the picture, at most."""
 SAMPLES = 8
 COLUMNS = 4
-
-
-def opened(graph: bytes | Path) -> ort.InferenceSession:
-    """Open a graph with onnxruntime on the CPU.
-
-    Args:
-        graph: The file, or its content.
-    """
-    content = str(graph) if isinstance(graph, Path) else graph
-    return ort.InferenceSession(content, providers=["CPUExecutionProvider"])
 
 
 def described(manifest: Manifest, folder: Path) -> Manifest:

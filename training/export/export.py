@@ -10,7 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, count
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,13 @@ from training.distributions.interface import Prior
 from training.distributions.priors.standard_normal import StandardNormal
 from training.errors import DiskError, ExportError
 from training.evaluation.scoring import ElboGradient, LogJoint
-from training.export.card_sheet import described, opened
+from training.export.card_sheet import described
+from training.export.session import opened
+from training.export.weights import differences, store_as_float16, tensors_of
 from training.inference.refinement import Refinement, differentiated
 from training.models.restoration import Corrupted, Recognition
 from training.models.vae import VAE
+from training.progress import tell
 from training.signing import write_manifest
 
 PARITY = 1e-5
@@ -52,8 +55,6 @@ GOLDEN_FILE = "golden.npz"
 OWN_DOMAINS = {"", "ai.onnx", "ai.onnx.ml"}
 """Domains of ONNX's own operators; the service runs no others."""
 RANDOM = {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
-LEAST_FLOAT16 = 256
-"""Numbers of the smallest weight that is stored in float16."""
 MAX_STEPS = 2**16
 """Largest free size, in multiples of the model's."""
 
@@ -72,8 +73,8 @@ class Exportable:
         signature: Names and axes of its inputs and outputs.
         gradients: Whether the module computes gradients.
         parity: Maximum difference between torch and onnxruntime.
-        float16: Whether weights that float16 holds exactly are stored so. onnxruntime converts them when it opens the
-            graph, and computes in float32.
+        exact: The module before its weights were rounded to float16, in which they are stored then; None where they
+            stay in float32.
     """
 
     module: nn.Module
@@ -81,7 +82,7 @@ class Exportable:
     signature: Signature
     gradients: bool = False
     parity: float = PARITY
-    float16: bool = False
+    exact: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -93,12 +94,14 @@ class Converted:
         inputs: Golden inputs (n, ...) by name, in the order of the signature.
         outputs: What the graph makes of them, likewise.
         signature: Names and axes of its inputs and outputs.
+        rounding: Largest difference of each output that weights in float16 make, on the golden rows.
     """
 
     content: bytes
     inputs: dict[str, np.ndarray]
     outputs: dict[str, np.ndarray]
     signature: Signature
+    rounding: dict[str, float] = field(default_factory=dict)
 
 
 class Decode(nn.Module):
@@ -276,9 +279,13 @@ def export(
     target = version_folder(models, name, version, replace=replace)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _staged(target) as folder:
+        with staged(target) as folder:
             golden: dict[str, np.ndarray] = {}
-            entries = {graph: _write_graph(graph, one, about, folder, golden) for graph, one in graphs.items()}
+            written = {
+                graph: one if isinstance(one, Converted) else convert(graph, one, about)
+                for graph, one in graphs.items()
+            }
+            entries = {graph: _write_graph(graph, one, about, folder, golden) for graph, one in written.items()}
             manifest = manifest_of(
                 {
                     "schema_version": SCHEMA_VERSION,
@@ -287,6 +294,7 @@ def export(
                     "graphs": entries,
                     "golden": _write_golden(folder, golden, about),
                     **about,
+                    **_rounding_told(written, about),
                 }
             )
             write_manifest(folder, described(manifest, folder), key)
@@ -295,6 +303,17 @@ def export(
     except OSError as error:
         raise DiskError(f"cannot write {target} ({error}); make room and export again") from error
     return target
+
+
+def _rounding_told(graphs: Mapping[str, Converted], about: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest's `training` with what weights in float16 cost, which is also told in a line."""
+    found = {f"{name}/{key}": loss for name, graph in graphs.items() for key, loss in graph.rounding.items()}
+    if not found:
+        return {}
+    worst = max(found, key=lambda key: found[key])
+    tell(f"weights are stored in float16, which changes outputs by at most {found[worst]:.2g} ({worst})")
+    told = {key: float(f"{loss:.3g}") for key, loss in found.items()}
+    return {"training": {**about.get("training", {}), "stored": "float16", "largest_rounding_error": told}}
 
 
 def version_folder(models: Path, name: str, version: str, *, replace: bool) -> Path:
@@ -320,7 +339,7 @@ def version_folder(models: Path, name: str, version: str, *, replace: bool) -> P
         raise ExportError(f"{name} is the file that names the default model; choose another name in the TOML")
     target = models / name / version
     if target.exists() and not replace:
-        raise ExportError(f"{target} exists; choose another version in the TOML or pass --replace")
+        raise ExportError(f"{target} exists; choose another version or pass --replace")
     nearest = next(folder for folder in target.absolute().parents if folder.exists())
     if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
         raise DiskError(f"cannot write into {nearest}; choose another --out")
@@ -328,7 +347,7 @@ def version_folder(models: Path, name: str, version: str, *, replace: bool) -> P
 
 
 @contextmanager
-def _staged(target: Path) -> Iterator[Path]:
+def staged(target: Path) -> Iterator[Path]:
     """Make a hidden folder beside `target`. It replaces `target` if the block succeeds, and is removed otherwise."""
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -352,15 +371,14 @@ def _staged(target: Path) -> Iterator[Path]:
 
 
 def _write_graph(
-    name: str, graph: Exportable | Converted, about: Mapping[str, Any], folder: Path, golden: dict[str, np.ndarray]
+    name: str, written: Converted, about: Mapping[str, Any], folder: Path, golden: dict[str, np.ndarray]
 ) -> dict[str, Any]:
     """Write the graph, add its rows to `golden`, and return its entry in the manifest."""
-    written = graph if isinstance(graph, Converted) else convert(name, graph, about)
     golden |= {f"{name}/{key}": row for key, row in (*written.inputs.items(), *written.outputs.items())}
     file = f"{name}.onnx"
     (folder / file).write_bytes(written.content)
-    inputs = shapes_of(graph.signature.inputs, written.inputs, about)
-    outputs = shapes_of(graph.signature.outputs, written.outputs, about)
+    inputs = shapes_of(written.signature.inputs, written.inputs, about)
+    outputs = shapes_of(written.signature.outputs, written.outputs, about)
     return {"file": file, "sha256": digest(written.content), "inputs": inputs, "outputs": outputs}
 
 
@@ -409,14 +427,17 @@ def convert(name: str, graph: Exportable, about: Mapping[str, Any]) -> Converted
     for checked in (*(_resized(rows, list(shapes.values()), size) for size in sizes), rows):
         try:
             with torch.no_grad():
-                answers = _tuple(module(*checked))
+                answers = tensors_of(module(*checked))
         except RuntimeError as error:
             size = " and ".join(str(list(row.shape[1:])) for row in checked)
             raise ExportError(f"{name} does not run on {size} in torch: {_first_line(error)}") from error
         inputs = {key: row.numpy() for key, row in zip(keys, checked, strict=True)}
         outputs = {key: row.numpy() for key, row in zip(graph.signature.outputs, answers, strict=True)}
         _check_parity(name, session, inputs, outputs, graph.parity)
-    return Converted(content, inputs, outputs, graph.signature)  # those of the golden rows, the last ones
+    rounding = (
+        {} if graph.exact is None else differences(module, graph.exact.eval().cpu(), rows, graph.signature.outputs)
+    )
+    return Converted(content, inputs, outputs, graph.signature, rounding)  # those of the golden rows, the last ones
 
 
 def _first_line(error: BaseException) -> str:
@@ -510,27 +531,9 @@ def to_onnx(
     model = program.model_proto
     for node in model.graph.node:
         del node.metadata_props[:]  # they hold paths of source files on this machine
-    if graph.float16:
-        _store_as_float16(model)
+    if graph.exact is not None:
+        store_as_float16(model)
     return model.SerializeToString()
-
-
-def _store_as_float16(model: onnx.ModelProto) -> None:
-    """Store weights that float16 holds exactly so, each with a node that converts it to float32."""
-    casts = []
-    for tensor in model.graph.initializer:
-        if tensor.data_type != onnx.TensorProto.FLOAT or math.prod(tensor.dims) < LEAST_FLOAT16:
-            continue
-        weight = onnx.numpy_helper.to_array(tensor)
-        with np.errstate(over="ignore"):
-            half = weight.astype(np.float16)
-        if np.array_equal(half, weight):
-            name = tensor.name
-            tensor.CopyFrom(onnx.numpy_helper.from_array(half, f"{name}.float16"))
-            casts.append(onnx.helper.make_node("Cast", [tensor.name], [name], to=onnx.TensorProto.FLOAT))
-    nodes = [*casts, *model.graph.node]
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
 
 
 def _dynamic(axes: tuple[dict[int, str], ...], multiple_of: int) -> tuple[dict[int, Any], ...]:
@@ -627,7 +630,3 @@ def _write_golden(folder: Path, arrays: dict[str, np.ndarray], about: Mapping[st
         return entry
     image = next(array for key, array in arrays.items() if key.partition("/")[2] in ("x", "x_mean"))
     return {**entry, "height": image.shape[2], "width": image.shape[3]}
-
-
-def _tuple(value: Any) -> tuple[Tensor, ...]:
-    return tuple(value) if isinstance(value, tuple) else (value,)

@@ -15,6 +15,7 @@ from service.contract.graphs import GRAPHS
 from training.errors import ExportError
 from training.export.export import Exportable, export, golden_images, version_folder
 from training.export.tiling import tiles
+from training.export.weights import rounded
 
 LOG_VAR_RANGE = (-30.0, 20.0)
 """Bounds of a log variance that stands beside the mean in one tensor, as diffusers' DiagonalGaussianDistribution has
@@ -74,7 +75,7 @@ def export_vae(
         value_range: Lowest and highest value of a pixel, [0, 1] or [-1, 1].
         multiple_of: What heights and widths are multiples of; None if the model takes the size of `x` alone.
         prior: "standard_normal" if z ~ N(0, I) under the model, so that it can be sampled; None if that is not known.
-        float16: Whether weights are rounded to float16 and stored so. Computations are in float32 all the same.
+        float16: Whether large weights are rounded to float16 and stored so. Computations are in float32 all the same.
         told: Further keys of the manifest, such as `scaling_factor` or `dataset`.
         further: Further graphs by name, such as those that restore.
         replace: Whether an existing version is replaced.
@@ -90,7 +91,8 @@ def export_vae(
     """
     version_folder(Path(models), name, version, replace=replace)
     rows = _rows(x, value_range, multiple_of)
-    encode, decode = (_prepared(module, float16) for module in (Encode(encoder), decoder))
+    exact = {"encoder": _prepared(Encode(encoder)), "decoder": _prepared(decoder)}
+    encode, decode = (rounded(module) if float16 else module for module in exact.values())
     mean = _latent(encode, decode, rows)
     about = {
         **shapes_told(rows.shape, mean.shape, multiple_of),
@@ -101,7 +103,9 @@ def export_vae(
     if multiple_of is not None and "tiles" not in (told or {}):
         about["tiles"] = tiles(encode, decode, None, rows.shape[1], multiple_of)
     pair = {
-        graph: Exportable(module, (inputs,), GRAPHS[graph], parity=MODULE_PARITY, float16=float16)
+        graph: Exportable(
+            module, (inputs,), GRAPHS[graph], parity=MODULE_PARITY, exact=exact[graph] if float16 else None
+        )
         for graph, module, inputs in (("encoder", encode, rows), ("decoder", decode, mean))
     }
     return export({**pair, **(further or {})}, Path(models), name, version, about, replace=replace, key=key)
@@ -127,20 +131,9 @@ def _rows(x: Tensor, value_range: Sequence[float], multiple_of: int | None) -> T
     return golden_images(rows, multiple_of)
 
 
-def _prepared(module: nn.Module, float16: bool) -> nn.Module:
-    """A copy in evaluation mode, in float32 on the CPU, with weights that float16 holds if wanted.
-
-    Raises:
-        ExportError: A weight is too large for float16.
-    """
-    own = copy.deepcopy(module).eval().cpu().float().requires_grad_(False)
-    for key, weight in own.state_dict().items() if float16 else ():
-        if weight.is_floating_point():
-            rounded = weight.half().float()
-            if not bool(rounded.isfinite().all()):
-                raise ExportError(f"{key} has values beyond those of float16; store the weights in float32")
-            weight.copy_(rounded)
-    return own
+def _prepared(module: nn.Module) -> nn.Module:
+    """A copy in evaluation mode, in float32 on the CPU."""
+    return copy.deepcopy(module).eval().cpu().float().requires_grad_(False)
 
 
 @torch.no_grad()

@@ -1,0 +1,86 @@
+"""Weights in float16: rounding them, storing them, and what the rounding costs. Computations stay in float32."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable
+from typing import TypeVar
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, nn
+
+from service.contract.golden import deviation
+from training.errors import ExportError
+
+LEAST_FLOAT16 = 256
+"""Numbers of the smallest weight that is stored in float16."""
+FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE)
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def rounded(module: Module) -> Module:
+    """A copy whose large weights are rounded to numbers that float16 holds.
+
+    Args:
+        module: Any module; its small weights, of fewer than `LEAST_FLOAT16` numbers, stay exact.
+
+    Raises:
+        ExportError: A weight is too large for float16.
+    """
+    own = copy.deepcopy(module)
+    for key, weight in own.state_dict().items():
+        if weight.is_floating_point() and weight.numel() >= LEAST_FLOAT16:
+            half = weight.half()
+            if not bool(half.isfinite().all()):
+                raise ExportError(f"{key} has values beyond those of float16; store the weights in float32")
+            weight.copy_(half)
+    return own
+
+
+def store_as_float16(model: onnx.ModelProto) -> None:
+    """Store large weights that float16 holds exactly so, each with a node that converts it back.
+
+    onnxruntime converts them once, when it opens the graph.
+    """
+    casts = []
+    for tensor in model.graph.initializer:
+        if tensor.data_type not in FLOATS or math.prod(tensor.dims) < LEAST_FLOAT16:
+            continue
+        weight = onnx.numpy_helper.to_array(tensor)
+        with np.errstate(over="ignore"):
+            half = weight.astype(np.float16)
+        if np.array_equal(half, weight):
+            name, kind = tensor.name, tensor.data_type
+            tensor.CopyFrom(onnx.numpy_helper.from_array(half, f"{name}.float16"))
+            casts.append(onnx.helper.make_node("Cast", [tensor.name], [name], to=kind))
+    nodes = [*casts, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+
+
+@torch.no_grad()
+def differences(
+    module: nn.Module, exact: nn.Module, rows: tuple[Tensor, ...], outputs: Iterable[str]
+) -> dict[str, float]:
+    """Largest difference of each output between two modules on the same rows, as golden rows are compared.
+
+    Args:
+        module: The module with rounded weights.
+        exact: The same with exact ones.
+        rows: Inputs of both, one tensor (n, ...) each.
+        outputs: Names of the outputs.
+    """
+    found, known = (tensors_of(one(*rows)) for one in (module, exact))
+    return {
+        name: deviation(name, *(tensor.cpu().numpy() for tensor in pair))
+        for name, *pair in zip(outputs, found, known, strict=True)
+    }
+
+
+def tensors_of(value: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The outputs of a module that returns one tensor or several."""
+    return tuple(value) if isinstance(value, tuple) else (value,)
