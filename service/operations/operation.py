@@ -17,7 +17,7 @@ from service.errors import InferenceFailed, InvalidOption, InvalidValue, Service
 from service.operations.abilities import Need, check_able, lacking
 from service.operations.inference.latent import MAX_SEED
 from service.operations.inference.tiling import Tiling
-from service.operations.inference.vae import Observe, Result
+from service.operations.inference.vae import Observe, Result, noted
 from service.runtime.model import Model
 from service.runtime.program import Submit
 
@@ -25,6 +25,10 @@ Rows = NDArray[np.float32]
 
 GOLDEN_IMAGES = ("encoder/x", "posterior/x", "recognition/y")
 """Golden rows that are images."""
+TILED_NOTE = (
+    "the image was worked off in blended tiles, because it is large; the model looks at whole images, so the answer "
+    "differs from that of the whole image"
+)
 LATENT_EXTREME = 100.0
 """Largest usual magnitude of a latent, for error messages: priors have a standard deviation of about 1."""
 
@@ -356,7 +360,11 @@ class Operation:
         observe = inputs.observe
         if observe is not None:
             inputs = inputs._replace(observe=lambda found: observe(self._checked(found, model, inputs)))
-        return self._checked(await self.run(model, submit, inputs, options), model, inputs)
+        result, tiles = await self.run(model, submit, inputs, options), model.manifest.tiles
+        if result.trip.tiled and tiles is not None and not tiles.exact:
+            rows = range(inputs.first, inputs.first + len(inputs.rows))
+            result = noted(result, "tiled", rows, TILED_NOTE)
+        return self._checked(result, model, inputs)
 
     def _checked(self, result: Result, model: Model, inputs: Inputs) -> Result:
         if inputs.size is not None:
