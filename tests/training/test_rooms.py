@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 TIERS = (
     {"errors"},
-    {"extras", "files", "progress", "signing", "strict"},
-    {"canvas"},
+    {"extras", "files", "progress", "strict"},
+    {"canvas", "signing"},
     {"distributions"},
     {"networks", "data"},
     {"config", "models"},
