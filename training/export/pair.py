@@ -96,7 +96,12 @@ def export_vae(
         **(told or {}),
     }
     if multiple_of is not None and "tiles" not in (told or {}):
-        about["tiles"] = tiles(encode, decode, None, rows.shape[1], multiple_of)
+        try:
+            about["tiles"] = tiles(encode, decode, None, rows.shape[1], multiple_of)
+        except RuntimeError as error:
+            raise ExportError(
+                f"the modules do not take images of every size ({error}); leave out multiple_of"
+            ) from error
     pair = {
         graph: Exportable(module, (inputs,), GRAPHS[graph], parity=MODULE_PARITY, float16=float16)
         for graph, module, inputs in (("encoder", encode, rows), ("decoder", decode, mean))
@@ -162,7 +167,9 @@ def _latent(encode: nn.Module, decode: nn.Module, rows: Tensor) -> Tensor:
     images = decode(mean)
     if not isinstance(images, Tensor) or images.shape != rows.shape:
         found = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise ExportError(f"the decoder makes {found} of latents of {list(rows.shape)}; it must make images like these")
+        raise ExportError(
+            f"the decoder makes {found} of the latents of images of {list(rows.shape)}; it must make images like these"
+        )
     return mean
 
 
