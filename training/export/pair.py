@@ -43,6 +43,20 @@ class Encode(nn.Module):
         return mean, log_var.clamp(*LOG_VAR_RANGE)
 
 
+class Decode(nn.Module):
+    """E[x|z] of any decoder: z -> x_mean, clamped to the value range."""
+
+    def __init__(self, decoder: nn.Module, value_range: Sequence[float]) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.low, self.high = map(float, value_range)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Map z (n, *latent_shape) to mean images (n, c, h, w)."""
+        found: Tensor = self.decoder(z)
+        return found.clamp(self.low, self.high)
+
+
 def export_vae(
     encoder: nn.Module,
     decoder: nn.Module,
@@ -64,7 +78,7 @@ def export_vae(
     Args:
         encoder: Maps x (n, c, h, w) to mean and log_var, (n, *latent_shape) each, or to one tensor with both, joined
             along axis 1. log_var is log sigma squared.
-        decoder: Maps z (n, *latent_shape) to mean images (n, c, h, w).
+        decoder: Maps z (n, *latent_shape) to mean images (n, c, h, w), which are clamped to `value_range`.
         x: Example images (n, c, h, w), of which at most four become golden rows.
         models: The model repository.
         name: Name of the model.
@@ -87,7 +101,7 @@ def export_vae(
     """
     version_folder(Path(models), name, version, replace=replace)
     rows = _rows(x, value_range, multiple_of)
-    encode, decode = (_prepared(module, float16) for module in (Encode(encoder), decoder))
+    encode, decode = (_prepared(module, float16) for module in (Encode(encoder), Decode(decoder, value_range)))
     mean = _latent(encode, decode, rows)
     about = {
         **shapes_told(rows.shape, mean.shape, multiple_of),
@@ -164,11 +178,15 @@ def _latent(encode: nn.Module, decode: nn.Module, rows: Tensor) -> Tensor:
             f"the encoder makes a mean of shape {list(mean.shape)} and a log_var of shape {list(log_var.shape)} of "
             f"{len(rows)} images; both must be (n, *latent_shape)"
         )
-    images = decode(mean)
-    if not isinstance(images, Tensor) or images.shape != rows.shape:
-        found = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
+    try:
+        images = decode(mean)
+    except (AttributeError, TypeError) as error:
         raise ExportError(
-            f"the decoder makes {found} of the latents of images of {list(rows.shape)}; it must make images like these"
+            f"the decoder must return images, one tensor; wrap it in a module that does ({error})"
+        ) from error
+    if images.shape != rows.shape:
+        raise ExportError(
+            f"the decoder makes {list(images.shape)} of the latents of images of {list(rows.shape)}; it must make images like these"
         )
     return mean
 
