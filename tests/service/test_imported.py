@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
+import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, chdir
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from torch.nn import functional
 
 from service.app import create_app
 from service.settings import Settings
+from training.__main__ import main
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 diffusers = pytest.importorskip("diffusers", reason="needs the extra `diffusers`")
@@ -64,6 +66,21 @@ def optimums(folder: Path, onnx_file: Callable[..., Path]) -> None:
         onnx_file(folder / f"vae_{part}" / "model.onnx", given, ["n", channels, "h", "w"], [node], made, w=weight)
 
 
+def run(commands: list[list[str]], folder: Path) -> None:
+    """Run commands of Python in a folder, in this process: each of its own would compile torch's exporter again."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with chdir(folder):
+            for command in commands:
+                if command[:2] == ["-m", "training"]:
+                    assert main(command[2:]) == 0, command
+                else:
+                    runpy.run_path(command[0], run_name="__main__")
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 @pytest.fixture(scope="module")
 def imported(
     tmp_path_factory: pytest.TempPathFactory,
@@ -78,13 +95,7 @@ def imported(
     for kind, text in BLOCKS:
         if kind in FILES:
             (folder / FILES[kind]).write_text(text)
-    for command in (line for line in COMMANDS if line.startswith(".venv/bin/python ")):
-        done = subprocess.run(
-            [sys.executable, *command.split()[1:]],
-            cwd=folder, capture_output=True, text=True, check=False,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+    run([line.split()[1:] for line in COMMANDS if line.startswith(".venv/bin/python ")], folder)
     app = create_app(Settings(models=folder / "models", default_model="sd-vae", max_rows=8))
     with serve(app) as url, httpx.Client(base_url=url, timeout=60.0) as client:
         yield Imported(folder, client)

@@ -256,7 +256,7 @@ class Reshaping(Sides):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mean and log_var, joined."""
-        return super().forward(x).reshape(-1, 8, 4, 4)
+        return super().forward(x).reshape(-1, 8, 24, 23)
 
 
 def back() -> nn.Module:
@@ -292,12 +292,12 @@ def test_a_pair_of_any_size_keeps_weights_in_float16(tmp_path: Path) -> None:
     [
         (Drawing(), torch.rand(2, 3, 8, 8), {}, r"encoder: node '.*' \(RandomNormalLike\) draws random numbers"),
         (Choosing(), torch.rand(2, 3, 8, 8), {}, "torch cannot export encoder: Could not guard on data-dependent"),
-        (Reshaping(), torch.rand(2, 3, 8, 8), {"multiple_of": 2}, r"encoder does not run on \[3, 4, 6\] in torch"),
+        (Reshaping(), torch.rand(2, 3, 8, 8), {"multiple_of": 2}, "do not take images of every size"),
         (Dictionary(), torch.rand(2, 3, 8, 8), {}, "the encoder must return mean and log_var, or one tensor"),
         (Sides(), torch.rand(2, 3, 8, 8) - 1.0, {}, r"pixels from -.* outside value_range \[0, 1\]"),
         (Sides(), torch.rand(3, 8, 8), {}, r"x must be example images .* not of shape \[3, 8, 8\]"),
-        (Sides(), torch.rand(2, 3, 12, 12), {"multiple_of": 3}, "f a divisor of 3; export for images of one size"),
-        (Sides(), torch.rand(2, 3, 9, 8), {}, r"the decoder makes \[4, 3, 8, 8\] of latents of \[4, 3, 9, 8\]"),
+        (Sides(), torch.rand(2, 3, 12, 12), {"multiple_of": 3}, r"the decoder makes \[4, 3, 48, 44\] of the latents"),
+        (Sides(), torch.rand(2, 3, 9, 8), {}, r"of the latents of images of \[4, 3, 9, 8\]"),
     ],
     ids=["draws", "choosing", "one-size", "dictionary", "range", "axes", "divisor", "decoder"],
 )  # fmt: skip
@@ -399,6 +399,26 @@ train = {{ epochs = 8, learning_rate = 3e-3, batch_size = 50, ema_decay = 0.99 }
 """
 
 
+SPATIAL = """
+import torch
+from torch import nn
+
+torch.manual_seed(0)
+encoder, decoder = nn.Conv2d(1, 4, 2, 2), nn.Sequential(nn.ConvTranspose2d(2, 1, 2, 2), nn.Sigmoid())
+"""
+RESTORING_SPATIAL = """
+name = "spatial"
+data = {{ dataset = "digits" }}
+imported = {{ file = "{file}", multiple_of = 2 }}
+
+[restoration]
+network = {{ architecture = "conv", channels = [4], head = 2, latents = "{latents}" }}
+level_network = {{ architecture = "conv", channels = [4], head = 2, latents = "pooled" }}
+correction = {{ channels = [2, 4] }}
+train = {{ epochs = 1, batch_size = 400 }}
+"""
+
+
 def test_the_bound_of_a_frozen_vae_is_a_kl_divergence() -> None:
     """From the encoder's posterior to the given one, as torch.distributions has it; 0 for the encoder's own."""
     torch.manual_seed(0)
@@ -433,3 +453,25 @@ def test_restoration_is_trained_for_an_imported_vae(tmp_path: Path, capsys: pyte
     assert "--replace" in capsys.readouterr().err
     assert main([*words, "--draws", "5"]) == 1
     assert "--restoration-epochs alone" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("own_signals")
+def test_restoration_of_images_of_any_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its latents must have the form of those of the VAE; the graphs take other sizes than that of the digits."""
+    (tmp_path / "mine.py").write_text(SPATIAL)
+    config = tmp_path / "run.toml"
+    words = ["fit", str(config), "--restore-only", "--threads", "1"]
+    words += ["--out", str(tmp_path), "--run", str(tmp_path / "run")]
+    config.write_text(RESTORING_SPATIAL.format(file=tmp_path / "mine.py", latents="vector"))
+    assert main(words) == 1
+    assert "restoration.network makes latents of [2], the VAE of [2, 4, 4]" in capsys.readouterr().err
+    config.write_text(RESTORING_SPATIAL.format(file=tmp_path / "mine.py", latents="spatial"))
+    assert main(words) == 0
+    folder = tmp_path / "spatial" / "1"
+    written = manifest.read(folder)
+    assert written.graphs["recognition"].outputs["mean"] == [2, "height/2", "width/2"]
+    assert written.graphs["correction"].outputs["restored"] == [1, "height", "width"]
+    assert written.tiles is not None
+    assert written.tiles.exact
+    y, level = np.random.default_rng(0).random((2, 1, 14, 30), dtype=np.float32), np.zeros((2, 4), np.float32)
+    assert answers(folder, "recognition", y=y, mask=np.ones_like(y), level=level)["mean"].shape == (2, 2, 7, 15)

@@ -90,14 +90,14 @@ class Converted:
     """One graph that is ONNX already, with golden rows.
 
     Attributes:
-        content: The .onnx file.
+        model: The graph with its weights.
         inputs: Golden inputs (n, ...) by name, in the order of the signature.
         outputs: What the graph makes of them, likewise.
         signature: Names and axes of its inputs and outputs.
         rounding: Largest difference of each output that weights in float16 make, on the golden rows.
     """
 
-    content: bytes
+    model: onnx.ModelProto
     inputs: dict[str, np.ndarray]
     outputs: dict[str, np.ndarray]
     signature: Signature
@@ -375,11 +375,11 @@ def _write_graph(
 ) -> dict[str, Any]:
     """Write the graph, add its rows to `golden`, and return its entry in the manifest."""
     golden |= {f"{name}/{key}": row for key, row in (*written.inputs.items(), *written.outputs.items())}
-    file = f"{name}.onnx"
-    (folder / file).write_bytes(written.content)
+    file, content = f"{name}.onnx", written.model.SerializeToString()
+    (folder / file).write_bytes(content)
     inputs = shapes_of(written.signature.inputs, written.inputs, about)
     outputs = shapes_of(written.signature.outputs, written.outputs, about)
-    return {"file": file, "sha256": digest(written.content), "inputs": inputs, "outputs": outputs}
+    return {"file": file, "sha256": digest(content), "inputs": inputs, "outputs": outputs}
 
 
 def shapes_of(tensors: Mapping[str, str], rows: Mapping[str, Any], about: Mapping[str, Any]) -> Shapes:
@@ -418,11 +418,11 @@ def convert(name: str, graph: Exportable, about: Mapping[str, Any]) -> Converted
     shapes = shapes_of(graph.signature.inputs, dict(zip(keys, rows, strict=True)), about)
     multiple_of = about.get("size", {}).get("multiple_of", 1)
     try:
-        content = to_onnx(module, rows, graph, shapes, multiple_of)
+        model = _traced(module, rows, graph, shapes, multiple_of)
     except torch.onnx.OnnxExporterError as error:
         raise ExportError(f"torch cannot export {name}: {_first_line(error.__cause__ or error)}") from error
-    check_graph(name, onnx.load_model_from_string(content))
-    session = opened(content)
+    check_graph(name, model)
+    session = opened(model.SerializeToString())
     sizes = further_sizes(multiple_of) if any(map(_free, shapes.values())) else []
     for checked in (*(_resized(rows, list(shapes.values()), size) for size in sizes), rows):
         try:
@@ -437,7 +437,7 @@ def convert(name: str, graph: Exportable, about: Mapping[str, Any]) -> Converted
     rounding = (
         {} if graph.exact is None else differences(module, graph.exact.eval().cpu(), rows, graph.signature.outputs)
     )
-    return Converted(content, inputs, outputs, graph.signature, rounding)  # those of the golden rows, the last ones
+    return Converted(model, inputs, outputs, graph.signature, rounding)  # those of the golden rows, the last ones
 
 
 def _first_line(error: BaseException) -> str:
@@ -486,23 +486,24 @@ def _resized(rows: tuple[Tensor, ...], shapes: list[list[Axis]], size: tuple[int
     )
 
 
-def to_onnx(
-    module: nn.Module, rows: tuple[Tensor, ...], graph: Exportable, shapes: Shapes | None = None, multiple_of: int = 1
-) -> bytes:
+def to_onnx(module: nn.Module, rows: Rows, graph: Exportable) -> bytes:
     """Convert a module to one self-contained ONNX graph.
 
     Args:
         module: The module, in evaluation mode.
         rows: Example inputs, one tensor (n, ...) each.
         graph: The graph's signature. Its free axes and the batch axis `n` stay variable.
-        shapes: Shapes of the inputs; axes that have names stay variable too.
-        multiple_of: What free heights and widths are multiples of.
 
     Returns:
         The graph as bytes of a .onnx file.
     """
+    return _traced(module, rows, graph, {}, 1).SerializeToString()
+
+
+def _traced(module: nn.Module, rows: Rows, graph: Exportable, shapes: Shapes, multiple_of: int) -> onnx.ModelProto:
+    """The ONNX graph of a module; axes that `shapes` names stay variable too."""
     free = free_axes(graph.signature.inputs)
-    named = {key: dict(enumerate(shape, 1)) for key, shape in (shapes or {}).items()}
+    named = {key: dict(enumerate(shape, 1)) for key, shape in shapes.items()}
     axes = tuple(
         {0: "n", **free.get(key, {}), **{k: name for k, name in named.get(key, {}).items() if isinstance(name, str)}}
         for key in graph.signature.inputs
@@ -533,7 +534,7 @@ def to_onnx(
         del node.metadata_props[:]  # they hold paths of source files on this machine
     if graph.exact is not None:
         store_as_float16(model)
-    return model.SerializeToString()
+    return model
 
 
 def _dynamic(axes: tuple[dict[int, str], ...], multiple_of: int) -> tuple[dict[int, Any], ...]:

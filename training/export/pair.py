@@ -45,6 +45,22 @@ class Encode(nn.Module):
         return mean, log_var.clamp(*LOG_VAR_RANGE)
 
 
+class Decode(nn.Module):
+    """E[x|z] of any decoder: z -> x_mean, clamped to [0, 1].
+
+    A decoder of [-1, 1] is left as it is: the service clips its images, and diffusion pipelines want them as they are.
+    """
+
+    def __init__(self, decoder: nn.Module, value_range: Sequence[float]) -> None:
+        super().__init__()
+        self.decoder, self.clamped = decoder, tuple(value_range) == RANGES[0]
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Map z (n, *latent_shape) to mean images (n, c, h, w)."""
+        found: Tensor = self.decoder(z)
+        return found.clamp(0.0, 1.0) if self.clamped else found
+
+
 def export_vae(
     encoder: nn.Module,
     decoder: nn.Module,
@@ -67,7 +83,7 @@ def export_vae(
     Args:
         encoder: Maps x (n, c, h, w) to mean and log_var, (n, *latent_shape) each, or to one tensor with both, joined
             along axis 1. log_var is log sigma squared.
-        decoder: Maps z (n, *latent_shape) to mean images (n, c, h, w).
+        decoder: Maps z (n, *latent_shape) to mean images (n, c, h, w). Over HTTP they are clipped to [0, 1].
         x: Example images (n, c, h, w), of which at most four become golden rows.
         models: The model repository.
         name: Name of the model.
@@ -91,7 +107,7 @@ def export_vae(
     """
     version_folder(Path(models), name, version, replace=replace)
     rows = _rows(x, value_range, multiple_of)
-    exact = {"encoder": _prepared(Encode(encoder)), "decoder": _prepared(decoder)}
+    exact = {"encoder": _prepared(Encode(encoder)), "decoder": _prepared(Decode(decoder, value_range))}
     encode, decode = (rounded(module) if float16 else module for module in exact.values())
     mean = _latent(encode, decode, rows)
     about = {
@@ -101,7 +117,12 @@ def export_vae(
         **(told or {}),
     }
     if multiple_of is not None and "tiles" not in (told or {}):
-        about["tiles"] = tiles(encode, decode, None, rows.shape[1], multiple_of)
+        try:
+            about["tiles"] = tiles(encode, decode, None, rows.shape[1], multiple_of)
+        except RuntimeError as error:
+            raise ExportError(
+                f"the modules do not take images of every size ({error}); leave out multiple_of"
+            ) from error
     pair = {
         graph: Exportable(
             module, (inputs,), GRAPHS[graph], parity=MODULE_PARITY, exact=exact[graph] if float16 else None
@@ -155,10 +176,17 @@ def _latent(encode: nn.Module, decode: nn.Module, rows: Tensor) -> Tensor:
             f"the encoder makes a mean of shape {list(mean.shape)} and a log_var of shape {list(log_var.shape)} of "
             f"{len(rows)} images; both must be (n, *latent_shape)"
         )
-    images = decode(mean)
-    if not isinstance(images, Tensor) or images.shape != rows.shape:
-        found = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise ExportError(f"the decoder makes {found} of latents of {list(rows.shape)}; it must make images like these")
+    try:
+        images = decode(mean)
+    except (AttributeError, TypeError) as error:
+        raise ExportError(
+            f"the decoder must return images, one tensor; wrap it in a module that does ({error})"
+        ) from error
+    if images.shape != rows.shape:
+        raise ExportError(
+            f"the decoder makes {list(images.shape)} of the latents of images of {list(rows.shape)}; it must make images "
+            "like these"
+        )
     return mean
 
 

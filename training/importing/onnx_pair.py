@@ -190,14 +190,14 @@ def import_onnx(
     x = x * np.float32(high - low) + np.float32(low)
     encode = _encode(one, roles, one.run_in_batches(x))
     mean = encode.run(x)["mean"]
-    decode = _decode(two, two.run_in_batches(mean), x.shape)
+    decode = _decode(two, two.run_in_batches(mean), x.shape, (low, high))
     shapes = shapes_told(x.shape, mean.shape, multiple_of)
     tell(f"images: {shapes['input_shape']}, latents: {shapes['latent_shape']}")
     if multiple_of is not None:
         _check_sizes(encode, decode, channels, multiple_of)
     told = {"value_range": [float(low), float(high)], "prior": prior, "training": {"imported": "ONNX"}}
     graphs = {
-        graph.name: Converted(graph.model.SerializeToString(), {key: rows}, graph.run(rows), GRAPHS[graph.name])
+        graph.name: Converted(graph.model, {key: rows}, graph.run(rows), GRAPHS[graph.name])
         for graph, key, rows in ((encode, "x", x), (decode, "z", mean))
     }
     return export(graphs, models, name, version, {**shapes, **told}, replace=replace)
@@ -377,8 +377,10 @@ def _encode(encoder: Source, roles: Mapping[Role, str], outputs: Mapping[str, Ro
     return _finished(encoder.name, encoder.renamed("x"), nodes, weights, {"mean": shape, "log_var": shape})
 
 
-def _decode(decoder: Source, outputs: Mapping[str, Rows], shape: tuple[int, ...]) -> Source:
-    """The decoder with the contract's tensors: z -> x_mean.
+def _decode(
+    decoder: Source, outputs: Mapping[str, Rows], shape: tuple[int, ...], value_range: tuple[float, float]
+) -> Source:
+    """The decoder with the contract's tensors: z -> x_mean, clamped to [0, 1] if that is the value range.
 
     Raises:
         ModelFileError: It does not give one image a row.
@@ -388,8 +390,12 @@ def _decode(decoder: Source, outputs: Mapping[str, Rows], shape: tuple[int, ...]
         raise ModelFileError(
             f"the decoder makes {_told(outputs)} of a latent of an image of {list(shape[1:])}, not one such image"
         )
-    nodes = [helper.make_node("Identity", [PREFIX + images[0]], ["x_mean"])]
-    return _finished(decoder.name, decoder.renamed("z"), nodes, [], {"x_mean": ["n", shape[1], "height", "width"]})
+    nodes, weights = [helper.make_node("Identity", [PREFIX + images[0]], ["x_mean"])], []
+    if value_range == (0, 1):
+        nodes = [helper.make_node("Clip", [PREFIX + images[0], "black", "white"], ["x_mean"])]
+        ends = zip(("black", "white"), value_range, strict=True)
+        weights = [numpy_helper.from_array(np.array(end, np.float32), key) for key, end in ends]
+    return _finished(decoder.name, decoder.renamed("z"), nodes, weights, {"x_mean": ["n", shape[1], "height", "width"]})
 
 
 def _finished(
