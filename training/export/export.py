@@ -36,6 +36,7 @@ from training.distributions.interface import Prior
 from training.distributions.priors.standard_normal import StandardNormal
 from training.errors import DiskError, ExportError
 from training.evaluation.scoring import ElboGradient, LogJoint
+from training.export.external import write_graph
 from training.inference.refinement import Refinement, differentiated
 from training.models.restoration import Corrupted, Recognition
 from training.models.vae import VAE
@@ -197,7 +198,7 @@ def export(
 
     Raises:
         ExportError: A graph differs from torch by more than 1e-5 (relative above 1; a gradient relative to its
-            largest value), contains a random operator or has external data; the manifest is invalid; or the version
+            largest value) or contains a random operator; the manifest is invalid; or the version
             exists.
         DiskError: The folder cannot be written.
     """
@@ -286,20 +287,19 @@ def _write_graph(name: str, graph: Exportable, folder: Path, golden: dict[str, n
     """Write the graph, add its rows to `golden`, and return its entry in the manifest."""
     module = graph.module.eval().cpu()
     rows = tuple(row.detach().cpu().contiguous() for row in graph.rows)
-    content = to_onnx(module, rows, graph)
-    _check_graph(name, content)
+    entry = write_graph(_traced(module, rows, graph), folder, name)
+    path = folder / entry["file"]
+    _check_graph(name, path)
     with torch.no_grad():
         answers = _tuple(module(*rows))
     inputs, outputs = (
         {key: row.numpy() for key, row in zip(names, tensors, strict=True)}
         for names, tensors in ((graph.signature.inputs, rows), (graph.signature.outputs, answers))
     )
-    _check_parity(name, content, inputs, outputs)
+    _check_parity(name, path, inputs, outputs)
     golden |= {f"{name}/{key}": row for key, row in (*inputs.items(), *outputs.items())}
-    file = f"{name}.onnx"
-    (folder / file).write_bytes(content)
     shapes = [{key: list(row.shape[1:]) for key, row in tensors.items()} for tensors in (inputs, outputs)]
-    return {"file": file, "sha256": digest(content), "inputs": shapes[0], "outputs": shapes[1]}
+    return {**entry, "inputs": shapes[0], "outputs": shapes[1]}
 
 
 def to_onnx(module: nn.Module, rows: tuple[Tensor, ...], graph: Exportable) -> bytes:
@@ -313,6 +313,10 @@ def to_onnx(module: nn.Module, rows: tuple[Tensor, ...], graph: Exportable) -> b
     Returns:
         The graph as bytes of a .onnx file.
     """
+    return _traced(module, rows, graph).SerializeToString()
+
+
+def _traced(module: nn.Module, rows: tuple[Tensor, ...], graph: Exportable) -> onnx.ModelProto:
     free = free_axes(graph.signature.inputs)
     axes = tuple({0: "n", **free.get(key, {})} for key in graph.signature.inputs)
     if graph.gradients:
@@ -343,7 +347,7 @@ def to_onnx(module: nn.Module, rows: tuple[Tensor, ...], graph: Exportable) -> b
     model = program.model_proto
     for node in model.graph.node:
         del node.metadata_props[:]  # they hold paths of source files on this machine
-    return model.SerializeToString()
+    return model
 
 
 def _log_sigmoid(x: Any) -> Any:
@@ -365,19 +369,17 @@ def _apart(rows: tuple[Tensor, ...], axes: tuple[dict[int, str], ...]) -> tuple[
     return tuple(torch.rand(shape, generator=torch.Generator().manual_seed(0)) for shape in shapes)
 
 
-def _check_graph(name: str, content: bytes) -> None:
-    model = onnx.load_model_from_string(content)
-    onnx.checker.check_model(model)
+def _check_graph(name: str, path: Path) -> None:
+    onnx.checker.check_model(path)
+    model = onnx.load(path, load_external_data=False)
     random = {node.op_type for node in model.graph.node if "Random" in node.op_type or node.op_type == "Bernoulli"}
     if random:
         raise ExportError(f"{name} draws random numbers inside the graph ({', '.join(random)}); feed noise as an input")
-    if any(tensor.external_data for tensor in model.graph.initializer):
-        raise ExportError(f"{name} keeps weights outside its file")
 
 
-def _check_parity(name: str, content: bytes, inputs: dict[str, np.ndarray], outputs: dict[str, np.ndarray]) -> None:
+def _check_parity(name: str, path: Path, inputs: dict[str, np.ndarray], outputs: dict[str, np.ndarray]) -> None:
     """Compare the graph's outputs with torch's, by name, for one row and for all rows."""
-    session = ort.InferenceSession(content, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
     for size in (1, len(next(iter(inputs.values())))):
         found = session.run(list(outputs), {key: row[:size] for key, row in inputs.items()})
         for (key, known), answer in zip(outputs.items(), found, strict=True):
