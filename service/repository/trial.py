@@ -33,6 +33,7 @@ def main(arguments: list[str]) -> int:
     parent, asked = int(arguments[0]), Trial(*json.loads(arguments[1]))
     process.end_with_parent(parent)
     process.disable_core_dumps()
+    process.fix_mmap_threshold()
     try:
         outcome = run(asked, write_step)
     except MemoryError:

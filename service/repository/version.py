@@ -29,7 +29,7 @@ OWN_THREAD = ("refinement", "elbo_gradient", "log_joint")
 LARGE_BYTES = 2**26
 """Above this size of its files, the graphs of a version are opened one after the other.
 
-onnxruntime needs up to three times the size of a graph while it opens it, and one time afterwards.
+onnxruntime holds a graph of convolutions two and a half times while it opens it, and once afterwards.
 """
 
 

@@ -38,6 +38,7 @@ from training.distributions.priors.standard_normal import StandardNormal
 from training.errors import DiskError, ExportError
 from training.evaluation.scoring import ElboGradient, LogJoint
 from training.export.card_sheet import described
+from training.export.external import write_graph
 from training.export.session import opened
 from training.export.weights import differences, store_as_float16, tensors_of
 from training.inference.refinement import Refinement, differentiated
@@ -272,7 +273,7 @@ def export(
 
     Raises:
         ExportError: A graph differs from torch by more than 1e-5 (relative above 1; a gradient relative to its
-            largest value), contains a random operator or has external data; the manifest is invalid; or the version
+            largest value) or contains a random operator; the manifest is invalid; or the version
             exists.
         DiskError: The folder cannot be written.
     """
@@ -375,11 +376,10 @@ def _write_graph(
 ) -> dict[str, Any]:
     """Write the graph, add its rows to `golden`, and return its entry in the manifest."""
     golden |= {f"{name}/{key}": row for key, row in (*written.inputs.items(), *written.outputs.items())}
-    file, content = f"{name}.onnx", written.model.SerializeToString()
-    (folder / file).write_bytes(content)
+    entry = write_graph(written.model, folder, name)
     inputs = shapes_of(written.signature.inputs, written.inputs, about)
     outputs = shapes_of(written.signature.outputs, written.outputs, about)
-    return {"file": file, "sha256": digest(content), "inputs": inputs, "outputs": outputs}
+    return {**entry, "inputs": inputs, "outputs": outputs}
 
 
 def shapes_of(tensors: Mapping[str, str], rows: Mapping[str, Any], about: Mapping[str, Any]) -> Shapes:
