@@ -72,7 +72,7 @@ def test_crops_are_a_function_of_seed_and_epoch(images: ImageSet) -> None:
     assert images.crops is not None
     here = epochs(images.crops, [0, 1, 2], 0)
     assert torch.equal(here[0], images.train)
-    assert not torch.equal(here[1], here[0])
+    assert len(torch.cat(here).unique(dim=0)) > 150  # of 180
     for workers in (1, 2):
         assert all(map(torch.equal, epochs(images.crops, [0, 1, 2], workers), here))
         assert torch.equal(epochs(images.crops, [2], workers)[0], here[2])
