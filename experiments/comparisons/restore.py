@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from experiments.comparisons import unet
 from experiments.comparisons.methods import Method, Restored, by_unet, is_gaussian, is_noise, ours, rivals
+from service.contract.graphs import at_size
 from service.contract.images import Pixels
 from service.contract.manifest import digest
 from training.data import ImageSet
@@ -97,7 +98,7 @@ def compare(plan: RestoreOptions) -> Findings:
             except DataError as error:
                 findings.note(f"{name}: {error}")
                 continue
-            if list(images.shape) != model["input_shape"]:
+            if images.shape != at_size(model["input_shape"], *images.shape[1:]):
                 findings.note(f"{name}: model {model['model']} takes {model['input_shape']}, not {list(images.shape)}")
                 continue
             findings.models[name] = f"{model['model']} {model['version']}, {model['fingerprint']}"

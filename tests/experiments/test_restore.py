@@ -143,6 +143,7 @@ def test_images_of_any_model_are_those_that_its_training_held_out() -> None:
     assert subject.dataset == Folder(dataset="folder", height=16, width=18, mode="RGB", test=0.25, seed=3)
     assert {task.factor for task in subject.tasks if task.operation == "super-resolve"} == {2}
     assert subject.timed in {task.name for task in subject.tasks}
+    assert subject_of(told(input_shape=[3, "height", "width"]))[1] == subject  # images of any size, at that of crops
     assert subject_of(told(dataset="mnist_static", model="static"))[0] == "mnist"
 
 

@@ -53,7 +53,8 @@ class Folder(DatasetSettings):
     """Every image below the directory, brought to one size and mode.
 
     Files are recognised by content, whatever their suffix; links are followed, hidden files and folders left out. Of
-    images that are equal at that size the first is kept, so that none is in two splits.
+    images that are equal at that size the first is kept, so that none is in two splits. With `[data.crops]`, of files
+    that are equal byte for byte.
 
     Transparent pixels are blended with black. A float image must lie in [0, 1]; 32-bit integer grey is refused.
     """
@@ -61,9 +62,9 @@ class Folder(DatasetSettings):
     dataset: Literal["folder"]
     """Every image below `--data`."""
     height: Positive
-    """Height of every image in pixels."""
+    """Height of every image in pixels; of a crop, with `[data.crops]`."""
     width: Positive
-    """Width of every image in pixels."""
+    """Width of every image in pixels; of a crop, with `[data.crops]`."""
     mode: Literal["L", "RGB"] = "RGB"
     """Grey or colour."""
     fit: Literal["crop", "pad", "resize"] = "crop"

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from service.contract.corruption import FAMILIES, NoiseFamily, OperatorName, operator_of
 from service.contract.images import Pixels
-from training.data import Dataset, Digits, Frey, Mnist, as_float
+from training.data import Dataset, Digits, Folder, Frey, Mnist, as_float
 from training.distributions.noise import corrupt
 from training.errors import ConfigError
 from training.loop.randomness import keyed_generator
@@ -241,8 +241,8 @@ def subject_of(model: dict[str, Any]) -> tuple[str, Subject]:
             f"model {model['model']} does not name its data set in training.settings.data of its manifest; "
             "only models that this trainer exported can be asked for their images"
         ) from error
-    _, height, width = model["input_shape"]
-    tasks = tuple(task for task in TASKS if height % task.factor == 0 and width % task.factor == 0)
+    size = (dataset.height, dataset.width) if isinstance(dataset, Folder) else model["input_shape"][1:]
+    tasks = tuple(task for task in TASKS if not any(side % task.factor for side in size))
     images = model["training"].get("train_images") or UNET_IMAGES
     return model["model"], Subject(dataset, tasks, "Gaussian 0.25", max(1, min(400, UNET_IMAGES // images)))
 

@@ -186,7 +186,8 @@ def _latent(encode: nn.Module, decode: nn.Module, rows: Tensor) -> Tensor:
         ) from error
     if images.shape != rows.shape:
         raise ExportError(
-            f"the decoder makes {list(images.shape)} of the latents of images of {list(rows.shape)}; it must make images like these"
+            f"the decoder makes {list(images.shape)} of the latents of images of {list(rows.shape)}; it must make "
+            "images like these"
         )
     return mean
 
