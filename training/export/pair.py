@@ -14,6 +14,7 @@ from service.contract.graphs import GRAPHS
 from training.errors import ExportError
 from training.export.export import Exportable, export, golden_images, version_folder
 from training.export.tiling import tiles
+from training.progress import tell
 
 LOG_VAR_RANGE = (-30.0, 20.0)
 """Bounds of a log variance that stands beside the mean in one tensor, as diffusers' DiagonalGaussianDistribution has
@@ -120,6 +121,7 @@ def export_vae(
         graph: Exportable(module, (inputs,), GRAPHS[graph], parity=MODULE_PARITY, float16=float16)
         for graph, module, inputs in (("encoder", encode, rows), ("decoder", decode, mean))
     }
+    tell("exporting; tracing the graphs and comparing them with torch takes seconds, of large models minutes")
     return export({**pair, **(further or {})}, Path(models), name, version, about, replace=replace)
 
 
