@@ -16,6 +16,7 @@ from training.errors import ExportError
 from training.export.export import Exportable, export, golden_images, version_folder
 from training.export.tiling import tiles
 from training.export.weights import rounded
+from training.progress import tell
 
 LOG_VAR_RANGE = (-30.0, 20.0)
 """Bounds of a log variance that stands beside the mean in one tensor, as diffusers' DiagonalGaussianDistribution has
@@ -129,6 +130,7 @@ def export_vae(
         )
         for graph, module, inputs in (("encoder", encode, rows), ("decoder", decode, mean))
     }
+    tell("exporting; tracing the graphs and comparing them with torch takes seconds, of large models minutes")
     return export({**pair, **(further or {})}, Path(models), name, version, about, replace=replace, key=key)
 
 
@@ -184,8 +186,8 @@ def _latent(encode: nn.Module, decode: nn.Module, rows: Tensor) -> Tensor:
         ) from error
     if images.shape != rows.shape:
         raise ExportError(
-            f"the decoder makes {list(images.shape)} of the latents of images of {list(rows.shape)}; it must make images"
-            " like these"
+            f"the decoder makes {list(images.shape)} of the latents of images of {list(rows.shape)}; it must make "
+            "images like these"
         )
     return mean
 

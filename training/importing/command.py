@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,23 +59,38 @@ def _named(text: str) -> tuple[str, str]:
 
 def _import_diffusers(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
-    written = import_diffusers(
-        options.path, options.models, options.name, options.version, float16=options.float16, replace=options.replace
+    _tell(
+        lambda: import_diffusers(
+            options.path,
+            options.models,
+            options.name,
+            options.version,
+            float16=options.float16,
+            replace=options.replace,
+        )
     )
-    print(f"wrote {written}")
 
 
 def _import_onnx(options: argparse.Namespace) -> None:
-    written = import_onnx(
-        options.encoder,
-        options.decoder,
-        options.models,
-        options.name,
-        options.version,
-        encoder_outputs=dict(options.encoder_outputs) if options.encoder_outputs else None,
-        value_range=tuple(options.value_range) if options.value_range else None,
-        size=tuple(options.size) if options.size else None,
-        prior=options.prior,
-        replace=options.replace,
+    _tell(
+        lambda: import_onnx(
+            options.encoder,
+            options.decoder,
+            options.models,
+            options.name,
+            options.version,
+            encoder_outputs=dict(options.encoder_outputs) if options.encoder_outputs else None,
+            value_range=tuple(options.value_range) if options.value_range else None,
+            size=tuple(options.size) if options.size else None,
+            prior=options.prior,
+            replace=options.replace,
+        )
     )
-    print(f"wrote {written}")
+
+
+def _tell(written: Callable[[], Path]) -> None:
+    """Import, and print where the version lies."""
+    try:
+        print(f"wrote {written()}")
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt("nothing was written; run the same command again") from interrupt
