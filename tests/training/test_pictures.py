@@ -20,11 +20,11 @@ from training.canvas import CAPTION, CELL, GAP, png, sheet, small_png
 from training.config import load
 from training.loop import loop as loops
 from training.loop import pictures, trainer
-from training.loop.pictures import Pictures, draw_curves
+from training.loop.pictures import Pictures, draw_curves, vae_blocks
 from training.loop.processes import ALONE
-from training.loop.stages import restoration_stage, trained_vae, vae_stage
+from training.loop.stages import build_vae, restoration_stage, trained_vae, vae_stage
 from training.loop.trainer import Stage, train
-from training.models.vae import Bound
+from training.models.vae import VAE, Bound
 
 CPU = torch.device("cpu")
 CONFIG = Path(__file__).parents[2] / "training" / "configs" / "digits.toml"
@@ -105,6 +105,27 @@ def test_the_sheets_of_both_stages(images: Tensor, tmp_path: Path) -> None:
         assert second.size == (8 * cell + GAP, 5 * HEAD + 6 * cell + GAP)
     with Image.open(tmp_path / "curves.png") as curves:
         assert curves.format == "PNG"
+
+
+class Pair(VAE):
+    """An encoder and a decoder from elsewhere, without likelihood and prior."""
+
+    latent_shape = (8,)
+
+    def __init__(self, vae: VAE) -> None:
+        torch.nn.Module.__init__(self)
+        self.encoder, self.decoder = vae.encoder, vae.decoder
+
+    def x_mean(self, z: Tensor) -> Tensor:
+        """The decoder's answer between 0 and 1."""
+        return self.decode(z).sigmoid()
+
+
+def test_a_model_without_a_prior_has_no_samples(images: Tensor) -> None:
+    """Images and reconstructions are shown all the same."""
+    vae, x = build_vae(RUN, SHAPE), images[:3].float() / 255.0
+    assert list(vae_blocks(vae, x, 0)) == ["held-out images", "reconstructions", "samples"]
+    assert list(vae_blocks(Pair(vae), x, 0)) == ["held-out images", "reconstructions"]
 
 
 def test_an_interrupted_run_leaves_its_pictures(images: Tensor, tmp_path: Path) -> None:

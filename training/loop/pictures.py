@@ -96,6 +96,8 @@ def vae_blocks(vae: VAE, x: Tensor, seed: int) -> dict[str, Tensor]:
         Images (k, c, h, w) by caption.
     """
     blocks = {"held-out images": x, "reconstructions": vae.reconstruct(x)}
+    if getattr(vae, "prior", None) is None:
+        return blocks
     shape = vae.noise_shapes.prior
     eps = torch.randn(SAMPLES, *shape, generator=keyed_generator(x.device, seed, SAMPLE_SEED), device=x.device)
     return {**blocks, "samples": vae.sample(eps)}
