@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import tracemalloc
 from typing import Any
 
 import httpx
@@ -224,6 +225,24 @@ def test_levels_of_large_pictures_are_the_pixels_of_small_ones(
         assert np.array_equal(array(asked(large, ("reconstruct", npy(levels)))[0]), found)
         ambiguous = asked(large, ("reconstruct", npy(levels & 1)))[0]
         assert (ambiguous.status_code, ambiguous.json()["code"]) == (422, "invalid_value")
+
+
+def test_a_large_picture_takes_few_bytes_a_pixel(repository: Repository) -> None:
+    """As a picture of 24 megapixels with the default memory: in PNG it is answered, as array or text it is refused."""
+    height, width = 1500, 2000
+    memory_bytes = 2**29 * height * width // (4000 * 6000)
+    app = create_app(Settings(memory_bytes=memory_bytes, tile_pixels=2**16), repository)
+    slope = np.linspace(0, 255, width).astype(np.uint8)
+    body = picture(np.broadcast_to(slope[:, None], (height, width, 3)), "JPEG")
+    sent = [("reconstruct", {"content": body, "headers": {**SENT_PNG, **kind}}) for kind in (PNG, NPY, JSON)]
+    tracemalloc.start()
+    (as_png,) = asked(app, sent[0])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert shown(as_png).shape == (height, width, 3)
+    assert peak < 12 * height * width, "arrays and bytes, without the memory of Pillow and onnxruntime"
+    as_npy, as_json = (asked(app, one)[0] for one in sent[1:])
+    assert (as_npy.status_code, as_json.status_code) == (413, 413)
 
 
 def test_large_pictures_of_one_form_share_a_size_and_a_kind(app: FastAPI) -> None:
