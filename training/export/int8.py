@@ -24,6 +24,7 @@ from service.contract.manifest import Manifest
 from training.data import binarise
 from training.errors import ExportError
 from training.evaluation.measures import psnr
+from training.export.weights import without_float16
 from training.loop.randomness import keyed_generator
 from training.models.restoration import simulate
 
@@ -35,8 +36,6 @@ Rows = dict[str, NDArray[np.float32]]
 RunGraph = Callable[[str, Rows], Rows]
 """Runs a graph, by name, on its inputs."""
 
-CANDIDATES = ("encoder", "posterior", "decoder", "recognition", "noise_level", "correction")
-"""Graphs that are quantised. Gradients and log densities need more digits, a prior must stay the one that is scored."""
 OPERATORS = ["Conv", "ConvTranspose", "Gemm", "MatMul"]
 KEPT = ((1, 2), (1, 1), (0, 0))
 """How many of the first and of the last operators stay in float32, the most accurate choice first."""
@@ -45,7 +44,7 @@ ROWS = 16
 SPEED_S = 1.5
 """CPU time over which a speed is measured."""
 FEWEST_RUNS = 10
-MOST_RUNS = 200
+MOST_RUNS = 100
 
 
 class Gain(NamedTuple):
@@ -59,11 +58,6 @@ class Gain(NamedTuple):
         return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
 
 
-def loaded(content: bytes) -> onnx.ModelProto:
-    """The graph in the bytes of a .onnx file."""
-    return onnx.load_model_from_string(content)
-
-
 def run_in_batches(session: ort.InferenceSession, rows: Rows) -> Rows:
     """Run a graph on any number of rows."""
     names = [output.name for output in session.get_outputs()]
@@ -75,7 +69,9 @@ def run_in_batches(session: ort.InferenceSession, rows: Rows) -> Rows:
 
 
 def rows_of(manifest: Manifest, run: RunGraph, x: Pixels, seed: int) -> dict[str, Rows]:
-    """Inputs of the graphs that can be quantised, as a request with these images would lead to them.
+    """Inputs of the graphs that may be quantised, as a request with these images would lead to them.
+
+    Gradients and log densities need more digits, and a prior must stay the one that is scored.
 
     Args:
         manifest: The version's.
@@ -149,20 +145,38 @@ def quantised(graph: Path, rows: Rows, kept: tuple[int, int] = (0, 0)) -> bytes:
         def get_next(self) -> Rows | None:
             return next(self.batches, None)
 
-    operators = [
-        node.name for node in onnx.load(graph, load_external_data=False).graph.node if node.op_type in OPERATORS
-    ]
-    first, last = kept
+    model = _float32(graph)
+    operators, (first, last) = _operators(model), kept
     inner = operators[first : len(operators) - last]
     with tempfile.TemporaryDirectory() as folder, _quiet():
-        target = Path(folder) / "int8.onnx"
+        given, made = Path(folder) / "float32.onnx", Path(folder) / "int8.onnx"
+        onnx.save(model, given)
         quantization.quantize_static(
-            graph, target, Reader(), quant_format=quantization.QuantFormat.QDQ, op_types_to_quantize=OPERATORS,
-            per_channel=True, reduce_range=True, activation_type=quantization.QuantType.QUInt8,
-            weight_type=quantization.QuantType.QInt8, extra_options={"MatMulConstBOnly": True},
-            nodes_to_exclude=[name for name in operators if name not in inner],
+            given, made, Reader(), quant_format=quantization.QuantFormat.QDQ, op_types_to_quantize=OPERATORS,
+            nodes_to_exclude=[name for name in operators if name not in inner], per_channel=True, reduce_range=True,
+            activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8,
+            extra_options={"MatMulConstBOnly": True},
         )  # fmt: skip
-        return onnx.load(target).SerializeToString()
+        return made.read_bytes()
+
+
+def choices(graph: Path) -> list[tuple[int, int]]:
+    """Those of `KEPT` that leave an operator of the graph to quantise, the most accurate first."""
+    count = len(_operators(_float32(graph)))
+    return [kept for kept in KEPT if sum(kept) < count]
+
+
+def _float32(graph: Path) -> onnx.ModelProto:
+    """The graph with weights in float32, each node with a name."""
+    model = onnx.load(graph)
+    without_float16(model)
+    for place, node in enumerate(model.graph.node):
+        node.name = node.name or f"node {place}"
+    return model
+
+
+def _operators(model: onnx.ModelProto) -> list[str]:
+    return [node.name for node in model.graph.node if node.op_type in OPERATORS]
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
@@ -151,6 +152,8 @@ def _source(folder: Path) -> Source:
     """
     try:
         manifest = manifests.read(folder)
+        if manifest.training.get("stored") == "int8":
+            raise ConfigError(f"{folder} is in int8 already; quantise the version that it was made from")
         if manifest.variants or any(graph.data for graph in manifest.graphs.values()):
             raise ExportError(f"{folder} has variants or weights outside its graphs; quantise one whole variant")
         for entry in manifest.files():
@@ -193,11 +196,14 @@ def _quantised(source: Source, x: Pixels, seed: int, least_gain: float) -> dict[
     """Every candidate in int8, with the fewest operators quantised that make it fast enough; else with all."""
     found: dict[str, Quantised] = {}
     for name, rows in int8.rows_of(source.manifest, source.run, x, seed).items():
-        for kept in int8.KEPT:
-            found[name] = _measured(source, name, rows, kept)
-            if found[name].gain >= least_gain:
+        one = None
+        for kept in int8.choices(source.folder / source.manifest.graphs[name].file):
+            one = _measured(source, name, rows, kept)
+            if one.gain >= least_gain:
                 break
-        one = found[name]
+        if one is None:
+            continue  # it has no convolution and no matrix product
+        found[name] = one
         verdict = "int8" if one.gain >= least_gain else "stays float32"
         figures = ", ".join(f"{key} {value:.3g}" for key, value in one.loss.items())
         tell(f"{name:12} {verdict:14} {one.gains[0]} times as fast alone, {one.gains[1]} in a batch; {figures}")
@@ -242,7 +248,7 @@ def _write(
         if name not in graphs:
             shutil.copyfile(source.folder / entry.file, folder / entry.file)
             continue
-        check_graph(name, int8.loaded(graphs[name].content))
+        check_graph(name, onnx.load_model_from_string(graphs[name].content))
         (folder / entry.file).write_bytes(graphs[name].content)
         entries[name] = entry.model_copy(update={"sha256": digest(graphs[name].content)})
     changes: dict[str, Any] = {
@@ -250,11 +256,15 @@ def _write(
         "graphs": entries,
         "golden": _write_golden(source, graphs, folder),
         "training": {**manifest.training, "stored": "int8", "quantised": sorted(graphs)},
-        "quality": {"int8": _told(graphs, moved), f"version {manifest.version}": manifest.quality},
+        "quality": {"int8": _told(graphs, moved), "before": manifest.quality},
         "card": None,
     }
-    if graphs.keys() & RESTORING:
+    if graphs.keys() & RESTORING and manifest.calibration is not None:
         changes["calibration"] = None
+        tell(
+            "the factors of std are those of the float32 version and are left out; measure them anew with "
+            f"python -m training calibrate --model {manifest.name}"
+        )
     if moved is not None and manifest.scoring is not None:
         percentiles = [round(nats + float(moved.mean()), 3) for nats in manifest.scoring.elbo_percentiles_nats]
         changes["scoring"] = manifest.scoring.model_copy(update={"elbo_percentiles_nats": percentiles})

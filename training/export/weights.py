@@ -62,6 +62,17 @@ def store_as_float16(model: onnx.ModelProto) -> None:
     model.graph.node.extend(nodes)
 
 
+def without_float16(model: onnx.ModelProto) -> None:
+    """Store weights in float32 again that `store_as_float16` has stored in float16."""
+    halves = {tensor.name: tensor for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT16}
+    casts = [node for node in model.graph.node if node.op_type == "Cast" and node.input[0] in halves]
+    for node in casts:
+        kind = onnx.helper.tensor_dtype_to_np_dtype(node.attribute[0].i)
+        weight = onnx.numpy_helper.to_array(halves[node.input[0]]).astype(kind)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(weight, node.output[0]))
+        model.graph.node.remove(node)
+
+
 @torch.no_grad()
 def differences(
     module: nn.Module, exact: nn.Module, rows: tuple[Tensor, ...], outputs: Iterable[str]
