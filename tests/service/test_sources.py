@@ -37,11 +37,12 @@ Files = dict[str, bytes]
 
 
 def tiny() -> Files:
-    """A version of three small files."""
+    """A version of small files."""
     content, golden = json.loads((VERSION / "manifest.json").read_text()), (VERSION / "golden.npz").read_bytes()
     for graph in content["graphs"].values():
         graph["sha256"] = digest(golden)
     files = {graph["file"]: golden for graph in content["graphs"].values()}
+    files |= {name: (VERSION / name).read_bytes() for name in ("README.md", "sheet.png")}
     return {**files, "golden.npz": golden, "manifest.json": json.dumps(content).encode()}
 
 
