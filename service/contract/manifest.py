@@ -205,9 +205,10 @@ class Size(Part):
             raise ValueError(f"needs min <= max, both multiples of multiple_of ({self.multiple_of})")
         return self
 
-    def padded(self, length: int) -> int:
-        """The height or width that the graphs take for an image of this one."""
-        return max(self.min, -(-length // self.multiple_of) * self.multiple_of)
+    def padded(self, length: int, scale: int = 1) -> int:
+        """The height or width that the graphs take for an image of this one, as a multiple of `scale` too."""
+        step = math.lcm(self.multiple_of, scale)
+        return -(-max(self.min, length) // step) * step
 
 
 class Tiles(Part):

@@ -427,8 +427,7 @@ class Operation:
         images = next((golden[name] for name in GOLDEN_IMAGES if name in golden), None)
         if self.takes == "latents" or images is None:
             return Inputs(np.resize(golden["decoder/z"], (2, *golden["decoder/z"].shape[1:])), latents=True)
-        step = math.lcm(1 if model.manifest.size is None else model.manifest.size.multiple_of, options.scale)
-        height, width = (-(-length // step) * step // options.scale for length in images.shape[2:])
+        height, width = (length // options.scale for length in model.padded(images.shape[2:], options.scale))
         return Inputs(np.resize(images, (2, images.shape[1], height, width)))
 
     def offered_by(self, model: Model, options: Options | None = None) -> bool:

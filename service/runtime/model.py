@@ -79,17 +79,18 @@ class Model:
         prior = self.manifest.graphs.get("prior")
         return self.latent_at(height, width) if prior is None else at_size(prior.inputs["eps"], height, width)
 
-    def padded(self, size: tuple[int, int] | None) -> tuple[int, int]:
+    def padded(self, size: tuple[int, int] | None, scale: int = 1) -> tuple[int, int]:
         """Height and width that the graphs take for an image of this height and width.
 
         Args:
             size: Height and width of the image; None for a model of one size.
+            scale: A number of which they must be multiples too.
         """
         free = self.manifest.size
         if free is None or size is None:
             _, height, width = self.input_shape
             return height, width
-        return free.padded(size[0]), free.padded(size[1])
+        return free.padded(size[0], scale), free.padded(size[1], scale)
 
     @cached_property
     def free(self) -> FreeSize | None:
