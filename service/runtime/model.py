@@ -93,8 +93,9 @@ class Model:
     def free(self) -> FreeSize | None:
         """What its programs know of sizes; None where the size of images is fixed."""
         manifest = self.manifest
-        pixels = math.prod(manifest.golden_size())
-        return None if manifest.size is None else FreeSize(manifest.size, manifest.tiles, pixels)
+        if manifest.size is None:
+            return None
+        return FreeSize(manifest.size, manifest.tiles, math.prod(manifest.golden_size()))
 
     def plan(
         self,

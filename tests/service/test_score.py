@@ -88,7 +88,7 @@ class Linear:
     def model(self) -> Model:
         """As a model of the service."""
         graphs: Any = {name: getattr(self, name) for name in ("encoder", "log_joint", "elbo_gradient")}
-        manifest: Any = SimpleNamespace(name="linear", channels=1, latent_shape=[2])
+        manifest: Any = SimpleNamespace(name="linear", channels=1, latent_shape=[2], size=None)
         return Model(manifest, graphs)
 
     def x(self, n: int) -> Rows:
