@@ -86,7 +86,7 @@ def admit(
         return Inputs(np.empty((options.count, 0), np.float32), size=made)
     if payload.array is None:
         raise InvalidShape(f'the body lacks "{operation.takes}"')
-    if model.manifest.size is not None:
+    if model.free is not None:
         return _admit_free(operation, model, payload, options, max_rows, room, float_pixels)
     options.check(model)
     shape, name = operation.row_shape(model, options), operation.takes
@@ -104,8 +104,9 @@ def admit(
     check_count(count * options.multiplicity, max_rows)
     room(count, None)
     rows = in_range(rows, *_bounds(operation, name), name)
-    mask = _mask(operation, payload, shape, options, len(rows), room)
-    mask = None if mask is None else np.broadcast_to(mask, (len(rows), *shape))
+    mask = None
+    if operation.masked or payload.mask is not None:
+        mask = np.broadcast_to(_mask(operation, payload, shape, options, len(rows), room), (len(rows), *shape))
     if tiles is not None:
         rows, mask = tiles.cut(rows), None if mask is None else tiles.cut(mask)
     return Inputs(rows, mask, latents=payload.latents, tiling=tiles)
@@ -138,9 +139,9 @@ def _admit_free(
     room(len(images), (height, width))
     if images.dtype.kind == "f":  # levels are in the range
         images = in_range(images, *_bounds(operation, "images"), "images")
-    mask = _mask(operation, payload, shape, options, len(images), room)
-    rows = _reflected(images, height // options.scale, width // options.scale)
-    if mask is not None:
+    rows, mask = _reflected(images, height // options.scale, width // options.scale), None
+    if operation.masked or payload.mask is not None:
+        mask = _mask(operation, payload, shape, options, len(images), room)
         mask = np.broadcast_to(_reflected(mask, *rows.shape[2:]), rows.shape)
     return Inputs(rows, mask, size=size)
 
@@ -227,23 +228,19 @@ def _shaped(
     return images if images.shape[1:] == shape else fit(images, (shape[1], shape[2]), how)
 
 
-def _mask(
-    operation: Operation, payload: Payload, shape: tuple[int, ...], options: Any, rows: int, room: Room
-) -> Rows | None:
-    """Masks (1, 1, h, w) or (rows, 1, h, w), 1 where a pixel is seen; None without a mask.
+def _mask(operation: Operation, payload: Payload, shape: tuple[int, ...], options: Any, rows: int, room: Room) -> Rows:
+    """Masks (1, 1, h, w) or (rows, 1, h, w), 1 where a pixel is seen.
 
     Raises:
         InvalidShape: The mask is missing, or has another shape than the images.
         InvalidValue: A value is outside the range.
         InvalidOption: The operation takes none.
     """
-    if payload.mask is None and operation.masked:
+    if payload.mask is None:
         raise InvalidShape(
             f"{operation.name} needs a mask, 1 where a pixel is seen and 0 where it is missing: `mask` in JSON, a "
             "second file in the field `mask` of a form, or the transparency of the picture"
         )
-    if payload.mask is None:
-        return None
     if not operation.observed:
         raise InvalidOption(f"{operation.name} takes no mask")
     mask = _shaped(payload.mask, (1, *shape[1:]), "mask", options, rows, room)

@@ -213,10 +213,12 @@ class OperationApp:
     def _intake(self, model: Model, options: Any, meter: Meter) -> Intake:
         """What the codec reads for a model."""
         operation, variants = self.operation, model.variants
-        shape, takes = operation.row_shape(model, options), operation.takes or ""
-        counts = tuple(variants) if len(variants) > 1 else ()
-        float_pixels = None if model.manifest.size is None else self.context.settings.tile_pixels
-        return Intake(takes, shape, meter, operation.masked, operation.or_latents, counts, float_pixels)
+        shape = operation.row_shape(model, options)
+        intake = Intake(operation.takes or "", shape, meter, operation.masked, operation.or_latents)
+        if model.free is None and len(variants) == 1:
+            return intake
+        float_pixels = None if model.free is None else self.context.settings.tile_pixels
+        return intake._replace(variants=tuple(variants) if len(variants) > 1 else (), float_pixels=float_pixels)
 
     def _writes_levels(self, best: Codec, model: Model, options: Any, size: tuple[int, int]) -> bool:
         """Whether the answer becomes a picture of so many pixels that its images are made as 8-bit levels."""
