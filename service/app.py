@@ -38,7 +38,7 @@ from service.repository.reload import Control
 from service.repository.remote import local_copy
 from service.repository.repository import Repository
 from service.repository.selection import Selection
-from service.repository.version import LoadLimits
+from service.repository.version import LoadRules
 from service.runtime.scheduler import Engine
 from service.runtime.session import execution_provider
 from service.security.middleware import add_access_control
@@ -62,9 +62,9 @@ def open_repository(settings: Settings, overrides: Overrides = Overrides()) -> R
     provider = execution_provider(settings.execution_provider)
     threads = settings.threads or max(1, cpu_count() // settings.workers)
     models, selection = local_copy(settings), Selection(settings.versions)
-    limits = LoadLimits(settings.load_limit_s, settings.load_memory_bytes)
+    rules = LoadRules(settings.load_limit_s, settings.load_memory_bytes, settings.model_public_keys)
     return Repository.open(
-        models, settings.default_model, provider, threads, settings.max_rows, selection, overrides, limits
+        models, settings.default_model, provider, threads, settings.max_rows, selection, overrides, rules
     )
 
 

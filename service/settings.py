@@ -127,6 +127,9 @@ class Settings(BaseSettings):
     """Longest time to open and replay one version; a slower one is refused."""
     load_memory_bytes: Annotated[int, Field(ge=2**26)] = 4 * 2**30
     """Maximum memory to open one version, and never more than is free; a larger one is refused."""
+    model_public_keys: str = ""
+    """PEM files of Ed25519 public keys, separated by commas and read again at every load. Versions that none of these
+    keys has signed are refused; if empty, no signature is checked."""
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000

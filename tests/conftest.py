@@ -113,7 +113,8 @@ def seal() -> Callable[..., None]:
 
     def sealed(folder: Path, **changes: Any) -> None:
         content = {**json.loads((folder / "manifest.json").read_text()), **changes}
-        for entry in (*content["graphs"].values(), content["golden"]):
+        data = (entry for graph in content["graphs"].values() for entry in graph.get("data", ()))
+        for entry in (*content["graphs"].values(), *data, content["golden"]):
             entry["sha256"] = digest((folder / entry["file"]).read_bytes())
         (folder / "manifest.json").write_text(json.dumps(content))
 

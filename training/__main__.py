@@ -19,6 +19,7 @@ from training.importing.command import import_command
 from training.importing.restore import restore_only
 from training.inference.command import advi_command
 from training.loop.processes import ALONE, Processes, joined
+from training.signing import private_key, sign
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (fit, export):
         command.add_argument("--out", type=Path, default=Path("models"), help="model repository (%(default)s)")
         command.add_argument("--replace", action="store_true", help="overwrite the version if it exists")
+        _key_option(command)
     fit.add_argument("--epochs", type=int, help="epochs, instead of the TOML's; with more, a finished run continues")
     fit.add_argument("--restoration-epochs", type=int, help="the same for the recognition model of corrupted images")
     fit.add_argument(
@@ -52,14 +54,24 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--draws", type=int, help="importance samples an image, instead of the TOML's")
         command.add_argument("--images", type=int, help="evaluate on a seeded random subset of the test images")
     widen = asking_command(commands, "calibrate", "calibrate the `std` of restored images on held-out images")
+    _key_option(widen)
     widen.set_defaults(command=_calibrate)
     import_command(commands)
+    signed = commands.add_parser("sign", help="sign versions, so that a service knows who made them")
+    signed.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="folder of a version")
+    _key_option(signed, required=True)
+    signed.set_defaults(command=_sign)
     advi_command(commands)
     fetch = commands.add_parser("download", help="fetch a data set")
     fetch.add_argument("dataset", choices=["mnist"])
     fetch.add_argument("--data", type=Path, required=True, help="directory to fetch into")
     fetch.set_defaults(command=lambda options: download(options.data))
     return parser
+
+
+def _key_option(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    text = "PEM file of the Ed25519 private key that signs what is written"
+    parser.add_argument("--key", type=Path, metavar="PRIVATE.pem", required=required, help=text)
 
 
 def _run_command(commands, name: str, help: str, command) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]  # noqa: A002, ANN001
@@ -73,9 +85,16 @@ def _run_command(commands, name: str, help: str, command) -> argparse.ArgumentPa
     return parser
 
 
+def _sign(options: argparse.Namespace) -> None:
+    key = private_key(options.key)
+    assert key is not None
+    for folder in options.folders:
+        print(f"wrote {sign(folder, key)}")
+
+
 def _calibrate(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
-    plan = CalibrateOptions.of(options, runs=options.runs / "calibrate")
+    plan = CalibrateOptions.of(options, runs=options.runs / "calibrate", key=private_key(options.key))
     for path in calibrate(plan):
         print(f"wrote {path}")
 
@@ -97,12 +116,13 @@ def _fit(options: argparse.Namespace) -> None:
     if options.restore_only:
         _restore_only(options)
         return
+    key = private_key(options.key)
     with joined(pipeline.device(options.device)) as processes:
         workshop = _workshop(options, processes)
         if options.fresh and processes.first:
             workshop.clear()
         processes.wait()
-        written = workshop.fit(options.out, replace=options.replace)
+        written = workshop.fit(options.out, replace=options.replace, key=key)
         if processes.first:
             print(f"wrote {written}")
 
@@ -113,12 +133,12 @@ def _restore_only(options: argparse.Namespace) -> None:
     pipeline.threads(options.threads)
     epochs = {"restoration": {"train": {"epochs": options.restoration_epochs}}}
     run = load_as(RestoringRun, options.config, epochs)
-    folder = options.run or Path("runs") / run.name
+    folder, key = options.run or Path("runs") / run.name, private_key(options.key)
     with pipeline.locked(folder):
         if options.fresh:
             pipeline.clear(folder)
         written = restore_only(
-            run, options.data, folder, options.out, pipeline.device(options.device), replace=options.replace
+            run, options.data, folder, options.out, pipeline.device(options.device), replace=options.replace, key=key
         )
     print(f"wrote {written}")
 
@@ -128,7 +148,8 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    print(f"wrote {_workshop(options).export(options.out, replace=options.replace)}")
+    key = private_key(options.key)
+    print(f"wrote {_workshop(options).export(options.out, replace=options.replace, key=key)}")
 
 
 if __name__ == "__main__":

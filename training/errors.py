@@ -35,6 +35,10 @@ class ExportError(TrainingError):
     """The exported graphs do not compute what the trained model computes."""
 
 
+class SigningError(TrainingError):
+    """A version cannot be signed: the private key is unusable, or the files are not as the manifest says."""
+
+
 class ServiceError(TrainingError):
     """The service under test does not start or does not answer."""
 

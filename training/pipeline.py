@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from torch import Tensor
 
 from service.contract.cores import cpu_count
@@ -164,12 +165,13 @@ class Workshop:
         """Delete checkpoints, partial evaluations and log."""
         clear(self.folder)
 
-    def fit(self, models: Path, *, replace: bool = False) -> Path:
+    def fit(self, models: Path, *, replace: bool = False, key: Ed25519PrivateKey | None = None) -> Path:
         """Train the stages that are not finished; then the first process evaluates and exports.
 
         Args:
             models: The model repository.
             replace: Whether an existing version is replaced.
+            key: Signs the version; None leaves it unsigned.
 
         Returns:
             The folder of the new version.
@@ -184,7 +186,7 @@ class Workshop:
         with locked(self.folder):
             self._check_images()
             self._train()
-            return self.export(models, replace=replace)
+            return self.export(models, replace=replace, key=key)
 
     def _train(self) -> None:
         """Train both stages. A finished stage continues if the run has more epochs."""
@@ -239,12 +241,13 @@ class Workshop:
             report(quality["restoration"])
         return quality
 
-    def export(self, models: Path, *, replace: bool = False) -> Path:
+    def export(self, models: Path, *, replace: bool = False, key: Ed25519PrivateKey | None = None) -> Path:
         """Evaluate and write the model version.
 
         Args:
             models: The model repository.
             replace: Whether an existing version is replaced.
+            key: Signs the version; None leaves it unsigned.
 
         Returns:
             The folder of the version.
@@ -271,7 +274,7 @@ class Workshop:
         tell("exporting; tracing the graphs and replaying them takes up to a minute")
         # Graphs are traced on the CPU, where onnxruntime's outputs are compared with torch's.
         graphs = exportables(vae.cpu(), None if recognition is None else recognition.cpu(), *self._golden_rows())
-        return export(graphs, models, self.run.name, self.run.version, about, replace=replace)
+        return export(graphs, models, self.run.name, self.run.version, about, replace=replace, key=key)
 
     def _check_images(self) -> None:
         """Refuse training images that differ from those of the folder's checkpoints."""

@@ -29,6 +29,8 @@ from pydantic import (
 from service.contract.graphs import GRAPHS, VECTORS, Axis, at_size, fraction_of, shape_of
 
 FILE_NAME = "manifest.json"
+SIGNATURE_FILE = f"{FILE_NAME}.sig"
+"""A signature of the manifest's bytes, as service/contract/signature.py checks it; versions need not have one."""
 DEFAULT_FILE = "default"
 """File beside the models whose one line names the default model."""
 MAX_DEFAULT_BYTES = 128
@@ -116,7 +118,10 @@ Name = Annotated[str, _must("letters, digits, '.', '_' and '-'", _is_name)]
 PlainName = Annotated[str, _must("a plain name of lower-case letters, digits, '.', '_' and '-'", is_plain_name)]
 FileName = Annotated[
     str,
-    _must(f"a plain file name other than {FILE_NAME}", lambda name: is_plain_name(name) and name != FILE_NAME),
+    _must(
+        f"a plain file name other than {FILE_NAME} and {SIGNATURE_FILE}",
+        lambda name: is_plain_name(name) and name not in (FILE_NAME, SIGNATURE_FILE),
+    ),
 ]
 CARD_NAME = "README.md"
 CardName = Annotated[str, _must(CARD_NAME, CARD_NAME.__eq__)]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from functools import cache
 from itertools import product
+from types import MappingProxyType
 from typing import Any
 
 from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorProto
@@ -41,7 +43,8 @@ MESSAGES: dict[str, dict[int, tuple[str, str]]] = {
         23: ("sparse_tensors", "SparseTensor"),
     },
     "SparseTensor": {1: ("values", "Tensor"), 2: ("indices", "Tensor")},
-    "Tensor": {8: ("name", ""), 13: ("external_data", ""), 14: ("data_location", "number")},
+    "Tensor": {8: ("name", ""), 13: ("external_data", "Entry"), 14: ("data_location", "number")},
+    "Entry": {1: ("key", ""), 2: ("value", "")},
 }
 """The fields of onnx.proto's messages that lead to tensors and nodes, by number: name and type ("" is text).
 
@@ -50,18 +53,23 @@ Every field is declared repeated, so that a message that occurs twice where one 
 OWN = {"", "ai.onnx", "ai.onnx.ml"}
 """Domains of ONNX's own operators. Operators of other domains may run code or read files, as EPContext does."""
 RANDOM = {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
+EXTERNAL = 1
+"""A tensor's `data_location` where its data are in another file."""
+INITIALISER = "/graph/initializer"
+NUMBER = re.compile(r"[0-9]{1,12}", re.ASCII)
 TRAINING_INPUT = 2
 """Index of Dropout's input that makes it draw random numbers."""
 
 
-def check_graph(name: str, content: bytes) -> None:
-    """Refuse a graph with data outside its file, with random operators, or with operators that are not ONNX's own.
+def check_graph(name: str, content: bytes, data: Mapping[str, int] = MappingProxyType({})) -> None:
+    """Refuse a graph with data outside its files, with random operators, or with operators that are not ONNX's own.
 
     Subgraphs, attributes, sparse tensors, functions and training information are checked too.
 
     Args:
         name: Name of the graph in the message.
         content: The graph's file.
+        data: Sizes of its files of external data, by name. Initialisers of the graph itself may lie there.
 
     Raises:
         ManifestError: The message names the tensor or the node.
@@ -73,23 +81,43 @@ def check_graph(name: str, content: bytes) -> None:
     except DecodeError as error:
         raise ManifestError(f"{name} is not an ONNX graph; export the model again") from error
     functions = {(domain, of) for one in model.functions for domain in _texts(one.domain) for of in _texts(one.name)}
-    waiting: list[Message] = [model]
+    waiting: list[tuple[str, Message]] = [("", model)]
     while waiting:
-        message = waiting.pop()
+        place, message = waiting.pop()
         kind = message.DESCRIPTOR.name
         if kind == "Tensor":
-            _check_tensor(name, message)
+            _check_tensor(name, message, data if place == INITIALISER else {})
         elif kind == "Node":
             _check_node(name, message, functions)
-        for _, found in message.ListFields():
-            waiting += (part for part in found if isinstance(part, Message))
+        for field, found in message.ListFields():
+            waiting += ((f"{place}/{field.name}", part) for part in found if isinstance(part, Message))
 
 
-def _check_tensor(name: str, tensor: Any) -> None:
-    if tensor.external_data or any(tensor.data_location):
+def _check_tensor(name: str, tensor: Any, data: Mapping[str, int]) -> None:
+    if not (tensor.external_data or any(tensor.data_location)):
+        return
+    where = f"{name}: tensor {shown(_last(tensor.name))} has its data outside the graph's file"
+    entries = [(key, value) for entry in tensor.external_data for key in entry.key for value in entry.value]
+    told = {key.decode(errors="replace"): value.decode(errors="replace") for key, value in entries}
+    file = told.get("location", "")
+    if file not in data:
         raise ManifestError(
-            f"{name}: tensor {shown(_last(tensor.name))} has its data outside the graph's file, where the manifest "
-            "does not list it; export the model with its weights inside"
+            f"{where}, where the manifest does not list it; list the file in the graph's `data`, or export the model "
+            "with its weights inside"
+        )
+    numbers = [told.get("offset", "0"), told.get("length", "")]
+    if (
+        len(told) < len(tensor.external_data)
+        or len(entries) > len(told)
+        or told.keys() - {"location", "offset", "length"}
+        or list(tensor.data_location) != [EXTERNAL]
+        or not all(NUMBER.fullmatch(number) for number in numbers)
+    ):
+        raise ManifestError(f"{where}, but not by one location, offset and length; export the model again")
+    offset, length = map(int, numbers)
+    if offset + length > data[file]:
+        raise ManifestError(
+            f"{where}, up to byte {offset + length} of {file}, which has {data[file]}; export the model again"
         )
 
 

@@ -15,10 +15,12 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from service.contract import manifest as manifests
-from service.contract.manifest import MAX_MANIFEST_BYTES, File, Golden, Graph, ManifestError
+from service.contract.files import most_bytes
+from service.contract.manifest import MAX_MANIFEST_BYTES, SIGNATURE_FILE, File, ManifestError
+from service.contract.signature import SIGNATURE_BYTES
 from service.errors import StartError
 from service.repository.files import locked, replace
-from service.repository.version import most_bytes
+from service.repository.signatures import check_signature, read_signature
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -44,10 +46,17 @@ def local_copy(settings: Settings) -> Path:
     if isinstance(settings.models, Path):
         return settings.models
     folder = Path(settings.cache) if settings.cache else _own_temporary_folder()
-    return sync(settings.models, folder / folder_name(settings.models), settings.models_options)
+    copy = folder / folder_name(settings.models)
+    return sync(settings.models, copy, settings.models_options, public_keys=settings.model_public_keys)
 
 
-def sync(url: str, folder: Path, options: Mapping[str, Any] | None = None, wait_s: float = WAIT_S) -> Path:
+def sync(
+    url: str,
+    folder: Path,
+    options: Mapping[str, Any] | None = None,
+    wait_s: float = WAIT_S,
+    public_keys: str = "",
+) -> Path:
     """Make a folder hold what a remote repository holds, every file checked against its manifest.
 
     A version appears in the folder when it is complete. Files that are there already are not fetched again, and
@@ -58,6 +67,7 @@ def sync(url: str, folder: Path, options: Mapping[str, Any] | None = None, wait_
         folder: The local copy.
         options: Options of the file system, as fsspec takes them.
         wait_s: Wait before the second attempt of a request, in seconds; see `WAIT_S`.
+        public_keys: PEM files of those who may sign versions, separated by commas; empty asks for no signature.
 
     Returns:
         The folder.
@@ -70,7 +80,10 @@ def sync(url: str, folder: Path, options: Mapping[str, Any] | None = None, wait_
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder / ".lock"):
             versions = store.versions()
-            fetched = [_copy(store, source, folder / name / version) for (name, version), source in versions.items()]
+            fetched = [
+                _copy(store, source, folder / name / version, public_keys)
+                for (name, version), source in versions.items()
+            ]
             _remove_others(folder, set(versions))
             _write_default(folder, store.default())
     except OSError as error:
@@ -146,12 +159,7 @@ class Store:
         """
         if self._root.endswith(f"/{manifests.FILE_NAME}"):
             return b""
-        try:
-            return b"".join(self._blocks(f"{self._root}/{manifests.DEFAULT_FILE}", manifests.MAX_DEFAULT_BYTES))
-        except StartError as error:
-            if isinstance(error.__cause__, FileNotFoundError):
-                return b""
-            raise
+        return self._optional(f"{self._root}/{manifests.DEFAULT_FILE}", manifests.MAX_DEFAULT_BYTES) or b""
 
     def manifest(self, version: str) -> bytes:
         """Return the text of a version's manifest.
@@ -161,7 +169,23 @@ class Store:
         """
         return b"".join(self._blocks(f"{version}/{manifests.FILE_NAME}", MAX_MANIFEST_BYTES))
 
-    def fetch(self, version: str, entry: File | Graph | Golden, folder: Path, max_bytes: int) -> int:
+    def signature(self, version: str) -> bytes | None:
+        """Return the signature of a version's manifest; None where there is none.
+
+        Raises:
+            StartError: It cannot be read.
+        """
+        return self._optional(f"{version}/{SIGNATURE_FILE}", SIGNATURE_BYTES)
+
+    def _optional(self, path: str, max_bytes: int) -> bytes | None:
+        try:
+            return b"".join(self._blocks(path, max_bytes))
+        except StartError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return None
+            raise
+
+    def fetch(self, version: str, entry: File, folder: Path, max_bytes: int) -> int:
         """Copy one file of a version; it appears under its name when its digest is right.
 
         Args:
@@ -259,20 +283,23 @@ def folder_name(url: str) -> str:
     return f"{readable}-{manifests.digest(url.encode())[:8]}"
 
 
-def _copy(store: Store, source: str, folder: Path) -> int:
+def _copy(store: Store, source: str, folder: Path, public_keys: str) -> int:
     """Copy one version into a hidden folder, which is renamed when complete; returns the bytes fetched."""
-    text = store.manifest(source)
+    text, signature = store.manifest(source), store.signature(source)
+    check_signature(store.shown(source), text, signature, public_keys)
     try:
         manifest = manifests.parse(text)
     except ManifestError as error:
         raise StartError(f"{store.shown(source)}/{manifests.FILE_NAME}: {error}") from error
-    files = manifest.files()
-    most = most_bytes(manifest)
-    if _has_manifest(folder, text) and all(_has(folder, entry, most[entry.file]) for entry in files):
+    files, most = manifest.files(), most_bytes(manifest)
+    if _has_manifest(folder, text, signature) and all(_has(folder, entry, most[entry.file]) for entry in files):
         return 0
     hidden, fetched = folder.with_name(f".{folder.name}"), 0
     hidden.mkdir(parents=True, exist_ok=True)
     (hidden / manifests.FILE_NAME).write_bytes(text)
+    (hidden / SIGNATURE_FILE).unlink(missing_ok=True)
+    if signature is not None:
+        (hidden / SIGNATURE_FILE).write_bytes(signature)
     for done, entry in enumerate(files, 1):
         max_bytes = most[entry.file]
         if not _has(hidden, entry, max_bytes):
@@ -286,13 +313,14 @@ def _copy(store: Store, source: str, folder: Path) -> int:
     return fetched
 
 
-def _has_manifest(folder: Path, text: bytes) -> bool:
+def _has_manifest(folder: Path, text: bytes, signature: bytes | None) -> bool:
+    """Whether a folder has these bytes of a manifest, and of its signature."""
     with suppress(ManifestError):
-        return manifests.read_text(folder) == text
+        return (manifests.read_text(folder), read_signature(folder)) == (text, signature)
     return False
 
 
-def _has(folder: Path, entry: File | Graph | Golden, max_bytes: int) -> bool:
+def _has(folder: Path, entry: File, max_bytes: int) -> bool:
     """Whether a folder has a file with the right digest."""
     with suppress(ManifestError):
         return manifests.has_digest(folder, entry, max_bytes)

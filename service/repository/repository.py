@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from service.contract import manifest as manifests
+from service.contract.files import check_files
 from service.errors import NotReady, StartError, UnknownModel, quoted
 from service.repository.overrides import WHOLE, Overrides
+from service.repository.progress import Tell, logged
 from service.repository.selection import Selection, version_key
-from service.repository.version import LoadLimits, check_files, open_model, start_errors
+from service.repository.version import LoadRules, open_model, read_manifest, start_errors
 from service.runtime.model import Model
 
 State = Literal["ready", "loading", "unloaded", "failed"]
@@ -23,20 +26,36 @@ log = logging.getLogger(__name__)
 
 
 class Condition(NamedTuple):
-    """State of a version, and the reason for it. `stamp` is that of the files when the version failed."""
+    """State of a version.
+
+    Attributes:
+        state: The state.
+        reason: The reason for it; of a version that is loading, the step.
+        stamp: That of the files when the version failed.
+        began: Time of the monotonic clock at which it began to load, in seconds.
+    """
 
     state: State
     reason: str = ""
     stamp: Stamp = ()
+    began: float = 0.0
+
+    @property
+    def told(self) -> str:
+        """The reason; of a version that is loading, with the time since it began."""
+        return (
+            f"{self.reason}, {time.monotonic() - self.began:.0f} s so far" if self.state == "loading" else self.reason
+        )
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """The folder of a model repository, the versions of it that are selected, and how one is opened."""
+    """The folder of a model repository, the versions of it that are selected, how one is opened, and who signs them."""
 
     path: Path
     selection: Selection
-    open: Callable[[Path], Model]
+    open: Callable[[Path, Tell], Model]
+    public_keys: str = ""
 
     def names(self) -> list[str]:
         """Return the models that have a version; hidden folders are left out."""
@@ -58,13 +77,14 @@ class ModelFolder:
         """Whether the folder holds another version under the same number.
 
         Raises:
-            StartError: It cannot be read, or its files are not as its manifest says.
+            StartError: It cannot be read, its signature is not valid, or its files are not as its manifest says.
         """
         folder = self.path / model.manifest.name / model.manifest.version
+        _, manifest = read_manifest(folder, self.public_keys)
+        if manifest != model.manifest:
+            return True
         with start_errors():
-            if manifests.read(folder) != model.manifest:
-                return True
-        check_files(folder, model.manifest)
+            check_files(folder, manifest)
         return False
 
     def reason(self, error: StartError) -> str:
@@ -102,7 +122,7 @@ class Repository:
         max_rows: int,
         selection: Selection = Selection(),  # noqa: B008  # frozen
         overrides: Overrides = Overrides(),  # noqa: B008  # a tuple
-        limits: LoadLimits = LoadLimits(),  # noqa: B008  # a tuple
+        rules: LoadRules = LoadRules(),  # noqa: B008  # a tuple
     ) -> Repository:
         """Load the versions of a folder; those that fail are logged, and the others serve.
 
@@ -114,12 +134,17 @@ class Repository:
             max_rows: Rows of a batch, for the warm-up.
             selection: The versions to load.
             overrides: Loads and unloads on top of the selection.
-            limits: Limits on loading one version.
+            rules: What a version must keep to.
 
         Raises:
             StartError: In one line: there is no default model, or no version of it can be served.
         """
-        opened = ModelFolder(folder, selection, lambda path: open_model(path, provider, threads, max_rows, limits))
+        opened = ModelFolder(
+            folder,
+            selection,
+            lambda path, tell: open_model(path, provider, threads, max_rows, rules, tell),
+            rules.public_keys,
+        )
         default, names = default_model(folder, selection, default), opened.names()
         repository = cls({}, default, opened)
         for name in names:
@@ -154,7 +179,16 @@ class Repository:
     def refused(self, name: str) -> dict[str, str]:
         """Return the versions of a model that cannot be served as the folder has them, and the reason for each."""
         known = self.conditions.get(name, {}).items()
-        return {version: found.reason for version, found in known if found.reason and found.state != "unloaded"}
+        return {
+            version: found.reason
+            for version, found in known
+            if found.reason and found.state not in ("unloaded", "loading")
+        }
+
+    def loading(self, name: str) -> dict[str, str]:
+        """Return the versions of a model that are loading, and the step that each is at."""
+        known = self.conditions.get(name, {}).items()
+        return {version: found.told for version, found in known if found.state == "loading"}
 
     def log_refused(self, name: str) -> None:
         """Log the versions of a model that cannot be served."""
@@ -227,14 +261,29 @@ class Repository:
         folder = self._folder
         assert folder is not None
         stamp = folder.stamp(name, version)
-        self._set_conditions(name, {**conditions, version: Condition("loading")})
         try:
-            model = folder.open(folder.path / name / version)
+            model = self._open(name, version, conditions)
         except StartError as error:
             conditions[version] = Condition("failed", folder.reason(error), stamp)
             return None
         conditions[version] = Condition("ready")
         return model
+
+    def _open(self, name: str, version: str, conditions: Mapping[str, Condition]) -> Model:
+        """Open a version, and show in the conditions and the log how far it is.
+
+        Raises:
+            StartError: It cannot be served.
+        """
+        folder, began = self._folder, time.monotonic()
+        assert folder is not None
+
+        def tell(step: str) -> None:
+            self._set_conditions(name, {**conditions, version: Condition("loading", step, began=began)})
+
+        tell("starting")
+        with logged(lambda: f"model {name} version {version} is loading: {self.conditions[name][version].told}"):
+            return folder.open(folder.path / name / version, tell)
 
     def _reload(self, name: str, version: str, served: dict[str, Model], conditions: dict[str, Condition]) -> None:
         """Replace a served version by what the folder holds under the same number; it stays where that fails."""
@@ -242,8 +291,7 @@ class Repository:
         assert folder is not None
         try:
             if folder.differs(served[version]):
-                self._set_conditions(name, {**conditions, version: Condition("loading")})
-                served[version] = folder.open(folder.path / name / version)
+                served[version] = self._open(name, version, conditions)
             conditions[version] = Condition("ready")
         except StartError as error:
             conditions[version] = Condition("ready", f"what lies in the folder now is refused: {folder.reason(error)}")

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from service.contract import manifest as manifests
-from service.contract.golden import archive_bytes, read_golden
-from service.contract.manifest import MAX_FILE_BYTES, File, Golden, Graph, Manifest, ManifestError
+from service.contract.files import OpenFiles, opened
+from service.contract.golden import read_golden
+from service.contract.manifest import Graph, Manifest, ManifestError
 from service.errors import StartError, one_line
 from service.repository.confined import Killed, TookTooLong, run_module
+from service.repository.progress import Tell, counted, tell_nobody
+from service.repository.signatures import check_signature, read_signature
 from service.repository.warm_up import take_timings, warm
 from service.runtime.model import Model, replay, unit_range
 from service.runtime.program import Timing
@@ -23,32 +26,47 @@ OWN_THREAD = ("refinement", "elbo_gradient", "log_joint")
 """Graphs of iterative work. They run on the caller's nice-19 thread; onnxruntime's own threads are not nice."""
 
 
-class Files(NamedTuple):
-    """The files of one variant, checked against its manifest."""
+LARGE_BYTES = 2**26
+"""Above this size of its files, the graphs of a version are opened one after the other.
 
-    manifest: Manifest
-    graphs: dict[str, bytes]
-    golden: dict[str, Any]
+onnxruntime holds a graph of convolutions two and a half times while it opens it, and once afterwards.
+"""
 
 
 class Version(NamedTuple):
-    """The files of a version by variant, and the digest of the manifest, which covers all of them."""
+    """An open version.
+
+    Attributes:
+        folder: Its folder.
+        digest: Digest of its manifest, which covers all of its files.
+        variants: The manifest as each of its variants sees it.
+        golden: Golden rows of each variant.
+        files: Its files.
+    """
 
     folder: Path
     digest: str
-    variants: list[Files]
+    variants: list[Manifest]
+    golden: list[dict[str, Any]]
+    files: OpenFiles
 
-    @property
-    def golden(self) -> list[dict[str, Any]]:
-        """Golden rows of each variant."""
-        return [files.golden for files in self.variants]
+    def graph_bytes(self, graph: Graph) -> int:
+        """Size of a graph with its external data."""
+        return sum(self.files.size(entry) for entry in (graph, *graph.data))
 
 
-class LoadLimits(NamedTuple):
-    """Limits on the time and the memory of loading a version."""
+class LoadRules(NamedTuple):
+    """What a version must keep to when it is loaded.
+
+    Attributes:
+        time_s: Limit on the time, in seconds.
+        memory_bytes: Limit on the memory.
+        public_keys: PEM files of those who may sign versions, separated by commas; empty asks for no signature.
+    """
 
     time_s: float = 60.0
     memory_bytes: int = 4 * 2**30
+    public_keys: str = ""
 
 
 class Trial(NamedTuple):
@@ -60,6 +78,7 @@ class Trial(NamedTuple):
         max_rows: Rows of the largest batch.
         memory_bytes: Limit of memory.
         timed: Whether programs are timed too.
+        public_keys: As in `LoadRules`.
     """
 
     folder: str
@@ -67,6 +86,7 @@ class Trial(NamedTuple):
     max_rows: int
     memory_bytes: int
     timed: bool
+    public_keys: str
 
 
 def open_model(
@@ -74,7 +94,8 @@ def open_model(
     provider: str,
     threads: int,
     max_rows: int,
-    limits: LoadLimits = LoadLimits(),  # noqa: B008  # a tuple
+    rules: LoadRules = LoadRules(),  # noqa: B008  # a tuple
+    tell: Tell = tell_nobody,
 ) -> Model:
     """Try a version in a process of its own, then open, replay and warm it here.
 
@@ -83,75 +104,79 @@ def open_model(
         provider: onnxruntime's name of the execution provider.
         threads: Threads of a graph.
         max_rows: Rows of a batch, for the warm-up.
-        limits: Limits on the trial.
+        rules: What the version must keep to.
+        tell: Takes each step.
 
     Raises:
         StartError: It cannot be served; the message names the file and the fix.
     """
     on_cpu = provider == PROVIDERS["cpu"]
-    digest, timings = _try(Trial(str(folder), threads, max_rows, limits.memory_bytes, on_cpu), limits.time_s)
+    trial = Trial(str(folder), threads, max_rows, rules.memory_bytes, on_cpu, rules.public_keys)
+    digest, timings = _try(trial, rules.time_s, tell)
+    tell("reading")
     try:
-        version = read_version(folder)
-        if version.digest != digest:
-            raise StartError(f"{folder} was changed while it was opened; load it again")
-        model = assemble(version, provider, threads)
+        with open_version(folder, rules.public_keys) as version:
+            if version.digest != digest:
+                raise StartError(f"{folder} was changed while it was opened; load it again")
+            model = assemble(version, provider, threads, tell)
         if on_cpu:
             take_timings(model, version.golden, max_rows, timings)
         else:
+            tell("warming up")
             warm(model, version.golden, max_rows)
     except MemoryError as error:
         raise StartError(f"{folder} needs more memory than is free; give the service more") from error
     return model
 
 
-def check_files(folder: Path, manifest: Manifest) -> None:
-    """Check the files of a version against the digests in its manifest.
+def read_manifest(folder: Path, public_keys: str) -> tuple[bytes, Manifest]:
+    """Read the manifest of a version, and check its signature before it is parsed.
+
+    Args:
+        folder: Folder of the version.
+        public_keys: As in `LoadRules`.
+
+    Returns:
+        Its bytes, and the manifest.
 
     Raises:
-        StartError: A file is missing or has another digest.
-    """
-    most = most_bytes(manifest)
-    with start_errors():
-        for entry in manifest.files():
-            if not manifests.has_digest(folder, entry, most[entry.file]):
-                raise _changed(folder, entry)
-
-
-def most_bytes(manifest: Manifest) -> dict[str, int]:
-    """Limit of the size of each file of a version, by name."""
-    golden = {view.golden.file: archive_bytes(view) for view in manifest.views()}
-    return {entry.file: golden.get(entry.file, MAX_FILE_BYTES) for entry in manifest.files()}
-
-
-def read_version(folder: Path) -> Version:
-    """Read the files of a version that its manifest lists.
-
-    Raises:
-        StartError: One is not as the manifest says.
+        StartError: It is not signed by one of the keys, unusable, or of another version than its folder's.
     """
     with start_errors():
         text = manifests.read_text(folder)
+        check_signature(folder, text, read_signature(folder) if public_keys else None, public_keys)
         manifest = manifests.parse_file(folder, text)
     if (manifest.name, manifest.version) != (folder.parent.name, folder.name):
         raise StartError(f"{folder} holds version {manifest.version} of {manifest.name}; name the folders after them")
-    return Version(folder, manifests.digest(text), [_read_variant(folder, view) for view in manifest.views()])
+    return text, manifest
 
 
-def _read_variant(folder: Path, manifest: Manifest) -> Files:
-    graphs = {name: _read(folder, graph, MAX_FILE_BYTES) for name, graph in manifest.graphs.items()}
-    archive = _read(folder, manifest.golden, archive_bytes(manifest))
-    with start_errors(f"{folder} cannot be opened: "):
-        golden = read_golden(archive, manifest)
-    return Files(manifest, graphs, golden)
+@contextmanager
+def open_version(folder: Path, public_keys: str = "") -> Iterator[Version]:
+    """Open the files of a version while the block runs, and read its golden rows.
+
+    Raises:
+        StartError: As `read_manifest`, or a file is not as the manifest says.
+    """
+    text, manifest = read_manifest(folder, public_keys)
+    views = manifest.views()
+    with ExitStack() as stack:
+        with start_errors():
+            files = stack.enter_context(opened(folder, manifest))
+            archives = [files.read(view.golden) for view in views]
+        with start_errors(f"{folder} cannot be opened: "):
+            golden = [read_golden(archive, view) for archive, view in zip(archives, views, strict=True)]
+        yield Version(folder, manifests.digest(text), views, golden, files)
 
 
-def assemble(version: Version, provider: str, threads: int) -> Model:
+def assemble(version: Version, provider: str, threads: int, tell: Tell = tell_nobody) -> Model:
     """Open the graphs of a version, as many at a time as there are threads, and replay them.
 
     Args:
         version: The version.
         provider: onnxruntime's name of the execution provider.
         threads: Threads of a graph.
+        tell: Takes each step.
 
     Returns:
         The first variant, which knows the others.
@@ -161,34 +186,48 @@ def assemble(version: Version, provider: str, threads: int) -> Model:
         MemoryError: There is too little memory.
     """
     variants: dict[int, Model] = {}
-    for files in version.variants:
-        graphs = _opened(version.folder, files, provider, threads)
-        Model(files.manifest, unit_range(files.manifest, graphs), variants=variants)
-    return variants[version.variants[0].manifest.channels]
+    next_one = counted(tell, "opening {} graphs", sum(len(manifest.graphs) for manifest in version.variants))
+    for manifest, golden in zip(version.variants, version.golden, strict=True):
+        graphs = _open_graphs(version, manifest, provider, threads, next_one)
+        tell("replaying its golden rows")
+        _replay(version.folder, manifest, graphs, golden)
+        Model(manifest, unit_range(manifest, graphs), variants=variants)
+    return variants[version.variants[0].channels]
 
 
-def _opened(folder: Path, files: Files, provider: str, threads: int) -> dict[str, Session]:
-    """The graphs of a variant, opened and replayed."""
-    shapes = files.manifest.graphs
+def _open_graphs(
+    version: Version, manifest: Manifest, provider: str, threads: int, next_one: Callable[[], None]
+) -> dict[str, Session]:
+    """The graphs of a variant. Their files are read one by one, so that few copies are in memory at a time."""
+    shapes, files = manifest.graphs, version.files
 
-    def opened(name: str) -> Session:
+    def open_graph(name: str) -> Session:
+        next_one()
+        graph = shapes[name]
         try:
-            return Session(files.graphs[name], provider, 1 if name in OWN_THREAD else threads, shapes[name])
+            with start_errors():
+                content = files.read(graph)
+                data = {entry.file: files.read(entry) for entry in graph.data}
+            return Session(content, provider, 1 if name in OWN_THREAD else threads, graph, data)
         except MemoryError:
             raise
         except Exception as error:
-            told = f"{folder} cannot be opened: {shapes[name].file}: {one_line(error)}"
+            told = f"{version.folder} cannot be opened: {graph.file}: {one_line(error)}"
             raise StartError(told) from error
 
-    names = sorted(shapes, key=lambda name: -len(files.graphs[name]))  # the largest first: few take most of the time
+    sizes = {name: version.graph_bytes(graph) for name, graph in shapes.items()}
+    names = sorted(shapes, key=lambda name: -sizes[name])  # the largest first: few take most of the time
+    count = 1 if sum(sizes.values()) > LARGE_BYTES else threads
+    return dict(zip(names, in_threads(open_graph, names, count), strict=True))
+
+
+def _replay(folder: Path, manifest: Manifest, graphs: dict[str, Session], golden: dict[str, Any]) -> None:
     try:
-        graphs = dict(zip(names, in_threads(opened, names, threads), strict=True))
-        replay(files.manifest, graphs, files.golden)
+        replay(manifest, graphs, golden)
     except (StartError, MemoryError):
         raise
     except Exception as error:
         raise StartError(f"{folder} cannot be opened: {one_line(error)}") from error
-    return graphs
 
 
 @contextmanager
@@ -200,14 +239,19 @@ def start_errors(prefix: str = "") -> Iterator[None]:
         raise StartError(f"{prefix}{error}") from error
 
 
-def _try(trial: Trial, limit_s: float) -> tuple[str, list[Timing]]:
+def _try(trial: Trial, limit_s: float, tell: Tell) -> tuple[str, list[Timing]]:
     """Run the trial of a version; returns its manifest's digest and the timings of its programs.
 
     Raises:
         StartError: It has failed.
     """
+
+    def heard(line: bytes) -> None:
+        tell(f"trial: {one_line(line.decode(errors='replace'))}")
+
+    tell("trial: starting")
     try:
-        answer = json.loads(run_module("service.repository.trial", json.dumps(trial), limit_s))
+        answer = json.loads(run_module("service.repository.trial", json.dumps(trial), limit_s, heard))
     except TookTooLong as error:
         raise StartError(
             f"{trial.folder} was not opened and replayed within the {limit_s:g} s of VAE_LOAD_LIMIT_S; raise it, or "
@@ -221,21 +265,3 @@ def _try(trial: Trial, limit_s: float) -> tuple[str, list[Timing]]:
     if "refused" in answer:
         raise StartError(answer["refused"])
     return answer["digest"], [dict(map(tuple, timing)) for timing in answer["timings"]]
-
-
-def _read(folder: Path, entry: Graph | Golden, max_bytes: int) -> bytes:
-    """Read a file once, so that the content that was checked is the content that is opened.
-
-    Raises:
-        StartError: It is not as the manifest says.
-    """
-    with start_errors():
-        content = manifests.read_file(folder, entry.file, max_bytes)
-    if manifests.digest(content) != entry.sha256:
-        raise _changed(folder, entry)
-    return content
-
-
-def _changed(folder: Path, entry: File | Graph | Golden) -> StartError:
-    path = folder / entry.file
-    return StartError(f"{path} does not match the SHA-256 in its manifest; it was changed after the export")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,14 @@ def execution_provider(wanted: str) -> str:
 class Session:
     """An open graph: numpy arrays in, numpy arrays out, in the order in which its manifest names them."""
 
-    def __init__(self, graph: bytes, provider: str, threads: int, described: Graph) -> None:
+    def __init__(
+        self,
+        graph: bytes,
+        provider: str,
+        threads: int,
+        described: Graph,
+        data: Mapping[str, bytes] = MappingProxyType({}),
+    ) -> None:
         """Open a graph and bind its tensors by name.
 
         Args:
@@ -51,6 +59,7 @@ class Session:
             provider: onnxruntime's name of the execution provider.
             threads: Threads of one run.
             described: The graph's entry in the manifest, whose tensors are in the order of the graph's signature.
+            data: Contents of its files of external data, by name. Nothing is read from files.
 
         Raises:
             StartError: Its tensors have other names, types or shapes than described, or the provider is missing.
@@ -66,6 +75,10 @@ class Session:
         options.add_session_config_entry("session.load_model_format", "ONNX")
         # The arena keeps the largest batch's memory for ever; malloc gives it back.
         options.enable_cpu_mem_arena = False
+        if data:
+            options.add_external_initializers_from_files_in_memory(
+                list(data), list(data.values()), [len(content) for content in data.values()]
+            )
         fallback = [] if provider == PROVIDERS["cpu"] else [PROVIDERS["cpu"]]
         try:
             self._session = ort.InferenceSession(graph, options, providers=[provider, *fallback])

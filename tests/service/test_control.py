@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import shutil
 import threading
 import time
@@ -18,10 +19,13 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.app import create_app, open_repository
+from service.repository.progress import logged
 from service.repository.repository import ModelFolder, Repository
 from service.repository.selection import Selection
 from service.repository.version import open_model
@@ -205,9 +209,14 @@ def test_a_graph_spoilt_after_it_was_loaded_is_not_ready_again(flat_models: Path
 
 @pytest.mark.parametrize("when", ["opened", "run"])
 def test_loads_go_on_after_one_that_hung(
-    flat_models: Path, brighter: Brighter, hanging: Callable[[Path, str], None], when: str
+    flat_models: Path,
+    brighter: Brighter,
+    hanging: Callable[[Path, str], None],
+    when: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """It is refused when its time is up; versions that are good, or FIFOs, do not wait for it."""
+    """It is refused when its time is up, and the log tells of it before; others, or FIFOs, do not wait for it."""
+    caplog.set_level(logging.INFO, "service")
 
     async def scenario() -> None:
         async with client(flat_models, versions="latest", load_limit_s=3.0) as one:
@@ -225,6 +234,63 @@ def test_loads_go_on_after_one_that_hung(
             assert await version(one) == "4"
 
     asyncio.run(scenario())
+    assert re.search(r"model mnist-2d version 2 is loading: trial: [\w ]+, [23] s so far$", caplog.text, re.MULTILINE)
+
+
+STEPS = [
+    "trial: starting",
+    "trial: reading",
+    *(f"trial: opening {number} of 2 graphs" for number in (1, 2)),
+    "trial: replaying its golden rows",
+    "trial: warming up",
+    "reading",
+    *(f"opening {number} of 2 graphs" for number in (1, 2)),
+    "replaying its golden rows",
+]
+
+
+def test_every_step_of_a_load_is_told(flat_models: Path) -> None:
+    """Those of the process that tries the version, then those of the one that serves it."""
+    steps: list[str] = []
+    open_model(flat_models / "mnist-2d" / "1", "CPUExecutionProvider", 2, 8, tell=steps.append)
+    assert steps == STEPS
+
+
+def test_what_is_loading_says_how_far_it_is(flat_models: Path) -> None:
+    """With its seconds, in /v1/models and in the readiness of model, version and a service that has nothing else."""
+
+    async def scenario() -> None:
+        async with client(flat_models) as one:
+            await one.post("/unload")
+            load = asyncio.create_task(one.post("/load"))
+            told = re.compile(rf"(starting|{'|'.join(STEPS)}), \d+ s so far")
+
+            async def loading() -> bool:
+                return (await conditions(one))["1"][0] == "loading"
+
+            await eventually(loading)
+            assert told.fullmatch((await conditions(one))["1"][1])
+            for path in ("/ready", "/versions/1/ready", "http://x/health/ready"):
+                answer = await one.get(path)
+                assert answer.status_code == 503
+                assert re.search(f"version 1 is loading: {told.pattern}$", answer.json()["detail"])
+            assert (await load).status_code == 200
+            assert await conditions(one) == {"1": ("ready", "")}
+            assert (await one.get("http://x/health/ready")).json() == {"ready": True, "models": ["mnist-2d"]}
+
+    asyncio.run(scenario())
+
+
+def test_a_long_load_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """At growing intervals, and no longer than it lasts."""
+    caplog.set_level(logging.INFO, "service")
+    with logged(lambda: "still loading", first_s=0.05):
+        time.sleep(0.5)
+    assert 1 <= len(caplog.messages) <= 3, "after 0.05, 0.15 and 0.35 s"
+    assert set(caplog.messages) == {"still loading"}
+    count = len(caplog.messages)
+    time.sleep(0.3)
+    assert len(caplog.messages) == count
 
 
 def test_files_deleted_or_cut_while_serving_harm_nothing(flat_models: Path) -> None:
@@ -337,11 +403,61 @@ def test_the_folder_is_polled_for_versions_that_are_whole(flat_models: Path, bri
     asyncio.run(scenario())
 
 
+def sign(folder: Path, key: Ed25519PrivateKey) -> None:
+    (folder / "manifest.json.sig").write_bytes(key.sign((folder / "manifest.json").read_bytes()))
+
+
+def test_signatures_are_checked_at_every_load(flat_models: Path, tmp_path: Path) -> None:
+    """A bad one refuses what lies in the folder, and what is served stays; keys are read anew, so another will do."""
+    ours, theirs = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
+    keys, folder = tmp_path / "keys.pem", flat_models / "mnist-2d" / "1"
+    public = [key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo) for key in (ours, theirs)]
+    keys.write_bytes(public[0])
+    sign(folder, ours)
+
+    async def scenario() -> None:
+        async with client(flat_models, model_public_keys=str(keys)) as one:
+            sign(folder, theirs)
+            refused = await one.post("/versions/1/load")
+            assert (refused.status_code, refused.json()["code"]) == (409, "load_refused")
+            assert "mnist-2d/1/manifest.json.sig is by no key of VAE_MODEL_PUBLIC_KEYS" in refused.json()["detail"]
+            assert await version(one) == "1"
+            keys.write_bytes(b"".join(public))
+            assert (await one.post("/versions/1/load")).status_code == 200
+            assert await conditions(one) == {"1": ("ready", "")}
+
+    asyncio.run(scenario())
+
+
+def test_a_signature_that_arrives_is_found_by_polling(flat_models: Path, tmp_path: Path, brighter: Brighter) -> None:
+    """The version was refused without it, and is served from then on."""
+    ours, keys = Ed25519PrivateKey.generate(), tmp_path / "keys.pem"
+    keys.write_bytes(ours.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    sign(flat_models / "mnist-2d" / "1", ours)
+
+    async def scenario() -> None:
+        async with client(flat_models, model_public_keys=str(keys), poll_s=0.05) as one:
+            late = brighter(flat_models, "2")
+
+            async def refused() -> bool:
+                return "is not signed" in (await conditions(one)).get("2", ("", ""))[1]
+
+            async def served() -> bool:
+                return await version(one) == "2"
+
+            await eventually(refused)
+            assert await version(one) == "1"
+            sign(late, ours)
+            await eventually(served)
+
+    asyncio.run(scenario())
+
+
 def test_loads_at_the_same_time_open_a_version_once(flat_models: Path) -> None:
     """They wait for each other, and are all answered."""
     opened = []
 
-    def opening(folder: Path) -> Model:
+    def opening(folder: Path, _tell: object) -> Model:
         opened.append(folder.name)
         return open_model(folder, "CPUExecutionProvider", 1, 8)
 

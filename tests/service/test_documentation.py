@@ -268,12 +268,19 @@ def check_files(words: list[str]) -> None:
     assert (ROOT / words[-1]).is_file()
 
 
+def check_openssl(words: list[str]) -> None:
+    """Its help has the options."""
+    done = subprocess.run([*words[:2], "-help"], check=True, capture_output=True, text=True)
+    assert {word for word in words[2:] if word.startswith("-")} <= set((done.stdout + done.stderr).split())
+
+
 CHECKS: dict[str, Callable[[list[str]], None]] = {
     "make": check_make,
     "python": check_python,
     "torchrun": check_torchrun,
     "pip": check_pip,
     "vae-serve": check_serve,
+    "openssl": check_openssl,
     "docker": check_docker,
     "kubectl": check_files,
     "mkdir": lambda _: None,

@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from service.contract.manifest import ManifestError
 from service.errors import StartError
 from service.repository.graph_check import check_graph
-from service.repository.version import LoadLimits, open_model
+from service.repository.version import LoadRules, open_model
 from service.runtime.model import Model
 
 CPU = "CPUExecutionProvider"
@@ -30,14 +30,14 @@ ONE = np.ones(1, np.float32)
 SECRET = "/etc/passwd"  # noqa: S105  # a file, not a password
 
 
-def opened(folder: Path, limits: LoadLimits = LoadLimits()) -> Model:  # noqa: B008  # a tuple
-    return open_model(folder, CPU, 1, 8, limits)
+def opened(folder: Path, rules: LoadRules = LoadRules()) -> Model:  # noqa: B008  # a tuple
+    return open_model(folder, CPU, 1, 8, rules)
 
 
-def refusal(folder: Path, limits: LoadLimits = LoadLimits()) -> str:  # noqa: B008  # a tuple
+def refusal(folder: Path, rules: LoadRules = LoadRules()) -> str:  # noqa: B008  # a tuple
     """Why a version is not opened: one printable line of bounded length."""
     with pytest.raises(StartError) as caught:
-        opened(folder, limits)
+        opened(folder, rules)
     line = str(caught.value)
     assert line.isprintable()
     assert len(line) < 1000
@@ -215,7 +215,7 @@ def test_what_is_no_onnx_graph_is_refused(content: bytes, folder: Path, seal: Se
 def test_an_endless_loop_is_refused_when_its_time_is_up(folder: Path, hanging: Hanging, when: str) -> None:
     """Whether onnxruntime runs into it while it folds constants, or when the graph is replayed."""
     hanging(folder, when)
-    assert refusal(folder, LoadLimits(3.0)).endswith(
+    assert refusal(folder, LoadRules(3.0)).endswith(
         "was not opened and replayed within the 3 s of VAE_LOAD_LIMIT_S; raise it, or export the model again"
     )
 
@@ -240,7 +240,7 @@ def test_a_huge_tensor_is_refused(folder: Path, seal: Seal, size: str) -> None:
     """Of 40 GB, whether it is made while constants are folded or when the graph is replayed."""
     onnx.save(onnx.parser.parse_model(HUGE.format(size=size)), folder / "decoder.onnx")
     seal(folder)
-    assert "VAE_LOAD_MEMORY_BYTES" in refusal(folder, LoadLimits(60.0, 2**30))
+    assert "VAE_LOAD_MEMORY_BYTES" in refusal(folder, LoadRules(60.0, 2**30))
 
 
 def wrapped(field: int, content: bytes) -> bytes:
@@ -445,7 +445,7 @@ def test_golden_rows_are_what_the_manifest_says(folder: Path, seal: Seal, change
         for name, content in change(members).items():
             archive.writestr(name, content)
     seal(folder)
-    line = refusal(folder, LoadLimits(60.0, 2**26))
+    line = refusal(folder, LoadRules(60.0, 2**26))
     assert "golden.npz" in line
     assert says in line
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from numpy.typing import NDArray
 
 from service.contract import manifest as manifests
@@ -73,21 +75,30 @@ def test_pixels_are_sorted_as_the_service_does(digits_models: Path, tmp_path: Pa
 
 
 def test_a_service_is_calibrated(digits_models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The manifest alone changes, not the fingerprint, and nothing is left behind; what cannot be is said in a line."""
-    models, runs = tmp_path / "models", tmp_path / "runs"
+    """The manifest alone changes, not the fingerprint, and nothing is left behind; what cannot be is said in a line.
+
+    A signed version is signed anew.
+    """
+    models, runs, key = tmp_path / "models", tmp_path / "runs", tmp_path / "key.pem"
     folder = models / "digits" / "1"
     shutil.copytree(digits_models, models)
+    private = Ed25519PrivateKey.generate()
+    key.write_bytes(private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    assert main(["sign", str(folder), "--key", str(key)]) == 0
     before, files = manifests.read(folder), {path.name for path in folder.iterdir()}
     with started(VAE_MODELS=str(models)) as (_, url):
         command = ["calibrate", "--url", url, "--runs", str(runs), "--images", "30", "--models"]
         for wrong, says in ((["--model", "cats"], "no model cats is served"), ([], "names the folder")):
             assert main([*command, str(tmp_path), *wrong]) == 1
             assert says in capsys.readouterr().err
-        assert main([*command, str(models)]) == 0
+        assert main([*command, str(models)]) == 1
+        assert "is signed; pass --key, which signs it anew" in capsys.readouterr().err
+        assert main([*command, str(models), "--key", str(key)]) == 0
     assert f"wrote {folder / 'manifest.json'}" in capsys.readouterr().out
     after = manifests.read(folder)
     assert after.calibration is not None
     assert after.model_copy(update={"calibration": None}) == before
+    private.public_key().verify((folder / "manifest.json.sig").read_bytes(), (folder / "manifest.json").read_bytes())
     for quality in ("fast", "refined"):
         told = after.calibration.factors[quality]
         assert told.keys() == {*before.noise_families, BESIDE, APART, "shrink-2", "blur"}

@@ -14,6 +14,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from torch import Tensor, nn
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
@@ -27,6 +28,7 @@ from training.distributions.priors.realnvp import RealNvp
 from training.distributions.priors.standard_normal import StandardNormal
 from training.errors import DiskError, ExportError
 from training.export.export import PARITY, Exportable, export, exportables, to_onnx
+from training.export.external import write_graph
 from training.models.restoration import Recognition, simulate
 from training.models.vae import VAE
 from training.networks import Architecture
@@ -296,8 +298,13 @@ class Stopped(nn.Module):
 
 
 def test_existing_version_survives_all_but_a_good_replacement(tmp_path: Path) -> None:
-    """Without `replace` an existing version is refused; an interrupted one leaves it; a good one takes its place."""
-    first = export(two_graphs(nn.Linear(3, 3)), tmp_path, "tiny", "1", LINE)
+    """Without `replace` an existing version is refused; an interrupted one leaves it; a good one takes its place.
+
+    A key signs what is exported; without one, no signature stays.
+    """
+    key = Ed25519PrivateKey.generate()
+    first = export(two_graphs(nn.Linear(3, 3)), tmp_path, "tiny", "1", LINE, key=key)
+    key.public_key().verify((first / "manifest.json.sig").read_bytes(), (first / "manifest.json").read_bytes())
     before = {path.name: path.read_bytes() for path in first.iterdir()}
 
     def now() -> dict[str, bytes]:
@@ -312,7 +319,34 @@ def test_existing_version_survives_all_but_a_good_replacement(tmp_path: Path) ->
     replaced = export(two_graphs(nn.Linear(3, 3)), tmp_path, "tiny", "1", LINE, replace=True)
     assert replaced == first
     assert now()["decoder.onnx"] != before["decoder.onnx"]
+    assert before.keys() - now().keys() == {"manifest.json.sig"}
     assert [path.name for path in (tmp_path / "tiny").iterdir()] == ["1"]
+
+
+@pytest.mark.parametrize(("large_bytes", "files"), [(2**20, {"line.onnx"}), (1000, {"line.onnx", "line.data"})])
+def test_weights_of_a_large_graph_lie_beside_it(large_bytes: int, files: set[str], tmp_path: Path) -> None:
+    """With their digest; tensors below 1 KiB stay inside, and the graph computes the same."""
+    rng = np.random.default_rng(0)
+    weight, bias = rng.random((32, 32), np.float32), rng.random(32, np.float32)
+    line = onnx.helper.make_graph(
+        [onnx.helper.make_node("Gemm", ["x", "weight", "bias"], ["y"])],
+        "line",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 32])],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", 32])],
+        [onnx.numpy_helper.from_array(weight, "weight"), onnx.numpy_helper.from_array(bias, "bias")],
+    )
+    model = onnx.helper.make_model(line, ir_version=10, opset_imports=[onnx.helper.make_opsetid("", 20)])
+    entry = write_graph(model, tmp_path, "line", large_bytes)
+    assert {path.name for path in tmp_path.iterdir()} == files
+    for part in (entry, *entry.get("data", ())):
+        assert manifest.digest((tmp_path / part["file"]).read_bytes()) == part["sha256"]
+    assert [part["file"] for part in entry.get("data", ())] == sorted(files - {"line.onnx"})
+    outside = {tensor.name for tensor in onnx.load(tmp_path / "line.onnx", load_external_data=False).graph.initializer
+               if tensor.external_data}  # fmt: skip
+    assert outside == ({"weight"} if len(files) == 2 else set())
+    x = rng.random((3, 32), np.float32)
+    session = ort.InferenceSession(tmp_path / "line.onnx", providers=["CPUExecutionProvider"])
+    np.testing.assert_allclose(session.run(["y"], {"x": x})[0], x @ weight + bias, rtol=1e-5)
 
 
 def test_the_file_that_names_the_default_model_is_left_alone(tmp_path: Path) -> None:

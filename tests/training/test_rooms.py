@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 TIERS = (
     {"errors"},
-    {"canvas", "extras", "progress", "strict"},
+    {"canvas", "extras", "progress", "signing", "strict"},
     {"distributions"},
     {"networks", "data"},
     {"config", "models"},

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -17,11 +18,20 @@ from service.contract import manifest as manifests
 from service.contract.calibration import calibrated, ways, widened
 from service.contract.corruption import Observation
 from service.contract.images import Pixels
-from service.contract.manifest import FILE_NAME, QUALITIES, Calibration, Manifest, ManifestError, digest
-from training.errors import ConfigError, DiskError
+from service.contract.manifest import (
+    FILE_NAME,
+    QUALITIES,
+    SIGNATURE_FILE,
+    Calibration,
+    Manifest,
+    ManifestError,
+    digest,
+)
+from training.errors import ConfigError, DiskError, SigningError
 from training.evaluation.measures import LEAST_STD, coverage
 from training.evaluation.served import Answer, Client, ServiceOptions, offering, served
 from training.evaluation.tasks import BLURRING, POISSON, Seen, Task, chosen, subject_of
+from training.signing import write_signature
 
 PROMISED = 0.9
 """Share of the pixels within mean +- 1.645 std after calibration."""
@@ -37,9 +47,11 @@ class CalibrateOptions(ServiceOptions):
 
     Attributes:
         runs: Folder for answers of an interrupted calibration.
+        key: Signs the versions anew; None calibrates unsigned ones alone.
     """
 
     runs: Path
+    key: Ed25519PrivateKey | None = None
 
 
 class Told(NamedTuple):
@@ -143,6 +155,8 @@ def _calibrate(plan: CalibrateOptions, client: Client, model: dict[str, Any]) ->
     _, subject = subject_of(model)
     path = plan.models / model["model"] / model["version"] / FILE_NAME
     manifest = _manifest(path, model["fingerprint"])
+    if plan.key is None and (path.parent / SIGNATURE_FILE).exists():
+        raise SigningError(f"{path.parent} is signed; pass --key, which signs it anew, or remove {SIGNATURE_FILE}")
     x = chosen(subject.dataset.load(plan.data).validation, plan.images, plan.seed)
     applied, kept = model.get("calibration", {}), plan.runs / model["fingerprint"]
     asking = Asking(client.images, manifest, applied, x, plan.seed, kept)
@@ -150,7 +164,7 @@ def _calibrate(plan: CalibrateOptions, client: Client, model: dict[str, Any]) ->
     qualities = QUALITIES if "refinement" in manifest.graphs else QUALITIES[:1]
     found = {quality: _factors(asking, tasks, quality) for quality in qualities}
     calibration = Calibration(factors=found, images=len(x), seed=plan.seed)
-    _write(manifest.model_copy(update={"calibration": calibration}), path)
+    _write(manifest.model_copy(update={"calibration": calibration}), path, plan.key)
     shutil.rmtree(kept)
     return path
 
@@ -186,10 +200,12 @@ def _manifest(path: Path, fingerprint: str) -> Manifest:
     return manifest
 
 
-def _write(manifest: Manifest, path: Path) -> None:
-    partial = path.with_suffix(".part")
+def _write(manifest: Manifest, path: Path, key: Ed25519PrivateKey | None) -> None:
+    partial, text = path.with_suffix(".part"), manifest.to_json().encode()
     try:
-        partial.write_text(manifest.to_json())
+        partial.write_bytes(text)
         partial.replace(path)
+        if key is not None:
+            write_signature(path.parent, text, key)
     except OSError as error:
         raise DiskError(f"{path} cannot be written: {error.strerror}") from error

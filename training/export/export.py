@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -37,9 +38,11 @@ from training.distributions.interface import Prior
 from training.distributions.priors.standard_normal import StandardNormal
 from training.errors import DiskError, ExportError
 from training.evaluation.scoring import ElboGradient, LogJoint
+from training.export.external import write_graph
 from training.inference.refinement import Refinement, differentiated
 from training.models.restoration import Corrupted, Recognition
 from training.models.vae import VAE
+from training.signing import write_signature
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as in service/runtime/session.py
 import onnxruntime as ort  # after the line above
@@ -219,6 +222,7 @@ def export(
     about: dict[str, Any],
     *,
     replace: bool = False,
+    key: Ed25519PrivateKey | None = None,
 ) -> Path:
     """Write models/<name>/<version>/ atomically: a failed export leaves no version behind.
 
@@ -232,13 +236,14 @@ def export(
         version: Its version.
         about: Further keys of the manifest. `input_shape` and `latent_shape` say which sizes are free.
         replace: Whether an existing version is replaced.
+        key: Signs the version; None leaves it unsigned.
 
     Returns:
         The folder of the version.
 
     Raises:
         ExportError: A graph differs from torch by more than 1e-5 (relative above 1; a gradient relative to its
-            largest value), contains a random operator or has external data; the manifest is invalid; or the version
+            largest value) or contains a random operator; the manifest is invalid; or the version
             exists.
         DiskError: The folder cannot be written.
     """
@@ -258,7 +263,10 @@ def export(
                     **about,
                 }
             )
-            (folder / FILE_NAME).write_text(manifest.to_json())
+            text = manifest.to_json().encode()
+            (folder / FILE_NAME).write_bytes(text)
+            if key is not None:
+                write_signature(folder, text, key)
     except ManifestError as error:
         raise ExportError(f"{target} cannot be exported: {error}") from error
     except OSError as error:
@@ -326,11 +334,10 @@ def _write_graph(
     """Write the graph, add its rows to `golden`, and return its entry in the manifest."""
     written = graph if isinstance(graph, Converted) else convert(name, graph, about)
     golden |= {f"{name}/{key}": row for key, row in (*written.inputs.items(), *written.outputs.items())}
-    file, content = f"{name}.onnx", written.model.SerializeToString()
-    (folder / file).write_bytes(content)
+    entry = write_graph(written.model, folder, name)
     inputs = shapes_of(graph.signature.inputs, written.inputs, about)
     outputs = shapes_of(graph.signature.outputs, written.outputs, about)
-    return {"file": file, "sha256": digest(content), "inputs": inputs, "outputs": outputs}
+    return {**entry, "inputs": inputs, "outputs": outputs}
 
 
 def shapes_of(tensors: Mapping[str, str], rows: Mapping[str, Any], about: Mapping[str, Any]) -> Shapes:

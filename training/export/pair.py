@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from torch import Tensor, nn
 
 from service.contract.graphs import GRAPHS
@@ -73,6 +74,7 @@ def export_vae(
     told: Mapping[str, Any] | None = None,
     further: Mapping[str, Exportable] | None = None,
     replace: bool = False,
+    key: Ed25519PrivateKey | None = None,
 ) -> Path:
     """Write models/<name>/<version>/ from an encoder and a decoder of torch, which are left as they are.
 
@@ -91,6 +93,7 @@ def export_vae(
         told: Further keys of the manifest, such as `scaling_factor` or `dataset`.
         further: Further graphs by name, such as those that restore.
         replace: Whether an existing version is replaced.
+        key: Signs the version; None leaves it unsigned.
 
     Returns:
         The folder of the version.
@@ -122,7 +125,7 @@ def export_vae(
         for graph, module, inputs in (("encoder", encode, rows), ("decoder", decode, mean))
     }
     tell("exporting; tracing the graphs and comparing them with torch takes seconds, of large models minutes")
-    return export({**pair, **(further or {})}, Path(models), name, version, about, replace=replace)
+    return export({**pair, **(further or {})}, Path(models), name, version, about, replace=replace, key=key)
 
 
 def _rows(x: Tensor, value_range: Sequence[float], multiple_of: int | None) -> Tensor:

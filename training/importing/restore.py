@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from torch import Tensor, nn
 
 from service.contract.corruption import FAMILIES
@@ -47,7 +48,14 @@ class Source(NamedTuple):
 
 
 def restore_only(
-    run: RestoringRun, data: Path, folder: Path, models: Path, device: torch.device, *, replace: bool = False
+    run: RestoringRun,
+    data: Path,
+    folder: Path,
+    models: Path,
+    device: torch.device,
+    *,
+    replace: bool = False,
+    key: Ed25519PrivateKey | None = None,
 ) -> Path:
     """Train restoration for an imported VAE, which stays as it is, and write both as a version.
 
@@ -58,6 +66,7 @@ def restore_only(
         models: The model repository.
         device: The device.
         replace: Whether an existing version is replaced.
+        key: Signs the version; None leaves it unsigned.
 
     Returns:
         The folder of the version.
@@ -89,7 +98,7 @@ def restore_only(
     return export_vae(
         source.encoder, source.decoder, low + (high - low) * x, models, run.name, run.version,
         value_range=source.value_range, multiple_of=source.multiple_of, prior=run.imported.prior, told=told,
-        further=_further(vae, recognition, x), replace=replace,
+        further=_further(vae, recognition, x), replace=replace, key=key,
     )  # fmt: skip
 
 

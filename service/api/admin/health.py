@@ -37,7 +37,9 @@ def health_router(repository: Repository, engine: Engine) -> APIRouter:
         if not engine.healthy:
             raise NotReady("the engine has stopped")
         if repository.default not in repository.models:
+            loading = repository.loading(repository.default).items()
             why = "".join(f"; {line}" for line in refused(repository.default))
+            why += "".join(f"; version {version} is loading: {step}" for version, step in loading)
             raise NotReady(f"no version of the default model is served{why}")
         failed = [line for name in repository.conditions for line in refused(name)]
         return JSONResponse(

@@ -52,7 +52,7 @@ def states(repository: Repository, name: str) -> list[dict[str, str]]:
 
 
 def _state(version: str, found: Condition) -> dict[str, str]:
-    return {"version": version, "state": found.state, "reason": found.reason}
+    return {"version": version, "state": found.state, "reason": found.told}
 
 
 def ready(repository: Repository, engine: Engine, name: str, version: str | None) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def ready(repository: Repository, engine: Engine, name: str, version: str | None
         raise UnknownModel(f"model {name} has no version {version:.80}; it has {', '.join(known)}")
     wanted = known if version is None else {one: known[one] for one in known if one == version}
     if wanted and not repository.models.get(name, {}).keys() & wanted.keys():
-        raise NotReady("; ".join(f"version {one} is {found.state}: {found.reason}" for one, found in wanted.items()))
+        raise NotReady("; ".join(f"version {one} is {found.state}: {found.told}" for one, found in wanted.items()))
     model = repository.find(name, version)
     if not engine.healthy:
         raise NotReady("the engine has stopped")
