@@ -168,7 +168,7 @@ def _restore_only(options: argparse.Namespace, key: Ed25519PrivateKey | None) ->
     pipeline.threads(options.threads)
     epochs = {"restoration": {"train": {"epochs": options.restoration_epochs}}}
     run = load_as(RestoringRun, options.config, epochs)
-    folder, key = options.run or Path("runs") / run.name, private_key(options.key)
+    folder = options.run or Path("runs") / run.name
     with pipeline.locked(folder):
         if options.fresh:
             pipeline.clear(folder)
