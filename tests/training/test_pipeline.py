@@ -33,8 +33,9 @@ def workshop(tmp_path: Path) -> Workshop:
 def test_a_run_is_not_resumed_on_other_images(workshop: Workshop, tmp_path: Path) -> None:
     """The same settings with other images are refused, because resuming would export the old model; --fresh trains."""
     workshop.fit(tmp_path / "models")
-    splits = (split.flip(-1) for split in dataclasses.astuple(workshop.images))
-    other = dataclasses.replace(workshop, images=ImageSet(*splits))
+    images = workshop.images
+    train, validation, test = (split.flip(-1) for split in (images.train, images.validation, images.test))
+    other = dataclasses.replace(workshop, images=ImageSet(train, validation, test))
     with pytest.raises(CheckpointError, match="other images; use --fresh"):
         other.fit(tmp_path / "models", replace=True)
     other.clear()
