@@ -237,8 +237,9 @@ def check_python(words: list[str]) -> None:
     else:
         parser = {"training": _parser, "experiments": experiments_parser}[words[2]]()
         options = parser.parse_args(words[3:])
-        if "config" in options and (ROOT / options.config).parent != ROOT:  # others are written by the reader
-            load(ROOT / options.config)
+        config = getattr(options, "config", None)
+        if config is not None and (ROOT / config).parent != ROOT:  # others are written by the reader
+            load(ROOT / config)
 
 
 def check_torchrun(words: list[str]) -> None:
