@@ -196,7 +196,7 @@ def _export(options: argparse.Namespace) -> None:
         pipeline.threads(options.threads)
         plan = QuantiseOptions(options.quantise, options.data, options.version, replace=options.replace)
         images = plan.images if options.images is None else options.images
-        print(f"wrote {quantise(replace(plan, images=images), key)}")
+        print(f"wrote {quantise(replace(plan, images=images), key=key)}")
         return
     print(f"wrote {_workshop(options).export(options.out, replace=options.replace, key=key)}")
 

@@ -164,7 +164,7 @@ class Run(Strict):
     card: CardNotes = CardNotes()
     """Words of the model card, the README.md beside the manifest."""
     export: Export = Export()
-    """The written version."""
+    """How the version is stored."""
     tileable: bool = False
     """Whether parts of larger images look like the training images, as with textures or tiles of scans, but not with
     whole digits, faces or photographs. Only then does the service restore larger images with `fit=tile`."""

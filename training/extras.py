@@ -23,7 +23,7 @@ def needed(module: str, extra: str = "evaluation") -> Any:
         return import_module(module)
     except ImportError as error:
         raise DependencyError(
-            f"{module} cannot be imported ({error}); pip install '.[{extra}]' in the project's folder"
+            f"{module.partition('.')[0]} cannot be imported ({error}); pip install '.[{extra}]' in the project's folder"
         ) from error
 
 

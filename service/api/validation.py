@@ -39,7 +39,7 @@ def variant_of(operation: Operation, model: Model, payload: Payload, options: An
     """
     found: Model = options.variant(model)
     array = payload.array
-    if array is None or len(model.variants) == 1:
+    if array is None or not model.others:
         return found
     if not payload.latents and operation.takes == "images":
         return model.variants[channels_of(array, tuple(model.variants))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -187,14 +188,15 @@ def assemble(version: Version, provider: str, threads: int, tell: Tell = tell_no
     """
     with start_errors():
         card = {entry.file: version.files.read(entry) for entry in version.variants[0].card_files()}
-    variants: dict[int, Model] = {}
+    models: list[Model] = []
     next_one = counted(tell, "opening {} graphs", sum(len(manifest.graphs) for manifest in version.variants))
     for manifest, golden in zip(version.variants, version.golden, strict=True):
         graphs = _open_graphs(version, manifest, provider, threads, next_one)
         tell("replaying its golden rows")
         _replay(version.folder, manifest, graphs, golden)
-        Model(manifest, unit_range(manifest, graphs), variants=variants, card=card)
-    return variants[version.variants[0].channels]
+        models.append(Model(manifest, unit_range(manifest, graphs), card=card))
+    first, *others = models
+    return replace(first, others={other.manifest.channels: other for other in others})
 
 
 def _open_graphs(

@@ -33,18 +33,21 @@ class Model:
         manifest: The manifest as the variant sees it.
         graphs: Its opened graphs, by name, with images in [0, 1].
         programs: Its programs, by operation and static choices.
-        variants: All variants of the version by their channels, this one included.
+        others: Further variants of the version by their channels. The first variant alone knows the others, because
+            models in a cycle would not be freed when they are replaced.
         card: The files of the version's model card, by name; empty without a card.
     """
 
     manifest: Manifest
     graphs: Graphs
     programs: dict[tuple[Any, ...], ModelProgram] = field(default_factory=dict)
-    variants: dict[int, Model] = field(default_factory=dict)
+    others: Mapping[int, Model] = field(default_factory=dict)
     card: Mapping[str, bytes] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.variants.setdefault(self.manifest.channels, self)
+    @property
+    def variants(self) -> dict[int, Model]:
+        """This variant and the others by their channels."""
+        return {self.manifest.channels: self, **self.others}
 
     @cached_property
     def input_shape(self) -> tuple[int, ...]:

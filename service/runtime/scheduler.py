@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from typing import Any
 
 from service.runtime.batcher import Batcher
 from service.runtime.program import Arrays, ModelProgram, Program, Trip
-from service.runtime.tiling import run_tiled, tile_side
+from service.runtime.tiling import run_tiled
 
 TILE_PIXELS = 2**20
 """Default of VAE_TILE_PIXELS."""
@@ -55,9 +56,8 @@ class Engine:
         """
         if program.free is not None:
             assert isinstance(program, ModelProgram)
-            side = tile_side(program.free.size, program.free.tiles, self._tile_pixels)
-            if max(program.image_size(arrays)) > side:
-                return await run_tiled(self.submit, program, arrays, side, **known)
+            if math.prod(program.image_size(arrays)) > self._tile_pixels:
+                return await run_tiled(self.submit, program, arrays, self._tile_pixels, **known)
             known.pop("levels", None)
             program = program.sized(arrays, self._tile_pixels)
         return await (self._iterative if program.rounds > 1 else self._interactive).submit(program, arrays, **known)

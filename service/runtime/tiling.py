@@ -83,19 +83,19 @@ def spans(length: int, side: int, tiles: Tiles, multiple: int) -> list[Span]:
 
 
 def tile_side(size: Size, tiles: Tiles | None, tile_pixels: int) -> int:
-    """Height and width of the largest image that runs in one piece, a multiple."""
+    """Height and width of the largest tile, a multiple."""
     side = min(math.isqrt(tile_pixels), size.max, tiles.side if tiles and tiles.side else size.max)
     return max(size.min, side // size.multiple_of * size.multiple_of)
 
 
-async def run_tiled(submit: Submit, program: ModelProgram, arrays: Arrays, side: int, **known: Any) -> Trip:
-    """Run a program over images larger than `side`, tile by tile.
+async def run_tiled(submit: Submit, program: ModelProgram, arrays: Arrays, tile_pixels: int, **known: Any) -> Trip:
+    """Run a program over images of more than `tile_pixels` pixels, tile by tile.
 
     Args:
         submit: Runs a program over arrays of one tile.
         program: A program of a model of free size.
         arrays: Its inputs (n, ...). Those of four axes and more are images, or grids of one place a block of pixels.
-        side: Height and width of the largest tile.
+        tile_pixels: Pixels of a tile at most.
         **known: Further arguments of `submit`; and `levels`, whether images are answered as uint8.
 
     Returns:
@@ -111,9 +111,10 @@ async def run_tiled(submit: Submit, program: ModelProgram, arrays: Arrays, side:
     height, width = program.image_size(arrays)
     if free.tiles is None or not program.local:
         raise TooLarge(
-            f"{program.operation} of model {program.model} takes images of at most {side} x {side}, not "
+            f"{program.operation} of model {program.model} takes images of at most {tile_pixels} pixels, not "
             f"{height} x {width}; send a smaller one, or raise VAE_TILE_PIXELS"
         )
+    side = tile_side(free.size, free.tiles, tile_pixels)
     tall, wide = (spans(length, side, free.tiles, free.size.multiple_of) for length in (height, width))
     levels = known.pop("levels", False)
     canvas = Canvas((height, width), len(arrays[0]), program.images if levels else ())

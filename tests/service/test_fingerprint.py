@@ -88,7 +88,7 @@ def test_latents_of_another_model_are_refused_by_both_names(flat_models: Path, b
                         assert own in answer.json()["detail"]
                         assert other in answer.json()["detail"]
             (document,) = (await one.get("http://x/openapi.json")).json()["paths"]["/v1/decode"].values()
-            assert {named["name"] for named in document["parameters"]} == {"fingerprint", "X-Fingerprint"}
+            assert {named["name"] for named in document["parameters"]} == {"fingerprint", "X-Fingerprint", "channels"}
             longer = await one.post("/1/decode", json={"latents": [[0.0] * 40], "fingerprint": other})
             assert longer.status_code == 409
 

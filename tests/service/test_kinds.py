@@ -29,7 +29,7 @@ from service.operations.restoration import observed
 from service.operations.score import ScoreOptions, score
 from service.operations.super_resolve import SuperResolveOptions, super_resolve
 from service.repository.repository import Repository
-from service.repository.version import read_version
+from service.repository.version import open_version
 from service.runtime.model import Model
 from service.runtime.program import Trip
 from service.runtime.scheduler import Engine
@@ -409,6 +409,7 @@ def test_every_kind_is_warmed_up(folder: Path, models: dict[str, Model]) -> None
     """Each operation that it offers submits a program, at the size of its golden rows."""
     for name, model in models.items():
         offered = [operation for operation in OPERATIONS if operation.offered_by(model)]
-        golden = read_version(folder / name / "1").golden[0]
+        with open_version(folder / name / "1") as version:
+            golden = version.golden[0]
         for operation in offered:
             assert list(warm_up(model, golden, (operation,))), (name, operation.name)

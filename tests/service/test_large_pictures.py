@@ -45,7 +45,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def service(models: Path) -> Iterator[tuple[int, httpx.Client]]:
     """Its process id, and a client."""
     with (
-        started(VAE_MODELS=str(models), VAE_THREADS="1", VAE_TIMEOUT_S="300", VAE_BATCH_LIMIT_S="60") as (process, url),
+        started(VAE_MODELS=str(models), VAE_THREADS="1", VAE_TIMEOUT_S="300", VAE_TILE_PIXELS=str(TILE**2)) as (
+            process,
+            url,
+        ),
         httpx.Client(base_url=url, timeout=300.0) as client,
     ):
         yield process.pid, client
@@ -85,18 +88,26 @@ def test_a_large_picture_takes_memory_of_its_pixels_and_of_a_tile(service: tuple
     assert peak_bytes(pid) - before < MOST_BYTES
 
 
-def test_an_odd_picture_equals_diffusers_own_tiles(service: tuple[int, httpx.Client], models: Path) -> None:
-    """517 x 389, padded by reflection to a multiple, against `enable_tiling` of the module itself."""
+def test_an_odd_picture_is_tiled_as_diffusers_does(service: tuple[int, httpx.Client], models: Path) -> None:
+    """517 x 389, padded by reflection to a multiple, against `enable_tiling` of the module itself, both ways."""
     _, client = service
     vae = diffusers.AutoencoderKL.from_pretrained(models.parent / "vae").eval()
     vae.enable_tiling()
-    answer = reconstructed(client, picture(517, 389))
-    with Image.open(io.BytesIO(picture(517, 389))) as sent, Image.open(io.BytesIO(answer.content)) as found:
-        levels, got = np.asarray(sent), np.asarray(found)
+    content = picture(517, 389)
+    with Image.open(io.BytesIO(content)) as sent:
+        levels = np.asarray(sent)
     padded = np.pad(levels, ((0, 1), (0, 1), (0, 0)), mode="reflect").astype(np.float32) / 255.0
     with torch.no_grad():
-        x = torch.from_numpy(padded).permute(2, 0, 1)[None]
-        images = vae.decode(vae.encode(2.0 * x - 1.0).latent_dist.mean).sample / 2.0 + 0.5
-    known = images.clamp(0.0, 1.0)[0, :, :517, :389].permute(1, 2, 0).numpy()
-    assert got.shape == (517, 389, 3)
-    assert np.abs(got / 255.0 - known).mean() < 0.01
+        mean = vae.encode(2.0 * torch.from_numpy(padded).permute(2, 0, 1)[None] - 1.0).latent_dist.mean
+        images = (vae.decode(mean).sample / 2.0 + 0.5).clamp(0.0, 1.0).numpy()
+    npy = {"accept": "application/x-npy", "content-type": "image/png"}
+    found = client.post("/v1/encode", content=content, headers=npy).raise_for_status()
+    np.testing.assert_allclose(np.load(io.BytesIO(found.content))[:, 0], mean, atol=1e-4)
+    file = io.BytesIO()
+    np.save(file, mean.numpy())
+    decoded = client.post("/v1/decode", content=file.getvalue(), headers={**npy, "content-type": npy["accept"]})
+    np.testing.assert_allclose(np.load(io.BytesIO(decoded.raise_for_status().content)), images, atol=1e-4)
+    head = {"content-type": "image/png", "accept": "image/png"}
+    answer = client.post("/v1/reconstruct", content=content, headers=head).raise_for_status()
+    with Image.open(io.BytesIO(answer.content)) as image:
+        assert image.size == (389, 517)

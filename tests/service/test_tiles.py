@@ -139,7 +139,7 @@ def test_what_cannot_be_tiled_is_refused_by_name() -> None:
     """The message names the operation, the largest size and the setting."""
     x = np.zeros((1, 1, 64, 72), np.float32)
     for of in (program(lambda x: (x,), local=False), program(lambda x: (x,), None)):
-        with pytest.raises(TooLarge, match="denoise of model photo takes images of at most 64 x 64, not 64 x 72"):
+        with pytest.raises(TooLarge, match="denoise of model photo takes images of at most 4096 pixels, not 64 x 72"):
             ran(of, x)
     with pytest.raises(TooLarge, match="need at least"):
         ran(program(lambda x: (x,), Tiles(margin=40, exact=True)), x)

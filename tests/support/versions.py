@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from service.contract.graphs import GRAPHS, NOISE, Axis, at_size, shape_of
 from service.contract.manifest import Graph, digest, manifest_of
-from service.repository.version import assemble, read_version
+from service.repository.version import assemble, open_version
 from service.runtime.model import Model
 from service.runtime.session import Session
 
@@ -103,7 +103,8 @@ def ladder_version(folder: Path, spread: float = 1.0, graphs: Collection[str] = 
 
 def opened(folder: Path) -> Model:
     """The version, opened and replayed without a process of its own and without warm-up."""
-    return assemble(read_version(folder), "CPUExecutionProvider", 1)
+    with open_version(folder) as version:
+        return assemble(version, "CPUExecutionProvider", 1)
 
 
 def write_version(folder: Path, variants: Sequence[Parts], about: Mapping[str, Any]) -> Path:

@@ -27,6 +27,7 @@ from training.__main__ import main
 from training.errors import ConfigError, ExportError
 from training.export import int8
 from training.export.quantise import QuantiseOptions, quantise
+from training.export.session import opened
 from training.export.weights import store_as_float16
 from training.importing.onnx_pair import import_onnx
 
@@ -147,7 +148,7 @@ def test_weights_in_float16_are_quantised_too(tmp_path: Path, onnx_file: Callabl
     kinds = [tensor.data_type for tensor in onnx.load_model_from_string(found).graph.initializer]
     assert TensorProto.INT8 in kinds
     assert TensorProto.FLOAT16 not in kinds
-    answers = [int8.run_in_batches(int8.opened(content), rows)["y"] for content in (found, known)]
+    answers = [int8.run_in_batches(opened(content), rows)["y"] for content in (found, known)]
     np.testing.assert_array_equal(*answers)
 
 

@@ -104,15 +104,15 @@ class Source:
         return Source(self.folder, self.manifest, {**self.sessions, **sessions})
 
 
-def quantise(plan: QuantiseOptions, key: Ed25519PrivateKey | None = None, least_gain: float = LEAST_GAIN) -> Path:
+def quantise(plan: QuantiseOptions, least_gain: float = LEAST_GAIN, key: Ed25519PrivateKey | None = None) -> Path:
     """Write a version whose graphs are in int8, where they become faster by `least_gain`.
 
     Gain and loss of every graph are told, and written into the manifest.
 
     Args:
         plan: The options.
-        key: Signs the version; None leaves it unsigned.
         least_gain: How many times as fast a graph must become, alone and in a batch.
+        key: Signs the version; None leaves it unsigned.
 
     Returns:
         The folder of the new version.

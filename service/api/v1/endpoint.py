@@ -95,7 +95,7 @@ class OperationApp:
             try:
                 model = self.context.repository.find(path.get("model"), path.get("version"))
                 label = model.manifest.name
-                if len(model.variants) == 1:
+                if not model.others:
                     self.operation.check_offered(model, self.context.repository.models)
                 request = await self._received(model, scope, receive, share)
                 if request is None:
