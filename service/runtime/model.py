@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.contract.golden import deviation
-from service.contract.graphs import RANGED, at_size
+from service.contract.graphs import RANGED, Axis, at_size
 from service.contract.manifest import Manifest
 from service.errors import StartError
 from service.runtime.program import FreeSize, Graph, Graphs, ModelProgram
@@ -64,6 +64,11 @@ class Model:
         """Its graphs, `PRIOR` where latents have one, and `ONE_GROUP` where all latents are independent given x."""
         prior = set() if self.manifest.prior is None else {PRIOR}
         return frozenset(self.graphs) | prior | (set() if self.manifest.groups else {ONE_GROUP})
+
+    @cached_property
+    def latent_axes(self) -> tuple[Axis, ...]:
+        """Shape of a latent as the manifest has it."""
+        return tuple(self.manifest.latent_shape)
 
     def latent_at(self, height: int, width: int) -> tuple[int, ...]:
         """Shape of the latent of an image of the graphs' height and width.

@@ -12,14 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from service.contract.graphs import Axis, at_size
 from service.operations.inference import latent
 from service.operations.inference.latent import Noise
 from service.runtime.model import Model
 from service.runtime.program import Arrays, Compute, Graphs, Submit, Trip
 
 Rows = NDArray[np.float32]
-LatentAt = Callable[[int, int], tuple[int, ...]]
-"""Height and width of an image -> shape of its latent."""
 
 
 class Result(NamedTuple):
@@ -56,18 +55,18 @@ Observe = Callable[[Result], None]
 # Programs: (graphs, static choices...) -> a function from arrays of rows to arrays of rows.
 
 
-def encode_rows(graphs: Graphs, latent_at: LatentAt) -> Compute:
+def encode_rows(graphs: Graphs, latent_axes: tuple[Axis, ...]) -> Compute:
     """x -> mean, log_var of q(z|x); of a posterior that needs noise, those at noise 0.
 
     Args:
         graphs: The graphs.
-        latent_at: Gives the shape of a latent.
+        latent_axes: Shape of a latent as the manifest has it.
     """
     if "encoder" in graphs:
         return graphs["encoder"]
 
     def compute(x: Rows) -> Arrays:
-        eps = np.zeros((len(x), *latent_at(*x.shape[-2:])), np.float32)
+        eps = np.zeros((len(x), *at_size(latent_axes, *x.shape[-2:])), np.float32)
         _, mean, log_var, _ = graphs["posterior"](x, eps)
         return mean, log_var
 
@@ -103,9 +102,9 @@ def sample_rows(graphs: Graphs) -> Compute:
     return compute
 
 
-def reconstruct_rows(graphs: Graphs, latent_at: LatentAt) -> Compute:
+def reconstruct_rows(graphs: Graphs, latent_axes: tuple[Axis, ...]) -> Compute:
     """x[, eps (n, L, *latent)] -> the decoder's mean, at the posterior's mean or averaged over L draws of it."""
-    encode, draw = encode_rows(graphs, latent_at), draw_rows(graphs)
+    encode, draw = encode_rows(graphs, latent_axes), draw_rows(graphs)
 
     def compute(x: Rows, *eps: Rows) -> Arrays:
         if not eps:
@@ -142,7 +141,7 @@ async def encode(model: Model, submit: Submit, x: Rows, draws: int, noise: Noise
 
 async def posterior(model: Model, submit: Submit, x: Rows) -> Trip:
     """mean and log_var of q(z|x); of a posterior that needs noise, those at noise 0."""
-    return await submit(model.plan("encode", encode_rows, 0, model.latent_at), (x,))
+    return await submit(model.plan("encode", encode_rows, 0, model.latent_axes), (x,))
 
 
 async def decode(model: Model, submit: Submit, z: Rows) -> Result:
@@ -159,7 +158,7 @@ async def decoded(model: Model, submit: Submit, z: Rows) -> Trip:
 async def reconstruct(model: Model, submit: Submit, x: Rows, draws: int, noise: Noise) -> Result:
     """The decoder's mean at the posterior's mean, or averaged over draws."""
     eps, about = drawn_noise(noise, len(x), draws, model.latent_at(*x.shape[-2:]) if draws else ())
-    trip = await submit(model.plan("reconstruct", reconstruct_rows, draws, model.latent_at, images=(0,)), (x, *eps))
+    trip = await submit(model.plan("reconstruct", reconstruct_rows, draws, model.latent_axes, images=(0,)), (x, *eps))
     return Result({"images": trip.arrays[0]}, about, trip)
 
 
