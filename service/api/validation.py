@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -133,13 +132,13 @@ def _admit_free(
         return Inputs(in_range(rows, -np.inf, np.inf, "latents"), latents=payload.latents)
     images = as_images(payload.array, model.input_shape, "images", float_pixels)
     shape = images.shape[1:]
-    size = shape[1] * options.scale, shape[2] * options.scale
-    height, width = padded(model, size, options.scale)
+    size = shape[1] * options.enlargement, shape[2] * options.enlargement
+    height, width = padded(model, size, options.enlargement)
     check_count(len(images) * options.multiplicity, max_rows)
     room(len(images), (height, width))
     if images.dtype.kind == "f":  # levels are in the range
         images = in_range(images, *_bounds(operation, "images"), "images")
-    rows, mask = _reflected(images, height // options.scale, width // options.scale), None
+    rows, mask = _reflected(images, height // options.enlargement, width // options.enlargement), None
     if operation.masked or payload.mask is not None:
         mask = _mask(operation, payload, shape, options, len(images), room)
         mask = np.broadcast_to(_reflected(mask, *rows.shape[2:]), rows.shape)
@@ -159,8 +158,7 @@ def padded(model: Model, size: tuple[int, int], scale: int = 1) -> tuple[int, in
     """
     known = model.manifest.size
     assert known is not None
-    step = math.lcm(known.multiple_of, scale)
-    height, width = (-(-max(known.min, side) // step) * step for side in size)
+    height, width = model.padded(size, scale)
     if max(height, width) > known.max:
         raise InvalidShape(
             f"images of {size[0]} x {size[1]} pixels are too large for model {model.manifest.name}, whose sides have "

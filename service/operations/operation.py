@@ -55,7 +55,7 @@ class Options(BaseModel):
         return 1
 
     @property
-    def scale(self) -> int:
+    def enlargement(self) -> int:
         """Height and width of the answer's images in those of the request's."""
         return 1
 
@@ -360,13 +360,14 @@ class Operation:
         observe = inputs.observe
         if observe is not None:
             inputs = inputs._replace(observe=lambda found: observe(self._checked(found, model, inputs)))
-        result, tiles = await self.run(model, submit, inputs, options), model.manifest.tiles
-        if result.trip.tiled and tiles is not None and not tiles.exact:
+        result = await self.run(model, submit, inputs, options)
+        if result.trip.tiled and not (model.manifest.tiles and model.manifest.tiles.exact):
             rows = range(inputs.first, inputs.first + len(inputs.rows))
             result = noted(result, "tiled", rows, TILED_NOTE)
         return self._checked(result, model, inputs)
 
     def _checked(self, result: Result, model: Model, inputs: Inputs) -> Result:
+        """The result with images of their size, in [0, 1] where a decoder of [-1, 1] goes beyond, if it is finite."""
         if inputs.size is not None:
             height, width = inputs.size
             cut = {
@@ -374,6 +375,9 @@ class Operation:
                 for name, array in result.outputs.items()
             }
             result = result._replace(outputs=cut)
+        images = result.outputs.get("images")
+        if model.manifest.value_range[0] < 0.0 and images is not None and images.dtype != np.uint8:
+            result = result._replace(outputs={**result.outputs, "images": np.clip(images, 0, 1)})
         return self._finite(result, model, inputs)
 
     def _finite(self, result: Result, model: Model, inputs: Inputs) -> Result:
@@ -427,7 +431,9 @@ class Operation:
         images = next((golden[name] for name in GOLDEN_IMAGES if name in golden), None)
         if self.takes == "latents" or images is None:
             return Inputs(np.resize(golden["decoder/z"], (2, *golden["decoder/z"].shape[1:])), latents=True)
-        height, width = (length // options.scale for length in model.padded(images.shape[2:], options.scale))
+        height, width = (
+            length // options.enlargement for length in model.padded(images.shape[2:], options.enlargement)
+        )
         return Inputs(np.resize(images, (2, images.shape[1], height, width)))
 
     def offered_by(self, model: Model, options: Options | None = None) -> bool:

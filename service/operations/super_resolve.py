@@ -38,7 +38,7 @@ class SuperResolveOptions(RestoreOptions):
             raise InvalidOption(f"factor is {self.factor}; it must divide {height} x {width}: {known}")
 
     @property
-    def scale(self) -> int:
+    def enlargement(self) -> int:
         """Height and width of the answer's images in those of the request's."""
         return self.factor
 

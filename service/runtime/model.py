@@ -163,7 +163,7 @@ class Model:
 
 
 def unit_range(manifest: Manifest, graphs: Mapping[str, Graph]) -> Graphs:
-    """The graphs, which take images in [0, 1] and give them clipped to it, whatever range they were made for.
+    """The graphs, which take and give images in [0, 1] whatever range they were made for.
 
     Args:
         manifest: Says the range of the graphs' own images.
@@ -179,7 +179,7 @@ def unit_range(manifest: Manifest, graphs: Mapping[str, Graph]) -> Graphs:
                 low + (high - low) * array if image else array for array, image in zip(arrays, places, strict=True)
             )
             found = zip(graph(*given), images, strict=True)
-            return tuple(np.clip((array - low) / (high - low), 0, 1) if image else array for array, image in found)
+            return tuple((array - low) / (high - low) if image else array for array, image in found)
 
         return run
 

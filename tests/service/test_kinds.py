@@ -305,7 +305,7 @@ def test_channels_choose_the_variant(kinds: httpx.Client, models: dict[str, Mode
     assert asked(kinds, f"/v1/models/free/sample?{size}")["images"].shape == (1, 3, 8, 8)
 
 
-def test_padding_is_cut_from_answers_and_progress() -> None:
+def test_padding_is_cut_from_answers_and_progress(models: dict[str, Model]) -> None:
     """From every output that is an image, and from no other."""
 
     async def run(_model: Model, _submit: Any, inputs: Inputs, _options: Options) -> Result:
@@ -318,7 +318,7 @@ def test_padding_is_cut_from_answers_and_progress() -> None:
     operation = Operation(**known, outputs=(MEANS,), row_wise=True, example={}, answer={})  # type: ignore[arg-type]
     seen: list[Result] = []
     inputs = Inputs(np.zeros((1, 0), np.float32), size=(7, 9), observe=seen.append)
-    result = asyncio.run(operation.perform(None, None, inputs, Options()))  # type: ignore[arg-type]
+    result = asyncio.run(operation.perform(models["free"], None, inputs, Options()))  # type: ignore[arg-type]
     expected = np.arange(96, dtype=np.float32).reshape(1, 1, 8, 12)[..., :7, :9]
     for found in (result, *seen):
         np.testing.assert_array_equal(found.outputs["images"], expected)
