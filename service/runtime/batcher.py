@@ -183,9 +183,15 @@ class Batcher:
             else:
                 batch = self._queue.extend(batch)
                 self._watchdog.watch(loop, self._stick)
-                self._thread.run(partial(self._compute_in_thread, loop, batch))
+                self._start(partial(self._compute_in_thread, loop, batch), batch)
         except Exception as error:  # noqa: BLE001  # as the docstring says
             self._die(error)
+
+    def _start(self, compute: Callable[[], None], batch: Batch) -> None:
+        try:
+            self._thread.run(compute)
+        except MemoryError:  # a new thread needs some
+            self._land(batch, [(no_memory(), 0.0)])
 
     def _compute(self, batch: Batch) -> list[Computed]:
         """Run its batches until another caller arrives or one fails."""

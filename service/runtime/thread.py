@@ -32,11 +32,22 @@ class ComputingThreads:
         weakref.finalize(self, _end, self._queue, count)
 
     def run(self, work: Work) -> None:
-        """Run some work as soon as a thread is free. The work handles its own errors."""
-        if self._threads[0].ident is None:
-            for thread in self._threads:
-                thread.start()
+        """Run some work as soon as a thread is free. The work handles its own errors.
+
+        Raises:
+            MemoryError: There is too little memory for a thread.
+        """
+        if self._threads[-1].ident is None:
+            self._start()
         self._queue.put(work)
+
+    def _start(self) -> None:
+        try:
+            for thread in self._threads:
+                if thread.ident is None:
+                    thread.start()
+        except RuntimeError as error:  # Python names no other cause
+            raise MemoryError(str(error)) from error
 
     def submit(self, work: Callable[[], Found]) -> Future[Found]:
         """Run some work as soon as a thread is free; the future gives its result or its error."""
