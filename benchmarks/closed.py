@@ -20,7 +20,7 @@ for line in os.getenv("BENCH_HEADERS"):gmatch("[^\\n]+") do
   wrk.headers[name] = value
 end
 local bodies = {}
-for path in os.getenv("BENCH_BODIES"):gmatch("[^\n]+") do
+for path in os.getenv("BENCH_BODIES"):gmatch("[^\\n]+") do
   local file = assert(io.open(path, "rb"))
   bodies[#bodies + 1] = file:read("*a")
   file:close()
@@ -28,7 +28,9 @@ end
 wrk.body = bodies[1]
 if #bodies > 1 then
   local requests, turn = {}, 0
-  function init() for k, body in ipairs(bodies) do requests[k] = wrk.format(nil, nil, nil, body) end end
+  function init(args)
+    for k, body in ipairs(bodies) do requests[k] = wrk.format(nil, nil, nil, body) end
+  end
   function request() turn = turn % #requests + 1; return requests[turn] end
 end
 function done(summary, latency, requests)
