@@ -66,8 +66,8 @@ def likelihood(
         images: uint8 (n, c, h, w).
         draws: Importance samples an image.
         seed: Seed of binarisation and draws.
-        partial: File of the finished blocks, from which an interrupted evaluation continues. A share has its own file
-            beside it; an evaluation of everything takes up those of all shares.
+        partial: File of the finished blocks. A share has its own file beside it. An evaluation goes on from the blocks
+            in all of these files.
         dynamic: Whether to binarise the images by `seed`; otherwise they stay as they are.
         precision: Of the networks, as in training. The estimate is then of the model with such networks.
         share: The part of the images to score.
@@ -83,11 +83,11 @@ def likelihood(
         "images": digest(images.cpu().numpy().tobytes()),
         "weights": _fingerprint(model),
     }
-    others = sorted(partial.parent.glob(f"{partial.stem}-*-of-*{partial.suffix}"))
+    files = [partial, *partial.parent.glob(f"{partial.stem}-*-of-*{partial.suffix}")]
     path = partial if share.of == 1 else partial.with_stem(f"{partial.stem}-{share.number}-of-{share.of}")
     blocks = images.split(BLOCK)
     mine = range(share.number - 1, len(blocks), share.of)
-    scores = _resume([path] if share.of > 1 else [partial, *others], identity)
+    scores = {index: score for index, score in _resume(files, identity).items() if index in mine}
     count = sum(len(blocks[index]) for index in mine)
     done = sum(len(blocks[index]) for index in mine if index in scores)
     with tqdm(total=count, initial=done, desc="evaluating", unit="image") as progress:
