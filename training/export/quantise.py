@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
 from service.contract import manifest as manifests
+from service.contract.files import check_files
 from service.contract.golden import deviation, read_golden
 from service.contract.graphs import GRAPHS
 from service.contract.images import Pixels
@@ -156,9 +157,7 @@ def _source(folder: Path) -> Source:
             raise ConfigError(f"{folder} is in int8 already; quantise the version that it was made from")
         if manifest.variants or any(graph.data for graph in manifest.graphs.values()):
             raise ExportError(f"{folder} has variants or weights outside its graphs; quantise one whole variant")
-        for entry in manifest.files():
-            if not manifests.has_digest(folder, entry, manifests.MAX_FILE_BYTES):
-                raise ConfigError(f"{folder / entry.file} does not match the SHA-256 in its manifest")
+        check_files(folder, manifest)
     except ManifestError as error:
         raise ConfigError(str(error)) from error
     if (manifest.name, manifest.version) != folder.absolute().parts[-2:]:
