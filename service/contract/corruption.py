@@ -17,6 +17,11 @@ share of pixels set to 0. poisson: the standard deviation at a pixel of 1.
 """
 FAMILIES: tuple[NoiseFamily, ...] = get_args(NoiseFamily)
 """Their names in the order of the level's columns. The first is the noise of images seen through an operator."""
+NoiseName = Literal[NoiseFamily, "processed"]
+"""Names that a model's `noise_families` may have. No formula draws the last one.
+
+processed: what a camera's pipeline and lossy compression leave in a picture. Its level is its root mean square.
+"""
 OperatorName = tuple[str, float, int, int]
 """An operator on images of a height and width, which are the last two parts.
 

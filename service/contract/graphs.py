@@ -25,6 +25,8 @@ VECTOR_AND_LEVEL = "latent+families"
 """One axis: the latent's numbers, then one a noise family."""
 NOISE = "*noise"
 """Axes that the graph chooses."""
+FEATURES = "*features"
+"""Axes that the graph `restoration` chooses, and `completion` takes."""
 NUMBER = ""
 """No axes: one number a row."""
 FREE = ("seen_height", "seen_width")
@@ -40,12 +42,14 @@ class Signature(NamedTuple):
         inputs: Axes of each input by its name, in the order in which the service gives them.
         outputs: Axes of each output by its name, in the order in which the service takes them.
         needs: Graphs that a version with this one must have too.
+        excludes: Graphs that a version with this one must not have.
     """
 
     about: str
     inputs: dict[str, str]
     outputs: dict[str, str]
     needs: tuple[str, ...] = ()
+    excludes: tuple[str, ...] = ()
 
 
 _OBSERVED = {"y": IMAGE, "mask": IMAGE, "level": LEVEL}
@@ -110,6 +114,31 @@ GRAPHS = {
             "q_log_var_gradient": VECTOR_AND_LEVEL,
         },
         needs=_RESTORING,
+    ),
+    "restoration": Signature(
+        "E[x|y, mask, level] of a corrupted image, its variance, and features for `completion`",
+        _OBSERVED,
+        {**_RESTORED, "features": FEATURES},
+        excludes=("recognition",),
+    ),
+    "completion": Signature(
+        "one draw of x given y, from standard normal noise: the mean of x given y and z, and its variance; z, mean and "
+        "log variance of each latent of p(z|y, mask, level) given those above it, and log p(z|y, mask, level) in nats",
+        {**_OBSERVED, "restored": IMAGE, "features": FEATURES, "eps": LATENT},
+        {
+            "completion": IMAGE,
+            "variance": IMAGE,
+            "z": LATENT,
+            "mean": LATENT,
+            "log_var": LATENT,
+            "log_p": NUMBER,
+        },
+        needs=("restoration",),
+    ),
+    "noise": Signature(
+        "the levels of all noise families at work, estimated jointly",
+        {"y": IMAGE, "mask": IMAGE},
+        {"level": LEVEL},
     ),
 }
 """Signatures of the graphs that the service runs, by name."""

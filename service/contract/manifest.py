@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from io import BufferedReader
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,7 +27,7 @@ from pydantic import (
     model_validator,
 )
 
-from service.contract.graphs import GRAPHS, VECTORS, Axis, at_size, fraction_of, shape_of
+from service.contract.graphs import FEATURES, GRAPHS, VECTORS, Axis, at_size, fraction_of, shape_of
 
 FILE_NAME = "manifest.json"
 SIGNATURE_FILE = f"{FILE_NAME}.sig"
@@ -274,11 +275,33 @@ class Scoring(Part):
     """Seed of the choice of images, their binarisation and the draws."""
 
 
+class Curve(Part):
+    """Factors of `std` that depend on the noise level, linear between knots and constant beyond them."""
+
+    levels: Annotated[
+        list[Annotated[float, Field(ge=0, le=1)]],
+        _must("rising numbers", lambda levels: all(a < b for a, b in pairwise(levels))),
+        Field(min_length=1),
+        _at_most(MAX_VALUES),
+    ]
+    """Levels at the knots."""
+    factors: Annotated[list[Positive], _at_most(MAX_VALUES)]
+    """Factors at the knots."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Curve:
+        if len(self.factors) != len(self.levels):
+            raise ValueError(f"has {len(self.factors)} factors for {len(self.levels)} levels; give one a level")
+        return self
+
+
 class Calibration(Part):
     """Factors of `std`, such that mean +- 1.645 std holds 90 % of the true pixels of held-out images."""
 
     factors: dict[Quality, Annotated[dict[str, Positive], _at_most(MAX_ENTRIES)]]
     """By quality, then by the way in which a pixel is seen, as service/contract/calibration.py names them."""
+    curves: dict[Quality, Annotated[dict[str, Curve], _at_most(MAX_ENTRIES)]] = {}
+    """Factors that depend on the level, by quality and way likewise. They go before those in `factors`."""
     images: int
     """Number of validation images that the factors are measured on."""
     seed: int
@@ -484,8 +507,8 @@ class Manifest(Variant):
                     if free
                     else f"{key} is only for images whose height and width input_shape leaves free"
                 )
-        if not variant.graphs.keys() & {"encoder", "posterior", "decoder"}:
-            raise ValueError("graphs lacks encoder, posterior and decoder; give one at least")
+        if not variant.graphs.keys() & {"encoder", "posterior", "decoder", "restoration"}:
+            raise ValueError("graphs lacks encoder, posterior, decoder and restoration; give one at least")
         if variant.graphs.keys() >= {"encoder", "posterior"}:
             raise ValueError("graphs has both encoder and posterior; give one of them")
         for name in sorted(variant.graphs.keys() & GRAPHS.keys()):
@@ -504,6 +527,8 @@ class Manifest(Variant):
         graph, signature = variant.graphs[name], GRAPHS[name]
         if missing := set(signature.needs) - variant.graphs.keys():
             raise ValueError(f"graphs lacks {_named(missing)}, which {name} needs")
+        if both := set(signature.excludes) & variant.graphs.keys():
+            raise ValueError(f"graphs has both {name} and {_named(both)}, which restore in two ways; give one of them")
         for kind, shapes, known in (
             ("inputs", graph.inputs, signature.inputs),
             ("outputs", graph.outputs, signature.outputs),
@@ -516,6 +541,8 @@ class Manifest(Variant):
                 shape = shape_of(axes, variant.input_shape, variant.latent_shape, len(self.noise_families))
                 if shape is not None and shapes[key] != shape:
                     raise ValueError(f"graphs.{name}.{kind}.{key} must be {shown(shape)}, not {shown(shapes[key])}")
+                if axes == FEATURES and shapes[key] != variant.graphs["restoration"].outputs.get(key):
+                    raise ValueError(f"graphs.{name}.{kind}.{key} must have the shape that restoration gives it")
 
 
 def _numbers(shape: list[Axis]) -> list[Axis]:

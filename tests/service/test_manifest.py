@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from service.contract import manifest as manifests
+from service.contract.graphs import FEATURES, GRAPHS, shape_of
 from service.contract.manifest import ManifestError
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -90,6 +91,71 @@ def test_a_calibration_is_read_and_changes_no_fingerprint(content: dict[str, Any
     assert manifests.parse(with_it.to_json().encode()) == with_it
 
 
+def conditional(**features: list[int]) -> dict[str, Any]:
+    """A manifest of the three graphs of a conditional model; `features` may change their axes in a graph."""
+    input_shape, latent_shape, families = [3, "height", "width"], [6, "height/8", "width/8"], ["gaussian", "processed"]
+    graphs = {}
+    for name in ("restoration", "completion", "noise"):
+        signature = GRAPHS[name]
+        inputs, outputs = (
+            {
+                key: features.get(name, [5, "height/2", "width/2"])
+                if axes == FEATURES
+                else shape_of(axes, input_shape, latent_shape, len(families))
+                for key, axes in tensors.items()
+            }
+            for tensors in (signature.inputs, signature.outputs)
+        )
+        graphs[name] = {"file": f"{name}.onnx", "sha256": "0" * 64, "inputs": inputs, "outputs": outputs}
+    return {
+        "schema_version": 1,
+        "name": "pictures",
+        "version": "1",
+        "input_shape": input_shape,
+        "latent_shape": latent_shape,
+        "size": {"multiple_of": 8, "min": 16},
+        "noise_families": families,
+        "graphs": graphs,
+        "golden": {"file": "golden.npz", "sha256": "0" * 64, "rows": 2, "tolerance": 1e-4, "height": 16, "width": 24},
+    }
+
+
+def test_a_conditional_model_needs_no_encoder_and_no_decoder() -> None:
+    """Its golden rows hold the features at their size; it is written as it was read."""
+    manifest = manifests.manifest_of(conditional())
+    shapes = manifest.golden_shapes()
+    assert shapes["restoration/features"] == shapes["completion/features"] == (2, 5, 8, 12)
+    assert shapes["completion/eps"] == (2, 6, 2, 3)
+    assert shapes["completion/log_p"] == (2,)
+    assert manifests.parse(manifest.to_json().encode()) == manifest
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (conditional(completion=[5]), "completion.inputs.features must have the shape that restoration gives it"),
+        (
+            {**conditional(), "graphs": {"completion": conditional()["graphs"]["completion"]}},
+            "graphs lacks encoder, posterior, decoder and restoration",
+        ),
+    ],
+)
+def test_completion_takes_what_restoration_gives(content: dict[str, Any], says: str) -> None:
+    """Without it, or with other features, the manifest is refused."""
+    with pytest.raises(ManifestError, match=says):
+        manifests.manifest_of(content)
+
+
+def test_a_model_restores_in_one_way(content: dict[str, Any]) -> None:
+    """A manifest with both `restoration` and `recognition` is refused."""
+    both = json.loads(json.dumps(content))
+    taken = {"y": [1, 8, 8], "mask": [1, 8, 8], "level": [4]}
+    given = {"restored": [1, 8, 8], "variance": [1, 8, 8], "features": [2]}
+    both["graphs"]["restoration"] = {"file": "r.onnx", "sha256": "0" * 64, "inputs": taken, "outputs": given}
+    with pytest.raises(ManifestError, match="graphs has both restoration and recognition"):
+        manifests.manifest_of(both)
+
+
 @pytest.mark.parametrize(
     ("path", "value", "says"),
     [
@@ -101,7 +167,7 @@ def test_a_calibration_is_read_and_changes_no_fingerprint(content: dict[str, Any
         ("input_shape", [1, -8, 8], "input_shape.1 must be a length below 2**20"),
         ("input_shape", [8, 8], "input_shape must be [channels, height, width]"),
         ("value_range", [1.0, 0.0], "value_range must be [0.0, 1.0] or [-1.0, 1.0]"),
-        ("graphs", {}, "lacks encoder, posterior and decoder"),
+        ("graphs", {}, "lacks encoder, posterior, decoder and restoration"),
         ("graphs/decoder/file", "../decoder.onnx", "graphs.decoder.file must be a plain file name"),
         ("graphs/decoder/file", "/etc/passwd", "graphs.decoder.file must be a plain file name"),
         ("graphs/decoder/inputs", {"z": [0]}, "graphs.decoder.inputs.z.0 must be a length below 2**20"),
@@ -120,6 +186,16 @@ def test_a_calibration_is_read_and_changes_no_fingerprint(content: dict[str, Any
             "calibration",
             calibration(factors={"fast": {"gaussian": 0.0}}),
             "calibration.factors.fast.gaussian must be greater than 0",
+        ),
+        (
+            "calibration",
+            calibration(curves={"fast": {"gaussian": {"levels": [0.1, 0.1], "factors": [1.0, 1.0]}}}),
+            "calibration.curves.fast.gaussian.levels must be rising numbers",
+        ),
+        (
+            "calibration",
+            calibration(curves={"fast": {"gaussian": {"levels": [0.1, 0.2], "factors": [1.0]}}}),
+            "calibration.curves.fast.gaussian has 1 factors for 2 levels",
         ),
     ],
 )
