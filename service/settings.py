@@ -113,8 +113,8 @@ class Settings(BaseSettings):
     cache: str = ""
     """Folder for models from a URL; empty is a folder of this user in the temporary folder."""
     default_model: str = ""
-    """The model of /v1/<operation>; empty is the only model, or the one named in the file `default` beside the
-    models."""
+    """The models of /v1/<operation>: one for every operation, as in `mnist`, and others for some, as in
+    `mnist,denoise=photo,inpaint=photo`; empty is the only model, or what the file `default` beside the models says."""
     versions: Versions = "all"
     """Versions to serve: `all`, `latest`, or a list such as `mnist:2,mnist:3,mnist-2d:latest`. Models that a list does
     not name are not served. Requests that name no version use the latest served one."""

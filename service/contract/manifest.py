@@ -33,8 +33,8 @@ FILE_NAME = "manifest.json"
 SIGNATURE_FILE = f"{FILE_NAME}.sig"
 """A signature of the manifest's bytes, as service/contract/signature.py checks it; versions need not have one."""
 DEFAULT_FILE = "default"
-"""File beside the models whose one line names the default model."""
-MAX_DEFAULT_BYTES = 128
+"""File beside the models whose one line names the default models; see service/repository/defaults.py."""
+MAX_DEFAULT_BYTES = 1024
 SCHEMA_VERSION = 1
 ADVICE = "export the model again"
 PLAIN_NAME = frozenset("abcdefghijklmnopqrstuvwxyz0123456789._-")

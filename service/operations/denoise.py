@@ -30,6 +30,11 @@ class DenoiseOptions(TiledOptions):
     blur: Annotated[float, Field(gt=0, le=10)] | None = None
     """Standard deviation, in pixels, of a Gaussian blur of the image. Noise after it must be `gaussian` or `none`."""
 
+    @property
+    def noise_family(self) -> str | None:
+        """The family of noise that the options name; None without noise."""
+        return None if self.noise == "none" else self.noise
+
 
 async def run(model: Model, submit: Submit, inputs: Inputs, options: DenoiseOptions) -> Result:
     """Restore noisy, blurred or masked images.
@@ -50,7 +55,7 @@ async def run(model: Model, submit: Submit, inputs: Inputs, options: DenoiseOpti
         raise InvalidOption(f"noise is {options.noise}; after a blur it must be gaussian or none")
     height, width = inputs.rows.shape[-2:]
     operator = None if options.blur is None else ("blur", options.blur, height, width)
-    seen = observed(model, inputs, None if options.noise == "none" else options.noise, options.level, operator)
+    seen = observed(model, inputs, options.noise_family, options.level, operator)
     return await restored(model, submit, inputs, seen, options)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -26,8 +27,8 @@ from service.operations.inference.restoration import (
 )
 from service.operations.inference.tiling import Tiling
 from service.operations.inference.vae import Observe, Result, noted
-from service.operations.operation import MEANS, PIXELS, SEED, DrawOptions, Inputs, Tensor
-from service.runtime.model import PRIOR, Model
+from service.operations.operation import MEANS, PIXELS, REFINED, SEED, Asked, DrawOptions, Inputs, Tensor
+from service.runtime.model import NOISE, PRIOR, Model
 from service.runtime.program import Submit
 
 NEEDS = GRAPHS["recognition"].needs
@@ -64,9 +65,18 @@ class RestoreOptions(DrawOptions):
         return not (self.uncertainty or self.completions)
 
     @property
-    def needs(self) -> tuple[Need, ...]:
-        """What refinement needs of a model."""
-        return ("refinement",) if self.quality == "refined" else ()
+    def needs(self) -> Mapping[Need, Asked]:
+        """What refinement and the kind of noise need of a model."""
+        found: dict[Need, Asked] = {"refinement": REFINED} if self.quality == "refined" else {}
+        if self.noise_family is not None:
+            noise = f"{self.noise_family} {NOISE}"
+            found[noise] = Asked(noise)
+        return found
+
+    @property
+    def noise_family(self) -> str | None:
+        """The family of noise that the options name; None where they name none."""
+        return None
 
     def memory_numbers(self, image: int, latent: int) -> int:
         """Numbers in memory while one row of the request is answered; see `Options.memory_numbers`."""
@@ -110,7 +120,7 @@ def observed(
     Args:
         model: The model.
         inputs: Observed images and their mask, (n, c, h, w) each.
-        noise: Family of the noise; None without noise.
+        noise: Family of the noise, of those that the model was trained on; None without noise.
         level: Level of the noise, or `auto` to estimate it.
         operator: Blur or shrinking of the images before the noise.
 
@@ -119,7 +129,6 @@ def observed(
         number.
 
     Raises:
-        InvalidOption: The model was not trained on this family of noise.
         TooLarge: The image behind an operator is too large.
     """
     if operator is not None and max(operator[2:]) > MOST_THROUGH:
@@ -129,8 +138,6 @@ def observed(
             f"{height} x {width}; send parts of the image"
         )
     families = model.manifest.noise_families
-    if noise is not None and noise not in families:
-        raise InvalidOption(f"noise is {noise}, but model {model.manifest.name} knows {', '.join(families)} and none")
     family = None if noise is None else families.index(noise)
     if inputs.mask is None:
         y, mask = inputs.rows, np.broadcast_to(np.float32(1.0), inputs.rows.shape)

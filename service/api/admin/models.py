@@ -29,7 +29,7 @@ EXAMPLE = {
         {"version": "1", "state": "ready", "reason": ""},
         {"version": "2", "state": "failed", "reason": "mnist/2 cannot be opened: not a graph"},
     ],
-    "default": True,
+    "default_for": ["encode", "decode", "reconstruct", "sample"],
     "input_shape": [1, 28, 28],
     "size": None,
     "tiles": None,
@@ -153,7 +153,8 @@ def models_router(repository: Repository, operations: tuple[Operation, ...]) -> 
 
     def overview(name: str) -> dict[str, Any]:
         served = list(repository.models.get(name, ()))
-        return {"versions": served, "states": states(repository, name), "default": name == repository.default}
+        default_for = [one.name for one in operations if repository.defaults.of(one.name) == name]
+        return {"versions": served, "states": states(repository, name), "default_for": default_for}
 
     def condition(name: str, version: str) -> dict[str, str]:
         return _state(version, repository.conditions[name][version])

@@ -93,7 +93,7 @@ class OperationApp:
         path, label = scope["path_params"], "unknown"
         try:
             try:
-                model = self.context.repository.find(path.get("model"), path.get("version"))
+                model = self.context.repository.find(path.get("model"), path.get("version"), self.operation.name)
                 label = model.manifest.name
                 if not model.others:
                     self.operation.check_offered(model, self.context.repository.models)
