@@ -12,7 +12,8 @@ from service.runtime.model import Model
 NUMBER_BYTES = 16
 """Memory of one number of an answer, as array and as text."""
 LEVEL_BYTES = 4
-"""Memory of one 8-bit level of an answer: as array, in the picture that is written, and in its file."""
+"""Memory of one 8-bit level of an answer: as array, in the picture that is written, in its file, and of what was sent
+with its missing pixels set to 0."""
 RETRY_S = 1.0
 
 
@@ -125,5 +126,5 @@ def answer_bytes(
         image, latent = model.input_shape[0] * height * width, math.prod(model.latent_at(height, width))
     if not levels:
         return NUMBER_BYTES * rows * int(options.memory_numbers(image, latent))
-    pixels, others = int(options.memory_numbers(image, 0)), int(options.memory_numbers(0, latent))
-    return rows * (LEVEL_BYTES * pixels + NUMBER_BYTES * others)
+    # What the request sent is charged as it was read, and what belongs to a pixel is in memory for a tile alone.
+    return rows * (LEVEL_BYTES * image + NUMBER_BYTES * int(options.memory_numbers(0, latent)))

@@ -56,7 +56,9 @@ def denoised(repository: Repository, y: Rows, options: str) -> Rows:
 
     async def scenario() -> bytes:
         async with client(repository) as one:
-            response = await one.post(f"/v1/denoise?{options}", content=y.astype(np.float32).tobytes(), headers=RAW)
+            response = await one.post(
+                f"/v1/models/mnist/denoise?{options}", content=y.astype(np.float32).tobytes(), headers=RAW
+            )
             assert response.status_code == 200, response.text
             return response.content
 
