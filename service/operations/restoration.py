@@ -35,11 +35,14 @@ NEEDS = GRAPHS["recognition"].needs
 OUTPUTS = (
     replace(MEANS, meaning="Restored images, E[x | y]"),
     Tensor("std", ("n", *PIXELS), "Posterior standard deviation, with `uncertainty`", required=False),
+    Tensor("std_scale", (), "Standard deviation at the top of the heat map, with `uncertainty=map`", required=False),
     Tensor("completions", ("n", "draws", *PIXELS), "Draws of restored images, with `completions`", required=False),
     Tensor("level", ("n",), "Level of the noise, as given or estimated; absent without noise", required=False),
     Tensor("elbo", ("n",), "Lower bound on log p(y), in nats, with `quality=refined`", required=False),
     replace(SEED, required=False),
 )
+TOP_PERCENTILE, SCALE_DIGITS = 99, 6
+"""The percentile of `std` that a heat map shows as its last colour, and the digits of that number."""
 MOST_THROUGH = 1024
 """Largest height and width of an image seen through an operator, which is two matrices of such sides."""
 WARM_UP: tuple[dict[str, Any], ...] = ({}, {"quality": "refined"})
@@ -51,9 +54,9 @@ class RestoreOptions(DrawOptions):
     quality: Literal["fast", "refined"] = "fast"
     """`fast` is one pass through the recognition model. `refined` continues from there by variational inference for
     each image: about 100 times as much work, at low priority."""
-    uncertainty: bool = False
+    uncertainty: bool | Literal["map"] = False
     """Whether the answer holds `std`, the posterior standard deviation of each pixel. It is calibrated: 90% of the true
-    pixels lie within 1.645 `std`."""
+    pixels lie within 1.645 `std`. With `map`, an answer in PNG is a heat map of it."""
     completions: bool = False
     """Whether the answer holds the images of all `draws`, (n, draws, c, h, w), besides their mean."""
     preview: bool = False
@@ -80,7 +83,7 @@ class RestoreOptions(DrawOptions):
 
     def memory_numbers(self, image: int, latent: int) -> int:
         """Numbers in memory while one row of the request is answered; see `Options.memory_numbers`."""
-        images = 3 + self.uncertainty + (self.draws if self.completions else 0)  # 3: observation, mask, mean
+        images = 3 + bool(self.uncertainty) + (self.draws if self.completions else 0)  # 3: observation, mask, mean
         noise = STEPS * latent if self.quality == "refined" else 0
         return images * image + self.draws * latent + noise
 
@@ -172,7 +175,7 @@ async def restored(model: Model, submit: Submit, inputs: Inputs, seen: Observati
     if not seen.known and (inputs.tiling is not None or model.manifest.size is not None):
         seen = await _of_one_level(model, submit, seen, inputs.tiling)
     refined = options.quality == "refined"
-    choices = RestoreChoices(refined, options.draws, options.uncertainty, options.completions, options.preview)
+    choices = RestoreChoices(refined, options.draws, bool(options.uncertainty), options.completions, options.preview)
     noise, observe = Noise(options.seed, inputs.first), _of_whole_images(inputs.observe, inputs.tiling)
     result = await restore(model, submit, seen, choices, noise, observe)
     if options.uncertainty:
@@ -183,7 +186,14 @@ async def restored(model: Model, submit: Submit, inputs: Inputs, seen: Observati
         result = await _without_sight(model, submit, result, np.flatnonzero(~sighted), inputs)
     if estimated:
         result = _with_clipped_level(result, sighted, inputs)
-    return result if inputs.tiling is None else _joined(result, inputs.tiling)
+    result = result if inputs.tiling is None else _joined(result, inputs.tiling)
+    return _with_scale(result) if options.uncertainty == "map" else result
+
+
+def _with_scale(result: Result) -> Result:
+    """Add the standard deviation that a heat map shows as its last colour: one for all rows, so that they compare."""
+    top = np.percentile(np.sqrt(np.square(result.outputs["std"]).mean(1)), TOP_PERCENTILE)
+    return result._replace(about={**result.about, "std_scale": round(float(top), SCALE_DIGITS)})
 
 
 def _calibrated(model: Model, std: Rows, seen: Observation, quality: str) -> Rows:
