@@ -9,8 +9,8 @@ from service.contract.images import Pixels
 
 COLOURS = np.frombuffer(
     bytes.fromhex(
-        "000004 0b0724 210c4a 3c0965 57106d 70196e 89226a a32b61 bb3755 d14644 e35932 f1711e f98d0a fcab0f f9ca32 f2e865 "
-        "fcffa4"
+        "000004 0b0724 210c4a 3c0965 57106d 70196e 89226a a32b61 bb3755 d14644 e35932 f1711e f98d0a fcab0f f9ca32 "
+        "f2e865 fcffa4"
     ),
     np.uint8,
 ).reshape(-1, 3)
@@ -22,6 +22,8 @@ TABLE = np.stack(
     [np.interp(np.linspace(0, len(COLOURS) - 1, 256), range(len(COLOURS)), channel) for channel in COLOURS.T], -1
 ).round().astype(np.uint8)  # fmt: skip
 """The colours of 256 steps."""
+
+LEAST_TOP = 1e-9
 
 
 def heat_map(values: Pixels, top: float) -> NDArray[np.uint8]:
@@ -35,6 +37,6 @@ def heat_map(values: Pixels, top: float) -> NDArray[np.uint8]:
         Levels (n, 3, h, w).
     """
     square = np.square(values, dtype=np.float32).mean(1)
-    share = np.sqrt(square) / np.float32(max(top, np.finfo(np.float32).tiny))
+    share = np.sqrt(square) / np.float32(max(top, LEAST_TOP))
     steps = np.rint(np.minimum(share, 1.0) * 255.0).astype(np.uint8)
     return np.ascontiguousarray(np.moveaxis(TABLE[steps], -1, 1))

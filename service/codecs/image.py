@@ -9,6 +9,8 @@ import io
 from collections.abc import Callable
 from typing import TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from service.codecs.codec import Codec
@@ -102,7 +104,7 @@ def _decoded(found: Picture, pixel_bytes: int, meter: Meter, convert: Callable[[
         raise Unreadable(f"the {found.form} is broken, cut short or of a rare kind; send it as plain PNG") from error
 
 
-def shown(answer: Answer) -> Pixels | Levels | None:
+def shown(answer: Answer) -> Pixels | NDArray[np.uint8] | None:
     """What a picture shows of an answer: its images, or the heat map of `std`; None for an answer with more."""
     if "std_scale" in answer.about:
         return heat_map(answer.outputs["std"], answer.about["std_scale"])

@@ -12,6 +12,7 @@ from service.operations.examples import PROGRESS
 from service.operations.inference.vae import Result
 from service.operations.operation import IMAGES, MASK, Inputs, Operation
 from service.operations.restoration import NEEDS, OUTPUTS, WARM_UP, TiledOptions, observed, restored
+from service.operations.typical import with_typicality
 from service.runtime.model import Model
 from service.runtime.program import Submit
 
@@ -56,7 +57,10 @@ async def run(model: Model, submit: Submit, inputs: Inputs, options: DenoiseOpti
     height, width = inputs.rows.shape[-2:]
     operator = None if options.blur is None else ("blur", options.blur, height, width)
     seen = observed(model, inputs, options.noise_family, options.level, operator)
-    return await restored(model, submit, inputs, seen, options)
+    result = await restored(model, submit, inputs, seen, options)
+    if operator is not None:
+        return result
+    return with_typicality(model, result, inputs, result.outputs["images"], options.noise_family)
 
 
 denoise = Operation(

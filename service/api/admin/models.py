@@ -48,6 +48,7 @@ EXAMPLE = {
     "quality": {"test_nll_nats": 84.5, "importance_samples": 1000, "images": 10000},
     "training": {"seconds": {"vae": 1552.5}},
     "calibration": {"fast": {"gaussian": 0.96}, "refined": {"gaussian": 0.97}},
+    "far_from_training": {"sound": True, "held_out": 0.004, "caught": {"inverted": 1.0, "black": 0.99}},
     "fingerprint": "0123456789abcdef",
 }
 ONE = {**example(EXAMPLE), **documented(UnknownModel)}
@@ -82,7 +83,7 @@ def _state(version: str, found: Condition) -> dict[str, str]:
 
 def _told(model: Model, operations: tuple[Operation, ...]) -> dict[str, Any]:
     """What the manifest tells of a version, and what it can do."""
-    manifest = model.manifest
+    manifest, far = model.manifest, model.manifest.far_from_training
     return {
         **_variant(model, operations),
         "size": None if manifest.size is None else manifest.size.model_dump(),
@@ -98,6 +99,7 @@ def _told(model: Model, operations: tuple[Operation, ...]) -> dict[str, Any]:
         "quality": manifest.quality,
         "training": manifest.training,
         "calibration": {} if manifest.calibration is None else manifest.calibration.factors,
+        "far_from_training": None if far is None else far.model_dump(include={"sound", "held_out", "caught"}),
         "fingerprint": manifest.fingerprint,
     }
 
