@@ -315,8 +315,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class FarFromTraining(Part):
     """How answers to images of another kind than the training images are told, and how well that was measured to work.
 
-    The statistics are those of service/contract/typical.py. Shares are of images of every kind of noise that the model
-    removes, and without noise.
+    The statistics are those of service/contract/typical.py. Shares are of images with noise of every kind that the
+    model removes, and without noise.
     """
 
     sound: bool
@@ -328,9 +328,9 @@ class FarFromTraining(Part):
     ]
     """Lowest and highest figure of an image without the note, by statistic."""
     held_out: Share
-    """Largest share, over the kinds of noise, of held-out images that get the note."""
+    """Share of held-out images that get the note, over all kinds and levels of noise."""
     caught: Annotated[dict[str, Share], _at_most(MAX_ENTRIES)]
-    """Smallest share, over the kinds of noise, of images of other kinds that get it, by kind."""
+    """Share of images of other kinds that get it, by kind, with the kind and level of noise at which it is least."""
     images: int
     """Number of held-out images."""
     seed: int

@@ -24,6 +24,8 @@ REASONS: dict[Need, str] = {
     ONE_GROUP: "its latents are groups that depend on each other, and points between two latents do not keep that",
 }
 """Why a model cannot do something, by the first need that it does not meet."""
+OF_IMAGES = (ENCODING, "encoder", "decoder", "log_joint", PRIOR)
+"""What a model p(x|y) lacks that has the graph `restoration`."""
 MOST_NAMED = 5
 """Models that a message names."""
 
@@ -62,6 +64,8 @@ def check_able(
 
 def _reason(model: Model, need: Need) -> str:
     """Why a model that does not meet a need cannot do what needs it."""
+    if "restoration" in model.abilities and need in OF_IMAGES:
+        return "it restores images, and its latents have a meaning beside a corrupted image alone"
     if isinstance(need, str) and need.endswith(f" {NOISE}"):
         return f"it was trained on noise of the kinds {', '.join(model.manifest.noise_families)} and none"
     return REASONS.get(need, f"its version has no graph {need if isinstance(need, str) else ' or '.join(need)}")

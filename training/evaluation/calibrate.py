@@ -31,7 +31,7 @@ from training.evaluation.card import renewed
 from training.evaluation.measures import LEAST_STD, coverage
 from training.evaluation.served import Answer, Client, ServiceOptions, offering, served
 from training.evaluation.tasks import BLURRING, POISSON, Seen, Task, chosen, subject_of
-from training.evaluation.typical import Typical, far_from_training, kept, other_images
+from training.evaluation.typical import HELD_OUT, Typical, far_from_training, kept, other_images
 from training.signing import check_key, write_manifest
 
 PROMISED = 0.9
@@ -154,7 +154,8 @@ def _calibrate(plan: CalibrateOptions, client: Client, model: dict[str, Any]) ->
     path = plan.models / model["model"] / model["version"] / FILE_NAME
     manifest = _manifest(path, model["fingerprint"])
     check_key(path.parent, plan.key)
-    x = chosen(subject.dataset.load(plan.data).validation, plan.images, plan.seed)
+    held_out = subject.dataset.load(plan.data).validation
+    x = chosen(held_out, plan.images, plan.seed)
     applied, place = model.get("calibration", {}), plan.runs / model["fingerprint"]
     asking = Asking(client.images, manifest, applied, x, plan.seed, place)
     tasks = [task for task in (*subject.tasks, *POISSON, BLURRING) if task.family in {"none", *manifest.noise_families}]
@@ -162,7 +163,8 @@ def _calibrate(plan: CalibrateOptions, client: Client, model: dict[str, Any]) ->
     found = {quality: _factors(asking, tasks, quality) for quality in qualities}
     calibration = Calibration(factors=found, images=len(x), seed=plan.seed)
     typical = Typical(client.images, manifest, plan.seed, place)
-    far = far_from_training(typical, x, tasks, other_images(plan.data, model))
+    many = chosen(held_out, max(plan.images, HELD_OUT), plan.seed)
+    far = far_from_training(typical, many, tasks, other_images(plan.data, model))
     changed = manifest.model_copy(update={"calibration": calibration, "far_from_training": far})
     write_manifest(path.parent, renewed(changed, path.parent), plan.key)
     shutil.rmtree(place)
