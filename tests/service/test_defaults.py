@@ -14,18 +14,19 @@ import pytest
 
 from service.app import create_app
 from service.errors import StartError
-from service.operations.abilities import REASONS
+from service.operations.abilities import CONDITIONAL, REASONS, REFINING
 from service.operations.registry import OPERATIONS
 from service.repository.defaults import Defaults, default_models
 from service.repository.repository import Repository
 from service.repository.selection import Selection
 from service.settings import Settings
-from tests.support.versions import free_version, opened
+from tests.support.versions import conditional_version, free_version, opened
 
 SHIPPED = (Path(__file__).parents[2] / "models" / "default").read_text()
 RESTORING = ["denoise", "inpaint", "super-resolve"]
+FAST = "or ask for quality=fast"
 CAN = "served models that can: mnist"
-IMAGES = {"images": [[[[0.5] * 8] * 8]]}
+IMAGES = {"images": [[[[0.5] * 16] * 16]]}
 
 
 def folders(folder: Path, line: str | None = None, names: tuple[str, ...] = ("mnist", "faces")) -> Path:
@@ -115,13 +116,11 @@ def test_the_file_may_name_a_model_that_is_not_there(tmp_path: Path, caplog: pyt
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small `mnist` that does all, and a small `photo` that restores from other noise and has no prior."""
+    """A small `mnist` that does all, and a small `photo` that restores from other noise and has no p(x)."""
     folder = tmp_path_factory.mktemp("models")
     every = ("encoder", "decoder", "log_joint", "restoration")
-    free_version(folder / "mnist" / "1", channels=(1,), graphs=every)
-    free_version(
-        folder / "photo" / "1", (1,), graphs=("decoder", "restoration"), prior=None, noise_families=["poisson"]
-    )
+    free_version(folder / "mnist" / "1", channels=(1,), graphs=every, noise_families=["poisson"])
+    conditional_version(folder / "photo" / "1")
     (folder / "default").write_text(SHIPPED)
     return folder
 
@@ -158,14 +157,13 @@ def test_each_operation_goes_to_its_default_model(both: Repository) -> None:
     """`/v1/models` says which; a path that names a model is for that model."""
 
     async def scenario(client: httpx.AsyncClient) -> None:
-        poisson = {**IMAGES, "noise": "poisson"}
         for path, content, model in (
-            ("denoise", poisson, "photo"),
-            ("inpaint", {**IMAGES, "mask": [[[1] * 8] * 8]}, "photo"),
+            ("denoise", IMAGES, "photo"),
+            ("inpaint", {**IMAGES, "mask": [[[1] * 16] * 16]}, "photo"),
             ("super-resolve", IMAGES, "photo"),
             ("encode", IMAGES, "mnist"),
-            ("models/mnist/denoise", IMAGES, "mnist"),
-            ("models/photo/denoise", poisson, "photo"),
+            ("models/mnist/denoise", {**IMAGES, "noise": "poisson"}, "mnist"),
+            ("models/photo/encode", IMAGES, "photo"),
         ):
             answer = await client.post(f"/v1/{path}", json=content)
             assert (answer.status_code, answer.json().get("model")) == (200, model), answer.text
@@ -182,29 +180,33 @@ def test_a_default_model_that_cannot_is_refused_with_one_that_can(both: Reposito
     async def scenario(client: httpx.AsyncClient) -> list[str]:
         found = []
         for path, content in (
-            ("models/photo/score", IMAGES),
-            ("models/photo/sample", {"height": 8, "width": 8}),
-            ("denoise", {**IMAGES, "noise": "gaussian"}),
-            ("super-resolve", {**IMAGES, "level": 0.1}),
+            *((f"models/photo/{name}", IMAGES) for name in ("reconstruct", "score")),
+            ("models/photo/interpolate", {"images": IMAGES["images"] * 2}),
+            ("models/photo/decode", {"latents": [[[[0.0] * 2] * 2] * 2]}),
+            *((f"models/photo/{name}", {"height": 16, "width": 16}) for name in ("sample", "traverse")),
+            ("denoise", {**IMAGES, "noise": "poisson"}),
             ("denoise", {**IMAGES, "noise": "masking"}),
-            ("models/mnist/denoise", {**IMAGES, "quality": "refined"}),
+            ("models/mnist/super-resolve", {**IMAGES, "level": 0.1}),
+            ("models/mnist/denoise", {**IMAGES, "noise": "poisson", "quality": "refined"}),
         ):
             answer = await client.post(f"/v1/{path}", json=content)
             assert (answer.status_code, answer.json()["code"]) == (422, "unsupported_operation"), answer.text
             found.append(answer.json()["detail"])
         return found
 
-    no_graph = REASONS["refinement"]
-    no_family = "it was trained on noise of the kinds poisson and none"
+    of_photo = "it was trained on noise of the kinds gaussian, processed and none"
+    of_mnist = "it was trained on noise of the kinds poisson and none; served models that can: photo"
     assert of_both(both, scenario) == [
         f"model {told}"
         for told in (
-            "photo cannot score: it does not give log p(x, z), which the graph log_joint computes; " + CAN,
-            "photo cannot sample: it has no prior p(z), because its latents were never fitted to one; " + CAN,
-            f"photo cannot denoise with gaussian noise: {no_family}; {CAN}",
-            f"photo cannot super-resolve with gaussian noise: {no_family}; {CAN}",
-            f"photo cannot denoise with masking noise: {no_family}; no served model can",
-            f"mnist cannot denoise with quality=refined: {no_graph}; no served model can; or ask for quality=fast",
+            *(
+                f"photo cannot {name}: {CONDITIONAL}; {CAN}"
+                for name in ("reconstruct", "score", "interpolate", "decode", "sample", "traverse")
+            ),
+            f"photo cannot denoise with poisson noise: {of_photo}; {CAN}",
+            f"photo cannot denoise with masking noise: {of_photo}; no served model can",
+            f"mnist cannot super-resolve with gaussian noise: {of_mnist}",
+            f"mnist cannot denoise with quality=refined: {REASONS[REFINING]}; no served model can; {FAST}",
         )
     ]
 
