@@ -330,7 +330,7 @@ class FarFromTraining(Part):
     held_out: Share
     """Share of held-out images that get the note, over all kinds and levels of noise."""
     caught: Annotated[dict[str, Share], _at_most(MAX_ENTRIES)]
-    """Share of images of other kinds that get it, by kind, with the kind and level of noise at which it is least."""
+    """Share of images of other kinds that get it likewise, by kind."""
     images: int
     """Number of held-out images."""
     seed: int

@@ -25,8 +25,7 @@ from training.evaluation.served import Answer
 from training.evaluation.tasks import SUBJECTS, Task, chosen
 
 MOST_HELD_OUT, LEAST_CAUGHT = 0.01, 0.95
-"""Shares of images with the note: of held-out images at most, under all conditions together; of each other kind at
-least, under every condition."""
+"""Shares of images with the note, over all conditions: of held-out images at most, of each other kind at least."""
 TAILS = (1.0, 0.7, 0.5, 0.35, 0.25, 0.2, 0.15, 0.12, 0.1, 0.07, 0.05, 0.0)
 """Percent of the figures beyond each bound that are tried, the tightest bounds first."""
 HELD_OUT = 1000
@@ -137,7 +136,7 @@ def far_from_training(typical: Typical, x: Pixels, tasks: list[Task], others: di
                 of_kinds[kind].append(typical.figures(images, condition))
     bounds = bounds_of(set_on)
     held_out = share_of(measured, bounds)
-    caught = {kind: min(float(far(one, bounds).mean()) for one in found) for kind, found in of_kinds.items()}
+    caught = {kind: share_of(found, bounds) for kind, found in of_kinds.items()}
     sound = bool(others) and held_out <= MOST_HELD_OUT and min(caught.values()) >= LEAST_CAUGHT
     shares = {kind: round(share, 4) for kind, share in caught.items()}
     return FarFromTraining(
