@@ -31,15 +31,21 @@ def figures(y: Pixels, x: Pixels, family: str | None = None, level: NDArray[np.f
         (n,) each. brightness: mean of the clean image, estimated by that of y; greyness: mean of 4 x (1 - x), 0 for
         black and white, 1 for middle grey; roughness: mean absolute difference between neighbours in a row.
     """
-    axes = (1, 2, 3)
-    brightness = y.mean(axes, dtype=np.float32)
+    rows = len(x)
+    of_x = x.reshape(rows, -1)
+    share = np.float32(1.0 / of_x.shape[1])
+    mean = of_x.sum(1) * share
+    square = np.einsum("ij,ij->i", of_x, of_x) * share
+    steps = x[..., 1:] - x[..., :-1]
+    rough = np.abs(steps, out=steps).reshape(rows, -1)
+    brightness = mean if y is x else y.reshape(rows, -1).sum(1) * share
     if family in ("salt-and-pepper", "masking") and level is not None:
         kept = np.maximum(1.0 - level, np.float32(0.01))
         brightness = (brightness - (0.5 * level if family == "salt-and-pepper" else 0.0)) / kept
     return {
         "brightness": brightness,
-        "greyness": 4.0 * (x * (1.0 - x)).mean(axes, dtype=np.float32),
-        "roughness": np.abs(np.diff(x, axis=3)).mean(axes, dtype=np.float32),
+        "greyness": np.float32(4.0) * (mean - square),
+        "roughness": rough.sum(1) / np.float32(max(1, rough.shape[1])),
     }
 
 
@@ -50,6 +56,7 @@ def far(found: Figures, bounds: Mapping[str, Sequence[float]]) -> NDArray[np.boo
         found: The figures.
         bounds: Lowest and highest usual figure, by name.
     """
-    outside = [(found[name] < low) | (found[name] > high) for name, (low, high) in bounds.items()]
-    rows = len(next(iter(found.values())))
-    return np.any(outside, axis=0) if outside else np.zeros(rows, bool)
+    outside = np.zeros(len(next(iter(found.values()))), bool)
+    for name, (low, high) in bounds.items():
+        outside |= (found[name] < low) | (found[name] > high)
+    return outside

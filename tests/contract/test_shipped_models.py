@@ -226,8 +226,8 @@ def test_an_answer_never_depends_on_its_batch_mates(repository: Repository) -> N
                     assert np.array_equal(together[-1:], single)
 
 
-def test_what_is_no_digit_is_told(repository: Repository, x: Rows) -> None:
-    """Test images get the note in one case of fifty at most, with and without noise; inverted, empty and full ones do."""
+def test_what_is_no_digit_is_told(repository: Repository, digits: Rows) -> None:
+    """Of 50 test images one at most gets the note, with and without noise; inverted, black and white ones all do."""
 
     async def noted(operation: str, images: Rows) -> int:
         async with client(repository) as one:
@@ -237,7 +237,7 @@ def test_what_is_no_digit_is_told(repository: Repository, x: Rows) -> None:
             notes = {note["code"]: note["rows"] for note in answer.json().get("notes", [])}
             return len(notes.get("far_from_training", ()))
 
-    few = x[:50]
+    few = digits[:50]
     noise = 0.25 * np.random.default_rng(3).standard_normal(few.shape)
     for operation, added in (("encode", 0.0), ("reconstruct", 0.0), ("denoise?level=0.25", noise)):
         assert asyncio.run(noted(operation, few + added)) <= 1
