@@ -61,9 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     restore.add_argument("--methods", nargs="+", default=["*"], help="patterns of the methods, such as 'ours*'")
     restore.add_argument("--set", nargs="+", choices=SETS, dest="sets", help="test sets of photographs and micrographs")
     restore.add_argument(
-        "--sigma", nargs="+", type=float, dest="sigmas", default=TOLD_SIGMAS, help="with --set: noise in 255ths"
+        "--sigma", nargs="+", type=float, dest="sigmas", default=(), help="with --set: noise in 255ths"
     )
-    measured = tuple(measurements(TOLD_SIGMAS))
+    measured = tuple(measurements())
     restore.add_argument(
         "--measure", nargs="+", choices=measured, dest="asked", default=measured, help="with --set: parts of the page"
     )

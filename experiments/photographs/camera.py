@@ -44,11 +44,24 @@ def photographed(x: Pixels, iso: float, rng: np.random.Generator) -> Pixels:
         The picture that the camera stores, (3, h, w), multiples of 1/255.
     """
     gains = np.array([rng.uniform(*RED_GAINS), 1.0, rng.uniform(*BLUE_GAINS)]).reshape(3, 1, 1)
-    raw = mosaic(linear(x) / gains)
-    full = FULL_WELL * 100.0 / iso
-    electrons = rng.poisson(raw * full) + READ_NOISE * rng.standard_normal(raw.shape)
-    balanced = demosaiced(np.clip(electrons / full, 0.0, 1.0)) * gains
+    raw = exposed(mosaic(linear(x) / gains), iso, rng)
+    balanced = demosaiced(np.clip(raw, 0.0, 1.0)) * gains
     return jpeg(finished(np.clip(balanced, 0.0, 1.0)), int(rng.integers(QUALITIES[0], QUALITIES[1] + 1)))
+
+
+def exposed(light: Plane, iso: float, rng: np.random.Generator) -> Plane:
+    """Count electrons and read them out.
+
+    Args:
+        light: Light of each pixel; 1 fills a pixel.
+        iso: Sensitivity.
+        rng: Draws the noise.
+
+    Returns:
+        What is read, of mean `light` and variance (light + 9 / full) / full, where `full` electrons fill a pixel.
+    """
+    full = FULL_WELL * 100.0 / iso
+    return (rng.poisson(light * full) + READ_NOISE * rng.standard_normal(light.shape)) / full
 
 
 def linear(x: Pixels) -> Plane:

@@ -73,7 +73,7 @@ def choosers(data: Path, mode: str, count: int, side: int) -> list[Picture]:
         data: Folder of the data sets.
         mode: Pillow's mode, L or RGB.
         count: Number of images.
-        side: Their height and width.
+        side: Their height and width at most.
 
     Raises:
         DataError: The photographs are not in the folder.
@@ -81,7 +81,7 @@ def choosers(data: Path, mode: str, count: int, side: int) -> list[Picture]:
     found = []
     for path in _found(data / DEV, "*", count):
         x = read(path, mode)
-        top, left = ((length - side) // 2 for length in x.shape[1:])
+        top, left = (max(length - side, 0) // 2 for length in x.shape[1:])
         found.append(Picture("dev", path.stem, x[:, top : top + side, left : left + side]))
     return found
 
