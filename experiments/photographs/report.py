@@ -46,6 +46,8 @@ HOW = f"""
   with a deviation of {READ_NOISE:g}. Bayer mosaic, linear demosaicing (Malvar, He and Cutler, 2004), white
   balance, sRGB curve, JPEG of quality {QUALITIES[0]} to {QUALITIES[1]}. It shares no code with the trainer's camera.
 - **Detail** is the root mean square of the answer's Laplacian over that of the truth.
+- **Seconds and memory** are of one core and the median of three calls; the service's include HTTP, in .npy. Its memory
+  is the sum of its processes' peaks; of other methods it is what they take beside the images and the interpreter.
 - A number in brackets counts the images, where it is not the whole set.
 """
 
