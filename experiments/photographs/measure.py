@@ -57,12 +57,13 @@ class PhotographOptions(ServiceOptions):
 
 
 class Cell(NamedTuple):
-    """One image under one case, to be restored by one method."""
+    """One image under one case, to be restored by one method; `shown` on a sheet or not."""
 
     picture: Picture
     case: Case
     method: Method
     place: Place
+    shown: bool
 
 
 def measure(plan: PhotographOptions) -> None:
@@ -119,7 +120,7 @@ def _cells(plan: PhotographOptions, methods: list[Method], model: str) -> Iterat
                 for method in methods:
                     if method.does(case.task) and _wanted(method.name, measurement.methods, plan.methods):
                         place = Place(name, case.name, label(method.name, model))
-                        yield from (Cell(picture, case, method, place) for picture in pictures)
+                        yield from (Cell(one, case, method, place, one is pictures[0]) for one in pictures)
 
 
 def label(method: str, model: str) -> str:
@@ -152,6 +153,9 @@ def _work_off(plan: PhotographOptions, cells: list[Cell], methods: dict[str, Met
         seconds = (time.perf_counter() - began) * PIXELS_512 / spoilt.x[0, 0].size
         found = {**figures(cell.case, spoilt, restored), "setting": setting, "seconds_512": round(seconds, 4)}
         results.add(cell.place, cell.picture.name, key, found)
+        if cell.shown:
+            blocks = {"truth": spoilt.x, "sent": spoilt.seen.y, cell.place.method: restored.images}
+            results.show(cell.place, blocks if restored.std is None else {**blocks, "5 std": 5.0 * restored.std})
 
 
 def _restored(spoilt: Spoilt, method: Method) -> Spoilt:

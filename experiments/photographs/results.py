@@ -1,13 +1,22 @@
-"""Figures that are kept between runs: a file of JSON lines for each set, case and method, a line for each image."""
+"""Figures that are kept between runs: a file of JSON lines for each set, case and method, a line for each image.
+
+Beside it lies a sheet of one image. Research sets are not to be published, so the folder is not part of the repository.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.photographs.figures import Figures
+from service.contract.images import Pixels
+from training.canvas import png, sheet
+from training.files import write_whole
+
+SHOWN = 512
+"""Longer side of an image on a sheet in pixels, at most."""
 
 
 class Place(NamedTuple):
@@ -43,6 +52,12 @@ class Results:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
             file.write(json.dumps({"image": image, "key": key, **found}) + "\n")
+
+    def show(self, place: Place, blocks: Mapping[str, Pixels]) -> None:
+        """Draw a sheet of images (1, c, h, w) in [0, 1] by caption beside a file of figures, as PNG."""
+        path = self._folder / place.set / place.case / f"{place.method}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, png(sheet(blocks, columns=1, cell=SHOWN)))
 
     def known(self, place: Place, key: str | None = None) -> dict[str, Figures]:
         """Figures by image.
