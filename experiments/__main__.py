@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         "--measure", nargs="+", choices=measured, dest="asked", default=measured, help="with --set: parts of the page"
     )
     restore.add_argument("--limit", type=int, help="with --set: maximum number of images of each set")
-    restore.set_defaults(command=_restore)
+    restore.set_defaults(command=_restore, data=Path(os.environ.get("VAE_DATA") or "data"))
     apart = asking_command(commands, "separate", "measure how well a service's score separates images from others")
     apart.add_argument("--draws", type=int, default=16, help="posterior draws for each score (%(default)s)")
     apart.set_defaults(command=_separate)

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+from subprocess import PIPE
 
 import numpy as np
 import pytest
@@ -22,9 +27,10 @@ from experiments.photographs.tables import table
 from tests.support.versions import free_version
 from training.errors import DataError
 from training.evaluation.measures import psnr
-from training.evaluation.served import started
+from training.evaluation.served import ROOT, started
 
 SIZE = (40, 48)
+pytestmark = pytest.mark.usefixtures("own_signals")
 
 
 def smooth(channels: int, seed: int) -> np.ndarray:
@@ -239,7 +245,6 @@ def test_a_set_that_is_absent_is_named(tmp_path: Path) -> None:
         sets.load(tmp_path, "Set12")
 
 
-@pytest.mark.usefixtures("own_signals")
 def test_the_pages_of_a_service(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every measurement of every set goes over HTTP; a second run measures what is missing alone."""
     pytest.importorskip("skimage", reason="needs the extra evaluation")
@@ -268,6 +273,25 @@ def test_the_pages_of_a_service(data: Path, tmp_path: Path, capsys: pytest.Captu
     micrographs = (tmp_path / "out/micrographs.md").read_text()
     assert "| *baseline:* BM3D in a stabilising transform | 31.00 | 34.00 | 32.50 | 2 |" in micrographs
     assert "**ours free auto**" in micrographs
+
+
+def test_an_interrupted_command_goes_on(data: Path, tmp_path: Path) -> None:
+    """Ctrl-C ends it with 130 and one line; the images that it has measured are not measured again."""
+    pytest.importorskip("bm3d", reason="needs the extra evaluation")
+    common = ["--data", str(data), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    command = ["restore", "--set", "BSD68", "CBSD68", "--measure", "noise", "--methods", "BM3D", *common]
+    process = subprocess.Popen([sys.executable, "-m", "experiments", *command], cwd=ROOT, stderr=PIPE, text=True)
+    while not (first := kept(tmp_path)) and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate()
+    assert process.returncode == 130
+    assert "interrupted" in said.splitlines()[-1]
+    assert main([*command, "--sigma", "25"]) == 0
+    for path, lines in first.items():
+        assert kept(tmp_path)[path][: len(lines)] == lines
+    names = [json.loads(line)["image"] for line in kept(tmp_path)[path.parents[1] / "Gaussian 25" / "BM3D.jsonl"]]
+    assert sorted(names) == ["a", "b"]
 
 
 def kept(folder: Path) -> dict[Path, list[str]]:
