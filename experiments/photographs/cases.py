@@ -166,12 +166,12 @@ class Measurement:
     Attributes:
         sets: Sets on which they are measured.
         cases: The cases.
-        methods: Patterns of the methods' names.
+        methods: Names of the methods.
     """
 
     sets: tuple[str, ...]
     cases: tuple[Case, ...]
-    methods: tuple[str, ...] = ("*",)
+    methods: tuple[str, ...]
 
 
 def noise(sigmas: Iterable[float]) -> tuple[Case, ...]:
@@ -194,7 +194,8 @@ def measurements(sigmas: Iterable[float] = ()) -> dict[str, Measurement]:
         "kept": Measurement(photographs, (*KEPT.values(), AGAIN), ("ours auto",)),
         "camera": Measurement(("CBSD68",), CAMERA, ("as sent", "ours auto")),
         "jpeg": Measurement(("CBSD68",), JPEG, ("as sent", "ours auto")),
-        "missing": Measurement(GREY, MISSING),
-        "shrunk": Measurement(GREY, SHRUNK),
+        "missing": Measurement(GREY, MISSING, ("biharmonic", "ours")),
+        "shrunk": Measurement(GREY, SHRUNK, ("bicubic", "ours")),
+        "refined": Measurement(GREY, (*told, *MISSING, *SHRUNK), ("ours refined",)),
         "micrographs": Measurement((MICROGRAPHS,), (FRAME,), ("as sent", "ours auto")),
     }

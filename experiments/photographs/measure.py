@@ -15,12 +15,12 @@ from tqdm import tqdm
 from experiments.comparisons.methods import Method
 from experiments.photographs.camera import as_levels
 from experiments.photographs.cases import RESTORED, Case, Spoilt, gaussian, measurements
-from experiments.photographs.figures import figures
+from experiments.photographs.figures import Figures, figures
 from experiments.photographs.methods import OURS, Settings, ours, rivals
 from experiments.photographs.results import Place, Results
 from experiments.photographs.sets import Picture, load
 from service.contract.images import Pixels
-from training.errors import ConfigError
+from training.errors import ConfigError, RefusedError
 from training.evaluation.served import Client, ServiceOptions, offering, served
 from training.evaluation.tasks import Seen
 from training.extras import needed
@@ -67,7 +67,7 @@ class Cell(NamedTuple):
 
 
 def measure(plan: PhotographOptions) -> None:
-    """Measure what is asked for and not yet known.
+    """Measure what is asked for and not yet known. What the service refuses is printed and left out.
 
     Args:
         plan: The options.
@@ -134,7 +134,9 @@ def _wanted(name: str, *patterns: tuple[str, ...]) -> bool:
 
 def _work_off(plan: PhotographOptions, cells: list[Cell], methods: dict[str, Method]) -> None:
     settings = Settings(plan.data, plan.runs / FOLDER / "settings.json", plan.seed)
-    results, known = plan.results, {}
+    results = plan.results
+    known: dict[tuple[Place, str], dict[str, Figures]] = {}
+    refused: set[Place] = set()
     bar = tqdm(cells, desc="restoring", unit="image")
     for cell in bar:
         method, task = cell.method, cell.case.task
@@ -143,19 +145,27 @@ def _work_off(plan: PhotographOptions, cells: list[Cell], methods: dict[str, Met
         key = f"{method.kept}, setting {setting:g}, seed {plan.seed}"
         if (cell.place, key) not in known:
             known[cell.place, key] = results.known(cell.place, key)
-        if cell.picture.name in known[cell.place, key]:
+        if cell.picture.name in known[cell.place, key] or cell.place in refused:
             continue
-        spoilt = cell.case.spoilt(cell.picture, plan.seed)
-        if cell.case.name == RESTORED:
-            spoilt = _restored(spoilt, methods[OURS])
-        began = time.perf_counter()
-        restored = method.restore(task, spoilt.seen, setting)
-        seconds = (time.perf_counter() - began) * PIXELS_512 / spoilt.x[0, 0].size
-        found = {**figures(cell.case, spoilt, restored), "setting": setting, "seconds_512": round(seconds, 4)}
-        results.add(cell.place, cell.picture.name, key, found)
-        if cell.shown:
-            blocks = {"truth": spoilt.x, "sent": spoilt.seen.y, cell.place.method: restored.images}
-            results.show(cell.place, blocks if restored.std is None else {**blocks, "5 std": 5.0 * restored.std})
+        try:
+            results.add(cell.place, cell.picture.name, key, _measured(cell, setting, methods, plan))
+        except RefusedError as error:
+            refused.add(cell.place)
+            tqdm.write(f"{', '.join(cell.place)}: {error}")
+
+
+def _measured(cell: Cell, setting: float, methods: dict[str, Method], plan: PhotographOptions) -> Figures:
+    """Restore one image; draws the sheet of a shown one."""
+    spoilt = cell.case.spoilt(cell.picture, plan.seed)
+    if cell.case.name == RESTORED:
+        spoilt = _restored(spoilt, methods[OURS])
+    began = time.perf_counter()
+    restored = cell.method.restore(cell.case.task, spoilt.seen, setting)
+    seconds = (time.perf_counter() - began) * PIXELS_512 / spoilt.x[0, 0].size
+    if cell.shown:
+        blocks = {"truth": spoilt.x, "sent": spoilt.seen.y, cell.place.method: restored.images}
+        plan.results.show(cell.place, blocks if restored.std is None else {**blocks, "5 std": 5.0 * restored.std})
+    return {**figures(cell.case, spoilt, restored), "setting": setting, "seconds_512": round(seconds, 4)}
 
 
 def _restored(spoilt: Spoilt, method: Method) -> Spoilt:

@@ -62,7 +62,7 @@ def rivals() -> list[Method]:
 
 
 def ours(client: Client, model: str, fingerprint: str, seed: int) -> list[Method]:
-    """Make the methods of a service: with the level of the noise known, estimated, and posterior draws.
+    """Make the methods of a service: with the level of the noise known, estimated, refined, and posterior draws.
 
     Args:
         client: A client of the service.
@@ -71,8 +71,9 @@ def ours(client: Client, model: str, fingerprint: str, seed: int) -> list[Method
         seed: Seed of the requests.
     """
 
-    def told(task: Task, seen: Seen, _setting: float) -> Restored:
-        answer = client.images(model, task.operation, seen.y, seen.mask, **task.asked(), uncertainty=True, seed=seed)
+    def told(quality: str, task: Task, seen: Seen, _setting: float) -> Restored:
+        asked = {**task.asked(), "quality": quality, "uncertainty": True, "seed": seed}
+        answer = client.images(model, task.operation, seen.y, seen.mask, **asked)
         return Restored(answer.outputs["images"], answer.outputs["std"])
 
     def auto(task: Task, seen: Seen, _setting: float) -> Restored:
@@ -91,7 +92,8 @@ def ours(client: Client, model: str, fingerprint: str, seed: int) -> list[Method
         return Restored(mean["images"], mean["std"], draws=np.stack(draws))
 
     return [
-        Method(OURS, lambda task: not is_noise(task) or is_gaussian(task), told, kept=fingerprint),
+        Method(OURS, _is_told, partial(told, "fast"), kept=fingerprint),
+        Method(f"{OURS} refined", _is_told, partial(told, "refined"), kept=fingerprint),
         Method(f"{OURS} auto", is_noise, auto, kept=fingerprint),
         Method(f"{OURS} draws", is_gaussian, drawn, kept=f"{fingerprint} {DRAWS}"),
     ]
@@ -110,6 +112,11 @@ def jointly(function: Callable[[NDArray[Any], float, float], NDArray[Any]]) -> C
         return Restored(np.stack(found).clip(0.0, 1.0).astype(np.float32))
 
     return restore
+
+
+def _is_told(task: Task) -> bool:
+    """Whether the request can say everything about the task."""
+    return is_gaussian(task) or not is_noise(task)
 
 
 def _total_variation(y: NDArray[Any], sigma: float, weight: float) -> NDArray[Any]:

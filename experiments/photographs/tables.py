@@ -56,8 +56,8 @@ class Tables:
     def noise(self, name: str, sigmas: Sequence[float]) -> list[str]:
         """PSNR and SSIM of one set under noise of known level, beside quoted figures."""
         cases = [f"Gaussian {sigma:g}" for sigma in sigmas]
-        rows = []
-        for method in (*ORDER, *self._ours("", " auto")):
+        rows, own = [], self._ours("", " auto", " refined")
+        for method in (*ORDER, *own):
             psnr, ssim = (
                 [self.mean(name, case, method, figure, form) for case in cases]
                 for figure, form in (("psnr_db", ".2f"), ("ssim", ".3f"))
@@ -66,7 +66,7 @@ class Tables:
         for method, three in quoted.PSNR[name].items():
             known = dict(zip(quoted.SIGMAS, three, strict=True))
             values = ["" if known.get(sigma) is None else f"{known[sigma]:.2f}" for sigma in sigmas]
-            rows.insert(-2 * len(self.models) or len(rows), [f"*quoted:* {method}", *values, *("" for _ in sigmas)])
+            rows.insert(len(rows) - len(own), [f"*quoted:* {method}", *values, *("" for _ in sigmas)])
         head = ["", *(f"PSNR {sigma:g}" for sigma in sigmas), *(f"SSIM {sigma:g}" for sigma in sigmas)]
         return table(head, rows)
 
@@ -181,10 +181,12 @@ class Tables:
         for case in cases:
             cells = []
             for name in names:
-                methods = (rival, *self._ours(""))
+                methods = (rival, *self._ours("", " refined"))
                 cells += [self.mean(name, case.name, method, "psnr_db") for method in methods]
             rows.append([case.name, *cells])
-        return table(["", *(f"{name}: {method}" for name in names for method in (rival, *self._ours("")))], rows)
+        return table(
+            ["", *(f"{name}: {method}" for name in names for method in (rival, *self._ours("", " refined")))], rows
+        )
 
     def _ours(self, *kinds: str) -> list[str]:
         return [f"{OURS} {model}{kind}" for model in self.models for kind in kinds]
