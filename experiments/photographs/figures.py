@@ -42,7 +42,7 @@ def figures(case: Case, spoilt: Spoilt, restored: Restored) -> Figures:
         found |= blocks(restored.images, restored.std, restored.draws, x)
         found |= {"draw_db": float(psnr(restored.draws[0].clip(0.0, 1.0), x).item())}
         found |= {"mean_of_draws_db": psnr(restored.draws.mean(0).clip(0.0, 1.0), x).item()}
-    return {name: round(float(value), 6) for name, value in found.items()}
+    return {name: float(f"{value:.6g}") for name, value in found.items()}
 
 
 def intervals(mean: Pixels, std: Pixels, x: Pixels, where: Pixels | None) -> Figures:

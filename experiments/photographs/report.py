@@ -171,7 +171,7 @@ def _summary(tables: Tables, place: Any) -> dict[str, Any]:
     for figure in FIELDS[4:]:
         values = [one[figure] for one in images.values() if figure in one]
         if values:
-            row[figure] = round(fmean(values), 4)
+            row[figure] = f"{fmean(values):.5g}"
     for kind in ("", "uncertain_"):
         if counted := sum(one.get(f"{kind}counted", 0.0) for one in images.values()):
             row[f"{kind}coverage"] = round(sum(one[f"{kind}covered"] for one in images.values()) / counted, 4)
