@@ -68,7 +68,7 @@ def test_tiles_of_convolutions_equal_the_whole_image(size: tuple[int, int]) -> N
 def test_levels_are_read_and_written_as_levels() -> None:
     """Only tiles are float32; the answer is the nearest level of 8 bits."""
     x = np.random.default_rng(1).integers(0, 256, (1, 3, 120, 200), np.uint8)
-    (found,) = ran(program(lambda x: (smooth(x, 5),), images=(0,)), x, levels=True)
+    (found,) = ran(program(lambda x: (smooth(x, 5),), images=(0,)), x, levels="uint8")
     assert found.dtype == np.uint8
     whole = smooth(x.astype(np.float32) / 255, 5)
     assert np.abs(found - 255 * whole).max() <= 0.501
@@ -144,7 +144,7 @@ def test_what_cannot_be_tiled_is_refused_by_name() -> None:
     with pytest.raises(TooLarge, match="need at least"):
         ran(program(lambda x: (x,), Tiles(margin=40, exact=True)), x)
     with pytest.raises(InferenceFailed, match="not finite"):
-        ran(program(lambda x: (x * np.nan,), images=(0,)), x, levels=True)
+        ran(program(lambda x: (x * np.nan,), images=(0,)), x, levels="uint8")
 
 
 def test_a_tile_is_as_large_as_setting_and_model_allow() -> None:
