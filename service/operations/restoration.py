@@ -68,7 +68,7 @@ class RestoreOptions(DrawOptions):
         """Numbers in memory while one row of the request is answered; see `Options.memory_numbers`."""
         images = 3 + self.uncertainty + (self.draws if self.completions else 0)  # 3: observation, mask, mean
         noise = STEPS * latent if self.quality == "refined" else 0
-        return images * image + self.multiplicity * latent + noise
+        return images * image + self.draws * latent + noise
 
     def memory_levels(self, image: int) -> int:
         """The answer; refinement holds a few images as floats."""
