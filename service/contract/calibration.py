@@ -77,11 +77,13 @@ def ways(seen: Observation, families: Sequence[str]) -> dict[str, NDArray[Any]]:
         kind, size, *_ = seen.operator
         return {f"shrink-{size}" if kind == "shrink" else kind: np.ones((1, 1, 1, 1), bool)}
     missing = seen.mask < 1.0
-    beside = sliding_window_view(np.pad(~missing, ((0, 0), (0, 0), (1, 1), (1, 1))), (3, 3), (2, 3)).any((4, 5))
     if seen.family is not None:
         noise = {families[seen.family]: ~missing}
     else:
         loudest, noisy = seen.level.argmax(1), seen.level.any(1)
         rows = {column: noisy & (loudest == column) for column in range(len(families))}
         noise = {families[column]: ~missing & of[:, None, None, None] for column, of in rows.items() if of.any()}
+    if not missing.any():
+        return noise
+    beside = sliding_window_view(np.pad(~missing, ((0, 0), (0, 0), (1, 1), (1, 1))), (3, 3), (2, 3)).any((4, 5))
     return {**noise, BESIDE: missing & beside, APART: missing & ~beside}

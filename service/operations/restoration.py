@@ -202,6 +202,7 @@ async def restored(model: Model, submit: Submit, inputs: Inputs, seen: Observati
         InvalidOption: `completions` is set without `draws`.
     """
     _check_draws(model, seen, options)
+    _check_prior(model, inputs, seen, options)
     every, estimated = seen.family is None and not seen.known, seen.estimated is not None
     one = every or inputs.tiling is not None or model.manifest.size is not None or "restoration" in model.graphs
     before = Trip((), 0.0, 0.0)
@@ -246,6 +247,19 @@ def _check_draws(model: Model, seen: Observation, options: RestoreOptions) -> No
         raise InvalidOption(f"model {name} draws with quality=fast alone; leave out draws or quality")
     if seen.operator is not None and seen.operator[0] == "blur":
         raise InvalidOption(f"model {name} draws no images behind a blur; leave out draws or blur")
+
+
+def _check_prior(model: Model, inputs: Inputs, seen: Observation, options: RestoreOptions) -> None:
+    """Refuse splitting for a conditional model that cannot be its prior.
+
+    Raises:
+        InvalidOption: The message names what works.
+    """
+    blurred = seen.operator is not None and seen.operator[0] == "blur"
+    split = blurred or (options.quality == "refined" and (seen.operator is not None or inputs.mask is not None))
+    if split and "restoration" in model.graphs and "gaussian" not in model.manifest.noise_families:
+        what = "a blur" if blurred else "quality=refined with a mask or a factor"
+        raise InvalidOption(f"{what} needs a model of gaussian noise, which {model.manifest.name} is not; leave it out")
 
 
 async def _answered(model: Model, submit: Submit, inputs: Inputs, seen: Observation, options: RestoreOptions) -> Result:

@@ -14,9 +14,11 @@ from fastapi import FastAPI
 from numpy.typing import NDArray
 from PIL import Image
 
+from service.api.memory import answer_bytes
 from service.app import create_app
 from service.contract.corruption import Blocks, operator_of, projected
-from service.operations.inference.conditional import TURNS, turned_rows
+from service.operations.denoise import DenoiseOptions
+from service.operations.inference.conditional import TURNS, restoration_rows, turned_rows
 from service.operations.inference.levels import PARTS, SIDE
 from service.repository.repository import Repository
 from service.settings import Settings
@@ -170,6 +172,29 @@ def test_means_of_blocks_with_noise_are_not_used_twice(app: FastAPI) -> None:
     found = asked(app, "super-resolve?factor=2", y, level=0.1)
     mean, _ = posterior(y, 0.1, 0.25)
     np.testing.assert_allclose(found["images"], np.repeat(np.repeat(mean, 2, 2), 2, 3), atol=1e-5)
+
+
+def test_an_answer_that_misses_the_means_is_mended_where_they_have_no_noise() -> None:
+    """Of a graph that always answers grey: without noise its block means are those that were sent, with noise grey."""
+
+    def grey(y: Rows, _mask: Rows, _level: Rows) -> tuple[Rows, ...]:
+        return np.full_like(y, 0.5), np.full_like(y, 0.01), y
+
+    y = np.random.default_rng(0).uniform(0.3, 0.7, (2, 1, 4, 6)).astype(np.float32)
+    level = np.array([[0.0, 0.0], [0.0, 0.1]], np.float32)
+    compute = restoration_rows({"restoration": grey}, ("shrink", 2, 0, 0), uncertainty=False, completions=False)
+    (found,) = compute(y, np.ones_like(y), level)
+    np.testing.assert_allclose(Blocks(2, 0.25).seen(found[:1]), y[:1], atol=1e-3)
+    np.testing.assert_array_equal(found[1], 0.5)
+
+
+def test_a_picture_of_24_megapixels_fits_the_budget(repository: Repository) -> None:
+    """Its answer is levels, and no latents are drawn."""
+    model = repository.models["pictures"]["1"].variants[3]
+    estimate = answer_bytes(model, DenoiseOptions(), 1, (4000, 6000), levels=True)
+    pixels = 3 * 4000 * 6000
+    assert estimate + 2 * pixels < 0.9 * Settings().memory_bytes
+    assert answer_bytes(model, DenoiseOptions(draws=1), 1, (4000, 6000), levels=True) > estimate
 
 
 def test_means_of_blocks_need_no_matrices() -> None:

@@ -318,7 +318,7 @@ def test_padding_is_cut_from_answers_and_progress(models: dict[str, Model]) -> N
     operation = Operation(**known, outputs=(MEANS,), row_wise=True, example={}, answer={})  # type: ignore[arg-type]
     seen: list[Result] = []
     inputs = Inputs(np.zeros((1, 0), np.float32), size=(7, 9), observe=seen.append)
-    result = asyncio.run(operation.perform(models["free"], None, inputs, Options()))  # type: ignore[arg-type]
+    result = asyncio.run(operation.perform(models["free"], Engine(max_rows=1, queue_rows=1).submit, inputs, Options()))
     expected = np.arange(96, dtype=np.float32).reshape(1, 1, 8, 12)[..., :7, :9]
     for found in (result, *seen):
         np.testing.assert_array_equal(found.outputs["images"], expected)

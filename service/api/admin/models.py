@@ -49,6 +49,7 @@ EXAMPLE = {
     "training": {"seconds": {"vae": 1552.5}},
     "calibration": {"fast": {"gaussian": 0.96}, "refined": {"gaussian": 0.97}},
     "far_from_training": {"sound": True, "held_out": 0.004, "caught": {"inverted": 1.0, "black": 0.99}},
+    "calibration_curves": {},
     "fingerprint": "0123456789abcdef",
 }
 ONE = {**example(EXAMPLE), **documented(UnknownModel)}
@@ -100,6 +101,7 @@ def _told(model: Model, operations: tuple[Operation, ...]) -> dict[str, Any]:
         "training": manifest.training,
         "calibration": {} if manifest.calibration is None else manifest.calibration.factors,
         "far_from_training": None if far is None else far.model_dump(include={"sound", "held_out", "caught"}),
+        "calibration_curves": {} if manifest.calibration is None else manifest.calibration.model_dump()["curves"],
         "fingerprint": manifest.fingerprint,
     }
 

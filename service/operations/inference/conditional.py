@@ -51,7 +51,7 @@ class Schedule(NamedTuple):
 
 
 SCHEDULES = {"blur": Schedule(24, 49 / 255, 2 / 255), "shrink": Schedule(24, 49 / 255, 2 / 255)}
-MASKED = Schedule(24, 49 / 255, 2 / 255)
+MASKED = Schedule(24, 15 / 255, 2 / 255)
 
 
 # Programs
