@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -16,7 +17,9 @@ from PIL import Image
 
 from service.api.memory import answer_bytes
 from service.app import create_app
+from service.contract.calibration import widened
 from service.contract.corruption import Blocks, operator_of, projected
+from service.contract.manifest import Calibration, Curve
 from service.operations.denoise import DenoiseOptions
 from service.operations.inference.conditional import TURNS, restoration_rows, turned_rows
 from service.operations.inference.levels import PARTS, SIDE
@@ -124,6 +127,23 @@ def test_the_kind_of_noise_is_in_the_headers(app: FastAPI) -> None:
         assert "x-note" not in answer.headers
 
 
+def test_deviations_are_calibrated_by_curves(repository: Repository) -> None:
+    """With the factor at the level of the image; the images stay."""
+    model = repository.models["pictures"]["1"]
+    curve = Curve(levels=[0.0, 0.2], factors=[1.0, 2.0])
+    calibration = Calibration(factors={}, curves={"fast": {"gaussian": curve}}, images=1, seed=0)
+    one = replace(model, manifest=model.manifest.model_copy(update={"calibration": calibration}))
+    y = noisy(drawn(channels=1))
+    plain, wide = (
+        asked(
+            create_app(Settings(), Repository({"one": {"1": of}}, "one")), "denoise", y, level=SIGMA, uncertainty=True
+        )
+        for of in (model, one)
+    )
+    np.testing.assert_array_equal(plain["images"], wide["images"])
+    np.testing.assert_allclose(wide["std"], widened(plain["std"], np.float32(1.5)), rtol=1e-4)
+
+
 def test_draws_follow_the_posterior(app: FastAPI) -> None:
     """Their mean is the answer, their spread and what is left make up the variance, and one seed repeats them."""
     y = noisy(drawn(rows=1))
@@ -150,12 +170,12 @@ def test_missing_pixels_have_the_prior_and_seen_ones_stay(app: FastAPI) -> None:
     np.testing.assert_allclose(found["std"][hidden], SPREAD**0.5, atol=1e-6)
 
 
-@pytest.mark.parametrize("factor", [2, 3])
+@pytest.mark.parametrize("factor", [2, 3, 16])
 def test_means_of_blocks_are_kept(app: FastAPI, factor: int) -> None:
     """The answer and every completion has the block means that were sent, its deviation is exact, of any size."""
-    y = drawn(rows=1)
+    y = drawn(rows=1, size=(7, 11))
     found = asked(app, f"super-resolve?factor={factor}", y, uncertainty=True)
-    assert found["images"].shape == (1, 3, factor * SIZE[0], factor * SIZE[1])
+    assert found["images"].shape == (1, 3, factor * 7, factor * 11)
     np.testing.assert_allclose(Blocks(factor, factor**-2).seen(found["images"]), y, atol=1e-4)
     np.testing.assert_allclose(found["std"], np.sqrt(SPREAD * (1 - factor**-2)), atol=1e-4)
     inner = np.clip(y, 0.3, 0.7)  # so that no draw is cut to [0, 1]
@@ -163,7 +183,7 @@ def test_means_of_blocks_are_kept(app: FastAPI, factor: int) -> None:
     assert draws[:, 0].std() > 0.01
     means = Blocks(factor, factor**-2).seen(draws)
     inside = Blocks(factor, 1.0).seen((draws <= 0) | (draws >= 1)) == 0
-    np.testing.assert_allclose(np.where(inside, means, 0), np.where(inside, inner[:, None], 0), atol=1e-3)
+    np.testing.assert_allclose(np.where(inside, means, 0), np.where(inside, inner[:, None], 0), atol=3e-3)
 
 
 def test_means_of_blocks_with_noise_are_not_used_twice(app: FastAPI) -> None:
@@ -212,7 +232,7 @@ def test_means_of_blocks_need_no_matrices() -> None:
         np.testing.assert_allclose(found, known, atol=1e-5)
 
 
-@pytest.mark.parametrize("path", ["denoise?level=0.1", "inpaint", "super-resolve?factor=2&level=0.05"])
+@pytest.mark.parametrize("path", ["denoise?level=0.1", "inpaint", "super-resolve?factor=3&level=0.05"])
 def test_tiles_make_the_answer_of_the_whole(repository: Repository, app: FastAPI, path: str) -> None:
     """As floats and as levels of 8 bits; with draws, whose noise is that of the whole image."""
     levels = (255 * drawn(1, 3, (83, 119))).astype(np.uint8)
@@ -237,12 +257,13 @@ def test_tiles_make_the_answer_of_the_whole(repository: Repository, app: FastAPI
 
 
 def test_a_large_image_has_one_level_from_some_of_its_parts(app: FastAPI) -> None:
-    """Of more than 4 x 4 parts: the median of these, whatever lies between them."""
+    """Of more than 4 x 4 parts: the median of these, whatever lies between them and in one of them."""
     side = PARTS * SIDE
     y = np.full((1, 1, side, side + 64), 0.4, np.float32)
     y += np.float32(SIGMA) * np.random.default_rng(0).standard_normal(y.shape).astype(np.float32)
     gap = SIDE + 2
     y[..., gap : gap + 8] = np.random.default_rng(1).random((1, 1, side, 8), np.float32)  # between two parts
+    y[..., :SIDE, :SIDE] = 0.0
     file = io.BytesIO()
     np.save(file, y)
     headers = {"content-type": NPY, "accept": NPY}
