@@ -23,6 +23,8 @@ from service.runtime.program import Submit
 
 Rows = NDArray[np.float32]
 
+NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d{1,3})?"
+"""A decimal number, as a pattern."""
 GOLDEN_IMAGES = ("encoder/x", "posterior/x", "recognition/y")
 """Golden rows that are images."""
 TILED_NOTE = (
@@ -77,6 +79,11 @@ class Options(BaseModel):
         return None
 
     @property
+    def scaling(self) -> str | None:
+        """The numbers that are black and white in picture files, as `ImageOptions.scale` says; None where files do."""
+        return None
+
+    @property
     def images_alone(self) -> bool:
         """Whether an answer that has images has no other arrays, so that a picture holds it."""
         return True
@@ -110,6 +117,15 @@ class ImageOptions(Options):
 
     fit: Fit | None = None
     """Bring images of another size to the model's: `resize` stretches, `pad` adds black, `crop` cuts."""
+    scale: Annotated[str, Field(pattern=rf"^(auto|{NUMBER},{NUMBER})$", max_length=80)] | None = None
+    """The numbers that are black and white in picture files, as in `0,4095`; `auto` is the least and the largest number
+    of the request. Answers in TIFF, and in PNG of integers, have the same scale. Needed for TIFF of floats, of 32 bits
+    or with signs; all others take 0 and white of 8 or 16 bits without it."""
+
+    @property
+    def scaling(self) -> str | None:
+        """The numbers of black and white in picture files."""
+        return self.scale
 
     @property
     def resizing(self) -> Fit | Literal["tile"] | None:
@@ -211,7 +227,7 @@ class Inputs(NamedTuple):
         size: Height and width of the answer's images, which are cut to it because rows are padded below and to the
             right; None for a model of one size.
         observe: Called with intermediate results of iterative work; None if the caller wants none.
-        levels: `uint8` where images of the answer may be uint8 levels, because a picture is written of them.
+        levels: Type of levels that images of the answer may be, because a picture is written of them.
     """
 
     rows: Rows
@@ -221,7 +237,7 @@ class Inputs(NamedTuple):
     tiling: Tiling | None = None
     size: tuple[int, int] | None = None
     observe: Observe | None = None
-    levels: Literal["uint8"] | None = None
+    levels: Literal["uint8", "uint16"] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -376,7 +392,7 @@ class Operation:
             }
             result = result._replace(outputs=cut)
         images = result.outputs.get("images")
-        if model.manifest.value_range[0] < 0.0 and images is not None and images.dtype != np.uint8:
+        if model.manifest.value_range[0] < 0.0 and images is not None and images.dtype.kind == "f":
             result = result._replace(outputs={**result.outputs, "images": np.clip(images, 0, 1)})
         return self._finite(result, model, inputs)
 
