@@ -125,5 +125,5 @@ def answer_bytes(
         image, latent = model.input_shape[0] * height * width, math.prod(model.latent_at(height, width))
     if levels is None:
         return NUMBER_BYTES * rows * int(options.memory_numbers(image, latent))
-    pixels, others = int(options.memory_numbers(image, 0)), int(options.memory_numbers(0, latent))
+    pixels, others = int(options.memory_levels(image)), int(options.memory_numbers(0, latent))
     return rows * (LEVEL_BYTES[levels] * pixels + NUMBER_BYTES * others)

@@ -174,6 +174,8 @@ def headers_of(codec: Codec, answer: Answer, inference_s: float | None) -> Heade
         head.append((b"x-note", ", ".join(map(_noted, about["notes"])).encode("ascii", "replace")))
     if "level" in about and len(about["level"]) <= HEADER_NUMBERS:
         head.append((b"x-level", ",".join(f"{value:.4g}" for value in about["level"]).encode()))
+        if "noise" in about:
+            head.append((b"x-noise", ",".join(about["noise"]).encode()))
     return head
 
 

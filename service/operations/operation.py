@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -19,13 +19,14 @@ from service.operations.inference.latent import MAX_SEED
 from service.operations.inference.tiling import Tiling
 from service.operations.inference.vae import Observe, Result, noted
 from service.runtime.model import Model
-from service.runtime.program import Submit
+from service.runtime.program import Submit, Trip
+from service.runtime.tiling import Levels
 
 Rows = NDArray[np.float32]
 
 NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d{1,3})?"
 """A decimal number, as a pattern."""
-GOLDEN_IMAGES = ("encoder/x", "posterior/x", "recognition/y")
+GOLDEN_IMAGES = ("encoder/x", "posterior/x", "recognition/y", "restoration/y")
 """Golden rows that are images."""
 TILED_NOTE = (
     "the image was worked off in blended tiles, because it is large; the model looks at whole images, so the answer "
@@ -110,6 +111,10 @@ class Options(BaseModel):
             latent: Numbers of a latent.
         """
         return image + self.multiplicity * latent
+
+    def memory_levels(self, image: int) -> int:
+        """Numbers of images likewise, where images of the answer are levels and those of the request stay levels."""
+        return self.memory_numbers(image, 0)
 
 
 class ImageOptions(Options):
@@ -220,24 +225,25 @@ class Inputs(NamedTuple):
 
     Attributes:
         rows: Images (n, c, h, w) or latents (n, ...). (n, 0) for an operation without inputs that makes n rows.
-        mask: 1 where a pixel is seen, 0 where it is missing, of the shape of the rows; None without a mask.
+        mask: 1 where a pixel is seen, 0 where it is missing, of the shape of the rows: booleans beside images that are
+            levels; None without a mask.
         first: Index of the first row in the request.
         latents: Whether the rows are latents in place of images.
         tiling: Places of the rows in larger images, if they are tiles.
         size: Height and width of the answer's images, which are cut to it because rows are padded below and to the
             right; None for a model of one size.
         observe: Called with intermediate results of iterative work; None if the caller wants none.
-        levels: Type of levels that images of the answer may be, because a picture is written of them.
+        levels: Type of the levels that images of the answer may be, because a picture is written of them.
     """
 
     rows: Rows
-    mask: Rows | None = None
+    mask: Rows | NDArray[np.bool_] | None = None
     first: int = 0
     latents: bool = False
     tiling: Tiling | None = None
     size: tuple[int, int] | None = None
     observe: Observe | None = None
-    levels: Literal["uint8", "uint16"] | None = None
+    levels: Levels | None = None
 
     @property
     def nbytes(self) -> int:
@@ -376,6 +382,7 @@ class Operation:
         observe = inputs.observe
         if observe is not None:
             inputs = inputs._replace(observe=lambda found: observe(self._checked(found, model, inputs)))
+            submit = partial(submit, watch=partial(_watched, observe))
         result = await self.run(model, submit, inputs, options)
         if result.trip.tiled and not (model.manifest.tiles and model.manifest.tiles.exact):
             rows = range(inputs.first, inputs.first + len(inputs.rows))
@@ -473,6 +480,11 @@ class Operation:
         if options is not None and options.needs:
             needs = (*self.needs, *options.needs)
             check_able(model, needs, f"{self.name} with quality=refined", served, "; or ask for quality=fast")
+
+
+def _watched(observe: Observe, done: int, tiles: int) -> None:
+    """Report the tiles that are done."""
+    observe(Result({}, {"tile": done, "tiles": tiles}, Trip((), 0.0, 0.0)))
 
 
 def is_finite(array: Rows) -> bool:

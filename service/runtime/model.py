@@ -117,7 +117,7 @@ class Model:
         rounds: int = 1,
         local: bool = True,
         images: tuple[int, ...] = (),
-        of_latents: bool = False,
+        block: int = 1,
         **further: Any,
     ) -> ModelProgram:
         """Return the program of an operation with these static choices; the same object while it is in the cache.
@@ -132,7 +132,7 @@ class Model:
             rounds: Number of slices that the work is cut into; more than 1 marks iterative work.
             local: Whether the answer for an image can be put together from tiles; see `ModelProgram`.
             images: Places of the outputs that are images in [0, 1].
-            of_latents: Whether its inputs are latents, or noise of the same shape, and nothing else.
+            block: Height and width in pixels of one place of its inputs; see `ModelProgram`.
             **further: Keyword choices for `rows`.
         """
         key = (operation, draws, rounds, *choices, *further.items())
@@ -154,7 +154,7 @@ class Model:
                 rounds,
                 next(alike, None),
                 free=self.free,
-                block=self.manifest.latent_block if of_latents else 1,
+                block=block,
                 local=local,
                 images=images,
             )

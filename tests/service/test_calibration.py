@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from service.app import create_app
 from service.contract.calibration import APART, BESIDE, MOST_STD, calibrated, ways, widened
 from service.contract.corruption import Observation
-from service.contract.manifest import Calibration
+from service.contract.manifest import Calibration, Curve
 from service.repository.repository import Repository
 from service.runtime.model import Model
 from service.settings import Settings
@@ -65,6 +65,34 @@ def test_each_pixel_gets_the_factor_of_its_way() -> None:
         small = np.ones((2, 1, 2, 2), np.float32)
         through = calibrated(std, observation(small, 0, name), FAMILIES, FACTORS)
         np.testing.assert_allclose(through / std, factor, rtol=1e-4)
+
+
+def test_a_curve_is_read_at_the_level_of_each_image() -> None:
+    """Linear between knots, constant beyond; for other ways than noise at the level of all noise; before factors."""
+    mask = np.ones((4, 1, 4, 4), np.float32)
+    mask[:, :, 2:] = 0.0
+    level = np.array([[0.1, 0.0], [0.2, 0.0], [0.3, 0.4], [0.0, 0.0]], np.float32)
+    curves = {
+        "gaussian": Curve(levels=[0.1, 0.3], factors=[1.0, 2.0]),
+        BESIDE: Curve(levels=[0.0, 0.5], factors=[1.0, 3.0]),
+    }
+    std = np.full(mask.shape, 1e-4, np.float32)
+    seen = Observation(mask, mask, level, 0, True)
+    found = calibrated(std, seen, FAMILIES, FACTORS, curves) / std
+    np.testing.assert_allclose(found[:, 0, 0, 0], [1.0, 1.5, 2.0, 1.0], rtol=1e-4)
+    np.testing.assert_allclose(found[:, 0, 2, 0], [1.4, 1.8, 3.0, 1.0], rtol=1e-4)
+    np.testing.assert_allclose(found[:, 0, 3, 0], 3.0, rtol=1e-4)
+
+
+def test_of_several_kinds_of_noise_the_loudest_is_the_way() -> None:
+    """Image by image; one without noise has no way."""
+    mask = np.ones((3, 1, 2, 2), np.float32)
+    level = np.array([[0.1, 0.2], [0.2, 0.1], [0.0, 0.0]], np.float32)
+    found = ways(Observation(mask, mask, level, None, True), FAMILIES)
+    assert {way: where[:, 0, 0, 0].tolist() for way, where in found.items()} == {
+        "masking": [True, False, False],
+        "gaussian": [False, True, False],
+    }
 
 
 @pytest.mark.parametrize("quality", ["fast", "refined"])

@@ -48,6 +48,7 @@ EXAMPLE = {
     "quality": {"test_nll_nats": 84.5, "importance_samples": 1000, "images": 10000},
     "training": {"seconds": {"vae": 1552.5}},
     "calibration": {"fast": {"gaussian": 0.96}, "refined": {"gaussian": 0.97}},
+    "calibration_curves": {},
     "fingerprint": "0123456789abcdef",
 }
 ONE = {**example(EXAMPLE), **documented(UnknownModel)}
@@ -98,6 +99,7 @@ def _told(model: Model, operations: tuple[Operation, ...]) -> dict[str, Any]:
         "quality": manifest.quality,
         "training": manifest.training,
         "calibration": {} if manifest.calibration is None else manifest.calibration.factors,
+        "calibration_curves": {} if manifest.calibration is None else manifest.calibration.model_dump()["curves"],
         "fingerprint": manifest.fingerprint,
     }
 
