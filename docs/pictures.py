@@ -56,7 +56,7 @@ def denoised(client: httpx.Client, x: Rows) -> Rows:
     rows = []
     for level in LEVELS:
         y = (x + level * np.random.default_rng(5).standard_normal(x.shape)).astype("<f4")
-        rows += [np.clip(y, 0, 1), ask(client, "/v1/denoise", y)]
+        rows += [np.clip(y, 0, 1), ask(client, "/v1/models/mnist/denoise", y)]
     return np.concatenate([*rows, x])
 
 

@@ -12,7 +12,8 @@ from service.runtime.model import Model
 NUMBER_BYTES = 16
 """Memory of one number of an answer, as array and as text."""
 LEVEL_BYTES = {"uint8": 4, "uint16": 6}
-"""Memory of one level of an answer: as array, in the picture that is written, and in its file."""
+"""Memory of one level of an answer: as array, in the picture that is written, in its file, and of what was sent with
+its missing pixels set to 0."""
 RETRY_S = 1.0
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 from service.codecs import tiff
 from service.codecs.codec import Codec
 from service.codecs.container import Picture, picture
+from service.codecs.heat_map import heat_map
 from service.codecs.payload import Answer, Body, Intake, Meter, Payload, check_pictures, images_only
 from service.codecs.source import DEFAULT, LEVELS, Source
 from service.contract.images import (
@@ -239,15 +240,22 @@ def _deep(found: Picture) -> Iterator[Samples]:
     yield Samples(colour, alpha)
 
 
+def shown(answer: Answer) -> Pixels | NDArray[np.uint8] | None:
+    """What a picture shows of an answer: its images, or the heat map of `std`; None for an answer with more."""
+    if "std_scale" in answer.about:
+        return heat_map(answer.outputs["std"], answer.about["std_scale"])
+    return images_only(answer)
+
+
 def write(answer: Answer) -> Body | None:
-    """The images as a PNG, several as one sheet; None for an answer that holds anything else.
+    """The images or their heat map as a PNG, several as one sheet; None for an answer that no picture shows.
 
     It has 16 bits where what was sent has more than 8.
     """
-    images = images_only(answer)
+    images = shown(answer)
     if images is None or images.shape[1] not in MODES:
         return None
-    source = answer.source
+    source = Source() if "std_scale" in answer.about else answer.source
     alpha, profile = source.opacity(images), source.profile_of(images.shape[1])
     if source.kind in LEVELS:
         images = source.numbers(images)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from service.errors import UnsupportedOperation
-from service.runtime.model import ONE_GROUP, PRIOR, Model
+from service.runtime.model import NOISE, ONE_GROUP, PRIOR, Model
 
 Need = str | tuple[str, ...]
-"""A graph, `PRIOR` or `ONE_GROUP`; or alternatives, of which one is enough."""
+"""A graph, `PRIOR`, `ONE_GROUP` or a family of noise; or alternatives, of which one is enough."""
 ENCODING = ("encoder", "posterior")
 """Graphs of q(z|x)."""
 RESTORING: Need = ("recognition", "restoration")
@@ -63,8 +63,14 @@ def check_able(
     if need is None:
         return
     able = [name for name, versions in served.items() if lacking(next(reversed(versions.values())), needs) is None]
-    lacks = f"its version has no graph {need if isinstance(need, str) else ' or '.join(need)}"
-    conditional = "restoration" in model.abilities and "decoder" not in model.abilities
-    reason = CONDITIONAL if conditional else REASONS.get(need, lacks)
     others = f"served models that can: {', '.join(able[:MOST_NAMED])}" if able else "no served model can"
-    raise UnsupportedOperation(f"model {model.manifest.name} cannot {doing}: {reason}; {others}{advice}")
+    raise UnsupportedOperation(f"model {model.manifest.name} cannot {doing}: {_reason(model, need)}; {others}{advice}")
+
+
+def _reason(model: Model, need: Need) -> str:
+    """Why a model that does not meet a need cannot do what needs it."""
+    if isinstance(need, str) and need.endswith(f" {NOISE}"):
+        return f"it was trained on noise of the kinds {', '.join(model.manifest.noise_families)} and none"
+    if "restoration" in model.abilities and "decoder" not in model.abilities:
+        return CONDITIONAL
+    return REASONS.get(need, f"its version has no graph {need if isinstance(need, str) else ' or '.join(need)}")

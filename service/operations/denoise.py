@@ -12,6 +12,7 @@ from service.operations.examples import PROGRESS
 from service.operations.inference.vae import Result
 from service.operations.operation import IMAGES, MASK, Inputs, Operation
 from service.operations.restoration import NEEDS, OUTPUTS, WARM_UP, TiledOptions, default_noise, observed, restored
+from service.operations.typical import with_typicality
 from service.runtime.model import Model
 from service.runtime.program import Submit
 
@@ -30,6 +31,11 @@ class DenoiseOptions(TiledOptions):
     processed: root mean square; else the share of corrupted pixels. `auto` estimates it."""
     blur: Annotated[float, Field(gt=0, le=10)] | None = None
     """Standard deviation, in pixels, of a Gaussian blur of the image. Noise after it must be `gaussian` or `none`."""
+
+    @property
+    def noise_family(self) -> str | None:
+        """The family of noise that the options name; None where they name none, or leave it to the model."""
+        return None if self.noise in ("none", "auto") else self.noise
 
 
 async def run(model: Model, submit: Submit, inputs: Inputs, options: DenoiseOptions) -> Result:
@@ -53,7 +59,11 @@ async def run(model: Model, submit: Submit, inputs: Inputs, options: DenoiseOpti
     height, width = inputs.rows.shape[-2:]
     operator = None if options.blur is None else ("blur", options.blur, height, width)
     seen = observed(model, inputs, None if noise == "none" else noise, options.level, operator)
-    return await restored(model, submit, inputs, seen, options)
+    result = await restored(model, submit, inputs, seen, options)
+    if operator is not None:
+        return result
+    family = None if seen.family is None else model.manifest.noise_families[seen.family]
+    return with_typicality(model, result, inputs, result.outputs["images"], family)
 
 
 denoise = Operation(

@@ -16,6 +16,7 @@ from service.operations.inference.levels import of_one_level
 from service.operations.inference.vae import Result
 from service.operations.operation import IMAGES, SEED, DrawOptions, Inputs, Operation, Tensor
 from service.operations.restoration import default_noise, observed
+from service.operations.typical import with_typicality
 from service.runtime.model import Model
 from service.runtime.program import Submit
 
@@ -36,7 +37,7 @@ async def _run(model: Model, submit: Submit, inputs: Inputs, options: EncodeOpti
             raise InvalidOption(
                 f"model {model.manifest.name} encodes clean images; leave noise and level out, or denoise first"
             )
-        return await vae.encode(model, submit, inputs.rows, options.draws, noise)
+        return with_typicality(model, await vae.encode(model, submit, inputs.rows, options.draws, noise), inputs)
     kind = options.noise or default_noise(model, options.level)
     seen = observed(model, inputs, None if kind == "none" else kind, options.level)
     if not seen.known:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from service.contract.images import Fit
 from service.errors import InferenceFailed, InvalidOption, InvalidValue, ServiceError
-from service.operations.abilities import Need, check_able, lacking
+from service.operations.abilities import ENCODING, Need, check_able, lacking
 from service.operations.inference.latent import MAX_SEED
 from service.operations.inference.tiling import Tiling
 from service.operations.inference.vae import Observe, Result, noted
@@ -34,6 +34,21 @@ TILED_NOTE = (
 )
 LATENT_EXTREME = 100.0
 """Largest usual magnitude of a latent, for error messages: priors have a standard deviation of about 1."""
+
+
+class Asked(NamedTuple):
+    """What needs something of a model.
+
+    Attributes:
+        option: The option or what it says, such as `quality=refined`.
+        advice: What else works, to be appended to a message; may be empty.
+    """
+
+    option: str
+    advice: str = ""
+
+
+REFINED = Asked("quality=refined", "; or ask for quality=fast")
 
 
 class Options(BaseModel):
@@ -63,9 +78,9 @@ class Options(BaseModel):
         return 1
 
     @property
-    def needs(self) -> tuple[Need, ...]:
-        """What these options need of a model, beside what the operation needs."""
-        return ()
+    def needs(self) -> Mapping[Need, Asked]:
+        """What these options need of a model, beside what the operation needs, and by which option."""
+        return {}
 
     def variant(self, model: Model) -> Model:
         """The variant of a model that the options choose; the first one by default.
@@ -452,7 +467,7 @@ class Operation:
         if self.takes is None:
             return Inputs(np.empty((options.count, 0), np.float32), size=options.made_size(model))
         images = next((golden[name] for name in GOLDEN_IMAGES if name in golden), None)
-        if self.takes == "latents" or images is None:
+        if self.takes == "latents" or images is None or (self.or_latents and lacking(model, (ENCODING,))):
             return Inputs(np.resize(golden["decoder/z"], (2, *golden["decoder/z"].shape[1:])), latents=True)
         height, width = (
             length // options.enlargement for length in model.padded(images.shape[2:], options.enlargement)
@@ -477,9 +492,10 @@ class Operation:
             UnsupportedOperation: The message names the reason, and the models that can.
         """
         check_able(model, self.needs, self.name, served)
-        if options is not None and options.needs:
-            needs = (*self.needs, *options.needs)
-            check_able(model, needs, f"{self.name} with quality=refined", served, "; or ask for quality=fast")
+        need = None if options is None else lacking(model, options.needs)
+        if options is not None and need is not None:
+            option, advice = options.needs[need]
+            check_able(model, (*self.needs, *options.needs), f"{self.name} with {option}", served, advice)
 
 
 def _watched(observe: Observe, done: int, tiles: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -20,20 +21,23 @@ from service.operations.inference.refinement import STEPS
 from service.operations.inference.restoration import RestoreChoices, prior_mean, restore
 from service.operations.inference.tiling import Tiling
 from service.operations.inference.vae import Observe, Result, noted
-from service.operations.operation import MEANS, PIXELS, SEED, DrawOptions, Inputs, Tensor
-from service.runtime.model import PRIOR, Model
+from service.operations.operation import MEANS, PIXELS, REFINED, SEED, Asked, DrawOptions, Inputs, Tensor
+from service.runtime.model import NOISE, PRIOR, Model
 from service.runtime.program import Submit, Trip
 
 NEEDS = (RESTORING,)
 OUTPUTS = (
     replace(MEANS, meaning="Restored images, E[x | y]"),
     Tensor("std", ("n", *PIXELS), "Posterior standard deviation, with `uncertainty`", required=False),
+    Tensor("std_scale", (), "Standard deviation at the top of the heat map, with `uncertainty=map`", required=False),
     Tensor("completions", ("n", "draws", *PIXELS), "Draws of restored images, with `completions`", required=False),
     Tensor("level", ("n",), "Level of the noise, as given or estimated; absent without noise", required=False),
     Tensor("noise", ("n",), "Kind of the noise, with `noise=auto`: of several the loudest", "string", required=False),
     Tensor("elbo", ("n",), "Lower bound on log p(y), in nats, with `quality=refined`", required=False),
     replace(SEED, required=False),
 )
+TOP_PERCENTILE, SCALE_DIGITS = 99, 6
+"""The percentile of `std` that a heat map shows as its last colour, and the digits of that number."""
 MOST_THROUGH = 1024
 """Largest height and width of an image seen through an operator, which is two matrices of such sides."""
 WARM_UP: tuple[dict[str, Any], ...] = ({}, {"quality": "refined"})
@@ -46,9 +50,9 @@ class RestoreOptions(DrawOptions):
     """`fast` is one pass through the networks. `refined` takes up to 100 times as long, at low priority: variational
     inference for each image or, of a conditional model, the mean over 8 flips and rotations; with a mask, a blur or a
     factor, 24 steps of plug-and-play splitting."""
-    uncertainty: bool = False
+    uncertainty: bool | Literal["map"] = False
     """Whether the answer holds `std`, the posterior standard deviation of each pixel. It is calibrated: 90% of the true
-    pixels lie within 1.645 `std`."""
+    pixels lie within 1.645 `std`. With `map`, an answer in PNG is a heat map of it."""
     completions: bool = False
     """Whether the answer holds the images of all `draws`, (n, draws, c, h, w), besides their mean."""
     preview: bool = False
@@ -60,13 +64,22 @@ class RestoreOptions(DrawOptions):
         return not (self.uncertainty or self.completions)
 
     @property
-    def needs(self) -> tuple[Need, ...]:
-        """What refinement needs of a model."""
-        return (REFINING,) if self.quality == "refined" else ()
+    def needs(self) -> Mapping[Need, Asked]:
+        """What refinement and the kind of noise need of a model."""
+        found: dict[Need, Asked] = {REFINING: REFINED} if self.quality == "refined" else {}
+        if self.noise_family is not None:
+            noise = f"{self.noise_family} {NOISE}"
+            found[noise] = Asked(noise)
+        return found
+
+    @property
+    def noise_family(self) -> str | None:
+        """The family of noise that the options name; None where they name none."""
+        return None
 
     def memory_numbers(self, image: int, latent: int) -> int:
         """Numbers in memory while one row of the request is answered; see `Options.memory_numbers`."""
-        images = 3 + self.uncertainty + (self.draws if self.completions else 0)  # 3: observation, mask, mean
+        images = 3 + bool(self.uncertainty) + (self.draws if self.completions else 0)  # 3: observation, mask, mean
         noise = STEPS * latent if self.quality == "refined" else 0
         return images * image + self.draws * latent + noise
 
@@ -207,7 +220,14 @@ async def restored(model: Model, submit: Submit, inputs: Inputs, seen: Observati
     if estimated or every:
         result = _with_clipped_level(result, sighted, inputs)
     result = result._replace(trip=result.trip.after(before))
-    return result if inputs.tiling is None else _joined(result, inputs.tiling)
+    result = result if inputs.tiling is None else _joined(result, inputs.tiling)
+    return _with_scale(result) if options.uncertainty == "map" else result
+
+
+def _with_scale(result: Result) -> Result:
+    """Add the standard deviation that a heat map shows as its last colour: one for all rows, so that they compare."""
+    top = np.percentile(np.sqrt(np.square(result.outputs["std"]).mean(1)), TOP_PERCENTILE)
+    return result._replace(about={**result.about, "std_scale": round(float(top), SCALE_DIGITS)})
 
 
 def _check_draws(model: Model, seen: Observation, options: RestoreOptions) -> None:
@@ -247,7 +267,7 @@ async def _answered(model: Model, submit: Submit, inputs: Inputs, seen: Observat
     choices = RestoreChoices(
         options.quality == "refined",
         options.draws,
-        options.uncertainty,
+        bool(options.uncertainty),
         options.completions,
         options.preview,
         inputs.mask is not None,

@@ -21,8 +21,8 @@ from service.runtime.program import FreeSize, Graph, Graphs, ModelProgram
 MOST_PROGRAMS = 256
 """Bounds the program cache, because static choices such as `blur` come from the client."""
 
-PRIOR, ONE_GROUP = "a prior p(z)", "latents of one group"
-"""Abilities that are not graphs."""
+PRIOR, ONE_GROUP, NOISE = "a prior p(z)", "latents of one group", "noise"
+"""Abilities that are not graphs; that of a family of noise is `gaussian noise`, say."""
 
 
 @dataclass(eq=False)
@@ -61,9 +61,13 @@ class Model:
 
     @cached_property
     def abilities(self) -> frozenset[str]:
-        """Its graphs, `PRIOR` where latents have one, and `ONE_GROUP` where all latents are independent given x."""
+        """Its graphs, the noise that it removes, `PRIOR` and `ONE_GROUP` where they hold.
+
+        The latter two are that latents have a prior, and that all latents are independent given x.
+        """
         prior = set() if self.manifest.prior is None else {PRIOR}
-        return frozenset(self.graphs) | prior | (set() if self.manifest.groups else {ONE_GROUP})
+        noise = {f"{family} {NOISE}" for family in self.manifest.noise_families}
+        return frozenset(self.graphs) | noise | prior | (set() if self.manifest.groups else {ONE_GROUP})
 
     @cached_property
     def latent_axes(self) -> tuple[Axis, ...]:

@@ -324,7 +324,7 @@ def test_encode_gives_the_latents_of_a_noisy_image(app: FastAPI) -> None:
 @pytest.mark.parametrize(
     ("path", "options", "says"),
     [
-        ("denoise", {"noise": "poisson", "level": 0.1}, "knows gaussian, processed and none"),
+        ("denoise", {"noise": "poisson", "level": 0.1}, "of the kinds gaussian, processed and none"),
         ("denoise", {"noise": "auto", "level": 0.1}, "a level is that of one kind of noise"),
         ("denoise", {"blur": 1.0, "noise": "processed"}, "after a blur it must be gaussian or none"),
         ("denoise", {"draws": 2, "quality": "refined", "level": 0.1}, "draws with quality=fast alone"),
