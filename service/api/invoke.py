@@ -18,6 +18,7 @@ from service.api.memory import Memory, Share
 from service.api.offload import Offload
 from service.api.progress import Event, watched
 from service.codecs.payload import Answer, Meter
+from service.codecs.source import Source
 from service.errors import CallerGone, DeadlinePassed, Deferred, ReaderFault, ServiceError
 from service.observability.metrics import Telemetry
 from service.observability.request_ids import request_id
@@ -74,6 +75,7 @@ class Invocation(NamedTuple):
         begun: Whether it is a further part of an answer that has begun: neither a full queue nor the deadline refuses
             it.
         row_bytes: Estimated memory of answering one row.
+        source: What pictures in the answer keep of those that were sent; None without any.
     """
 
     model: Model
@@ -83,6 +85,7 @@ class Invocation(NamedTuple):
     caller: Caller
     begun: bool = False
     row_bytes: int = 0
+    source: Source | None = None
 
 
 async def invoke(submit: Submit, invocation: Invocation) -> Answer:
@@ -91,11 +94,11 @@ async def invoke(submit: Submit, invocation: Invocation) -> Answer:
     Raises:
         ServiceError: What the operation and the engine raise.
     """
-    model, operation, inputs, options, caller, begun, _ = invocation
+    model, operation, inputs, options, caller, begun, _, source = invocation
     known = partial(submit, deadline=None if begun else caller.deadline, gone=caller.gone, begun=begun)
     if inputs.levels is not None:
         known = partial(known, levels=inputs.levels)
-    return _answer(model, await operation.perform(model, known, inputs, options))
+    return _answer(model, await operation.perform(model, known, inputs, options), source)
 
 
 async def invoke_parts(submit: Submit, invocation: Invocation, rows: int) -> AsyncGenerator[Answer, None]:
@@ -136,7 +139,7 @@ def invoke_events(submit: Submit, invocation: Invocation) -> AsyncGenerator[Even
     return watched(run)
 
 
-def _answer(model: Model, result: Result) -> Answer:
+def _answer(model: Model, result: Result, source: Source | None = None) -> Answer:
     """The result of an operation, with the model that it is from."""
     manifest, trip = model.manifest, result.trip
     about = {
@@ -145,7 +148,7 @@ def _answer(model: Model, result: Result) -> Answer:
         "fingerprint": manifest.fingerprint,
         **result.about,
     }
-    return Answer(result.outputs, about, trip.queue_s, trip.inference_s)
+    return Answer(result.outputs, about, trip.queue_s, trip.inference_s, source or Source())
 
 
 async def prepare(
@@ -178,5 +181,5 @@ async def prepare(
     except Exception as error:
         log.exception("request %s: reading %s failed", request_id(), what)
         raise ReaderFault(f"the body cannot be read as {what}") from error
-    share.keep(invocation.inputs.nbytes)
+    share.keep(invocation.inputs.nbytes + (invocation.source.nbytes if invocation.source else 0))
     return invocation

@@ -11,9 +11,9 @@ from service.runtime.model import Model
 
 NUMBER_BYTES = 16
 """Memory of one number of an answer, as array and as text."""
-LEVEL_BYTES = 4
-"""Memory of one 8-bit level of an answer: as array, in the picture that is written, in its file, and of what was sent
-with its missing pixels set to 0."""
+LEVEL_BYTES = {"uint8": 4, "uint16": 6}
+"""Memory of one level of an answer: as array, in the picture that is written, in its file, and of what was sent with
+its missing pixels set to 0."""
 RETRY_S = 1.0
 
 
@@ -109,7 +109,7 @@ class Share:
 
 
 def answer_bytes(
-    model: Model, options: Any, rows: int, size: tuple[int, int] | None = None, *, levels: bool = False
+    model: Model, options: Any, rows: int, size: tuple[int, int] | None = None, *, levels: str | None = None
 ) -> int:
     """Estimate the memory of answering `rows` rows at once, in bytes.
 
@@ -118,13 +118,13 @@ def answer_bytes(
         options: The options of the request.
         rows: Number of rows.
         size: Height and width of images; None for a model of one size.
-        levels: Whether the images of the answer are levels, of which a picture is written.
+        levels: Type of the levels that the images of the answer are, of which a picture is written.
     """
     image, latent = math.prod(model.input_shape), math.prod(model.latent_shape)
     if size is not None:
         height, width = model.padded(size)
         image, latent = model.input_shape[0] * height * width, math.prod(model.latent_at(height, width))
-    if not levels:
+    if levels is None:
         return NUMBER_BYTES * rows * int(options.memory_numbers(image, latent))
     pixels, others = int(options.memory_levels(image)), int(options.memory_numbers(0, latent))
-    return rows * (LEVEL_BYTES * pixels + NUMBER_BYTES * others)
+    return rows * (LEVEL_BYTES[levels] * pixels + NUMBER_BYTES * others)

@@ -1,19 +1,27 @@
 """Picture files before decoding: finds format, size and cost of decoding, and removes metadata.
 
-Pillow limits metadata and spends time and memory on it. Only pixels, palette, transparency and EXIF are needed here.
-Sources: PNG 3rd edition, 5; ITU-T T.81, annex B; RFC 9649 (WebP); Microsoft, "Bitmap header types".
+Pillow limits metadata and spends time and memory on it. Only pixels, palette, transparency, EXIF and the colour profile
+are needed here.
+Sources: PNG 3rd edition, 5; ITU-T T.81, annex B; RFC 9649 (WebP); Microsoft, "Bitmap header types"; CompuServe, GIF89a;
+ICC.1:2022, 7.2 and annex B.
 """
 
 from __future__ import annotations
 
+import io
 import re
 import struct
 import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from PIL import AvifImagePlugin, Image, features
+
 from service.codecs.payload import Body
+from service.contract.images import DECODER_ERRORS
 from service.errors import TooLarge, Unreadable
+
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # decoding takes place in one of the service's own threads
 
 MAX_CHUNKS = 2**15
 """Most chunks of a PNG or a WebP, and most segments of a JPEG before its first scan."""
@@ -22,6 +30,8 @@ MAX_JUNK = 2**16
 MAX_TAGS = 1024
 ORIENTATION, SHORT = 0x0112, 3
 """The EXIF tag of the orientation, and its type."""
+ICC_MARK = b"ICC_PROFILE\0"
+"""Beginning of the JPEG segments that hold parts of a colour profile, each with its place. Source: ICC.1:2022, B.4."""
 MAX_SCANS = 100
 """Most scans of a JPEG; cameras and converters write about ten."""
 MAX_SCANNED = 2**30
@@ -29,6 +39,10 @@ MAX_SCANNED = 2**30
 PNG = b"\x89PNG\r\n\x1a\n"
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 PNG_KEPT = (b"PLTE", b"tRNS")
+PNG_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+"""Numbers a pixel by the type of colour."""
+MAX_PROFILE = 2**21
+"""Most bytes of a colour profile; larger ones are for printers."""
 MARKER = re.compile(rb"\xff[^\x00\xff]")
 START_OF_SCAN, END_OF_IMAGE = 0xDA, 0xD9
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -36,21 +50,23 @@ PROGRESSIVE = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
 ALONE = frozenset({0x01, *range(0xD0, 0xD9)})
 """Markers that have no length."""
 COMMENTS = frozenset({*range(0xE0, 0xF0), 0xFE})
-WEBP_KEPT = (b"VP8X", b"VP8 ", b"VP8L", b"ALPH", b"EXIF")
+WEBP_KEPT = (b"VP8X", b"VP8 ", b"VP8L", b"ALPH", b"EXIF", b"ICCP")
 ANIMATED, ALPHA = 0x02, 0x10
 BMP_RAW = (0, 3)
 """Values of the field compression: none, or none with bit masks for the colours."""
 
 WEBP_BYTES = 16
 """Memory a pixel of libwebp's animation decoder, whatever the file holds."""
+AVIF_BYTES, HEIC_BYTES, GIF_BYTES = 24, 24, 24
+"""The same of libavif and libheif, and of Pillow, which keeps the frame before and lays one on the other."""
+GIF_EXTENSION, GIF_IMAGE, GIF_END = 0x21, 0x2C, 0x3B
+GIF_CONTROL, GIF_CONTROL_BYTES = 0xF9, 8
+GIF_LOOP = b"\xff\x0bNETSCAPE2.0\x03\x01"
+MAX_BLOCKS = 2**20
+"""Most blocks of a GIF, of at most 255 bytes each."""
 
 CONVERT = "convert it to PNG, for example with ImageMagick: magick picture.{} picture.png"
 OTHERS: tuple[tuple[bytes, str, str], ...] = (
-    (b"GIF8", "a GIF", CONVERT.format("gif")),
-    (b"II*\0", "a TIFF", CONVERT.format("tiff")),
-    (b"MM\0*", "a TIFF", CONVERT.format("tiff")),
-    (b"II+\0", "a TIFF", CONVERT.format("tiff")),
-    (b"MM\0+", "a TIFF", CONVERT.format("tiff")),
     (b"\0\0\0\x0cjP  \r\n", "a JPEG 2000 file", CONVERT.format("jp2")),
     (b"\xff\x4f\xff\x51", "a JPEG 2000 file", CONVERT.format("j2k")),
     (b"\0\0\0\x0cJXL \r\n", "a JPEG XL file", CONVERT.format("jxl")),
@@ -67,19 +83,11 @@ OTHERS: tuple[tuple[bytes, str, str], ...] = (
     *((b"P%d%c" % (kind, space), "a PNM file", CONVERT.format("pnm")) for kind in range(1, 8) for space in b"\n\r\t "),
 )
 """(first bytes, name of the format, advice)."""
-BRANDS = {
-    "an AVIF": (CONVERT.format("avif"), (b"avif", b"avis")),
-    "a HEIC": (CONVERT.format("heic"), (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")),
-}
-"""Formats in ISO base media files: name -> (advice, brands)."""
+AVIF_BRANDS = (b"avif", b"avis")
+HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
+"""Marks in the first box of ISO base media files."""
+HEIC_EXTRA = "pip install 'vae-service[heic]'"
 UNREAD_TYPES = {
-    "image/gif": "GIF",
-    "image/tiff": "TIFF",
-    "image/tif": "TIFF",
-    "image/x-tiff": "TIFF",
-    "image/avif": "AVIF",
-    "image/heic": "HEIC",
-    "image/heif": "HEIC",
     "image/jp2": "JPEG 2000",
     "image/jpx": "JPEG 2000",
     "image/j2k": "JPEG 2000",
@@ -104,6 +112,10 @@ class Picture(NamedTuple):
         orientation: How to turn it, as EXIF counts; 1 is not at all.
         grey: Whether all its pixels are grey, by its header or its palette.
         depth: Bytes of one level.
+        profile: Its colour profile (ICC); empty without.
+        frames: Pictures in the file.
+        durations: Milliseconds of each frame of a GIF.
+        loop: How often a GIF is repeated, 0 for ever; None for once.
     """
 
     form: str
@@ -115,15 +127,16 @@ class Picture(NamedTuple):
     orientation: int = 1
     grey: bool = False
     depth: int = 1
+    profile: bytes = b""
+    frames: int = 1
+    durations: tuple[int, ...] = ()
+    loop: int | None = 0
 
-    def pixel_bytes(self, channels: int) -> int:
-        """Most bytes a pixel of decoding, converting and stacking; tests/service/test_pictures.py measures them."""
-        return self.decoded + 6 * channels + (14 if self.transparent else 8)
-
-    def level_bytes(self, channels: int, *, masked: bool) -> int:
-        """The same where pixels stay levels, and where its opacity is a mask too."""
+    def passing_bytes(self, channels: int, *, floats: bool) -> int:
+        """Most bytes a pixel of decoding and converting one frame; tests/service/test_pictures.py measures them."""
         turned = 4 if self.orientation != 1 else 0
-        return self.decoded + turned + self.depth * channels + 1 + (12 if masked and self.transparent else 0)
+        levels = self.depth * channels if floats else 0
+        return self.decoded + turned + levels + (8 if self.transparent else 4 if floats else 1)
 
 
 def picture(body: Body) -> Picture:
@@ -142,6 +155,10 @@ def picture(body: Body) -> Picture:
         found = _webp(body)
     elif head.startswith(b"BM"):
         found = _bmp(body)
+    elif head.startswith((b"GIF87a", b"GIF89a")):
+        found = _gif(body)
+    elif head[4:8] == b"ftyp" and (form := _coded_in_boxes(bytes(body[8:64]))):
+        found = _opened(body, form)
     else:
         raise Unreadable(_unread(bytes(body[:1024])))
     if found.width == 0 or found.height == 0:
@@ -151,12 +168,8 @@ def picture(body: Body) -> Picture:
 
 def _unread(head: bytes) -> str:
     """The message for a format that is not read: its name, where known, and advice."""
-    known = "PNG, JPEG, WebP and BMP are read"
+    known = "PNG, JPEG, WebP, BMP, TIFF, GIF and AVIF are read"
     if head[4:8] == b"ftyp":
-        brands = head[8:64]
-        for name, (advice, marks) in BRANDS.items():
-            if any(mark in brands for mark in marks):
-                return f"the picture is {name}, which is not read; {advice}"
         return f"the file is a video; send a picture: {known}"
     for beginning, name, advice in OTHERS:
         if head.startswith(beginning):
@@ -208,7 +221,7 @@ def _png(body: Body) -> Picture:
     for kind, chunk in _png_chunks(body):
         if kind == b"IDAT":
             data.append(chunk[8:-4])
-        elif kind in PNG_KEPT or kind == b"eXIf":
+        elif kind in PNG_KEPT or kind in (b"eXIf", b"iCCP"):
             kept.setdefault(kind, chunk)
     length, check = sum(map(len, data)), zlib.crc32(b"IDAT")
     if not 0 < length < 2**31:
@@ -218,13 +231,31 @@ def _png(body: Body) -> Picture:
     head: list[bytes | memoryview] = [bytes(body[:33]), *(kept[kind] for kind in PNG_KEPT if kind in kept)]
     ends = struct.pack(">I4s", length, b"IDAT"), struct.pack(">I", check) + PNG_END
     width, height, depth, colour = struct.unpack_from(">IIBB", body, 16)
-    decoded = depth // 8 or 1 if colour in (0, 3) else 4
     transparent = colour in (4, 6) or b"tRNS" in kept
+    deep = 2 * (PNG_SAMPLES.get(colour, 4) + (b"tRNS" in kept))
+    decoded = deep if depth == 16 else 1 if colour in (0, 3) else 4
     content = b"".join([*head, ends[0], *data, ends[1]])
     turn = _orientation(kept.get(b"eXIf", b"")[8:])
     grey = colour in (0, 4) or (colour == 3 and _is_grey(bytes(kept.get(b"PLTE", b"")[8:-4]), 3))
-    bytes_a_level = 2 if (depth, colour) == (16, 0) else 1
-    return Picture("PNG", width, height, content, decoded, transparent, turn, grey, bytes_a_level)
+    bytes_a_level = 2 if depth == 16 else 1
+    profile = _unpacked(bytes(kept.get(b"iCCP", b"")[8:-4]))
+    return Picture("PNG", width, height, content, decoded, transparent, turn, grey, bytes_a_level, profile)
+
+
+def _unpacked(content: bytes) -> bytes:
+    """The profile in a chunk iCCP: a name, a zero, a zero for the method, and zlib's stream."""
+    begin = content[:81].find(b"\0") + 2
+    unpacking = zlib.decompressobj()
+    try:
+        return checked_profile(unpacking.decompress(content[begin:], MAX_PROFILE + 1)) if begin > 1 else b""
+    except zlib.error:
+        return b""
+
+
+def checked_profile(profile: bytes) -> bytes:
+    """A colour profile whose header has the length and mark of one; empty for any other."""
+    whole = len(profile) == int.from_bytes(profile[:4], "big") <= MAX_PROFILE
+    return profile if whole and profile[36:40] == b"acsp" else b""
 
 
 def _png_chunks(body: Body) -> Iterator[tuple[bytes, memoryview]]:
@@ -251,6 +282,7 @@ def _jpeg(body: Body) -> Picture:
     """
     kept: list[bytes | memoryview] = [b"\xff\xd8"]
     frames: list[tuple[int, int, int, int]] = []
+    profile: dict[int, memoryview] = {}
     scans, turn = 0, 0
     for kind, start, segment in _jpeg_segments(body):
         if kind == START_OF_SCAN and len(segment) > 4:
@@ -262,6 +294,8 @@ def _jpeg(body: Body) -> Picture:
             kept.append(segment)
         if kind == 0xE1 and bytes(segment[4:10]) == b"Exif\0\0":
             turn = turn or _orientation(segment[10:])
+        if kind == 0xE2 and bytes(segment[4:16]) == ICC_MARK and len(segment) >= 18:
+            profile.setdefault(segment[16], segment[18:])
     if len(frames) != 1:
         raise _broken("JPEG")
     kind, height, width, components = frames[0]
@@ -270,7 +304,8 @@ def _jpeg(body: Body) -> Picture:
         _check_scans(body.count(b"\xff\xda", scans), width * height)
         decoded += 2 * components  # all coefficients are kept until the last scan
     content, grey = b"".join([*kept, memoryview(body)[scans:]]), components == 1
-    return Picture("JPEG", width, height, content, decoded, orientation=turn or 1, grey=grey)
+    joined = checked_profile(b"".join(profile[place] for place in sorted(profile)))
+    return Picture("JPEG", width, height, content, decoded, orientation=turn or 1, grey=grey, profile=joined)
 
 
 def _jpeg_segments(body: Body) -> Iterator[tuple[int, int, memoryview]]:
@@ -319,8 +354,9 @@ def _webp(body: Body) -> Picture:
         sides = b"".join((side - 1).to_bytes(3, "little") for side in canvas)
         alpha = [_riff(b"ALPH", kept[b"ALPH"])] if b"ALPH" in kept else []
         chunks = [_riff(b"VP8X", bytes([ALPHA if transparent else 0, 0, 0, 0]) + sides), *alpha, *chunks]
-    turn = _orientation(kept.get(b"EXIF", b""))
-    return Picture("WEBP", width, height, _riff(b"RIFF", b"WEBP" + b"".join(chunks)), WEBP_BYTES, transparent, turn)
+    turn, profile = _orientation(kept.get(b"EXIF", b"")), checked_profile(bytes(kept.get(b"ICCP", b"")))
+    whole = _riff(b"RIFF", b"WEBP" + b"".join(chunks))
+    return Picture("WEBP", width, height, whole, WEBP_BYTES, transparent, turn, profile=profile)
 
 
 def _webp_chunks(body: Body) -> Iterator[tuple[bytes, memoryview]]:
@@ -383,3 +419,112 @@ def _bmp(body: Body) -> Picture:
 def _is_grey(palette: bytes, step: int) -> bool:
     """Whether all colours of a palette, one every `step` bytes, are grey."""
     return palette[0::step] == palette[1::step] == palette[2::step]
+
+
+def _gif(body: Body) -> Picture:
+    """Examine a GIF. Of its extensions those that time its frames and make them transparent are kept."""
+    if len(body) < 13:
+        raise _broken("GIF")
+    width, height, flags = struct.unpack_from("<HHB", body, 6)
+    place = 13 + _colours(flags)
+    grey, transparent, loop = _is_grey(bytes(body[13:place]), 3), False, None
+    kept: list[bytes | memoryview] = [memoryview(body)[:place]]
+    durations, duration = list[int](), 0
+    for kind, start, end in _gif_blocks(body, place):
+        block = memoryview(body)[start:end]
+        if kind == GIF_IMAGE:
+            left, top, across, down, own = struct.unpack_from("<HHHHB", block, 1)
+            if left + across > width or top + down > height:
+                raise _broken("GIF")
+            grey = grey and _is_grey(bytes(block[10 : 10 + _colours(own)]), 3)
+            kept.append(block)
+            durations.append(duration)
+            duration = 0
+        elif block[1] == GIF_CONTROL and len(block) == GIF_CONTROL_BYTES:
+            transparent = transparent or bool(block[3] & 1)
+            (hundredths,) = struct.unpack_from("<H", block, 4)
+            duration = 10 * hundredths
+            kept.append(block)
+        elif bytes(block[1:16]) == GIF_LOOP:
+            (loop,) = struct.unpack_from("<H", block, 16)
+    if not durations:
+        raise _broken("GIF")
+    content, frames = b"".join([*kept, bytes([GIF_END])]), len(durations)
+    transparent = transparent or frames > 1  # Pillow may give later frames an opacity
+    return Picture(
+        "GIF", width, height, content, GIF_BYTES, transparent,
+        grey=grey, frames=frames, durations=tuple(durations), loop=loop,
+    )  # fmt: skip
+
+
+def _colours(flags: int) -> int:
+    """Bytes of the table of colours that the flags of a GIF or of a frame announce."""
+    return 3 * 2 ** ((flags & 7) + 1) if flags & 0x80 else 0
+
+
+def _gif_blocks(body: Body, place: int) -> Iterator[tuple[int, int, int]]:
+    """(kind, start, end) of extensions and frames; the end mark may be missing."""
+    steps = 0
+    while place < len(body) and body[place] != GIF_END:
+        start, kind = place, body[place]
+        if kind == GIF_IMAGE and place + 10 < len(body):
+            place += 11 + _colours(body[place + 9])
+        elif kind == GIF_EXTENSION:
+            place += 2
+        else:
+            raise _broken("GIF")
+        while place < len(body) and body[place]:
+            place += 1 + body[place]
+            steps += 1
+            if steps > MAX_BLOCKS:
+                raise _too_many("GIF")
+        place += 1
+        if place > len(body):
+            raise _broken("GIF")
+        yield kind, start, place
+
+
+def _coded_in_boxes(brands: bytes) -> str:
+    """The format of a still picture in an ISO base media file, by its marks; empty for any other."""
+    if any(mark in brands for mark in AVIF_BRANDS):
+        return "AVIF"
+    return "HEIF" if any(mark in brands for mark in HEIC_BRANDS) else ""
+
+
+def _opened(body: Body, form: str) -> Picture:
+    """Examine an AVIF or a HEIC by its library, which reads no pixels for it.
+
+    libheif turns pictures itself; libavif says how, as EXIF does.
+    """
+    decoded = AVIF_BYTES
+    if form == "AVIF" and not features.check("avif"):
+        raise Unreadable(f"the picture is an AVIF, which this build of Pillow does not read; {CONVERT.format('avif')}")
+    if form == "HEIF":
+        _open_heic()
+        decoded = HEIC_BYTES
+    content = bytes(body)
+    try:
+        with Image.open(io.BytesIO(content), formats=(form,)) as image:
+            if form == "AVIF" and getattr(image, "n_frames", 1) > 1:
+                raise Unreadable("the AVIF is animated, which is not read; send one of its pictures")
+            profile = checked_profile(image.info.get("icc_profile") or b"")
+            turn = _orientation(image.info.get("exif") or b"") if form == "AVIF" else 1
+            transparent, grey = "A" in image.mode, image.mode.startswith("L")
+            return Picture(form, *image.size, content, decoded, transparent, turn, grey, profile=profile)
+    except (*DECODER_ERRORS, RuntimeError) as error:
+        raise _broken(form) from error
+
+
+def _open_heic() -> None:
+    """Make Pillow open HEIC.
+
+    Raises:
+        Unreadable: The extra is not installed.
+    """
+    try:
+        import pi_heif  # noqa: PLC0415  # an extra
+    except ImportError as error:
+        raise Unreadable(
+            f"the picture is a HEIC, which this service reads only after {HEIC_EXTRA}; {CONVERT.format('heic')}"
+        ) from error
+    pi_heif.register_heif_opener()

@@ -31,6 +31,7 @@ from service.codecs.payload import (
     check_pictures,
     of_one_type,
 )
+from service.codecs.source import LEVELS, joined
 from service.errors import InvalidOption, InvalidShape, InvalidValue, TooLarge, Unreadable, quoted
 
 logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # its warnings repeat what the answer says
@@ -75,10 +76,10 @@ def read(body: Body, content_type: str, intake: Intake) -> Payload:
         raise Unreadable(f"the form has no file in the field `file`{instead}; with curl: -F file=@digit.png")
     if unknown:
         raise InvalidOption(f"the form has a file in the field {quoted(unknown[0])}; files go in `file` and `mask`")
-    array, mask = _rows(files["file"], intake)
+    found = _rows(files["file"], intake)
     if files["mask"]:
-        mask = _masks(files["mask"], intake)
-    return Payload(array, mask, options)
+        found = found._replace(mask=_masks(files["mask"], intake))
+    return found._replace(options=options)
 
 
 def read_urlencoded(body: Body, _content_type: str, _intake: Intake) -> Payload:
@@ -116,15 +117,26 @@ def _text(part: Part) -> str:
         raise Unreadable(f"the form's field {quoted(part.name)} is not UTF-8 text; send a file as a file") from error
 
 
-def _rows(files: list[bytes], intake: Intake) -> tuple[Array, Array | None]:
-    """The rows of all files, and a mask where every picture has one."""
+def _rows(files: list[bytes], intake: Intake) -> Payload:
+    """The rows of all files, with a mask where every picture has one."""
     check_pictures(len(files), intake.meter)
     found = [_read(content, "file", intake) for content in files]
     if len(found) == 1:
         return found[0]
-    arrays = _joined([_as_rows(array, intake) for array, _ in found], "file", intake.meter)
-    masks = [mask for _, mask in found if mask is not None]
-    return arrays, np.concatenate(masks) if len(masks) == len(found) else None
+    sources = [one.source for one in found if one.source is not None]
+    source = None
+    if len(sources) == len(found):
+        source = joined([one.array for one in found if one.array is not None], sources)
+    elif any(one.kind not in LEVELS for one in sources):
+        raise InvalidShape(
+            "the form has pictures of numbers without a known white beside arrays; send one or the other"
+        )
+    arrays = [one.array for one in found if one.array is not None]
+    if source is None or source.kind in LEVELS:  # others are scaled later
+        arrays = [_as_rows(array, intake) for array in arrays]
+    array = _joined(arrays, "file", intake.meter)
+    masks = [one.mask for one in found if one.mask is not None]
+    return Payload(array, np.concatenate(masks) if len(masks) == len(found) else None, source=source)
 
 
 def _as_rows(array: Array, intake: Intake) -> Array:
@@ -137,7 +149,7 @@ def _as_rows(array: Array, intake: Intake) -> Array:
 
 def _masks(files: list[bytes], intake: Intake) -> Array:
     check_pictures(len(files), intake.meter)
-    found = [_read(content, "mask", intake)[0] for content in files]
+    found = [one.array for content in files if (one := _read(content, "mask", intake)).array is not None]
     if len(found) == 1:
         return found[0]
     return _joined([as_images(array, (1, *intake.shape[1:]), "mask") for array in found], "mask", intake.meter)
@@ -151,18 +163,14 @@ def _joined(arrays: list[Array], name: str, meter: Meter) -> Array:
     return np.concatenate(of_one_type(arrays, meter))
 
 
-def _read(content: bytes, field: str, intake: Intake) -> tuple[Array, Array | None]:
-    """A file as (rows, mask): the mask is the picture's opacity where the operation wants one."""
+def _read(content: bytes, field: str, intake: Intake) -> Payload:
+    """The rows of a file; their mask is the picture's opacity where the operation wants one."""
     try:
         if content.startswith(npy.MAGIC):
-            return npy.parse(content, intake._replace(float_pixels=None) if field == "mask" else intake), None
-        if field == "mask":
-            return image.parse_mask(content, intake)[None], None
-        payload = image.read(content, "", intake)
+            return Payload(npy.parse(content, intake._replace(float_pixels=None) if field == "mask" else intake))
+        return Payload(image.parse_mask(content, intake)) if field == "mask" else image.read(content, "", intake)
     except (InvalidShape, InvalidValue, Unreadable) as error:
         raise type(error)(f"in the form's field `{field}`: {error}") from error
-    assert payload.array is not None
-    return payload.array, payload.mask
 
 
 def _parse(body: Body, content_type: str, intake: Intake) -> list[Part]:

@@ -30,6 +30,8 @@ MAX_RANGES = 100
 """Most media ranges of one Accept header that match a format; browsers send fewer than ten."""
 MAX_RANGE = 128
 """Characters of one media range; no format has parameters that take more."""
+JAVA = "text/html, image/gif, image/jpeg, *; q=.2, */*; q=.2"
+"""What Java's HttpURLConnection sends unless it is told otherwise, and without the wish for a GIF."""
 RANGES = {ANYTHING, *WRITTEN, *(f"{media_type.partition('/')[0]}/*" for media_type in WRITTEN)}
 """Media ranges that match any format."""
 
@@ -137,7 +139,7 @@ def _relevant(accept: str) -> str:
     """
     entries = dict.fromkeys(entry.strip() for entry in _entries(accept))
     entries.pop("", None)
-    if not entries:
+    if not entries or accept.strip() == JAVA:
         return ANYTHING
     relevant = (normal for entry in entries if len(entry) <= MAX_RANGE and (normal := _normal(entry)))
     kept = [*islice(relevant, MAX_RANGES + 1)]
@@ -179,5 +181,5 @@ def write(answer: Answer, accepted: tuple[Codec, ...], accept: str) -> tuple[Cod
             return codec, content
     raise NotAcceptable(
         f"the outputs {', '.join(answer.outputs)} cannot be sent as {accept[:100]}; "
-        f"accept one of {', '.join(WRITTEN)} (PNG holds images alone, npy and raw arrays of one shape)"
+        f"accept one of {', '.join(WRITTEN)} (pictures hold images alone, npy and raw arrays of one shape)"
     )

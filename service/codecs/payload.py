@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from service.contract.images import FIT_ADVICE, WHITE, Pixels
-from service.errors import Deferred, InvalidShape, InvalidValue, TooLarge
+from service.codecs.source import LEVELS, Source
+from service.contract.images import FIT_ADVICE, WHITE, Pixels, white_of
+from service.errors import Deferred, InvalidOption, InvalidShape, InvalidValue, TooLarge
 
 FLOAT = np.dtype("<f4")
 """Numbers in binary formats."""
@@ -54,13 +55,19 @@ class Meter:
         self._pixels = self._pictures = 0
         self._in_loop = in_loop
 
-    def picture(self, width: int, height: int, pixel_bytes: int) -> None:
+    def slow(self) -> None:
+        """Raise Deferred in the event loop: what follows takes too long for it."""
+        if self._in_loop:
+            raise Deferred
+
+    def picture(self, width: int, height: int, pixel_bytes: int, pages: int = 1) -> None:
         """Count a picture by the size in its header, before it is decoded.
 
         Args:
             width: Pixels a row.
             height: Rows of pixels.
             pixel_bytes: Most memory that decoding and converting takes, in bytes a pixel.
+            pages: Pictures of that size.
 
         Raises:
             TooLarge: The request's pictures exceed VAE_MAX_PIXELS, or their memory VAE_MEMORY_BYTES.
@@ -68,15 +75,17 @@ class Meter:
             DeadlinePassed: The request's time is up.
             Deferred: Decoding takes too long for the event loop.
         """
-        if self._pixels + width * height > self.max_pixels:
+        pixels = width * height * pages
+        if self._pixels + pixels > self.max_pixels:
+            several = f"{pages} pages of " if pages > 1 else ""
             further = f", with {self._pixels} of the request's other pictures," if self._pixels else ""
-            raise TooLarge(f"{width} x {height} pixels{further} are above VAE_MAX_PIXELS ({self.max_pixels})")
-        self._pixels += width * height
+            raise TooLarge(f"{several}{width} x {height} pixels{further} are above VAE_MAX_PIXELS ({self.max_pixels})")
+        self._pixels += pixels
         self._pictures += 1
-        if self._in_loop and (self._pixels > LOOP_PIXELS or self._pictures > LOOP_PICTURES):
-            raise Deferred
+        if self._pixels > LOOP_PIXELS or self._pictures > LOOP_PICTURES:
+            self.slow()
         self.check_time()
-        self.reserve(width * height * pixel_bytes)
+        self.reserve(pixels * pixel_bytes)
 
 
 class Intake(NamedTuple):
@@ -90,6 +99,7 @@ class Intake(NamedTuple):
         or_latents: Whether `latents` may be sent in place of images.
         variants: Channels of the images of each variant of the model; empty where the shape's are the only ones.
         float_pixels: Pixels above which 8-bit and 16-bit images keep their integer levels; None converts all.
+        keeps_alpha: Whether the answer keeps the opacity of a picture, whose colours are then as they are stored.
     """
 
     name: str
@@ -99,6 +109,7 @@ class Intake(NamedTuple):
     or_latents: bool = False
     variants: tuple[int, ...] = ()
     float_pixels: int | None = None
+    keeps_alpha: bool = False
 
     @property
     def is_images(self) -> bool:
@@ -127,22 +138,26 @@ class Payload(NamedTuple):
     options: Mapping[str, Any] = MappingProxyType({})
     latents: bool = False
     """Whether the array holds latents, sent in place of images."""
+    source: Source | None = None
+    """What an answer keeps of pictures. Images of a type without a known white are not scaled yet."""
 
 
 class Answer(NamedTuple):
     """The outcome of an operation, for the codec that writes it.
 
     Attributes:
-        outputs: Arrays by name; the first axis is rows. `images` may be uint8 where a picture was asked for.
+        outputs: Arrays by name; the first axis is rows. `images` may be levels where a picture was asked for.
         about: Fields that describe them, by name: model, version, seed, notes.
         queue_s: Seconds in the queue.
         inference_s: Seconds in the model.
+        source: What pictures of it keep of those that were sent.
     """
 
     outputs: dict[str, NDArray[np.float32]]
     about: Mapping[str, Any] = MappingProxyType({})
     queue_s: float = 0.0
     inference_s: float = 0.0
+    source: Source = Source()
 
 
 Body = bytes | bytearray
@@ -160,6 +175,53 @@ def single_array(outputs: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float
 def images_only(answer: Answer) -> Pixels | None:
     """The images of an answer that holds nothing else; None for any other."""
     return answer.outputs["images"] if set(answer.outputs) == {"images"} else None
+
+
+def scaled(payload: Payload, scale: str | None, meter: Meter) -> Payload:
+    """Bring the numbers of pictures to [0, 1] by the option `scale`.
+
+    Args:
+        payload: What was sent.
+        scale: The numbers of black and white with a comma between, `auto` for the least and the largest of the
+            request, None for 0 and white of 8 or 16 bits.
+        meter: Limits on reading.
+
+    Raises:
+        InvalidOption: There are no pictures, or black is not below white.
+        InvalidValue: White is unknown, or a number is not finite.
+        TooLarge: The request needs too much memory to convert them.
+        Overloaded: Other requests leave too little memory.
+    """
+    images, source = payload.array, payload.source
+    if scale is None:
+        if source is not None and source.kind not in LEVELS:
+            raise InvalidValue(
+                f"the pictures hold numbers of type {source.kind.name}, whose black and white are unknown; name both "
+                "with scale=MIN,MAX, or use scale=auto, which takes the least and the largest"
+            )
+        return payload
+    if images is None or source is None:
+        raise InvalidOption("scale says what black and white of picture files are; arrays are sent in [0, 1]")
+    if images.shape[1] not in (1, 3):
+        raise InvalidOption(f"scale is for grey and for RGB, and images of the model have {images.shape[1]} channels")
+    meter.reserve(FLOAT.itemsize * images.size + 2 * 8 * images[0].size)
+    white = white_of(source.kind) if images.dtype != source.kind else 1.0  # of levels that are floats already
+    low, high = (float(images.min()), float(images.max())) if scale == "auto" else map(float, scale.split(","))
+    if scale == "auto":
+        high = high if high > low else low + 1.0 / white  # an image of one value is black
+    else:
+        low, high = low / white, high / white
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise InvalidValue("the images hold NaN or infinity, so scale has no bounds; every value must be finite")
+    if not low < high:
+        raise InvalidOption(f"scale is {scale}; name black first, and then a larger number for white")
+    found = np.empty(images.shape, np.float32)
+    for image, row in zip(images, found, strict=True):
+        values = image.astype(np.float64)
+        values -= low
+        values /= high - low
+        row[...] = values
+    return payload._replace(array=found, source=source._replace(scale=(low * white, high * white)))
 
 
 def check_pictures(count: int, meter: Meter) -> None:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from service.codecs import image
 from service.codecs.codec import Codec
 from service.codecs.payload import Answer, Body, Intake, Payload, check_pictures, of_one_type
-from service.contract.images import Pixels
+from service.codecs.source import Source, joined
 from service.errors import InvalidOption, InvalidShape, Unreadable, quoted
 
 MOST_AXES = 8
@@ -102,13 +102,13 @@ def _read(parser: simdjson.Parser, body: Body, intake: Intake) -> Payload:
     if not isinstance(content, simdjson.Object):
         raise Unreadable('the body must be a JSON object such as {"images": [...]}')
     named = _named(content)
-    array, mask = _arrays(named.pop(intake.name), intake) if intake.name in named else (None, None)
+    array, mask, source = _arrays(named.pop(intake.name), intake) if intake.name in named else (None, None, None)
     latents = intake.or_latents and array is None and "latents" in named
     if latents:
         array = _numbers(named.pop("latents"), "latents")
     if "mask" in named:
         mask = _numbers(named.pop("mask"), "mask")
-    return Payload(array, mask, {name: _plain(value) for name, value in named.items()}, latents)
+    return Payload(array, mask, {name: _plain(value) for name, value in named.items()}, latents, source)
 
 
 def _named(content: simdjson.Object) -> dict[str, Any]:
@@ -185,23 +185,22 @@ def _places(body: Body) -> Iterator[int]:
             place = body.find(word, place + 1)
 
 
-def _arrays(value: Any, intake: Intake) -> tuple[NDArray[Any], NDArray[Any] | None]:
-    """(rows, mask): the mask is there where every picture has one."""
+def _arrays(value: Any, intake: Intake) -> tuple[NDArray[Any], NDArray[Any] | None, Source | None]:
+    """(rows, mask, what an answer keeps of pictures): the mask is there where every picture has one."""
     texts = [value] if isinstance(value, str) else value
     if not (isinstance(texts, list | simdjson.Array) and len(texts) and isinstance(texts[0], str)):
-        return _numbers(value, intake.name), None
+        return _numbers(value, intake.name), None, None
     check_pictures(len(texts), intake.meter)
-    pictures, masks = list[NDArray[Any]](), list[Pixels | None]()
-    for text in texts:
-        picture, mask = image.parse(_base64(text), intake)
-        pictures.append(picture)
-        masks.append(mask)
-    if len({picture.shape for picture in pictures}) > 1:
+    found = [image.read(_base64(text), "", intake) for text in texts]
+    pictures = [one.array for one in found if one.array is not None]
+    if len({picture.shape[1:] for picture in pictures}) > 1:
         raise InvalidShape(
             "the pictures of one request must be of one size, all grey or all colour; send them one by one"
         )
-    seen = [mask for mask in masks if mask is not None]
-    return np.stack(of_one_type(pictures, intake.meter)), np.stack(seen) if len(seen) == len(pictures) else None
+    source = joined(pictures, [one.source for one in found if one.source is not None])
+    masks = [one.mask for one in found if one.mask is not None]
+    mask = np.concatenate(masks) if len(masks) == len(found) else None
+    return np.concatenate(of_one_type(pictures, intake.meter)), mask, source
 
 
 def _base64(text: Any) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +18,13 @@ Levels = NDArray[np.uint8] | NDArray[np.uint16]
 """Pixels as integers: 0 is black, the largest number of the type white."""
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+OPAQUE_MODES = {1: "LA", 3: "RGBA"}
+"""Modes with an opacity beside these channels."""
 OPAQUE = 255
 WHITE = 65535
-"""White of 16-bit grey."""
+"""White of 16 bits."""
+LUMA = (19595, 38470, 7471)
+"""Shares of red, green and blue in grey, in 65,536ths, as Pillow has them. Source: ITU-R BT.601."""
 NO_WHITE = "32-bit integer grey has no known white; convert it to 8 or 16 bits"
 STRIP_PIXELS = 2**18
 """Pixels of a large picture that are converted at once."""
@@ -39,6 +43,25 @@ DECODER_ERRORS = (
     ValueError, Warning, struct.error, zlib.error,
 )  # fmt: skip
 """Exceptions of Pillow for a broken file. `Warning` is there for processes that turn warnings into errors."""
+
+
+class Samples(NamedTuple):
+    """A decoded picture as numbers of any type, for what Pillow cannot hold.
+
+    Attributes:
+        colour: Grey or RGB, (h, w, 1) or (h, w, 3).
+        alpha: Opacity (h, w) of the same type; None where all is opaque.
+        associated: Whether the colours are multiplied by the opacity.
+    """
+
+    colour: NDArray[Any]
+    alpha: NDArray[Any] | None = None
+    associated: bool = False
+
+
+def white_of(kind: np.dtype[Any]) -> float:
+    """The number that stands for white and for opaque: the largest of integers, 1 of floats."""
+    return 1.0 if kind.kind == "f" else float(np.iinfo(kind).max)
 
 
 def to_array(image: Image.Image, channels: int, white: int = WHITE) -> Pixels:
@@ -64,38 +87,86 @@ def to_array(image: Image.Image, channels: int, white: int = WHITE) -> Pixels:
         divisor = np.float32(1.0 if image.mode == "F" else white)
         plane = np.divide(np.asarray(image), divisor, dtype=np.float32)
         return np.broadcast_to(plane, (channels, *plane.shape))
-    levels = _interleaved(image, channels)
+    levels = _interleaved(image, channels, on_black=True)
     values = np.empty((channels, *levels.shape[:2]), np.float32)
     for channel, plane in enumerate(values):
         np.divide(levels[..., channel], np.float32(255.0), out=plane)
     return values
 
 
-def _interleaved(image: Image.Image, channels: int) -> NDArray[np.uint8]:
-    """The 8-bit levels (h, w, channels) of an upright image, with transparent pixels on black."""
+def _interleaved(image: Image.Image, channels: int, *, on_black: bool) -> NDArray[np.uint8]:
+    """The 8-bit levels (h, w, channels) of an upright image."""
     if channels != 4 and is_transparent(image):
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, OPAQUE)), image)
+        if on_black:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, OPAQUE)), image)
+        image = image.convert("RGB")
     return np.atleast_3d(np.asarray(image.convert(MODES[channels])))
 
 
-def to_levels(image: Image.Image, channels: int) -> Levels:
-    """Convert an upright Pillow image to levels (channels, h, w), strip by strip, so that it takes little more memory.
+def draw(image: Image.Image | Samples, out: NDArray[Any], *, on_black: bool = True) -> None:
+    """Write an upright picture into an array, strip by strip, so that it takes little more memory.
 
-    The levels of 16-bit grey are uint16, all others uint8. Divided by white they are what `to_array` gives.
+    Args:
+        image: A Pillow image of 8 bits, or numbers.
+        out: (channels, h, w), of 1, 3 or 4 channels. Its type is that of the picture's numbers, uint8 for Pillow's, or
+            float32, to which levels are converted as parts of white.
+        on_black: Whether transparent pixels are laid on black; else their colours are as they are stored.
 
     Raises:
-        ValueError: It is 32-bit integer grey, whose white is unknown.
+        ValueError: The picture is 32-bit integer grey, whose white is unknown, or of another size.
     """
-    if image.mode == "I":
-        raise ValueError(NO_WHITE)
-    image.load()
-    deep = image.mode.startswith("I")
-    levels = np.empty((channels, image.height, image.width), np.uint16 if deep else np.uint8)
-    for top, bottom in _strips(image.height, image.width):
-        strip = image.crop((0, top, image.width, bottom))
-        levels[:, top:bottom] = np.asarray(strip) if deep else np.moveaxis(_interleaved(strip, channels), -1, 0)
-    return levels
+    if not isinstance(image, Samples):
+        if image.mode == "I":
+            raise ValueError(NO_WHITE)
+        image.load()
+    height, width = image.colour.shape[:2] if isinstance(image, Samples) else (image.height, image.width)
+    if out.shape[1:] != (height, width):
+        raise ValueError(f"the picture is of {width} x {height} pixels, not {out.shape[2]} x {out.shape[1]}")
+    for top, bottom in _strips(height, width):
+        strip = out[:, top:bottom]
+        if isinstance(image, Samples):
+            alpha = None if image.alpha is None else image.alpha[top:bottom]
+            part = image._replace(colour=image.colour[top:bottom], alpha=alpha)
+            levels = _converted(part, len(out), on_black=on_black)
+        else:
+            whole = bottom - top == height
+            cut = image if whole else image.crop((0, top, width, bottom))
+            levels = np.moveaxis(_interleaved(cut, len(out), on_black=on_black), -1, 0)
+        if levels.dtype.kind == "u" and out.dtype.kind == "f":
+            np.divide(levels, np.float32(white_of(levels.dtype)), out=strip)
+        else:
+            strip[...] = levels
+
+
+def _converted(found: Samples, channels: int, *, on_black: bool) -> NDArray[Any]:
+    """Numbers as (channels, h, w)."""
+    colour, alpha = found.colour, found.alpha
+    kind, white = colour.dtype, white_of(colour.dtype)
+    if on_black and alpha is not None and not found.associated and channels != 4:
+        colour = rounded(colour * (alpha / white)[..., None], kind)
+    if channels == 1 and colour.shape[2] == 3:
+        if kind in (np.uint8, np.uint16):  # the sum of the largest levels fits
+            red, green, blue = (colour[..., k].astype(np.uint32) * np.uint32(LUMA[k]) for k in range(3))
+            colour = ((red + green + blue + np.uint32(2**15)) >> np.uint32(16)).astype(kind)[..., None]
+        else:
+            colour = rounded(colour @ (np.array(LUMA) / 2**16), kind)[..., None]
+    planes = np.moveaxis(colour, -1, 0)
+    if channels == 4:
+        planes = np.broadcast_to(planes, (3, *planes.shape[1:]))
+        opaque = np.full(planes.shape[1:], white, kind) if alpha is None else alpha
+        return np.concatenate([planes, opaque[None]])
+    return np.broadcast_to(planes, (channels, *planes.shape[1:]))
+
+
+def rounded(values: NDArray[Any], kind: np.dtype[Any]) -> NDArray[Any]:
+    """Values as numbers of a type, integers by rounding to the nearest within its range."""
+    if kind.kind == "f":
+        return values.astype(kind)
+    known = np.iinfo(kind)
+    if kind.itemsize == 8:  # its largest number is no float64
+        return np.clip(np.rint(values), known.min, np.nextafter(float(known.max), 0.0)).astype(kind)
+    return np.clip(np.rint(values), known.min, known.max).astype(kind)
 
 
 def _strips(height: int, width: int) -> Iterator[tuple[int, int]]:
@@ -104,21 +175,31 @@ def _strips(height: int, width: int) -> Iterator[tuple[int, int]]:
     return ((top, min(top + rows, height)) for top in range(0, height, rows))
 
 
-def opacity(image: Image.Image) -> Pixels | None:
-    """Opacity of the pixels of a Pillow image, (1, h, w) in [0, 1], upright; None where it cannot be transparent."""
+def opacity(image: Image.Image | Samples) -> NDArray[Any] | None:
+    """Opacity of an upright picture as levels (1, h, w); None where it cannot be transparent."""
+    if isinstance(image, Samples):
+        return None if image.alpha is None else image.alpha[None]
     if not is_transparent(image):
         return None
-    image = upright(image)
-    if image.mode.startswith("I"):  # 16-bit grey, one level of which is transparent
-        return (np.asarray(image) != image.info["transparency"]).astype(np.float32)[None]
     alpha = image if image.mode in ("LA", "RGBA") else image.convert("RGBA")
-    return np.divide(np.asarray(alpha.getchannel("A")), np.float32(OPAQUE), dtype=np.float32)[None]
+    return np.asarray(alpha.getchannel("A"))[None]
 
 
-def seen(image: Image.Image) -> Pixels:
-    """The mask in a Pillow image, (1, h, w) in [0, 1]: its opacity if it has transparent pixels, else its luminance."""
+def draw_seen(image: Image.Image | Samples, out: Pixels) -> None:
+    """Write the mask in an upright picture of levels into an array (1, h, w), as numbers in [0, 1].
+
+    It is the opacity if any pixel is transparent, else the luminance.
+    """
     found = opacity(image)
-    return found if found is not None and found.min() < 1.0 else to_array(image, 1)
+    if found is None or found.min() == white_of(found.dtype):
+        draw(image, out)
+    else:
+        out[...] = to_floats(found)
+
+
+def to_floats(levels: NDArray[Any]) -> Pixels:
+    """Levels as parts of white."""
+    return np.divide(levels, np.float32(white_of(levels.dtype)), dtype=np.float32)
 
 
 def is_transparent(image: Image.Image) -> bool:
@@ -139,6 +220,17 @@ def turned(image: Image.Image, orientation: Any) -> Image.Image:
     """The image turned upright from an orientation as EXIF numbers it."""
     turn = TURNS.get(orientation)
     return image if turn is None else image.transpose(turn)
+
+
+def turned_array(image: NDArray[Any], orientation: int) -> NDArray[Any]:
+    """The same for an array (h, w, ...), as a view."""
+    if orientation not in TURNS:
+        return image
+    if orientation > 4:
+        image = image.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        image = image[::-1]
+    return image[:, ::-1] if orientation in (2, 3, 6, 7) else image
 
 
 def fit(images: Pixels, size: tuple[int, int], how: Fit) -> Pixels:
@@ -166,27 +258,73 @@ def _fit_plane(plane: Image.Image, size: tuple[int, int], how: Fit) -> NDArray[A
     return np.asarray(ImageOps.pad(plane, size) if how == "pad" else plane.resize(size, Image.Resampling.BICUBIC))
 
 
-def to_image(images: Pixels | NDArray[np.uint8]) -> Image.Image:
-    """One Pillow image of (n, c, h, w) in [0, 1] or uint8; several rows become a sheet, nearly square, blanks black."""
+def to_image(images: NDArray[Any], alpha: NDArray[Any] | None = None) -> Image.Image:
+    """One Pillow image of 8 bits; several rows become a sheet, nearly square, blanks black.
+
+    Args:
+        images: (n, c, h, w), values in [0, 1] or levels.
+        alpha: Opacity of every row (n, 1, h, w) likewise; blanks are transparent then.
+    """
     n, channels, height, width = images.shape
     columns = int(np.ceil(np.sqrt(n)))
     rows = -(-n // columns)
-    if images.dtype == np.uint8 or height * width > STRIP_PIXELS:
-        whole = Image.new(MODES[channels], (columns * width, rows * height))
-        for k, image in enumerate(images):
-            for top, bottom in _strips(height, width):
-                strip = _quantised(np.ascontiguousarray(np.moveaxis(image[:, top:bottom], 0, -1)))
-                whole.paste(_from_levels(strip), (k % columns * width, k // columns * height + top))
+    if alpha is not None or images.dtype.kind == "u" or height * width > STRIP_PIXELS:
+        mode = MODES[channels] if alpha is None else OPAQUE_MODES[channels]
+        whole = Image.new(mode, (columns * width, rows * height))
+        for k, top, strip in _interleaved_strips(images, alpha, np.dtype(np.uint8)):
+            whole.paste(_from_levels(strip), (k % columns * width, k // columns * height + top))
         return whole
     sheet = np.zeros((rows * columns, channels, height, width), np.float32)
     sheet[:n] = images
     tiled = sheet.reshape(rows, columns, channels, height, width).transpose(0, 3, 1, 4, 2)
-    return _from_levels(_quantised(tiled).reshape(rows * height, columns * width, channels))
+    levels = as_levels(tiled, np.dtype(np.uint8))
+    return _from_levels(levels.reshape(rows * height, columns * width, channels))
 
 
-def _quantised(values: NDArray[Any]) -> NDArray[np.uint8]:
-    """The nearest levels of values in [0, 1]; levels as they are."""
-    return values if values.dtype == np.uint8 else np.rint(np.clip(values, 0.0, 1.0) * 255.0).astype(np.uint8)
+def to_sheet(images: NDArray[Any], alpha: NDArray[Any] | None = None) -> NDArray[np.uint16]:
+    """The same as 16-bit levels (height, width, channels), the opacity behind the colours."""
+    n, channels, height, width = images.shape
+    columns = int(np.ceil(np.sqrt(n)))
+    sheet = np.zeros((-(-n // columns) * height, columns * width, channels + (alpha is not None)), np.uint16)
+    for k, top, strip in _interleaved_strips(images, alpha, sheet.dtype):
+        down, across = k // columns * height + top, k % columns * width
+        sheet[down : down + len(strip), across : across + width] = strip
+    return sheet
+
+
+def to_pages(images: NDArray[Any], alpha: NDArray[Any] | None, kind: np.dtype[Any]) -> NDArray[Any]:
+    """Rows as pages (n, h, w, channels) of numbers of a type, the opacity behind the colours; see `to_image`."""
+    n, channels, height, width = images.shape
+    pages = np.empty((n, height, width, channels + (alpha is not None)), kind)
+    for k, top, strip in _interleaved_strips(images, alpha, kind):
+        pages[k, top : top + len(strip)] = strip
+    return pages
+
+
+def _interleaved_strips(
+    images: NDArray[Any], alpha: NDArray[Any] | None, kind: np.dtype[Any]
+) -> Iterator[tuple[int, int, NDArray[Any]]]:
+    """(row, top, strip (h, w, channels)) of numbers of a type, the opacity behind the colours."""
+    for k, image in enumerate(images):
+        for top, bottom in _strips(*image.shape[1:]):
+            planes = as_levels(image[:, top:bottom], kind)
+            if alpha is not None:
+                planes = np.concatenate([planes, as_levels(alpha[k, :, top:bottom], kind)])
+            yield k, top, np.ascontiguousarray(np.moveaxis(planes, 0, -1))
+
+
+def as_levels(values: NDArray[Any], kind: np.dtype[Any]) -> NDArray[Any]:
+    """Values in [0, 1], or levels of 8 or 16 bits, as the nearest numbers of a type, 1 being its white.
+
+    What is of the type stays as it is. Levels of 16 bits that were divided by white in float32 come back exactly.
+    """
+    if values.dtype == kind or kind.kind == "f":
+        return values.astype(kind, copy=False)
+    if values.dtype.kind == "f":
+        return rounded(np.clip(values, 0.0, 1.0) * white_of(kind), kind)
+    if kind.itemsize == 1:
+        return ((values.astype(np.uint32) + 128) // 257).astype(kind)
+    return values.astype(kind) * kind.type(257)
 
 
 def _from_levels(levels: NDArray[np.uint8]) -> Image.Image:

@@ -24,6 +24,8 @@ from service.runtime.tiling import Levels
 
 Rows = NDArray[np.float32]
 
+NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d{1,3})?"
+"""A decimal number, as a pattern."""
 GOLDEN_IMAGES = ("encoder/x", "posterior/x", "recognition/y", "restoration/y")
 """Golden rows that are images."""
 TILED_NOTE = (
@@ -93,6 +95,11 @@ class Options(BaseModel):
         return None
 
     @property
+    def scaling(self) -> str | None:
+        """The numbers that are black and white in picture files, as `ImageOptions.scale` says; None where files do."""
+        return None
+
+    @property
     def images_alone(self) -> bool:
         """Whether an answer that has images has no other arrays, so that a picture holds it."""
         return True
@@ -130,6 +137,15 @@ class ImageOptions(Options):
 
     fit: Fit | None = None
     """Bring images of another size to the model's: `resize` stretches, `pad` adds black, `crop` cuts."""
+    scale: Annotated[str, Field(pattern=rf"^(auto|{NUMBER},{NUMBER})$", max_length=80)] | None = None
+    """The numbers that are black and white in picture files, as in `0,4095`; `auto` is the least and the largest number
+    of the request. Answers in TIFF, and in PNG of integers, have the same scale. Needed for TIFF of floats, of 32 bits
+    or with signs; all others take 0 and white of 8 or 16 bits without it."""
+
+    @property
+    def scaling(self) -> str | None:
+        """The numbers of black and white in picture files."""
+        return self.scale
 
     @property
     def resizing(self) -> Fit | Literal["tile"] | None:

@@ -20,6 +20,7 @@ OURS = {"service", "training", "experiments", "benchmarks", "tests", "docs"}
 ABSENT = "no_such_package"
 """A package that a test imports because it does not exist."""
 EXTRAS = {
+    "service/codecs/container.py": ["heic"],
     "service/repository/remote.py": ["remote"],
     "service/observability/tracing.py": ["tracing"],
     "training": ["train", "evaluation", "diffusers", "tensorboard"],

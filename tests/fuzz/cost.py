@@ -39,11 +39,11 @@ class Ledger(Meter):
         self.bytes, self.pixels, self.pictures = 0, 0, 0
         super().__init__(MAX_PIXELS, reserve=self._note)
 
-    def picture(self, width: int, height: int, pixel_bytes: int) -> None:
+    def picture(self, width: int, height: int, pixel_bytes: int, pages: int = 1) -> None:
         """As Meter's; pixels that were refused were not allowed."""
-        super().picture(width, height, pixel_bytes)
-        self.pixels += width * height
-        self.pictures += 1
+        super().picture(width, height, pixel_bytes, pages)
+        self.pixels += width * height * pages
+        self.pictures += pages
 
     @property
     def units(self) -> float:

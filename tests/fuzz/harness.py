@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import atheris
+import imagecodecs
 import numpy as np
+import tifffile
 from PIL import Image
 
 with atheris.instrument_imports(include=["service", "python_multipart"]):
@@ -165,6 +167,7 @@ def seeds(name: str) -> list[bytes]:
             picture("P", "PNG"),
             picture("RGB", "WEBP"),
             *pictures_too(),
+            *tiffs(),
         ],
         "multipart": [
             part % (b"file", npy) + field + b"--x--\r\n",
@@ -205,12 +208,32 @@ def pictures_too() -> list[bytes]:
         ("BMP", {}),
         ("JPEG", {"progressive": True, "exif": exif.tobytes()}),
         ("WEBP", {"lossless": True, "exif": exif.tobytes()}),
+        ("AVIF", {"exif": exif.tobytes()}),
+        ("GIF", {"save_all": True, "append_images": [Image.new("RGB", (8, 8), (9, 9, 9))]}),
         ("PNG", {"save_all": True, "append_images": [Image.new("RGB", (8, 8), (9, 9, 9))]}),
     ):
         file = io.BytesIO()
         Image.new("RGB", (8, 8), (200, 100, 50)).save(file, form, **options)
         found.append(file.getvalue())
     return found
+
+
+def tiffs() -> list[bytes]:
+    """TIFF of several compressions and types, and PNG of 16 bits."""
+    levels, found = np.arange(64, dtype=np.uint16).reshape(8, 8), []
+    for array, options in (
+        (levels, {}),
+        (levels, {"compression": "lzw", "predictor": True}),
+        (levels, {"compression": "zlib", "tile": (16, 16)}),
+        (levels, {"compression": "zstd", "byteorder": ">"}),
+        (np.stack([levels] * 3), {"imagej": True}),
+        (np.stack([levels] * 4, -1), {"photometric": "rgb"}),
+        (levels.astype(np.float32), {"bigtiff": True}),
+    ):
+        file = io.BytesIO()
+        tifffile.imwrite(file, array, **options)
+        found.append(file.getvalue())
+    return [*found, imagecodecs.png_encode(np.stack([levels] * 4, -1))]
 
 
 def picture(mode: str, form: str) -> bytes:

@@ -101,6 +101,7 @@ def test_every_endpoint_is_documented_with_an_example(client: httpx.Client) -> N
         "completions",
         "preview",
         "blur",
+        "scale",
     }
     assert all(parameter["description"] for parameter in denoise.values())
     for path, methods in paths.items():

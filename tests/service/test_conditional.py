@@ -211,10 +211,10 @@ def test_an_answer_that_misses_the_means_is_mended_where_they_have_no_noise() ->
 def test_a_picture_of_24_megapixels_fits_the_budget(repository: Repository) -> None:
     """Its answer is levels, and no latents are drawn."""
     model = repository.models["pictures"]["1"].variants[3]
-    estimate = answer_bytes(model, DenoiseOptions(), 1, (4000, 6000), levels=True)
+    estimate = answer_bytes(model, DenoiseOptions(), 1, (4000, 6000), levels="uint8")
     pixels = 3 * 4000 * 6000
     assert estimate + 2 * pixels < 0.9 * Settings().memory_bytes
-    assert answer_bytes(model, DenoiseOptions(draws=1), 1, (4000, 6000), levels=True) > estimate
+    assert answer_bytes(model, DenoiseOptions(draws=1), 1, (4000, 6000), levels="uint8") > estimate
 
 
 def test_means_of_blocks_need_no_matrices() -> None:

@@ -102,8 +102,8 @@ def test_the_commands_of_the_page_run(house: House, command: str) -> None:
         assert content.startswith(b"\x89PNG") if name.endswith(".png") else len(content.splitlines()) == 3
 
 
-def test_the_new_operation_takes_no_step_at_scale_0(house: House) -> None:
-    """`vary` at scale 0 is `reconstruct`; at another it is a function of the seed."""
+def test_the_new_operation_takes_no_step_at_step_0(house: House) -> None:
+    """`vary` at step 0 is `reconstruct`; at another it is a function of the seed."""
     image = {"images": [[[0.5] * 28] * 28] * 2}
 
     def varied(**options: float) -> np.ndarray:
@@ -112,9 +112,9 @@ def test_the_new_operation_takes_no_step_at_scale_0(house: House) -> None:
         )
 
     expected = httpx.post(f"{house.url}/v1/reconstruct", json=image).json()["images"]
-    np.testing.assert_allclose(varied(scale=0), expected, atol=1e-6)
-    assert np.array_equal(varied(scale=1, seed=3), varied(scale=1, seed=3))
-    assert np.abs(varied(scale=1, seed=3) - varied(scale=1, seed=4)).max() > 0.01
+    np.testing.assert_allclose(varied(step=0), expected, atol=1e-6)
+    assert np.array_equal(varied(step=1, seed=3), varied(step=1, seed=3))
+    assert np.abs(varied(step=1, seed=3) - varied(step=1, seed=4)).max() > 0.01
     assert "/v1/vary" in httpx.get(f"{house.url}/openapi.json").json()["paths"]
 
 

@@ -12,7 +12,7 @@ from service.codecs.negotiation import READ, SHORT, WRITTEN
 from service.errors import Malformed, NotAcceptable
 
 JSON, NPY, RAW, PNG = "application/json", "application/x-npy", "application/octet-stream", "image/png"
-EVENTS, LINES = "text/event-stream", "application/x-ndjson"
+TIFF, GIF, EVENTS, LINES = "image/tiff", "image/gif", "text/event-stream", "application/x-ndjson"
 LIKE_NPY = (NPY, *(form for form in WRITTEN if form != NPY))
 NO_JSON = tuple(form for form in LIKE_NPY if form != JSON)
 PADDING = ", ".join(f"application/vnd.example.v{number}+json" for number in range(600))
@@ -26,12 +26,12 @@ CASES = {
     "the order of qualities": (f"{JSON};q=0.2, {PNG};q=0.9, {RAW};q=0.5", (PNG, RAW, JSON)),
     "capitals": (f"{JSON.upper()};Q=0.2, {PNG.upper()}", (PNG, JSON)),
     "the most specific range, though it comes last": (
-        f"*/*, application/*;q=0.5, {NPY};q=0.1", (PNG, EVENTS, JSON, RAW, LINES, NPY),
+        f"*/*, application/*;q=0.5, {NPY};q=0.1", (PNG, TIFF, GIF, EVENTS, JSON, RAW, LINES, NPY),
     ),
     "the most specific range, though it is worse": (f"{JSON};q=0.1, */*;q=0.9", (*NO_JSON, JSON)),
     "all but one": (f"*/*, {JSON};q=0", NO_JSON),
-    "all but one, which comes first": (f"{PNG};q=0.0, image/*, {RAW};q=0.1", (RAW,)),
-    "all but a type": ("*/*, application/*;q=0", (PNG, EVENTS)),
+    "all but one, which comes first": (f"{PNG};q=0.0, image/*, {RAW};q=0.1", (TIFF, GIF, RAW)),
+    "all but a type": ("*/*, application/*;q=0", (PNG, TIFF, GIF, EVENTS)),
     "nothing at all": ("*/*;q=0", ()),
     "spaces": (f"  {PNG} ; q=0.5 ,\t{JSON}\t;\tq=0.9", (JSON, PNG)),
     "a charset": (f"{JSON}; charset=UTF-8", (JSON,)),
@@ -97,6 +97,6 @@ def test_the_answer_is_in_the_form_that_was_wished_for(client: httpx.Client) -> 
         assert answer.headers["content-type"] == PNG
     assert len(PADDING) > SHORT
     lines = [("content-type", RAW), ("accept", f"{PNG};q=0"), ("accept", "image/*, application/x-npy;q=0.5")]
-    assert client.post("/v1/reconstruct", headers=lines, **body).headers["content-type"] == NPY
+    assert client.post("/v1/reconstruct", headers=lines, **body).headers["content-type"] == TIFF
     none = client.post("/v1/reconstruct", headers={"content-type": RAW, "accept": f"{PNG};q=0"}, **body)
     assert (none.status_code, none.json()["code"]) == (406, "not_acceptable")

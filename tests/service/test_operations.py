@@ -266,7 +266,7 @@ def test_a_caller_gets_the_form_it_likes_best(client: httpx.Client, images: Rows
         "*/*": "image/png",
         "application/json;q=0.5, application/x-npy": "application/x-npy",
         "image/*": "image/png",
-        "image/gif, application/octet-stream;q=0.1": "application/octet-stream",
+        "image/jpeg, application/octet-stream;q=0.1": "application/octet-stream",
         "image/png;q=0, */*": "application/json",
     }
     for accept, form in wishes.items():

@@ -129,8 +129,8 @@ def test_pictures_are_turned_as_pillow_does(form: str, orientation: int) -> None
     expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(body))).convert("L")) / 255  # type: ignore[union-attr]
     if form == "TIFF":
         found = to_array(Image.open(io.BytesIO(body)), 1)
-    else:
-        found, _ = image.parse(body, Intake("images", (1, 8, 8), Meter()))
+        assert np.allclose(found[0], expected, atol=1e-6)
+    found = image.read(body, "", Intake("images", (1, 8, 8), Meter())).array[0]
     assert np.allclose(found[0], expected, atol=1e-6)
 
 
@@ -147,10 +147,6 @@ def isom(brand: bytes) -> bytes:
 
 
 UNREAD = {
-    "GIF": b"GIF89a" + bytes(50),
-    "TIFF": b"II*\0" + bytes(50),
-    "AVIF": isom(b"avif"),
-    "HEIC": isom(b"heic"),
     "JPEG 2000": b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(50),
     "JPEG XL": b"\xff\x0a" + bytes(50),
     "Photoshop": b"8BPS" + bytes(50),
@@ -177,7 +173,7 @@ def test_what_is_not_read_is_refused_by_name(client: httpx.Client, name: str) ->
         assert "PNG" in answer.json()["detail"] or "application/x-npy" in answer.json()["detail"]
 
 
-@pytest.mark.parametrize("name", ["gif", "tiff", "avif", "heic", "jp2", "svg+xml", "vnd.adobe.photoshop"])
+@pytest.mark.parametrize("name", ["jp2", "jxl", "svg+xml", "vnd.adobe.photoshop"])
 def test_media_types_that_are_not_read(client: httpx.Client, name: str) -> None:
     """An unsupported media type is refused with the format to convert to."""
     answer = client.post("/v1/encode", content=b"x", headers={"content-type": f"image/{name}"})
@@ -263,7 +259,7 @@ def charged(body: bytes, channels: int, float_pixels: int | None) -> int:
     """Memory that reading a picture with its mask reserves."""
     taken: list[int] = []
     meter = Meter(reserve=taken.append)
-    image.parse(body, Intake("images", (channels, 8, 8), meter, masked=True, float_pixels=float_pixels))
+    image.read(body, "", Intake("images", (channels, 8, 8), meter, masked=True, float_pixels=float_pixels))
     return sum(taken)
 
 
@@ -275,11 +271,11 @@ def said(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
 above = None if sys.argv[4] == "None" else int(sys.argv[4])
 intake = Intake("images", (int(sys.argv[2]), 8, 8), Meter(), True, float_pixels=above)
-image.parse(open(sys.argv[3], "rb").read(), intake)
+image.read(open(sys.argv[3], "rb").read(), "", intake)
 body = open(sys.argv[1], "rb").read()
 open("/proc/self/clear_refs", "w").write("5")
 before = said("VmRSS")
-kept = image.parse(body, intake)
+kept = image.read(body, "", intake)
 print(said("VmHWM") - before)
 """
 
@@ -324,7 +320,7 @@ def test_a_small_webp_of_many_pixels_is_charged_for_them() -> None:
     meter = Meter(reserve=refuse)
     intake = Intake("images", (1, 8, 8), meter, masked=True)
     with pytest.raises(TooLarge, match="bytes"):
-        image.parse(body, intake)
+        image.read(body, "", intake)
     with pytest.raises(TooLarge, match="other pictures"):
         image.parse_mask(body, intake)
 
@@ -384,8 +380,8 @@ def test_a_spoilt_picture_is_refused_or_read(body: bytes, spoilt: list[tuple[int
     for place, value in spoilt:
         changed[place % len(changed)] = value
     try:
-        pixels, _ = image.parse(bytes(changed), Intake("images", (3, 8, 8), Meter(2**16), masked))
-        message, channels = "", len(pixels)
+        payload = image.read(bytes(changed), "", Intake("images", (3, 8, 8), Meter(2**16), masked))
+        message, channels = "", payload.array.shape[1]
     except ServiceError as error:
         message, channels = str(error), 3
     assert channels == 3
@@ -406,5 +402,5 @@ def test_a_picture_that_is_cut_short_is_refused_or_read(body: bytes, length: int
 def test_without_its_metadata_a_picture_is_the_same_array() -> None:
     """Removing the metadata changes no bit of the array."""
     body = grey("PNG", icc_profile=PROFILE)
-    pixels, _ = image.parse(body, Intake("images", (1, 8, 8), Meter()))
-    assert np.array_equal(pixels[0], LEVELS.astype(np.float32) / np.float32(255))
+    pixels = image.read(body, "", Intake("images", (1, 8, 8), Meter())).array
+    assert np.array_equal(pixels[0, 0], LEVELS.astype(np.float32) / np.float32(255))

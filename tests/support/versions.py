@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,6 +54,7 @@ def free_version(
     value_range: tuple[float, float] = (0.0, 1.0),
     graphs: Collection[str] = ("encoder", "decoder"),
     prior: str | None = "standard_normal",
+    bodies: Mapping[str, str] = MappingProxyType({}),
     **changes: Any,
 ) -> Path:
     """Write a fully convolutional version for images of any size.
@@ -66,6 +68,7 @@ def free_version(
         value_range: Black and white in its graphs.
         graphs: Some of encoder, decoder, log_joint and the four of restoration, or `restoration` for all of these.
         prior: Name of the prior; None for a model without one.
+        bodies: The nodes of graphs that are other than usual.
         **changes: Further keys of the manifest, or others than usual.
 
     Returns:
@@ -76,6 +79,8 @@ def free_version(
     about = {"size": size, "value_range": [*value_range], "prior": prior, "noise_families": families}
     tiles = {"margin": 8, "exact": True}
     parts = [_free_parts(count, value_range, graphs) for count in channels]
+    for part in parts:
+        part.bodies.update(bodies)
     return write_version(folder, parts, {**about, "tiles": tiles, **changes})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from urllib.parse import parse_qsl
 
 from pydantic import ValidationError
@@ -18,9 +18,10 @@ from service.api.request import IDENTITY, Limit, coding_of, deadline_of, disconn
 from service.api.validation import admit, variant_of
 from service.codecs import JSON
 from service.codecs.codec import Codec
-from service.codecs.image import PNG
+from service.codecs.image import PNG, TIFF
 from service.codecs.negotiation import acceptable, named, reader, write
-from service.codecs.payload import Body, Intake, Meter, Payload
+from service.codecs.payload import Body, Intake, Meter, Payload, scaled
+from service.codecs.source import LEVELS, Source
 from service.contract.images import MODES
 from service.errors import InvalidOption, WrongModel, quoted
 from service.operations.inference.latent import BLOCK_ROWS
@@ -54,7 +55,6 @@ class Request(NamedTuple):
         body: The body, still encoded.
         accept: The header Accept.
         accepted: The codecs that may write the answer, best first.
-        best: The first of them. JSON if there is none; `write` then refuses, once the outputs are known.
         caller: Deadline, connection and memory of the request.
     """
 
@@ -68,8 +68,21 @@ class Request(NamedTuple):
     body: Body
     accept: str
     accepted: tuple[Codec, ...]
-    best: Codec
     caller: Caller
+
+    @property
+    def best(self) -> Codec:
+        """The first of the accepted codecs. JSON if there is none; `write` then refuses, once the outputs are known."""
+        return self.accepted[0] if self.accepted else JSON
+
+    def answered_as(self, source: Source | None) -> Request:
+        """The request with the codecs for a picture file that was sent by itself or in a form.
+
+        Its first bytes decide its format, and only then the format of an answer that Accept leaves open.
+        """
+        if source is None or self.codec is None or self.codec is JSON:
+            return self
+        return self._replace(accepted=acceptable(self.accept, named(source.media_type)))
 
 
 class OperationApp:
@@ -134,9 +147,7 @@ class OperationApp:
         best, settings = accepted[0] if accepted else JSON, self.context.settings
         timeout_s = settings.timeout_s if best.events is None else settings.long_timeout_s
         caller = Caller(deadline_of(headers, timeout_s), partial(disconnected, receive), share)
-        return Request(
-            model, query, options, fingerprint, content_type, codec, coding, body, accept, accepted, best, caller
-        )
+        return Request(model, query, options, fingerprint, content_type, codec, coding, body, accept, accepted, caller)
 
     def _check_early(self, codec: Codec | None, content_type: str, headers: dict[bytes, bytes], query: bytes) -> None:
         """Check the headers and the query string before a caller that waits for 100 Continue sends the body.
@@ -157,6 +168,7 @@ class OperationApp:
         small = size <= LOOP_BYTES or (size <= LOOP_BINARY_BYTES and binary)
         read, what = partial(self._invocation, request), (codec or JSON).media_type
         invocation = await prepare(context, read, caller, what, in_loop=small and request.coding == IDENTITY)
+        request = request.answered_as(invocation.source)
         rows, best = len(invocation.inputs.rows), request.best
         if best.events is not None:
             return await events_reply(best, request.model, invoke_events(context.submit, invocation), rows)
@@ -167,7 +179,7 @@ class OperationApp:
                 return reply
             caller.share.need(rows * invocation.row_bytes)
         answer = await invoke(context.submit, invocation)
-        if sum([array.size for array in answer.outputs.values()]) > LOOP_NUMBERS:
+        if best is TIFF or sum([array.size for array in answer.outputs.values()]) > LOOP_NUMBERS:
             work = partial(write, answer, request.accepted, request.accept)
             written, content = await context.offload.run(work, caller.share, caller.deadline, caller.gone)
         else:
@@ -188,44 +200,56 @@ class OperationApp:
         payload = codec.read(body, request.content_type, intake) if codec and codec.read else Payload(None)
         if payload.options:
             options = self._options({**_pairs(request.query), **payload.options})
+        payload = scaled(payload, options.scaling, meter)
         model = variant_of(operation, model, payload, options)
         operation.check_offered(model, self.context.repository.models, options)
         _check_fingerprint(model, request.fingerprint, options)
         if intake.float_pixels is not None and payload.array is not None and intake.keeps_levels(payload.array):
-            share.keep(2 * (payload.array.nbytes + (0 if payload.mask is None else payload.mask.nbytes)))  # padded too
-        row_bytes, levels = 0, False
+            kept = 2 * (payload.array.nbytes + (0 if payload.mask is None else payload.mask.nbytes))  # padded too
+            share.keep(kept + (payload.source.nbytes if payload.source else 0))
+        row_bytes, levels, best = 0, None, request.answered_as(payload.source).best
 
         def room(rows: int, size: tuple[int, int] | None) -> None:
             nonlocal row_bytes, levels
-            levels = size is not None and self._writes_levels(request.best, model, options, size)
+            levels = None if size is None else self._levels(best, payload.source, model, options, size)
             row_bytes = answer_bytes(model, options, 1, size, levels=levels)
-            if rows > 2 * PART_ROWS and operation.row_wise and _is_array(request.best, options):  # two parts at a time
+            if rows > 2 * PART_ROWS and operation.row_wise and _is_array(best, options):  # two parts at a time
                 rows = 2 * PART_ROWS
             share.need(rows * row_bytes)
 
         most = self.context.settings.max_request_rows
         inputs = admit(operation, model, payload, options, most, room, intake.float_pixels)
-        if levels:
-            inputs = inputs._replace(levels="uint8")
+        inputs = inputs._replace(levels=levels)
         if operation.check is not None:
             operation.check(model, inputs, options)
-        return Invocation(model, operation, inputs, options, request.caller, row_bytes=row_bytes)
+        source = payload.source
+        if source is not None and options.resizing in ("pad", "crop"):
+            source = source._replace(how=options.resizing)
+        return Invocation(model, operation, inputs, options, request.caller, row_bytes=row_bytes, source=source)
 
     def _intake(self, model: Model, options: Any, meter: Meter) -> Intake:
         """What the codec reads for a model."""
         operation, variants = self.operation, model.variants
         shape = operation.row_shape(model, options)
+        keeps_alpha = operation.observed and not operation.masked
         intake = Intake(operation.takes or "", shape, meter, operation.masked, operation.or_latents)
+        intake = intake._replace(keeps_alpha=keeps_alpha)
         if model.free is None and len(variants) == 1:
             return intake
         float_pixels = None if model.free is None else self.context.settings.tile_pixels
         return intake._replace(variants=tuple(variants) if len(variants) > 1 else (), float_pixels=float_pixels)
 
-    def _writes_levels(self, best: Codec, model: Model, options: Any, size: tuple[int, int]) -> bool:
-        """Whether the answer becomes a picture of so many pixels that its images are made as 8-bit levels."""
+    def _levels(
+        self, best: Codec, source: Source | None, model: Model, options: Any, size: tuple[int, int]
+    ) -> Literal["uint8", "uint16"] | None:
+        """The levels as which images are made because the answer becomes a picture of so many pixels; else None."""
         alone = options.images_alone and any(tensor.name == "images" for tensor in self.operation.outputs)
         large = math.prod(size) > self.context.settings.tile_pixels
-        return best is PNG and large and alone and model.manifest.channels in MODES
+        if not (best in (PNG, TIFF) and large and alone and model.manifest.channels in MODES):
+            return None
+        if source is not None and source.scale is not None:
+            return None
+        return "uint16" if source is not None and source.kind == LEVELS[1] else "uint8"
 
     def options_of_query(self, query: bytes) -> Any:
         """Parse the options of a query string.
