@@ -26,9 +26,7 @@ SUBSAMPLINGS = (0, 2)
 def _interpolations() -> Tensor:
     """Green at red and blue; red at green in a row of red, and in a row of blue; red at blue. (4, 1, 5, 5)."""
     kernels = torch.zeros(4, 5, 5)
-    kernels[0] = torch.tensor(
-        [[0, 0, -1, 0, 0], [0, 0, 2, 0, 0], [-1, 2, 4, 2, -1], [0, 0, 2, 0, 0], [0, 0, -1, 0, 0]]
-    )
+    kernels[0] = torch.tensor([[0, 0, -1, 0, 0], [0, 0, 2, 0, 0], [-1, 2, 4, 2, -1], [0, 0, 2, 0, 0], [0, 0, -1, 0, 0]])
     kernels[1] = torch.tensor(
         [[0, 0, 0.5, 0, 0], [0, -1, 0, -1, 0], [-1, 4, 5, 4, -1], [0, -1, 0, -1, 0], [0, 0, 0.5, 0, 0]]
     )
@@ -43,7 +41,7 @@ INTERPOLATIONS = _interpolations()
 
 
 def demosaiced(mosaic: Tensor) -> Tensor:
-    """Colours of a mosaic whose even rows are red and green, whose odd ones green and blue: (n, 1, h, w) -> (n, 3, h, w).
+    """Colours (n, 3, h, w) of a mosaic (n, 1, h, w) whose even rows are red and green, whose odd ones green and blue.
 
     Source: Malvar, He and Cutler (2004), "High-quality linear interpolation for demosaicing of Bayer-patterned color
     images", figure 2.

@@ -130,10 +130,7 @@ class Complete(nn.Module):
         """
         sigma = conditions(y, mask, level).sigma
         found = self.ladder(features, eps)
-        z, mean, log_var = (
-            self.ladder.packed([group[part] for group in found.groups])  # type: ignore[misc]
-            for part in range(3)
-        )
+        z, mean, log_var = (self.ladder.packed([group[part] for group in found.groups]) for part in range(3))
         # In double: the last bit of onnxruntime's sums in float depends on the number of rows.
         flat = (part.flatten(1).double() for part in (mean, log_var, z))
         log_p = DiagonalGaussian(next(flat), next(flat)).log_prob(next(flat))

@@ -43,7 +43,7 @@ class NoiseEstimate(NamedTuple):
 
 
 class LevelNetwork(nn.Module):
-    """y and mask to a `NoiseEstimate`: each place gives three numbers, and their weights in the means over the image."""
+    """y and mask to a `NoiseEstimate`: each place gives its three numbers, and their weights in the image's means."""
 
     def __init__(self, channels: int, width: int, layers: int) -> None:
         super().__init__()

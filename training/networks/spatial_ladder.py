@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from training.networks.trunk import PlainResidual
-from training.strict import Positive, Strict, Widths
+from training.strict import Strict, Widths
 
 FIRST_LOG_STD = -1.5
 """Initial logarithm of the standard deviation of a pixel, in units of the noise."""

@@ -64,7 +64,10 @@ class UNet(nn.Module):
 class Levels(Protocol):
     """The parts of a U-Net that `walk` passes, full size first."""
 
-    first: nn.Module
+    @property
+    def first(self) -> nn.Module:
+        """The convolution before all levels."""
+
     levels: nn.ModuleList
     down: nn.ModuleList
     up: nn.ModuleList
