@@ -31,6 +31,7 @@ from training.evaluation.card import renewed
 from training.evaluation.measures import LEAST_STD, coverage
 from training.evaluation.served import Answer, Client, ServiceOptions, offering, served
 from training.evaluation.tasks import BLURRING, POISSON, Seen, Task, chosen, subject_of
+from training.progress import tell
 from training.signing import check_key, write_manifest
 
 PROMISED = 0.9
@@ -136,7 +137,7 @@ def calibrate(plan: CalibrateOptions) -> list[Path]:
         plan: The options.
 
     Returns:
-        Paths of the written manifests.
+        Paths of the written manifests. Models that were calibrated over the noise level stay as they are.
 
     Raises:
         ConfigError: No such model is served, or `plan.models` does not hold it.
@@ -148,13 +149,17 @@ def calibrate(plan: CalibrateOptions) -> list[Path]:
         found = offering("denoise", plan.names, client.models())
         if not found:
             raise ConfigError(f"no model {plan.names} is served that restores images")
-        return [_calibrate(plan, client, model) for model in found]
+        return [path for model in found if (path := _calibrate(plan, client, model)) is not None]
 
 
-def _calibrate(plan: CalibrateOptions, client: Client, model: dict[str, Any]) -> Path:
-    _, subject = subject_of(model)
+def _calibrate(plan: CalibrateOptions, client: Client, model: dict[str, Any]) -> Path | None:
+    """Calibrate one model; None where its calibration is finer than factors."""
     path = plan.models / model["model"] / model["version"] / FILE_NAME
     manifest = _manifest(path, model["fingerprint"])
+    if manifest.calibration is not None and manifest.calibration.curves:
+        tell(f"{manifest.name} was calibrated at every noise level when it was written; it stays as it is")
+        return None
+    _, subject = subject_of(model)
     check_key(path.parent, plan.key)
     x = chosen(subject.dataset.load(plan.data).validation, plan.images, plan.seed)
     applied, kept = model.get("calibration", {}), plan.runs / model["fingerprint"]
