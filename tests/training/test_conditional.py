@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from torch.distributions import Normal
 from service.contract import manifest
 from service.contract.graphs import at_size
 from service.contract.manifest import Manifest
+from training.__main__ import main
 from training.conditional import ConditionalWorkshop
 from training.config import ConditionalRun
 from training.distributions.camera import demosaiced, mosaic_of
@@ -287,13 +289,37 @@ def test_a_version_of_other_networks_is_no_beginning(fitted: Fitted, tmp_path: P
         weights_of(tmp_path, "grey")
 
 
-def test_a_finished_run_is_not_trained_again(fitted: Fitted, tmp_path: Path) -> None:
-    """The same command exports the same weights; a longer trunk drops the latents that were made for it."""
+def test_a_finished_run_is_not_trained_again_but_for_longer(fitted: Fitted, tmp_path: Path) -> None:
+    """The same command leaves all checkpoints; a longer trunk continues, and its latents are trained anew."""
     folder = fitted.workshop.folder / "grey"
     before = {stage: (folder / f"{stage}.pt").read_bytes() for stage in STAGES}
     fitted.workshop.train()
     assert {stage: (folder / f"{stage}.pt").read_bytes() for stage in STAGES} == before
-    assert tmp_path.exists()
+    shutil.copytree(fitted.workshop.folder, tmp_path, dirs_exist_ok=True)
+    longer = run(variants=["grey"], colour={}, trunk={**TABLES["trunk"], "train": {**BRIEF, "epochs": 2}})
+    ConditionalWorkshop(longer, fitted.workshop.images, tmp_path, torch.device("cpu")).train()
+    after = {stage: (tmp_path / "grey" / f"{stage}.pt").read_bytes() for stage in STAGES}
+    assert [after[stage] == before[stage] for stage in STAGES] == [False, False, True]
+
+
+def test_a_run_from_a_version_begins_with_its_weights(fitted: Fitted, tmp_path: Path) -> None:
+    """At a rate of next to nothing its trunk stays that of the version."""
+    still = {**TABLES["trunk"], "train": {**BRIEF, "learning_rate": 1e-12}}
+    tuned = run(**{"from": str(fitted.folder), "variants": ["grey"], "colour": {}, "trunk": still})
+    workshop = ConditionalWorkshop(tuned, fitted.workshop.images, tmp_path, torch.device("cpu"))
+    workshop.train()
+    version = stored(fitted.workshop.parts("grey"), fitted.workshop.run).trunk
+    for one, other in zip(workshop.parts("grey").trunk.parameters(), version.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-7)
+
+
+def test_options_of_other_runs_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--from` for a VAE, `--draws` for a conditional model."""
+    configs = Path(__file__).parents[2] / "training" / "configs"
+    assert main(["fit", str(configs / "digits.toml"), "--from", str(tmp_path), "--threads", "1"]) == 1
+    assert "--from is for conditional models" in capsys.readouterr().err
+    assert main(["fit", str(configs / "photos.toml"), "--draws", "3", "--threads", "1"]) == 1
+    assert "neither --draws nor" in capsys.readouterr().err
 
 
 def test_weights_trained_elsewhere_are_kept_as_a_finished_stage(fitted: Fitted, tmp_path: Path) -> None:

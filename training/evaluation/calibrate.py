@@ -31,7 +31,6 @@ from training.evaluation.card import renewed
 from training.evaluation.measures import LEAST_STD, coverage
 from training.evaluation.served import Answer, Client, ServiceOptions, offering, served
 from training.evaluation.tasks import BLURRING, POISSON, Seen, Task, chosen, subject_of
-from training.progress import tell
 from training.signing import check_key, write_manifest
 
 PROMISED = 0.9
@@ -137,7 +136,7 @@ def calibrate(plan: CalibrateOptions) -> list[Path]:
         plan: The options.
 
     Returns:
-        Paths of the written manifests. Models that were calibrated over the noise level stay as they are.
+        Paths of the written manifests. Factors over the noise level, which a version was exported with, stay.
 
     Raises:
         ConfigError: No such model is served, or `plan.models` does not hold it.
@@ -149,28 +148,26 @@ def calibrate(plan: CalibrateOptions) -> list[Path]:
         found = offering("denoise", plan.names, client.models())
         if not found:
             raise ConfigError(f"no model {plan.names} is served that restores images")
-        return [path for model in found if (path := _calibrate(plan, client, model)) is not None]
+        return [_calibrate(plan, client, model) for model in found]
 
 
-def _calibrate(plan: CalibrateOptions, client: Client, model: dict[str, Any]) -> Path | None:
-    """Calibrate one model; None where its calibration is finer than factors."""
+def _calibrate(plan: CalibrateOptions, client: Client, model: dict[str, Any]) -> Path:
+    _, subject = subject_of(model)
     path = plan.models / model["model"] / model["version"] / FILE_NAME
     manifest = _manifest(path, model["fingerprint"])
-    if manifest.calibration is not None and manifest.calibration.curves:
-        tell(f"{manifest.name} was calibrated at every noise level when it was written; it stays as it is")
-        return None
-    _, subject = subject_of(model)
     check_key(path.parent, plan.key)
     x = chosen(subject.dataset.load(plan.data).validation, plan.images, plan.seed)
     applied, kept = model.get("calibration", {}), plan.runs / model["fingerprint"]
     asking = Asking(client.images, manifest, applied, x, plan.seed, kept)
     tasks = [task for task in (*subject.tasks, *POISSON, BLURRING) if task.family in {"none", *manifest.noise_families}]
     qualities = QUALITIES if "refinement" in manifest.graphs else QUALITIES[:1]
-    found = {quality: _factors(asking, tasks, quality) for quality in qualities}
-    calibration = Calibration(factors=found, images=len(x), seed=plan.seed)
+    calibration = manifest.calibration
+    if calibration is None or not calibration.curves:  # curves, which are finer than factors, are the exporter's
+        found = {quality: _factors(asking, tasks, quality) for quality in qualities}
+        calibration = Calibration(factors=found, images=len(x), seed=plan.seed)
     calibrated_one = renewed(manifest.model_copy(update={"calibration": calibration}), path.parent)
     write_manifest(path.parent, calibrated_one, plan.key)
-    shutil.rmtree(kept)
+    shutil.rmtree(kept, ignore_errors=True)
     return path
 
 

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from service.contract.calibration import ways, widened
-from service.contract.corruption import NoiseName, Observation
+from service.contract.corruption import (
+    LEAST_VARIANCE,
+    NoiseName,
+    Observation,
+    OperatorName,
+    operator_of,
+    projected,
+)
 from service.contract.images import Pixels
 from service.contract.manifest import Calibration, Curve
 from training.data import as_float
@@ -123,10 +130,13 @@ def _missing(x: Tensor, seed: int) -> Spoilt:
     return Spoilt(x, x * mask, mask.expand_as(x).contiguous(), torch.zeros(len(x), 2))
 
 
-def _shrunk(x: Tensor, factor: int) -> Spoilt:
+def _shrunk(x: Tensor, factor: int) -> tuple[Spoilt, OperatorName]:
+    """Means of blocks, and the operator that takes them."""
     small = torch.nn.functional.avg_pool2d(x, factor)
     y = torch.nn.functional.interpolate(small, scale_factor=float(factor), mode="nearest")
-    return Spoilt(x, y, torch.full_like(x, 1.0 / factor**2), torch.zeros(len(x), 2))
+    height, width = x.shape[2:]
+    seen = Spoilt(x, y, torch.full_like(x, 1.0 / factor**2), torch.zeros(len(x), 2))
+    return seen, ("shrink", factor, height, width)
 
 
 def _of_rows(function: Any, *rows: Tensor) -> Any:
@@ -187,18 +197,25 @@ def calibration_of(parts: Parts, images: Tensor, seed: int) -> Calibration:
         processed[round(float(spoilt.level[:, 1].median()), 5)] = spoilt
     curves = {str(family): _curve(parts, of) for family, of in zip(NAMES, (noisy, processed), strict=True)}
     factors: dict[str, float] = {}
-    for spoilt, operator in (
-        (_missing(x, seed), None),
-        *((_shrunk(x, factor), ("shrink", factor, *x.shape[2:])) for factor in FACTOR_SIDES),
-    ):
+    for spoilt, operator in ((_missing(x, seed), None), *(_shrunk(x, factor) for factor in FACTOR_SIDES)):
         y, mask, level = (part.numpy() for part in spoilt[1:])
         observation = Observation(y, mask, level, None, True, operator)
         mean, std = _told(parts, spoilt)
+        if operator is not None:
+            mean = _agreeing(operator, mean, std, y)
         for way, where in ways(observation, NAMES).items():
             of_it = np.broadcast_to(where, mean.shape)
             if of_it.sum() >= FEWEST:
                 factors[way] = factor_for(mean[of_it], std[of_it], x.numpy()[of_it])
     return Calibration(factors={"fast": factors}, curves={"fast": curves}, images=len(x), seed=seed)
+
+
+def _agreeing(operator: OperatorName, mean: Pixels, std: Pixels, y: Pixels) -> Pixels:
+    """The mean brought into agreement with means of blocks, as the service gives it."""
+    known = operator_of(operator)
+    least = np.full((len(y), 1, 1, 1), LEAST_VARIANCE, np.float32)
+    seen = known.seen(y)
+    return projected(known, mean, np.square(std), seen, np.ones_like(seen), least)[0]
 
 
 def _curve(parts: Parts, of: dict[float, Spoilt]) -> Curve:
