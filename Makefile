@@ -5,7 +5,7 @@ PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint 
 DATA ?= data
 CONFIG ?= training/configs/mnist.toml
 
-.PHONY: setup serve train test client-test container-test lint bench bench-against bench-sizes bench-training bench-beside house attack fuzz soak clean
+.PHONY: setup serve train test client-test container-test lint bench bench-against bench-sizes bench-photographs bench-training bench-beside house attack fuzz soak clean
 
 serve: $(VENV)/.serve
 	$(PYTHON) -m service
@@ -39,6 +39,10 @@ bench-against: $(VENV)/.test
 
 bench-sizes: $(VENV)/.test
 	$(PYTHON) -m benchmarks.sizes $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SECONDS),--seconds $(SECONDS))
+
+# Seconds and memory of restored photographs, on one core, beside classical methods: a table of docs/results/photographs.md.
+bench-photographs: $(VENV)/.test
+	$(PYTHON) -m benchmarks.photographs $(if $(MODEL),--model $(MODEL))
 
 bench-training: $(VENV)/.test
 	$(PYTHON) -m benchmarks.training $(if $(wildcard $(DATA)/mnist),--data $(DATA))

@@ -25,7 +25,7 @@ REFUSED = frozenset({400, 413, 415, 422})
 """Acceptable statuses for an invalid or too expensive body."""
 BUSY = frozenset({429, 503})
 FINE = frozenset({200})
-SIDE = 4096
+SIDE = 5792
 """Side of the largest square picture that VAE_MAX_PIXELS allows by default."""
 MIB = 2**20
 
@@ -252,8 +252,8 @@ def _pictures() -> Iterator[Hostile]:
     yield picture_sent("JPEG, 30,000 empty scans", JPEG, lambda: jpeg_scans(30_000))
     yield picture_sent("JPEG, 30,000 empty scans, 2048 x 2048", JPEG, lambda: jpeg_scans(30_000, 2048))
     yield picture_sent("JPEG, 256 x 65,500", JPEG, jpeg_tall, any_of)
-    yield picture_sent("WebP, 4096 x 4096 RGBA", WEBP, lambda: picture("RGBA", largest, "WEBP"), any_of)
-    yield picture_sent("PNG, 4096 x 4096 RGBA", PNG, lambda: picture("RGBA", largest, "PNG"), any_of)
+    yield picture_sent(f"WebP, {SIDE} x {SIDE} RGBA", WEBP, lambda: picture("RGBA", largest, "WEBP"), any_of)
+    yield picture_sent(f"PNG, {SIDE} x {SIDE} RGBA", PNG, lambda: picture("RGBA", largest, "PNG"), any_of)
     yield picture_sent("PNG, text of 64 MiB", PNG, png_text, any_of)
     yield picture_sent("PNG, profile of 64 MiB", PNG, png_profile, any_of)
     yield picture_sent("PNG, 500,000 chunks", PNG, png_chunks, any_of)
@@ -270,8 +270,12 @@ def _forms() -> Iterator[Hostile]:
     yield form("form, 150,000 names", form_names)
     yield form("form, 500,000 headers", form_headers)
     yield form("form, 5 MB of near boundaries", form_near_boundaries)
-    yield form("form, 4096 x 4096 file and mask", lambda: form_files(huge, b"file", b"mask"), "/v1/inpaint?fit=resize")
-    yield form("form, 20 files of 4096 x 4096", lambda: form_files(huge, *[b"file"] * 20), "/v1/reconstruct?fit=resize")
+    yield form(
+        f"form, {SIDE} x {SIDE} file and mask", lambda: form_files(huge, b"file", b"mask"), "/v1/inpaint?fit=resize"
+    )
+    yield form(
+        f"form, 20 files of {SIDE} x {SIDE}", lambda: form_files(huge, *[b"file"] * 20), "/v1/reconstruct?fit=resize"
+    )
 
 
 def _arrays() -> Iterator[Hostile]:

@@ -66,12 +66,12 @@ class Server:
             raise
         self.start_s = time.perf_counter() - started
 
-    def ask(self, body: Body) -> tuple[int, bytes]:
+    def ask(self, body: Body, timeout_s: float = 10.0) -> tuple[int, bytes]:
         """Send one request; status and content of the answer.
 
         Raises: OSError, HTTPException.
         """
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
         try:
             connection.request("POST", body.path, body.content, body.headers)
             answer = connection.getresponse()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -14,6 +15,10 @@ from experiments.comparisons.restore import RestoreOptions, compare
 from experiments.comparisons.separate import SeparateOptions, separate
 from experiments.paper import FIGURES
 from experiments.paper.oracle import score
+from experiments.photographs import report
+from experiments.photographs.cases import measurements
+from experiments.photographs.measure import PhotographOptions, measure
+from experiments.photographs.sets import SETS
 from training import pipeline
 from training.cli import asking_command, run
 
@@ -55,7 +60,16 @@ def _parser() -> argparse.ArgumentParser:
     restore.add_argument("--unet-epochs", type=int, help="epochs of the compared U-Net (the data set's own number)")
     restore.add_argument("--tasks", nargs="+", default=["*"], help="patterns of the tasks, such as 'Gaussian*'")
     restore.add_argument("--methods", nargs="+", default=["*"], help="patterns of the methods, such as 'ours*'")
-    restore.set_defaults(command=_restore)
+    restore.add_argument("--set", nargs="+", choices=SETS, dest="sets", help="test sets of photographs and micrographs")
+    restore.add_argument(
+        "--sigma", nargs="+", type=float, dest="sigmas", default=(), help="with --set: noise in 255ths"
+    )
+    measured = tuple(measurements())
+    restore.add_argument(
+        "--measure", nargs="+", choices=measured, dest="asked", default=measured, help="with --set: parts of the page"
+    )
+    restore.add_argument("--limit", type=int, help="with --set: maximum number of images of each set")
+    restore.set_defaults(command=_restore, data=Path(os.environ.get("VAE_DATA") or "data"))
     apart = asking_command(commands, "separate", "measure how well a service's score separates images from others")
     apart.add_argument("--draws", type=int, default=16, help="posterior draws for each score (%(default)s)")
     apart.set_defaults(command=_separate)
@@ -78,9 +92,20 @@ def _oracle(options: argparse.Namespace) -> None:
 
 def _restore(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
+    if options.sets:
+        _restore_photographs(options)
+        return
     runs, tasks, methods = options.runs / "restore", tuple(options.tasks), tuple(options.methods)
     plan = RestoreOptions.of(options, runs=runs, tasks=tasks, methods=methods)
     print(f"wrote {restoration_report.write(compare(plan), options.out)}")
+
+
+def _restore_photographs(options: argparse.Namespace) -> None:
+    lists = {name: tuple(getattr(options, name)) for name in ("sets", "sigmas", "asked", "methods")}
+    plan = PhotographOptions.of(options, **lists)
+    measure(plan)
+    for path in report.write(plan, options.out):
+        print(f"wrote {path}")
 
 
 def _separate(options: argparse.Namespace) -> None:

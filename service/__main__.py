@@ -15,8 +15,8 @@ from service import process
 from service.app import create_app
 from service.errors import StartError
 from service.observability.logs import FLUSH_S, Format, configure, outputs
+from service.repository.defaults import default_models
 from service.repository.remote import local_copy
-from service.repository.repository import default_model
 from service.repository.selection import Selection
 from service.security.startup_checks import check
 from service.server.listeners import Listener, bind
@@ -90,7 +90,7 @@ def serve(settings: Settings) -> None:
 
 
 def resolved(settings: Settings) -> Settings:
-    """Fill in the folder of the models and the default model, so that all workers have the same.
+    """Fill in the folder of the models and the default models, so that all workers have the same.
 
     Raises:
         StartError: The models cannot be fetched, or there is no default model.
@@ -98,8 +98,8 @@ def resolved(settings: Settings) -> Settings:
     models = settings.models
     if not isinstance(models, Path):
         models = Path(apart(lambda: str(local_copy(settings))))
-    default = default_model(models, Selection(settings.versions), settings.default_model)
-    return settings.model_copy(update={"models": models, "default_model": default})
+    defaults = default_models(models, Selection(settings.versions), settings.default_model)
+    return settings.model_copy(update={"models": models, "default_model": str(defaults)})
 
 
 @contextmanager

@@ -226,8 +226,11 @@ class DeadlinePassed(ServiceError):
 
     code = "deadline_passed"
 
-    def __init__(self, message: str = "the deadline passed; raise X-Timeout-Ms or VAE_TIMEOUT_S") -> None:
-        super().__init__(message)
+    def __init__(self) -> None:
+        super().__init__(
+            "the deadline passed; raise X-Timeout-Ms or VAE_TIMEOUT_S, or VAE_LONG_TIMEOUT_S if the answer streams its "
+            "progress"
+        )
 
 
 class CallerGone(ServiceError):

@@ -113,8 +113,8 @@ class Settings(BaseSettings):
     cache: str = ""
     """Folder for models from a URL; empty is a folder of this user in the temporary folder."""
     default_model: str = ""
-    """The model of /v1/<operation>; empty is the only model, or the one named in the file `default` beside the
-    models."""
+    """The models of /v1/<operation>: one for every operation, as in `mnist`, and others for some, as in
+    `mnist,denoise=photo,inpaint=photo`; empty is the only model, or what the file `default` beside the models says."""
     versions: Versions = "all"
     """Versions to serve: `all`, `latest`, or a list such as `mnist:2,mnist:3,mnist-2d:latest`. Models that a list does
     not name are not served. Requests that name no version use the latest served one."""
@@ -153,6 +153,8 @@ class Settings(BaseSettings):
     """Batches that take less than this many microseconds run in the event loop, others in a thread."""
     timeout_s: Annotated[float, Field(gt=0)] = 30.0
     """Longest time to answer a request, after which it gets 504; X-Timeout-Ms can only shorten it."""
+    long_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """The same for a request whose answer streams its progress (text/event-stream, application/x-ndjson)."""
     batch_limit_s: Annotated[float, Field(gt=0)] = 60.0
     """Longest time of a batch. After it the callers get 500, readiness turns false, and the worker is replaced."""
     loop_limit_s: Annotated[float, Field(gt=0)] = 10.0
@@ -167,7 +169,7 @@ class Settings(BaseSettings):
     """Maximum rows in one request, including sampled rows; more than VAE_MAX_ROWS run in several batches."""
     max_draws: Annotated[int, Field(ge=1)] = 64
     """Maximum posterior draws a row."""
-    max_pixels: Annotated[int, Field(ge=1, le=89_478_485)] = 16 * 2**20
+    max_pixels: Annotated[int, Field(ge=1, le=89_478_485)] = 32 * 2**20
     """Maximum pixels in the image files of one request, checked before they are decoded."""
     tile_pixels: Annotated[int, Field(ge=2**12)] = 2**20
     """Images of free size above this many pixels are worked off in overlapping tiles of at most this many, which bounds

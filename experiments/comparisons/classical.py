@@ -1,7 +1,8 @@
-"""Classical restorers of one grey plane (h, w), with one setting each: calls of scikit-image, scipy and bm3d.
+"""Classical restorers with one setting each: calls of scikit-image, scipy and bm3d.
 
-Each function takes the plane, the noise level sigma and the setting, and returns the restored plane. The packages
-belong to the extra `evaluation`, and are imported at the first call.
+Each function takes a grey plane (h, w), the noise level sigma and the setting, and returns the restored plane.
+Total variation, non-local means and BM3D also take an RGB image (3, h, w), whose channels they restore jointly. The
+packages belong to the extra `evaluation`, and are imported at the first call.
 """
 
 from __future__ import annotations
@@ -16,8 +17,14 @@ from training.extras import needed
 
 Plane = NDArray[Any]
 
+PLANE_AXES = 2
+"""Axes of a grey plane; an RGB image has one more."""
 LEAST_BM3D = 16
 """Minimum pixels of the shorter side; below it bm3d crashes."""
+
+
+def _channel_axis(y: Plane) -> int | None:
+    return None if y.ndim == PLANE_AXES else 0
 
 
 def total_variation(y: Plane, _sigma: float, weight: float) -> Plane:
@@ -25,7 +32,8 @@ def total_variation(y: Plane, _sigma: float, weight: float) -> Plane:
 
     Source: Chambolle (2004).
     """
-    return np.asarray(needed("skimage.restoration").denoise_tv_chambolle(y, weight=weight, eps=1e-5, max_num_iter=400))
+    denoise = needed("skimage.restoration").denoise_tv_chambolle
+    return np.asarray(denoise(y, weight=weight, eps=1e-5, max_num_iter=400, channel_axis=_channel_axis(y)))
 
 
 def non_local_means(y: Plane, sigma: float, strength: float) -> Plane:
@@ -34,8 +42,8 @@ def non_local_means(y: Plane, sigma: float, strength: float) -> Plane:
     Source: Buades, Coll and Morel (2005).
     """
     denoise = needed("skimage.restoration").denoise_nl_means
-    found = denoise(y, patch_size=5, patch_distance=6, h=strength * sigma, sigma=sigma, fast_mode=False)
-    return np.asarray(found)
+    h, axis = strength * sigma, _channel_axis(y)
+    return np.asarray(denoise(y, patch_size=5, patch_distance=6, h=h, sigma=sigma, fast_mode=False, channel_axis=axis))
 
 
 def wiener(y: Plane, sigma: float, window: float) -> Plane:
@@ -57,12 +65,14 @@ def median(y: Plane, _sigma: float, window: float) -> Plane:
 def bm3d(y: Plane, sigma: float, _setting: float) -> Plane:
     """Apply both stages of block matching and collaborative filtering.
 
-    Source: Dabov, Foi, Katkovnik and Egiazarian (2007).
+    Source: Dabov, Foi, Katkovnik and Egiazarian (2007), two papers: grey, and colour.
     """
     package = needed("bm3d")
     profile = package.BM3DProfile()
     profile.num_threads = 1
-    return np.asarray(package.bm3d(y, sigma, profile))
+    if y.ndim == PLANE_AXES:
+        return np.asarray(package.bm3d(y, sigma, profile))
+    return np.asarray(package.bm3d_rgb(np.moveaxis(y, 0, -1), sigma, profile)).transpose(2, 0, 1)
 
 
 def biharmonic(y: Plane, mask: Plane) -> Plane:

@@ -39,11 +39,13 @@ class Restored(NamedTuple):
         images: The images, (n, c, h, w), in [0, 1].
         std: Posterior standard deviations, (n, c, h, w); None if the method gives none.
         level: Estimated noise levels, (n,); None if the method gives none.
+        draws: Posterior draws, (draws, n, c, h, w); None if the method gives none.
     """
 
     images: Pixels
     std: Pixels | None = None
     level: NDArray[np.float64] | None = None
+    draws: Pixels | None = None
 
 
 Restore = Callable[[Task, Seen, float], Restored]

@@ -94,7 +94,7 @@ async def invoke(submit: Submit, invocation: Invocation) -> Answer:
     model, operation, inputs, options, caller, begun, _ = invocation
     known = partial(submit, deadline=None if begun else caller.deadline, gone=caller.gone, begun=begun)
     if inputs.levels is not None:
-        known = partial(known, levels=True)
+        known = partial(known, levels=inputs.levels)
     return _answer(model, await operation.perform(model, known, inputs, options))
 
 

@@ -12,7 +12,8 @@ from service.runtime.model import Model
 NUMBER_BYTES = 16
 """Memory of one number of an answer, as array and as text."""
 LEVEL_BYTES = 4
-"""Memory of one 8-bit level of an answer: as array, in the picture that is written, and in its file."""
+"""Memory of one 8-bit level of an answer: as array, in the picture that is written, in its file, and of what was sent
+with its missing pixels set to 0."""
 RETRY_S = 1.0
 
 
@@ -117,7 +118,7 @@ def answer_bytes(
         options: The options of the request.
         rows: Number of rows.
         size: Height and width of images; None for a model of one size.
-        levels: Whether the images of the answer are uint8 levels, of which a picture is written.
+        levels: Whether the images of the answer are levels, of which a picture is written.
     """
     image, latent = math.prod(model.input_shape), math.prod(model.latent_shape)
     if size is not None:
@@ -125,5 +126,5 @@ def answer_bytes(
         image, latent = model.input_shape[0] * height * width, math.prod(model.latent_at(height, width))
     if not levels:
         return NUMBER_BYTES * rows * int(options.memory_numbers(image, latent))
-    pixels, others = int(options.memory_numbers(image, 0)), int(options.memory_numbers(0, latent))
+    pixels, others = int(options.memory_levels(image)), int(options.memory_numbers(0, latent))
     return rows * (LEVEL_BYTES * pixels + NUMBER_BYTES * others)

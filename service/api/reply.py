@@ -26,7 +26,7 @@ ONE_WRITE = 2**16
 """Most bytes of an answer that are joined to its head."""
 HEADER_NUMBERS = 16
 """Longer lists are not repeated in a header."""
-NAMED = ("seed", "binarisation")
+NAMED = ("seed", "binarisation", "std_scale")
 """Fields of an answer that have a header of their own."""
 
 Headers = list[tuple[bytes, bytes]]
@@ -169,11 +169,13 @@ def headers_of(codec: Codec, answer: Answer, inference_s: float | None) -> Heade
     about = answer.about
     named = _described(codec, about["model"], about["version"], about["fingerprint"], *answer.outputs)
     head = [*named, (b"server-timing", server_timing(answer.queue_s, inference_s).encode())]
-    head += [(b"x-" + name.encode(), str(about[name]).encode()) for name in NAMED if name in about]
+    head += [(b"x-" + name.replace("_", "-").encode(), str(about[name]).encode()) for name in NAMED if name in about]
     if "notes" in about:
         head.append((b"x-note", ", ".join(map(_noted, about["notes"])).encode("ascii", "replace")))
     if "level" in about and len(about["level"]) <= HEADER_NUMBERS:
         head.append((b"x-level", ",".join(f"{value:.4g}" for value in about["level"]).encode()))
+        if "noise" in about:
+            head.append((b"x-noise", ",".join(about["noise"]).encode()))
     return head
 
 

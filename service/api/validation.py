@@ -105,7 +105,8 @@ def admit(
     rows = in_range(rows, *_bounds(operation, name), name)
     mask = None
     if operation.masked or payload.mask is not None:
-        mask = np.broadcast_to(_mask(operation, payload, shape, options, len(rows), room), (len(rows), *shape))
+        mask = _mask(operation, payload, shape, options, len(rows), room).astype(np.float32)
+        mask = np.broadcast_to(mask, (len(rows), *shape))
     if tiles is not None:
         rows, mask = tiles.cut(rows), None if mask is None else tiles.cut(mask)
     return Inputs(rows, mask, latents=payload.latents, tiling=tiles)
@@ -141,6 +142,7 @@ def _admit_free(
     rows, mask = _reflected(images, height // options.enlargement, width // options.enlargement), None
     if operation.masked or payload.mask is not None:
         mask = _mask(operation, payload, shape, options, len(images), room)
+        mask = mask if rows.dtype.kind == "u" else mask.astype(np.float32)
         mask = np.broadcast_to(_reflected(mask, *rows.shape[2:]), rows.shape)
     return Inputs(rows, mask, size=size)
 
@@ -187,7 +189,7 @@ def _size_of_latents(model: Model, shape: tuple[int, ...]) -> tuple[int, int]:
     return found
 
 
-def _reflected(images: Rows, height: int, width: int) -> Rows:
+def _reflected(images: NDArray[Any], height: int, width: int) -> NDArray[Any]:
     """Images (n, c, h, w) with reflections of their pixels below and to the right."""
     below, right = height - images.shape[2], width - images.shape[3]
     if not (below or right):
@@ -226,8 +228,10 @@ def _shaped(
     return images if images.shape[1:] == shape else fit(images, (shape[1], shape[2]), how)
 
 
-def _mask(operation: Operation, payload: Payload, shape: tuple[int, ...], options: Any, rows: int, room: Room) -> Rows:
-    """Masks (1, 1, h, w) or (rows, 1, h, w), 1 where a pixel is seen.
+def _mask(
+    operation: Operation, payload: Payload, shape: tuple[int, ...], options: Any, rows: int, room: Room
+) -> NDArray[np.bool_]:
+    """Masks (1, 1, h, w) or (rows, 1, h, w), true where a pixel is seen.
 
     Raises:
         InvalidShape: The mask is missing, or has another shape than the images.
@@ -245,7 +249,8 @@ def _mask(operation: Operation, payload: Payload, shape: tuple[int, ...], option
     mask = in_range(mask, 0.0, 1.0, "mask")
     if len(mask) not in (1, rows):
         raise InvalidShape(f"{len(mask)} masks for {rows} images; send one, or one an image")
-    return (mask >= 0.5).astype(np.float32)
+    found: NDArray[np.bool_] = mask >= 0.5
+    return found
 
 
 def _bounds(operation: Operation, name: str) -> tuple[float, float]:

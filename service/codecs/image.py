@@ -9,10 +9,13 @@ import io
 from collections.abc import Callable
 from typing import TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from service.codecs.codec import Codec
 from service.codecs.container import Picture, picture
+from service.codecs.heat_map import heat_map
 from service.codecs.payload import Answer, Body, Intake, Meter, Payload, images_only
 from service.contract.images import (
     DECODER_ERRORS,
@@ -101,9 +104,16 @@ def _decoded(found: Picture, pixel_bytes: int, meter: Meter, convert: Callable[[
         raise Unreadable(f"the {found.form} is broken, cut short or of a rare kind; send it as plain PNG") from error
 
 
+def shown(answer: Answer) -> Pixels | NDArray[np.uint8] | None:
+    """What a picture shows of an answer: its images, or the heat map of `std`; None for an answer with more."""
+    if "std_scale" in answer.about:
+        return heat_map(answer.outputs["std"], answer.about["std_scale"])
+    return images_only(answer)
+
+
 def write(answer: Answer) -> bytes | None:
-    """The images as a PNG, several as one sheet; None for an answer that holds anything else."""
-    images = images_only(answer)
+    """The images or their heat map as a PNG, several as one sheet; None for an answer that no picture shows."""
+    images = shown(answer)
     if images is None or images.shape[1] not in MODES:
         return None
     file = io.BytesIO()

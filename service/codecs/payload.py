@@ -32,7 +32,7 @@ class Meter:
 
     def __init__(
         self,
-        max_pixels: int = 2**24,
+        max_pixels: int = 2**25,
         max_rows: int = 2**14,
         reserve: Callable[[int], None] = lambda _: None,
         check_time: Callable[[], None] = lambda: None,

@@ -30,9 +30,9 @@ blur of that standard deviation in pixels.
 """
 
 SOLVER_STEPS = 20
+"""Steps of conjugate gradients."""
 SHARPEST = 1e-3
 """Standard deviation of a blur in pixels below which every pixel is seen alone; dividing by less may overflow."""
-"""Steps of conjugate gradients."""
 LEAST_VARIANCE = 1e-6
 """Least variance of an observed pixel: a quarter of a grey level, squared."""
 
@@ -79,6 +79,53 @@ class Operator(NamedTuple):
         return Operator(self.rows**2, self.columns**2)
 
 
+class Blocks(NamedTuple):
+    """Means of blocks of pixels, for images of any size: what `Operator` computes, without its matrices.
+
+    Attributes:
+        factor: Height and width of a block; 1 is the identity.
+        weight: Factor of the sum of a block; 1 / factor^2 makes it the mean.
+    """
+
+    factor: int
+    weight: float
+
+    def seen(self, x: Rows) -> Rows:
+        """The operator applied: (..., h, w) -> (..., h / factor, w / factor)."""
+        if self.factor == 1:
+            return np.float32(self.weight) * x
+        *axes, height, width = x.shape
+        blocks = x.reshape(*axes, height // self.factor, self.factor, width // self.factor, self.factor)
+        found: Rows = np.float32(self.weight) * blocks.sum((-3, -1), dtype=np.float32)
+        return found
+
+    def back(self, y: Rows) -> Rows:
+        """The transpose applied: (..., h / factor, w / factor) -> (..., h, w)."""
+        return np.float32(self.weight) * enlarged(y, self.factor)
+
+    def lifted(self, y: Rows, mask: Rows) -> tuple[Rows, Rows]:
+        """y and mask (..., h / factor, w / factor) as `Operator.lifted` gives them."""
+        return enlarged(y, self.factor), np.float32(self.weight) * enlarged(mask, self.factor)
+
+    @property
+    def squared(self) -> Blocks:
+        """The operator on variances of independent pixels."""
+        return Blocks(self.factor, self.weight**2)
+
+
+def enlarged(y: Rows, factor: int) -> Rows:
+    """Each pixel of (..., h, w) repeated factor x factor times."""
+    return y if factor == 1 else np.repeat(np.repeat(y, factor, -2), factor, -1)
+
+
+def blocks_of(name: OperatorName | None) -> Blocks | None:
+    """The operator with that name, as means of blocks: the identity for None, and None for a blur."""
+    if name is not None and name[0] != "shrink":
+        return None
+    factor = 1 if name is None else int(name[1])
+    return Blocks(factor, 1.0 / factor**2)
+
+
 @lru_cache(16)
 def operator_of(name: OperatorName) -> Operator:
     """The operator with that name."""
@@ -96,10 +143,13 @@ def _blur(deviation: float, size: int) -> Rows:
     return found
 
 
-def projected(operator: Operator, x_mean: Rows, variance: Rows, y: Rows, mask: Rows, noise: Rows) -> tuple[Rows, Rows]:
+def projected(
+    operator: Operator | Blocks, x_mean: Rows, variance: Rows, y: Rows, mask: Rows, noise: Rows
+) -> tuple[Rows, Rows]:
     """The posterior of x ~ N(x_mean, variance) given y, its image under the operator with Gaussian noise.
 
-    Solves by conjugate gradients with a Jacobi preconditioner, a fixed number of steps.
+    Solves by conjugate gradients with a Jacobi preconditioner, a fixed number of steps. For means of blocks the
+    preconditioner is the inverse, so one step is exact.
 
     Args:
         operator: The operator.
@@ -123,7 +173,7 @@ def projected(operator: Operator, x_mean: Rows, variance: Rows, y: Rows, mask: R
     residual: Any = mask * (y - operator.seen(x_mean))
     preconditioned = residual / scale
     direction, size = preconditioned, _inner(residual, preconditioned)
-    for _ in range(SOLVER_STEPS):
+    for _ in range(SOLVER_STEPS if isinstance(operator, Operator) else 1):
         image = covariance(direction)
         length = size / np.maximum(_inner(direction, image), np.float32(1e-30))
         u, residual = u + length * direction, residual - length * image
@@ -144,10 +194,11 @@ class Observation(NamedTuple):
     """Corrupted images, and what is known of their corruption.
 
     Attributes:
-        y: Observed values (n, c, seen h, seen w).
-        mask: 1 where a value is observed, else 0, shaped like y.
+        y: Observed values (n, c, seen h, seen w), or levels of large images.
+        mask: 1 where a value is observed, else 0, shaped like y; booleans beside levels.
         level: Noise level (n, F) by family, 0 for families that are not at work.
-        family: Column of the noise at work, None for none. Under an operator it is Gaussian, the first.
+        family: Column of the noise at work; None for none or, where the level is to be estimated, for all families
+            together. Under an operator it is Gaussian, the first.
         known: Whether the level is known; else it is to be estimated.
         operator: What the images are seen through, None for nothing.
     """
@@ -171,6 +222,12 @@ class Observation(NamedTuple):
     def estimated(self) -> int | None:
         """Column of the level to estimate, None where there is none."""
         return None if self.known else self.family
+
+    @property
+    def total(self) -> Rows:
+        """Root of the sum of the squared levels of all families, (n,)."""
+        found: Rows = np.sqrt(np.square(self.level).sum(1))
+        return found
 
     def with_level(self, level: Rows, least: np.float32, most: np.float32) -> Observation:
         """The observation with another level, whose estimated column is clipped to [least, most]."""

@@ -28,13 +28,14 @@ from pydantic import (
 )
 
 from service.contract.graphs import FEATURES, GRAPHS, VECTORS, Axis, at_size, fraction_of, shape_of
+from service.contract.typical import STATISTICS
 
 FILE_NAME = "manifest.json"
 SIGNATURE_FILE = f"{FILE_NAME}.sig"
 """A signature of the manifest's bytes, as service/contract/signature.py checks it; versions need not have one."""
 DEFAULT_FILE = "default"
-"""File beside the models whose one line names the default model."""
-MAX_DEFAULT_BYTES = 128
+"""File beside the models whose one line names the default models; see service/repository/defaults.py."""
+MAX_DEFAULT_BYTES = 1024
 SCHEMA_VERSION = 1
 ADVICE = "export the model again"
 PLAIN_NAME = frozenset("abcdefghijklmnopqrstuvwxyz0123456789._-")
@@ -308,6 +309,34 @@ class Calibration(Part):
     """Seed of their corruptions."""
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class FarFromTraining(Part):
+    """How answers to images of another kind than the training images are told, and how well that was measured to work.
+
+    The statistics are those of service/contract/typical.py. Shares are of images with noise of every kind that the
+    model removes, and without noise.
+    """
+
+    sound: bool
+    """Whether answers carry the note: at most 1 % of held-out images get it, and at least 95 % of each kind in
+    `caught`."""
+    bounds: dict[
+        Annotated[str, _must(" or ".join(STATISTICS), STATISTICS.__contains__)],
+        Annotated[list[float], _must("[lowest, highest]", lambda ends: len(ends) == 2 and ends[0] <= ends[1])],
+    ]
+    """Lowest and highest figure of an image without the note, by statistic."""
+    held_out: Share
+    """Share of held-out images that get the note, over all kinds and levels of noise."""
+    caught: Annotated[dict[str, Share], _at_most(MAX_ENTRIES)]
+    """Share of images of other kinds that get it likewise, by kind."""
+    images: int
+    """Number of held-out images."""
+    seed: int
+    """Seed of their choice and corruptions."""
+
+
 def _in_order(graphs: dict[str, Graph]) -> dict[str, Graph]:
     """The graphs with their tensors in the order of their signatures, whatever the order in the file."""
     return {
@@ -344,6 +373,8 @@ class Variant(Part):
     """Required with the graph `log_joint`."""
     calibration: Calibration | None = None
     """Added to a version that restores; the fingerprint stays."""
+    far_from_training: FarFromTraining | None = None
+    """Added likewise. Without it no answer says that an image is far from those that the model was trained on."""
 
     @property
     def channels(self) -> int:

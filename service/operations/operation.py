@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -14,16 +14,17 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from service.contract.images import Fit
 from service.errors import InferenceFailed, InvalidOption, InvalidValue, ServiceError
-from service.operations.abilities import Need, check_able, lacking
+from service.operations.abilities import ENCODING, Need, check_able, lacking
 from service.operations.inference.latent import MAX_SEED
 from service.operations.inference.tiling import Tiling
 from service.operations.inference.vae import Observe, Result, noted
 from service.runtime.model import Model
-from service.runtime.program import Submit
+from service.runtime.program import Submit, Trip
+from service.runtime.tiling import Levels
 
 Rows = NDArray[np.float32]
 
-GOLDEN_IMAGES = ("encoder/x", "posterior/x", "recognition/y")
+GOLDEN_IMAGES = ("encoder/x", "posterior/x", "recognition/y", "restoration/y")
 """Golden rows that are images."""
 TILED_NOTE = (
     "the image was worked off in blended tiles, because it is large; the model looks at whole images, so the answer "
@@ -31,6 +32,21 @@ TILED_NOTE = (
 )
 LATENT_EXTREME = 100.0
 """Largest usual magnitude of a latent, for error messages: priors have a standard deviation of about 1."""
+
+
+class Asked(NamedTuple):
+    """What needs something of a model.
+
+    Attributes:
+        option: The option or what it says, such as `quality=refined`.
+        advice: What else works, to be appended to a message; may be empty.
+    """
+
+    option: str
+    advice: str = ""
+
+
+REFINED = Asked("quality=refined", "; or ask for quality=fast")
 
 
 class Options(BaseModel):
@@ -60,9 +76,9 @@ class Options(BaseModel):
         return 1
 
     @property
-    def needs(self) -> tuple[Need, ...]:
-        """What these options need of a model, beside what the operation needs."""
-        return ()
+    def needs(self) -> Mapping[Need, Asked]:
+        """What these options need of a model, beside what the operation needs, and by which option."""
+        return {}
 
     def variant(self, model: Model) -> Model:
         """The variant of a model that the options choose; the first one by default.
@@ -103,6 +119,10 @@ class Options(BaseModel):
             latent: Numbers of a latent.
         """
         return image + self.multiplicity * latent
+
+    def memory_levels(self, image: int) -> int:
+        """Numbers of images likewise, where images of the answer are levels and those of the request stay levels."""
+        return self.memory_numbers(image, 0)
 
 
 class ImageOptions(Options):
@@ -204,24 +224,25 @@ class Inputs(NamedTuple):
 
     Attributes:
         rows: Images (n, c, h, w) or latents (n, ...). (n, 0) for an operation without inputs that makes n rows.
-        mask: 1 where a pixel is seen, 0 where it is missing, of the shape of the rows; None without a mask.
+        mask: 1 where a pixel is seen, 0 where it is missing, of the shape of the rows: booleans beside images that are
+            levels; None without a mask.
         first: Index of the first row in the request.
         latents: Whether the rows are latents in place of images.
         tiling: Places of the rows in larger images, if they are tiles.
         size: Height and width of the answer's images, which are cut to it because rows are padded below and to the
             right; None for a model of one size.
         observe: Called with intermediate results of iterative work; None if the caller wants none.
-        levels: `uint8` where images of the answer may be uint8 levels, because a picture is written of them.
+        levels: Type of the levels that images of the answer may be, because a picture is written of them.
     """
 
     rows: Rows
-    mask: Rows | None = None
+    mask: Rows | NDArray[np.bool_] | None = None
     first: int = 0
     latents: bool = False
     tiling: Tiling | None = None
     size: tuple[int, int] | None = None
     observe: Observe | None = None
-    levels: Literal["uint8"] | None = None
+    levels: Levels | None = None
 
     @property
     def nbytes(self) -> int:
@@ -360,6 +381,7 @@ class Operation:
         observe = inputs.observe
         if observe is not None:
             inputs = inputs._replace(observe=lambda found: observe(self._checked(found, model, inputs)))
+            submit = partial(submit, watch=partial(_watched, observe))
         result = await self.run(model, submit, inputs, options)
         if result.trip.tiled and not (model.manifest.tiles and model.manifest.tiles.exact):
             rows = range(inputs.first, inputs.first + len(inputs.rows))
@@ -376,7 +398,7 @@ class Operation:
             }
             result = result._replace(outputs=cut)
         images = result.outputs.get("images")
-        if model.manifest.value_range[0] < 0.0 and images is not None and images.dtype != np.uint8:
+        if model.manifest.value_range[0] < 0.0 and images is not None and images.dtype.kind == "f":
             result = result._replace(outputs={**result.outputs, "images": np.clip(images, 0, 1)})
         return self._finite(result, model, inputs)
 
@@ -429,7 +451,7 @@ class Operation:
         if self.takes is None:
             return Inputs(np.empty((options.count, 0), np.float32), size=options.made_size(model))
         images = next((golden[name] for name in GOLDEN_IMAGES if name in golden), None)
-        if self.takes == "latents" or images is None:
+        if self.takes == "latents" or images is None or (self.or_latents and lacking(model, (ENCODING,))):
             return Inputs(np.resize(golden["decoder/z"], (2, *golden["decoder/z"].shape[1:])), latents=True)
         height, width = (
             length // options.enlargement for length in model.padded(images.shape[2:], options.enlargement)
@@ -454,9 +476,15 @@ class Operation:
             UnsupportedOperation: The message names the reason, and the models that can.
         """
         check_able(model, self.needs, self.name, served)
-        if options is not None and options.needs:
-            needs = (*self.needs, *options.needs)
-            check_able(model, needs, f"{self.name} with quality=refined", served, "; or ask for quality=fast")
+        need = None if options is None else lacking(model, options.needs)
+        if options is not None and need is not None:
+            option, advice = options.needs[need]
+            check_able(model, (*self.needs, *options.needs), f"{self.name} with {option}", served, advice)
+
+
+def _watched(observe: Observe, done: int, tiles: int) -> None:
+    """Report the tiles that are done."""
+    observe(Result({}, {"tile": done, "tiles": tiles}, Trip((), 0.0, 0.0)))
 
 
 def is_finite(array: Rows) -> bool:

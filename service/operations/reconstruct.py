@@ -9,12 +9,14 @@ from service.operations.inference import vae
 from service.operations.inference.latent import Noise
 from service.operations.inference.vae import Result
 from service.operations.operation import IMAGES, MEANS, SEED, DrawOptions, Inputs, Operation
+from service.operations.typical import with_typicality
 from service.runtime.model import Model
 from service.runtime.program import Submit
 
 
 async def _run(model: Model, submit: Submit, inputs: Inputs, options: DrawOptions) -> Result:
-    return await vae.reconstruct(model, submit, inputs.rows, options.draws, Noise(options.seed, inputs.first))
+    result = await vae.reconstruct(model, submit, inputs.rows, options.draws, Noise(options.seed, inputs.first))
+    return with_typicality(model, result, inputs)
 
 
 reconstruct = Operation(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -10,35 +11,33 @@ from numpy.typing import NDArray
 
 from service.contract.calibration import calibrated
 from service.contract.corruption import Observation, OperatorName, Rows
-from service.contract.graphs import GRAPHS
 from service.contract.images import FIT_ADVICE, Fit
 from service.errors import InvalidOption, TooLarge
-from service.operations.abilities import Need
+from service.operations.abilities import REFINING, RESTORING, Need
+from service.operations.inference import conditional
 from service.operations.inference.latent import Noise
+from service.operations.inference.levels import LEAST_LEVEL, MOST_LEVEL, of_one_level
 from service.operations.inference.refinement import STEPS
-from service.operations.inference.restoration import (
-    LEAST_LEVEL,
-    MOST_LEVEL,
-    RestoreChoices,
-    level_rows,
-    prior_mean,
-    restore,
-)
+from service.operations.inference.restoration import RestoreChoices, prior_mean, restore
 from service.operations.inference.tiling import Tiling
 from service.operations.inference.vae import Observe, Result, noted
-from service.operations.operation import MEANS, PIXELS, SEED, DrawOptions, Inputs, Tensor
-from service.runtime.model import PRIOR, Model
-from service.runtime.program import Submit
+from service.operations.operation import MEANS, PIXELS, REFINED, SEED, Asked, DrawOptions, Inputs, Tensor
+from service.runtime.model import NOISE, PRIOR, Model
+from service.runtime.program import Submit, Trip
 
-NEEDS = GRAPHS["recognition"].needs
+NEEDS = (RESTORING,)
 OUTPUTS = (
     replace(MEANS, meaning="Restored images, E[x | y]"),
     Tensor("std", ("n", *PIXELS), "Posterior standard deviation, with `uncertainty`", required=False),
+    Tensor("std_scale", (), "Standard deviation at the top of the heat map, with `uncertainty=map`", required=False),
     Tensor("completions", ("n", "draws", *PIXELS), "Draws of restored images, with `completions`", required=False),
     Tensor("level", ("n",), "Level of the noise, as given or estimated; absent without noise", required=False),
+    Tensor("noise", ("n",), "Kind of the noise, with `noise=auto`: of several the loudest", "string", required=False),
     Tensor("elbo", ("n",), "Lower bound on log p(y), in nats, with `quality=refined`", required=False),
     replace(SEED, required=False),
 )
+TOP_PERCENTILE, SCALE_DIGITS = 99, 6
+"""The percentile of `std` that a heat map shows as its last colour, and the digits of that number."""
 MOST_THROUGH = 1024
 """Largest height and width of an image seen through an operator, which is two matrices of such sides."""
 WARM_UP: tuple[dict[str, Any], ...] = ({}, {"quality": "refined"})
@@ -48,11 +47,12 @@ class RestoreOptions(DrawOptions):
     """Options of all restoration: accuracy, and further outputs."""
 
     quality: Literal["fast", "refined"] = "fast"
-    """`fast` is one pass through the recognition model. `refined` continues from there by variational inference for
-    each image: about 100 times as much work, at low priority."""
-    uncertainty: bool = False
+    """`fast` is one pass through the networks. `refined` takes up to 100 times as long, at low priority: variational
+    inference for each image or, of a conditional model, the mean over 8 flips and rotations; with a mask, a blur or a
+    factor, 24 steps of plug-and-play splitting."""
+    uncertainty: bool | Literal["map"] = False
     """Whether the answer holds `std`, the posterior standard deviation of each pixel. It is calibrated: 90% of the true
-    pixels lie within 1.645 `std`."""
+    pixels lie within 1.645 `std`. With `map`, an answer in PNG is a heat map of it."""
     completions: bool = False
     """Whether the answer holds the images of all `draws`, (n, draws, c, h, w), besides their mean."""
     preview: bool = False
@@ -64,15 +64,28 @@ class RestoreOptions(DrawOptions):
         return not (self.uncertainty or self.completions)
 
     @property
-    def needs(self) -> tuple[Need, ...]:
-        """What refinement needs of a model."""
-        return ("refinement",) if self.quality == "refined" else ()
+    def needs(self) -> Mapping[Need, Asked]:
+        """What refinement and the kind of noise need of a model."""
+        found: dict[Need, Asked] = {REFINING: REFINED} if self.quality == "refined" else {}
+        if self.noise_family is not None:
+            noise = f"{self.noise_family} {NOISE}"
+            found[noise] = Asked(noise)
+        return found
+
+    @property
+    def noise_family(self) -> str | None:
+        """The family of noise that the options name; None where they name none."""
+        return None
 
     def memory_numbers(self, image: int, latent: int) -> int:
         """Numbers in memory while one row of the request is answered; see `Options.memory_numbers`."""
-        images = 3 + self.uncertainty + (self.draws if self.completions else 0)  # 3: observation, mask, mean
+        images = 3 + bool(self.uncertainty) + (self.draws if self.completions else 0)  # 3: observation, mask, mean
         noise = STEPS * latent if self.quality == "refined" else 0
-        return images * image + self.multiplicity * latent + noise
+        return images * image + self.draws * latent + noise
+
+    def memory_levels(self, image: int) -> int:
+        """The answer; refinement holds a few images as floats."""
+        return image * (8 if self.quality == "refined" else 1)
 
 
 class TiledOptions(RestoreOptions):
@@ -110,7 +123,7 @@ def observed(
     Args:
         model: The model.
         inputs: Observed images and their mask, (n, c, h, w) each.
-        noise: Family of the noise; None without noise.
+        noise: Family of the noise; None without noise; `auto` for all families together.
         level: Level of the noise, or `auto` to estimate it.
         operator: Blur or shrinking of the images before the noise.
 
@@ -119,28 +132,57 @@ def observed(
         number.
 
     Raises:
-        InvalidOption: The model was not trained on this family of noise.
+        InvalidOption: The model was not trained on this family of noise, or cannot estimate it.
         TooLarge: The image behind an operator is too large.
     """
-    if operator is not None and max(operator[2:]) > MOST_THROUGH:
+    local = "restoration" in model.graphs and operator is not None and operator[0] == "shrink"
+    if operator is not None and not local and max(operator[2:]) > MOST_THROUGH:
         height, width = operator[2:]
         raise TooLarge(
             f"blur and super-resolution look at whole images of at most {MOST_THROUGH} x {MOST_THROUGH}, not "
             f"{height} x {width}; send parts of the image"
         )
     families = model.manifest.noise_families
-    if noise is not None and noise not in families:
-        raise InvalidOption(f"noise is {noise}, but model {model.manifest.name} knows {', '.join(families)} and none")
-    family = None if noise is None else families.index(noise)
+    _check_noise(model, noise, level)
+    family = None if noise in (None, "auto") else families.index(noise)
     if inputs.mask is None:
-        y, mask = inputs.rows, np.broadcast_to(np.float32(1.0), inputs.rows.shape)
-    else:  # levels stay integers
+        one: Any = np.float32(1.0) if inputs.rows.dtype.kind == "f" else np.True_
+        y, mask = inputs.rows, np.broadcast_to(one, inputs.rows.shape)
+    else:  # levels stay integers, their masks booleans
         y, mask = np.multiply(inputs.rows, inputs.mask, dtype=inputs.rows.dtype, casting="unsafe"), inputs.mask
     levels = np.zeros((len(inputs.rows), len(families)), np.float32)
     if family is not None and level != "auto":
         levels[:, family] = level
-    known = family is None or level != "auto"
-    return Observation(y, mask, levels, family, known, operator)
+    return Observation(y, mask, levels, family, noise is None or level != "auto", operator)
+
+
+def default_noise(model: Model, level: float | Literal["auto"]) -> str:
+    """The kind of noise of a request that names none."""
+    return "auto" if "noise" in model.graphs and level == "auto" else "gaussian"
+
+
+def _check_noise(model: Model, noise: str | None, level: float | Literal["auto"]) -> None:
+    """Refuse noise that the model does not know, or cannot estimate.
+
+    Raises:
+        InvalidOption: The message names what works.
+    """
+    name, families = model.manifest.name, model.manifest.noise_families
+    if noise == "auto":
+        if "noise" not in model.graphs:
+            raise InvalidOption(
+                f"noise is auto, but model {name} does not tell kinds of noise apart; name one of {', '.join(families)}"
+            )
+        if level != "auto":
+            raise InvalidOption(
+                f"level is {level:g}, but noise is auto: a level is that of one kind of noise; name the kind with "
+                f"noise ({', '.join(families)}), or leave level out"
+            )
+    elif noise is not None and noise not in families:
+        raise InvalidOption(f"noise is {noise}, but model {name} knows {', '.join(families)} and none")
+    elif noise is not None and level == "auto" and "noise_level" not in model.graphs:
+        other = ", or leave noise and level out" if "noise" in model.graphs else ""
+        raise InvalidOption(f"model {name} does not estimate the level of {noise} noise alone; name level{other}")
 
 
 async def restored(model: Model, submit: Submit, inputs: Inputs, seen: Observation, options: RestoreOptions) -> Result:
@@ -159,24 +201,91 @@ async def restored(model: Model, submit: Submit, inputs: Inputs, seen: Observati
     Raises:
         InvalidOption: `completions` is set without `draws`.
     """
-    if options.completions and not options.draws:
-        raise InvalidOption("completions are draws of the posterior; say how many with draws")
-    estimated = seen.estimated is not None
-    if not seen.known and (inputs.tiling is not None or model.manifest.size is not None):
-        seen = await _of_one_level(model, submit, seen, inputs.tiling)
-    refined = options.quality == "refined"
-    choices = RestoreChoices(refined, options.draws, options.uncertainty, options.completions, options.preview)
-    noise, observe = Noise(options.seed, inputs.first), _of_whole_images(inputs.observe, inputs.tiling)
-    result = await restore(model, submit, seen, choices, noise, observe)
+    _check_draws(model, seen, options)
+    _check_prior(model, inputs, seen, options)
+    every, estimated = seen.family is None and not seen.known, seen.estimated is not None
+    one = every or inputs.tiling is not None or model.manifest.size is not None or "restoration" in model.graphs
+    before = Trip((), 0.0, 0.0)
+    if not seen.known and one:
+        seen, before = await of_one_level(model, submit, seen, inputs.tiling)
+    result = await _answered(model, submit, inputs, seen, options)
     if options.uncertainty:
         result.outputs["std"] = _calibrated(model, result.outputs["std"], seen, options.quality)
     whole = inputs.mask is None
     sighted = np.ones(len(inputs.rows), bool) if whole else np.any(seen.mask, axis=(1, 2, 3))
     if not sighted.all():
         result = await _without_sight(model, submit, result, np.flatnonzero(~sighted), inputs)
-    if estimated:
+    if every:
+        result = _with_kinds(model, result, seen)
+    if estimated or every:
         result = _with_clipped_level(result, sighted, inputs)
-    return result if inputs.tiling is None else _joined(result, inputs.tiling)
+    result = result._replace(trip=result.trip.after(before))
+    result = result if inputs.tiling is None else _joined(result, inputs.tiling)
+    return _with_scale(result) if options.uncertainty == "map" else result
+
+
+def _with_scale(result: Result) -> Result:
+    """Add the standard deviation that a heat map shows as its last colour: one for all rows, so that they compare."""
+    top = np.percentile(np.sqrt(np.square(result.outputs["std"]).mean(1)), TOP_PERCENTILE)
+    return result._replace(about={**result.about, "std_scale": round(float(top), SCALE_DIGITS)})
+
+
+def _check_draws(model: Model, seen: Observation, options: RestoreOptions) -> None:
+    """Refuse draws that the model cannot make.
+
+    Raises:
+        InvalidOption: The message names what works.
+    """
+    if options.completions and not options.draws:
+        raise InvalidOption("completions are draws of the posterior; say how many with draws")
+    if not options.draws or "restoration" not in model.graphs:
+        return
+    name = model.manifest.name
+    if "completion" not in model.graphs:
+        raise InvalidOption(f"draws is {options.draws}, but model {name} gives the mean alone; leave draws out")
+    if options.quality == "refined":
+        raise InvalidOption(f"model {name} draws with quality=fast alone; leave out draws or quality")
+    if seen.operator is not None and seen.operator[0] == "blur":
+        raise InvalidOption(f"model {name} draws no images behind a blur; leave out draws or blur")
+
+
+def _check_prior(model: Model, inputs: Inputs, seen: Observation, options: RestoreOptions) -> None:
+    """Refuse splitting for a conditional model that cannot be its prior.
+
+    Raises:
+        InvalidOption: The message names what works.
+    """
+    blurred = seen.operator is not None and seen.operator[0] == "blur"
+    split = blurred or (options.quality == "refined" and (seen.operator is not None or inputs.mask is not None))
+    if split and "restoration" in model.graphs and "gaussian" not in model.manifest.noise_families:
+        what = "a blur" if blurred else "quality=refined with a mask or a factor"
+        raise InvalidOption(f"{what} needs a model of gaussian noise, which {model.manifest.name} is not; leave it out")
+
+
+async def _answered(model: Model, submit: Submit, inputs: Inputs, seen: Observation, options: RestoreOptions) -> Result:
+    """The images, and what else the options ask for, by the graphs that the model has."""
+    choices = RestoreChoices(
+        options.quality == "refined",
+        options.draws,
+        bool(options.uncertainty),
+        options.completions,
+        options.preview,
+        inputs.mask is not None,
+    )
+    noise, observe = Noise(options.seed, inputs.first), _of_whole_images(inputs.observe, inputs.tiling)
+    answer = conditional.restore if "restoration" in model.graphs else restore
+    result = await answer(model, submit, seen, choices, noise, observe)
+    if seen.family is None or "level" in result.about:
+        return result
+    level = np.ascontiguousarray(seen.level[:, seen.family])
+    return result._replace(about={**result.about, "level": level})
+
+
+def _with_kinds(model: Model, result: Result, seen: Observation) -> Result:
+    """Add the level of all noise together, and for each image the kind of noise that is loudest."""
+    names = [*model.manifest.noise_families, "none"]
+    loudest = np.where(seen.level.any(1), seen.level.argmax(1), len(names) - 1)
+    return result._replace(about={**result.about, "level": seen.total, "noise": [names[k] for k in loudest]})
 
 
 def _calibrated(model: Model, std: Rows, seen: Observation, quality: str) -> Rows:
@@ -184,16 +293,8 @@ def _calibrated(model: Model, std: Rows, seen: Observation, quality: str) -> Row
     calibration = model.manifest.calibration
     if calibration is None:
         return std
-    return calibrated(std, seen, model.manifest.noise_families, calibration.factors.get(quality, {}))
-
-
-async def _of_one_level(model: Model, submit: Submit, seen: Observation, tiling: Tiling | None) -> Observation:
-    """Set one noise level for each image: its estimate, or the median of the estimates of its tiles."""
-    trip = await submit(model.plan("level", level_rows, 0, seen.estimated), seen.lifted())
-    level = trip.arrays[0]
-    if tiling is not None:
-        level = np.repeat(np.median(level.reshape(tiling.images, tiling.tiles, -1), 1), tiling.tiles, axis=0)
-    return seen._replace(level=level, known=True)
+    factors, curves = calibration.factors.get(quality, {}), calibration.curves.get(quality, {})
+    return calibrated(std, seen, model.manifest.noise_families, factors, curves)
 
 
 def _of_whole_images(observe: Observe | None, tiling: Tiling | None) -> Observe | None:
@@ -210,6 +311,8 @@ def _joined(result: Result, tiling: Tiling) -> Result:
         name: value.reshape(tiling.images, -1).mean(1) if isinstance(value, np.ndarray) else value
         for name, value in result.about.items()
     }
+    if "noise" in about:  # all tiles of an image have one level
+        about["noise"] = about["noise"][:: tiling.tiles]
     return result._replace(outputs=outputs, about=about)
 
 
@@ -233,7 +336,8 @@ async def _without_sight(model: Model, submit: Submit, result: Result, unseen: N
 def _with_clipped_level(result: Result, sighted: NDArray[np.bool_], inputs: Inputs) -> Result:
     """Add a note about estimated levels that are at a bound."""
     level = result.about["level"]
-    clipped = np.flatnonzero(sighted & ((level <= LEAST_LEVEL) | (level >= MOST_LEVEL)))
+    low = level <= LEAST_LEVEL if "noise" not in result.about else np.zeros_like(sighted)  # no noise is a kind
+    clipped = np.flatnonzero(sighted & (low | (level >= MOST_LEVEL)))
     if not len(clipped):
         return result
     detail = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import numpy as np
@@ -16,7 +17,17 @@ from service.operations.inference.refinement import STEPS
 from service.operations.inference.scoring import DRAWS, ScoreChoices
 from service.operations.inference.scoring import score as scored
 from service.operations.inference.vae import Result, noted
-from service.operations.operation import IMAGES, PIXELS, SEED, ImageOptions, Inputs, Operation, Tensor
+from service.operations.operation import (
+    IMAGES,
+    PIXELS,
+    REFINED,
+    SEED,
+    Asked,
+    ImageOptions,
+    Inputs,
+    Operation,
+    Tensor,
+)
 from service.runtime.model import Model
 from service.runtime.program import Submit
 
@@ -48,9 +59,9 @@ class ScoreOptions(ImageOptions):
         return self.draws
 
     @property
-    def needs(self) -> tuple[Need, ...]:
+    def needs(self) -> Mapping[Need, Asked]:
         """What refinement needs of a model."""
-        return ("encoder", "elbo_gradient") if self.quality == "refined" else ()
+        return {"encoder": REFINED, "elbo_gradient": REFINED} if self.quality == "refined" else {}
 
     def memory_numbers(self, image: int, latent: int) -> int:
         """Numbers in memory while one row of the request is answered; see `Options.memory_numbers`."""

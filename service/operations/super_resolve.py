@@ -38,6 +38,11 @@ class SuperResolveOptions(RestoreOptions):
             raise InvalidOption(f"factor is {self.factor}; it must divide {height} x {width}: {known}")
 
     @property
+    def noise_family(self) -> str | None:
+        """Gaussian noise at a level above 0."""
+        return "gaussian" if self.level else None
+
+    @property
     def enlargement(self) -> int:
         """Height and width of the answer's images in those of the request's."""
         return self.factor
@@ -55,7 +60,7 @@ class SuperResolveOptions(RestoreOptions):
 async def _run(model: Model, submit: Submit, inputs: Inputs, options: SuperResolveOptions) -> Result:
     height, width = (options.factor * length for length in inputs.rows.shape[-2:])
     operator = ("shrink", options.factor, height, width)
-    seen = observed(model, inputs, "gaussian" if options.level else None, options.level, operator)
+    seen = observed(model, inputs, options.noise_family, options.level, operator)
     return await restored(model, submit, inputs, seen, options)
 
 

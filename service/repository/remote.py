@@ -152,7 +152,7 @@ class Store:
         return found
 
     def default(self) -> bytes:
-        """Return the content of the file that names the default model; empty where there is none.
+        """Return the content of the file that names the default models; empty where there is none.
 
         Raises:
             StartError: It cannot be read.

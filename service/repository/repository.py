@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from service.contract import manifest as manifests
 from service.contract.files import check_files
 from service.errors import NotReady, StartError, UnknownModel, quoted
+from service.repository.defaults import Defaults, default_models, is_visible, model_names
 from service.repository.overrides import WHOLE, Overrides
 from service.repository.progress import Tell, logged
 from service.repository.selection import Selection, version_key
@@ -63,7 +63,7 @@ class ModelFolder:
 
     def versions(self, model: str) -> set[str]:
         """Return the versions of a model."""
-        return {path.name for path in (self.path / model).glob("*/") if _is_visible(path)}
+        return {path.name for path in (self.path / model).glob("*/") if is_visible(path)}
 
     def stamp(self, model: str, version: str) -> Stamp:
         """Return what changes with any file of a version."""
@@ -100,13 +100,13 @@ class Repository:
 
     Args:
         models: Models by name and version.
-        default: Name of the default model.
+        default: The default models, as text; see `Defaults`.
         folder: The folder to load further versions from.
     """
 
     def __init__(self, models: dict[str, dict[str, Model]], default: str, folder: ModelFolder | None = None) -> None:
         self.models = models
-        self.default = default
+        self.defaults = Defaults.parse(default) if default else Defaults("")
         self.conditions: Mapping[str, Mapping[str, Condition]] = {
             name: dict.fromkeys(versions, Condition("ready")) for name, versions in models.items()
         }
@@ -128,7 +128,7 @@ class Repository:
 
         Args:
             folder: Folder of <model>/<version>/manifest.json.
-            default: Name of the default model; see `default_model`.
+            default: The default models, as text; see `default_models`.
             provider: onnxruntime's name of the execution provider.
             threads: Threads of a graph.
             max_rows: Rows of a batch, for the warm-up.
@@ -137,7 +137,7 @@ class Repository:
             rules: What a version must keep to.
 
         Raises:
-            StartError: In one line: there is no default model, or no version of it can be served.
+            StartError: In one line: there is no default model, or no version of one can be served.
         """
         opened = ModelFolder(
             folder,
@@ -145,31 +145,34 @@ class Repository:
             lambda path, tell: open_model(path, provider, threads, max_rows, rules, tell),
             rules.public_keys,
         )
-        default, names = default_model(folder, selection, default), opened.names()
-        repository = cls({}, default, opened)
+        defaults, names = default_models(folder, selection, default), opened.names()
+        repository = cls({}, str(defaults), opened)
         for name in names:
             repository.update(name, overrides)
-        refused = repository.refused(default)
-        if refused and default not in repository.models:
-            raise StartError(next(iter(refused.values())))
+        for name in defaults.models:
+            refused = repository.refused(name)
+            if refused and name not in repository.models:
+                raise StartError(next(iter(refused.values())))
         for name in names:
             repository.log_refused(name)
         return repository
 
-    def find(self, name: str | None, version: str | None) -> Model:
+    def find(self, name: str | None, version: str | None, operation: str = "") -> Model:
         """Return a model.
 
         Args:
             name: Its name; None is the default model.
             version: Its version; None is the latest that is served.
+            operation: The operation whose default model is meant.
 
         Raises:
             UnknownModel: There is none.
             NotReady: No version of the model is served.
         """
-        versions = self.models.get(self.default if name is None else name)
+        name = self.defaults.of(operation) if name is None else name
+        versions = self.models.get(name)
         if versions is None:
-            raise self._missing(self.default if name is None else name)
+            raise self._missing(name)
         if version is None:
             return next(reversed(versions.values()))
         if version not in versions:
@@ -312,60 +315,3 @@ class Repository:
         if name not in self.conditions:
             return UnknownModel(f"no model {quoted(name)}; the models are {', '.join(self.models)}")
         return NotReady(f"no version of model {name} is served; /v1/models/{name} says why")
-
-
-def model_names(folder: Path) -> list[str]:
-    """Return the models in a folder that have a version; hidden folders are left out."""
-    return sorted({path.parent.name for path in folder.glob("*/*/") if _is_visible(path.parent, path)})
-
-
-def default_model(folder: Path, selection: Selection, wanted: str) -> str:
-    """Return the default model: the one that is wanted, else the only one, else the one that the file `default` names.
-
-    Args:
-        folder: Folder of <model>/<version>/manifest.json.
-        selection: The versions that are served.
-        wanted: Name of a model; may be empty.
-
-    Raises:
-        StartError: There is no folder or no model, several models and no default, or a model that is named is missing.
-    """
-    if not folder.is_dir():
-        raise StartError(f"no model repository {folder.resolve()}; set VAE_MODELS, or train one")
-    names = model_names(folder)
-    if not names:
-        raise StartError(f"{folder.resolve()} holds no model; expected <name>/<version>/{manifests.FILE_NAME}")
-    selected = sorted(selection.models or names)
-    for name in selected:
-        if name not in names:
-            raise StartError(f"VAE_VERSIONS names {name}, but the models are {', '.join(names)}")
-    if not wanted and len(selected) == 1:
-        return selected[0]
-    path = folder / manifests.DEFAULT_FILE
-    default = wanted or _named_in(path)
-    if not default:
-        raise StartError(
-            f"no default model among {', '.join(selected)}; set VAE_DEFAULT_MODEL, or write one of them into {path}"
-        )
-    if default not in selected:
-        source = "VAE_DEFAULT_MODEL is" if wanted else f"VAE_DEFAULT_MODEL is not set and {path} names"
-        raise StartError(f"{source} {manifests.shown(default)}, but the models are {', '.join(selected)}")
-    return default
-
-
-def _named_in(path: Path) -> str:
-    """Return the line in a file; empty where there is no file.
-
-    Raises:
-        StartError: It cannot be read.
-    """
-    if not path.exists() or path.is_dir():  # a model of that name
-        return ""
-    advice = "write one model's name into it, or set VAE_DEFAULT_MODEL"
-    with start_errors():
-        text = manifests.read_file(path.parent, path.name, manifests.MAX_DEFAULT_BYTES, advice)
-    return text.decode(errors="replace").strip()
-
-
-def _is_visible(*paths: Path) -> bool:
-    return not any(path.name.startswith(".") for path in paths)

@@ -21,8 +21,8 @@ from service.runtime.program import FreeSize, Graph, Graphs, ModelProgram
 MOST_PROGRAMS = 256
 """Bounds the program cache, because static choices such as `blur` come from the client."""
 
-PRIOR, ONE_GROUP = "a prior p(z)", "latents of one group"
-"""Abilities that are not graphs."""
+PRIOR, ONE_GROUP, NOISE = "a prior p(z)", "latents of one group", "noise"
+"""Abilities that are not graphs; that of a family of noise is `gaussian noise`, say."""
 
 
 @dataclass(eq=False)
@@ -61,9 +61,13 @@ class Model:
 
     @cached_property
     def abilities(self) -> frozenset[str]:
-        """Its graphs, `PRIOR` where latents have one, and `ONE_GROUP` where all latents are independent given x."""
+        """Its graphs, the noise that it removes, `PRIOR` and `ONE_GROUP` where they hold.
+
+        The latter two are that latents have a prior, and that all latents are independent given x.
+        """
         prior = set() if self.manifest.prior is None else {PRIOR}
-        return frozenset(self.graphs) | prior | (set() if self.manifest.groups else {ONE_GROUP})
+        noise = {f"{family} {NOISE}" for family in self.manifest.noise_families}
+        return frozenset(self.graphs) | noise | prior | (set() if self.manifest.groups else {ONE_GROUP})
 
     @cached_property
     def latent_axes(self) -> tuple[Axis, ...]:
@@ -117,7 +121,7 @@ class Model:
         rounds: int = 1,
         local: bool = True,
         images: tuple[int, ...] = (),
-        of_latents: bool = False,
+        block: int = 1,
         **further: Any,
     ) -> ModelProgram:
         """Return the program of an operation with these static choices; the same object while it is in the cache.
@@ -132,7 +136,7 @@ class Model:
             rounds: Number of slices that the work is cut into; more than 1 marks iterative work.
             local: Whether the answer for an image can be put together from tiles; see `ModelProgram`.
             images: Places of the outputs that are images in [0, 1].
-            of_latents: Whether its inputs are latents, or noise of the same shape, and nothing else.
+            block: Height and width in pixels of one place of its inputs; see `ModelProgram`.
             **further: Keyword choices for `rows`.
         """
         key = (operation, draws, rounds, *choices, *further.items())
@@ -154,7 +158,7 @@ class Model:
                 rounds,
                 next(alike, None),
                 free=self.free,
-                block=self.manifest.latent_block if of_latents else 1,
+                block=block,
                 local=local,
                 images=images,
             )

@@ -105,7 +105,8 @@ class ModelProgram:
         timing: Measured seconds by number of rows; None while unmeasured.
         clock: Clock for the measurements, in seconds.
         free: Of a model whose images are of free size.
-        block: Height and width in pixels of one place of its largest input: 1, or more where all inputs are latents.
+        block: Height and width in pixels of one place of its largest input of four axes: 1, or more where all inputs
+            are latents or smaller images.
         local: Whether the answer for a pixel, or for a number an image, can be put together from tiles of the image.
         images: Places of the outputs that are images in [0, 1].
         most_rows: Rows of a batch at most; None is any number.
@@ -127,7 +128,7 @@ class ModelProgram:
 
     def image_size(self, arrays: Arrays) -> tuple[int, int]:
         """Height and width of the images that these inputs are of, for a model of free size."""
-        shapes = [array.shape[-2:] for array in arrays if array.ndim > 3]  # (n, c, h, w)
+        shapes = [array.shape[-2:] for array in arrays if array.ndim == 4]  # (n, c, h, w); noise of draws has five
         height, width = max(shapes)
         return self.block * height, self.block * width
 

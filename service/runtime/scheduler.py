@@ -52,14 +52,15 @@ class Engine:
         Args:
             program: The program.
             arrays: Its inputs.
-            **known: Of `Batcher.submit`; for images of free size also `levels`, see `run_tiled`.
+            **known: Of `Batcher.submit`; also `levels` and `watch`, see `run_tiled`.
         """
         if program.free is not None:
             assert isinstance(program, ModelProgram)
             if math.prod(program.image_size(arrays)) > self._tile_pixels:
                 return await run_tiled(self.submit, program, arrays, self._tile_pixels, **known)
-            known.pop("levels", None)
             program = program.sized(arrays, self._tile_pixels)
+        for of_tiles in ("levels", "watch"):
+            known.pop(of_tiles, None)
         return await (self._iterative if program.rounds > 1 else self._interactive).submit(program, arrays, **known)
 
     async def close(self) -> None:

@@ -1,7 +1,7 @@
 """Tiles: images of free size that are too large for one run, cut into overlapping tiles whose answers are blended.
 
 Only the tiles that run, and the seams that the next ones need, are in memory as float32. Pixels may come as levels of
-8 or 16 bits, and images may be answered as levels of 8 bits.
+8 or 16 bits, masks as booleans, and images may be answered as levels.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +24,10 @@ BLEND = 16
 """Pixels over which tiles are blended where their answers are equal."""
 OVERLAP = 4
 """Tiles whose answers differ overlap by this part of their side, as diffusers' tiled AutoencoderKL does."""
-WHITE = {np.dtype(np.uint8): 255.0, np.dtype(np.uint16): 65535.0}
-"""White of pixels as levels."""
+WHITE = {np.dtype(np.bool_): 1.0, np.dtype(np.uint8): 255.0, np.dtype(np.uint16): 65535.0}
+"""White of pixels as levels, and of masks."""
+Levels = Literal["uint8", "uint16"]
+"""Types of levels that images are answered as."""
 
 
 class Span(NamedTuple):
@@ -82,10 +84,11 @@ def spans(length: int, side: int, tiles: Tiles, multiple: int) -> list[Span]:
     return [Span(*parts) for parts in zip(starts, stops, firsts, lasts, seams, ends, strict=True)]
 
 
-def tile_side(size: Size, tiles: Tiles | None, tile_pixels: int) -> int:
-    """Height and width of the largest tile, a multiple."""
+def tile_side(size: Size, tiles: Tiles | None, tile_pixels: int, multiple: int = 1) -> int:
+    """Height and width of the largest tile, a multiple of the model's number and of `multiple`."""
+    step = math.lcm(size.multiple_of, multiple)
     side = min(math.isqrt(tile_pixels), size.max, tiles.side if tiles and tiles.side else size.max)
-    return max(size.min, side // size.multiple_of * size.multiple_of)
+    return max(size.padded(size.min, multiple), side // step * step)
 
 
 async def run_tiled(submit: Submit, program: ModelProgram, arrays: Arrays, tile_pixels: int, **known: Any) -> Trip:
@@ -96,7 +99,8 @@ async def run_tiled(submit: Submit, program: ModelProgram, arrays: Arrays, tile_
         program: A program of a model of free size.
         arrays: Its inputs (n, ...). Those of four axes and more are images, or grids of one place a block of pixels.
         tile_pixels: Pixels of a tile at most.
-        **known: Further arguments of `submit`; and `levels`, whether images are answered as uint8.
+        **known: Further arguments of `submit`; and `levels`, the type of images that are answered as levels; and
+            `watch`, called with the number of tiles done and of all tiles after each.
 
     Returns:
         The outputs for whole images, and the time. Outputs without height and width are medians over the tiles.
@@ -114,18 +118,23 @@ async def run_tiled(submit: Submit, program: ModelProgram, arrays: Arrays, tile_
             f"{program.operation} of model {program.model} takes images of at most {tile_pixels} pixels, not "
             f"{height} x {width}; send a smaller one, or raise VAE_TILE_PIXELS"
         )
-    side = tile_side(free.size, free.tiles, tile_pixels)
-    tall, wide = (spans(length, side, free.tiles, free.size.multiple_of) for length in (height, width))
-    levels = known.pop("levels", False)
-    canvas = Canvas((height, width), len(arrays[0]), program.images if levels else ())
-    spent = Trip((), 0.0, 0.0)
+    side, multiple = (
+        tile_side(free.size, free.tiles, tile_pixels, program.block),
+        math.lcm(free.size.multiple_of, program.block),
+    )
+    tall, wide = (spans(length, side, free.tiles, multiple) for length in (height, width))
+    levels, watch = known.pop("levels", None), known.pop("watch", None)
+    canvas = Canvas((height, width), len(arrays[0]), program.images if levels else (), levels or "uint8")
+    spent, done, every = Trip((), 0.0, 0.0), 0, len(arrays[0]) * len(tall) * len(wide)
     for row in range(len(arrays[0])):
         cuts = _cuts(arrays, row, (height, width), list(product(tall, wide)))
         async with aclosing(_ahead(submit, program, cuts, known, begun=row > 0)) as trips:
             for down, across in product(tall, wide):
                 trip = await anext(trips)
                 canvas.add(row, down, across, trip.arrays)
-                spent = trip.after(spent)
+                spent, done = trip.after(spent), done + 1
+                if watch is not None:
+                    watch(done, every)
     return spent._replace(arrays=canvas.arrays(), tiled=True)
 
 
@@ -160,6 +169,8 @@ def _cut(array: NDArray[Any], size: tuple[int, int], down: Span, across: Span) -
     white = WHITE.get(array.dtype)
     if white is None:
         return np.ascontiguousarray(tile)
+    if white == 1.0:
+        return tile.astype(np.float32, order="C")
     return np.divide(tile, np.float32(white), dtype=np.float32)
 
 
@@ -169,11 +180,12 @@ class Canvas:
     Args:
         size: Height and width of the images.
         rows: Number of images.
-        levels: Places of the outputs that are kept as levels of 8 bits.
+        levels: Places of the outputs that are kept as levels.
+        kind: Type of the levels.
     """
 
-    def __init__(self, size: tuple[int, int], rows: int, levels: tuple[int, ...]) -> None:
-        self._size, self._rows, self._levels = size, rows, levels
+    def __init__(self, size: tuple[int, int], rows: int, levels: tuple[int, ...], kind: Levels = "uint8") -> None:
+        self._size, self._rows, self._levels, self._kind = size, rows, levels, np.dtype(kind)
         self._whole: list[NDArray[Any]] = []
         self._figures: dict[tuple[int, int], list[NDArray[Any]]] = {}
         self._above: list[dict[int, NDArray[Any]]] = []
@@ -207,7 +219,7 @@ class Canvas:
             whole * length // (span.stop - span.start)
             for whole, length, span in zip(self._size, tile.shape[-2:], (down, across), strict=True)
         )
-        kind = np.uint8 if place in self._levels else np.float32
+        kind = self._kind if place in self._levels else np.dtype(np.float32)
         return np.empty((self._rows, *tile.shape[1:-2], *lengths), kind)
 
     def _blend(self, place: int, row: int, spans: tuple[Span, Span], tile: NDArray[Any]) -> None:
@@ -229,7 +241,7 @@ class Canvas:
         if place in self._levels:
             if not np.isfinite(kept).all():
                 raise InferenceFailed("the model's answer for a tile of the image is not finite; try another version")
-            kept = np.rint(np.clip(kept, 0.0, 1.0) * 255.0)
+            kept = np.rint(np.clip(kept, 0.0, 1.0) * np.float32(WHITE[self._kind]))
         self._whole[place][row][..., down.first : down.end, across.first : across.end] = kept
 
 

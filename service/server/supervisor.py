@@ -68,7 +68,7 @@ class Supervisor:
     """Runs `settings.workers` workers on bound listeners until a signal stops it. Made before the first fork.
 
     Args:
-        settings: The settings, with the folder of the models and the default model resolved.
+        settings: The settings, with the folder of the models and the default models resolved.
         create_app: Makes the application, in a worker.
         listeners: Bound sockets that do not accept connections yet.
         welcome: Called with the names of the models when the first worker is ready.

@@ -56,7 +56,9 @@ def denoised(repository: Repository, y: Rows, options: str) -> Rows:
 
     async def scenario() -> bytes:
         async with client(repository) as one:
-            response = await one.post(f"/v1/denoise?{options}", content=y.astype(np.float32).tobytes(), headers=RAW)
+            response = await one.post(
+                f"/v1/models/mnist/denoise?{options}", content=y.astype(np.float32).tobytes(), headers=RAW
+            )
             assert response.status_code == 200, response.text
             return response.content
 
@@ -222,3 +224,22 @@ def test_an_answer_never_depends_on_its_batch_mates(repository: Repository) -> N
                 for together, alone, single in zip(batch, first, last, strict=True):
                     assert np.array_equal(together[:1], alone)
                     assert np.array_equal(together[-1:], single)
+
+
+def test_what_is_no_digit_is_told(repository: Repository, digits: Rows) -> None:
+    """Of 50 test images one at most gets the note, with and without noise; inverted, black and white ones all do."""
+
+    async def noted(operation: str, images: Rows) -> int:
+        async with client(repository) as one:
+            body = {"content": images.astype(np.float32).tobytes(), "headers": {**RAW, "accept": "application/json"}}
+            answer = await one.post(f"/v1/models/mnist/{operation}", **body)  # type: ignore[arg-type]
+            assert answer.status_code == 200, answer.text
+            notes = {note["code"]: note["rows"] for note in answer.json().get("notes", [])}
+            return len(notes.get("far_from_training", ()))
+
+    few = digits[:50]
+    noise = 0.25 * np.random.default_rng(3).standard_normal(few.shape)
+    for operation, added in (("encode", 0.0), ("reconstruct", 0.0), ("denoise?level=0.25", noise)):
+        assert asyncio.run(noted(operation, few + added)) <= 1
+        for other in (1.0 - few, np.zeros_like(few), np.ones_like(few)):
+            assert asyncio.run(noted(operation, other + added)) == len(few)

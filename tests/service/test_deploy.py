@@ -128,14 +128,29 @@ def test_what_is_deployed_answers_to_its_names() -> None:
     assert not hosts.allow(b"vae.theirs")
 
 
+def compose_timeout_s() -> float:
+    """VAE_TIMEOUT_S of the compose file, where the environment does not set it."""
+    (line,) = [line for line in COMPOSE["vae"]["environment"] if line.startswith("VAE_TIMEOUT_S=")]
+    return float(re.findall(r":-([^}]+)", line)[0])
+
+
+def test_compose_stops_no_service_that_may_still_answer() -> None:
+    """The grace period is above the drain and the time of a request; the balancer's is above that."""
+    least = Settings.model_fields["drain_s"].default + compose_timeout_s()
+    grace = [float(COMPOSE[name]["stop_grace_period"].rstrip("s")) for name in ("vae", "balancer")]
+    assert least < grace[0] < grace[1]
+
+
 def test_kubernetes_loses_no_request() -> None:
     """Ready before it gets requests, removed before it stops, and given more time than a request may take."""
     (container,) = POD["containers"]
     probes = {name: container[name]["httpGet"]["path"] for name in ("startupProbe", "readinessProbe", "livenessProbe")}
     ready, live = "/health/ready", "/health/live"
     assert probes == {"startupProbe": ready, "readinessProbe": ready, "livenessProbe": live}
-    timeout_s = Settings.model_fields["timeout_s"].default
-    assert POD["terminationGracePeriodSeconds"] > timeout_s + 5
+    variables = {one["name"]: one for one in container["env"]}
+    timeout_s = float(variables["VAE_TIMEOUT_S"]["value"])
+    assert timeout_s == compose_timeout_s()
+    assert POD["terminationGracePeriodSeconds"] > timeout_s + Settings.model_fields["drain_s"].default + 5
     assert MANIFEST["Deployment"]["spec"]["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
 
 
@@ -143,4 +158,4 @@ def test_the_balancer_gives_the_service_its_time_and_its_bodies() -> None:
     """nginx's limits match the settings, so that the service's own answers come through."""
     said: dict[str, Any] = dict(re.findall(r"^\s*(\w+) ([^;]+);", (DEPLOY / "nginx.conf").read_text(), re.MULTILINE))
     assert int(said["client_max_body_size"].rstrip("m")) * 2**20 == Settings.model_fields["max_body_bytes"].default
-    assert float(said["proxy_read_timeout"].rstrip("s")) > Settings.model_fields["timeout_s"].default
+    assert float(said["proxy_read_timeout"].rstrip("s")) > compose_timeout_s()

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from service.app import create_app
 from service.errors import InvalidShape, TooLarge, UnsupportedOperation
 from service.operations.denoise import DenoiseOptions, denoise
-from service.operations.encode import encode
+from service.operations.encode import EncodeOptions, encode
 from service.operations.inference.latent import standard_normal
 from service.operations.inference.vae import Result
 from service.operations.interpolate import InterpolateOptions, interpolate
-from service.operations.operation import MEANS, DrawOptions, Inputs, Operation, Options
+from service.operations.operation import MEANS, Inputs, Operation, Options
 from service.operations.reconstruct import reconstruct
 from service.operations.registry import OPERATIONS, warm_up
 from service.operations.restoration import observed
@@ -155,9 +155,9 @@ def test_encode_gives_the_conditional_means_and_seeded_draws(kinds: httpx.Client
 
 def test_draws_never_depend_on_who_shares_the_batch(models: dict[str, Model], x: Rows) -> None:
     """Bit for bit, alone and among others."""
-    mine = Inputs(x), DrawOptions(draws=3, seed=7)
+    mine = Inputs(x), EncodeOptions(draws=3, seed=7)
     (alone,) = performed(models["ladder"], encode, mine)
-    others = [(Inputs(x[k:]), DrawOptions(draws=3, seed=k)) for k in range(4)]
+    others = [(Inputs(x[k:]), EncodeOptions(draws=3, seed=k)) for k in range(4)]
     beside = performed(models["ladder"], encode, *others, mine)[-1]
     for name, array in alone.outputs.items():
         assert array.tobytes() == beside.outputs[name].tobytes()
@@ -318,7 +318,7 @@ def test_padding_is_cut_from_answers_and_progress(models: dict[str, Model]) -> N
     operation = Operation(**known, outputs=(MEANS,), row_wise=True, example={}, answer={})  # type: ignore[arg-type]
     seen: list[Result] = []
     inputs = Inputs(np.zeros((1, 0), np.float32), size=(7, 9), observe=seen.append)
-    result = asyncio.run(operation.perform(models["free"], None, inputs, Options()))  # type: ignore[arg-type]
+    result = asyncio.run(operation.perform(models["free"], Engine(max_rows=1, queue_rows=1).submit, inputs, Options()))
     expected = np.arange(96, dtype=np.float32).reshape(1, 1, 8, 12)[..., :7, :9]
     for found in (result, *seen):
         np.testing.assert_array_equal(found.outputs["images"], expected)

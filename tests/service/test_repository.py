@@ -14,8 +14,8 @@ import pytest
 from service.contract.manifest import digest
 from service.errors import StartError, UnknownModel
 from service.operations.inference.vae import reconstruct_rows
-from service.repository.repository import Repository, default_model
-from service.repository.selection import Selection, version_key
+from service.repository.repository import Repository
+from service.repository.selection import version_key
 from service.runtime.model import Model
 
 
@@ -91,58 +91,6 @@ def test_an_unknown_default_is_refused(copy: Path) -> None:
     """With the names there are."""
     with pytest.raises(StartError, match="the models are digits"):
         opened(copy, "mnist")
-
-
-def two_models(folder: Path, line: str | None) -> Path:
-    """A repository as far as names go, with a file `default` that holds that line."""
-    for name in ("mnist", "faces"):
-        (folder / name / "1").mkdir(parents=True)
-    if line is not None:
-        (folder / "default").write_text(line)
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("versions", "wanted", "line", "found"),
-    [
-        ("all", "", "mnist\n", "mnist"),
-        ("all", "faces", "mnist\n", "faces"),
-        ("faces:latest", "", "mnist\n", "faces"),
-        ("mnist:all", "", None, "mnist"),
-    ],
-)
-def test_the_default_model_is_told_or_the_only_one(
-    tmp_path: Path, versions: str, wanted: str, line: str | None, found: str
-) -> None:
-    """By the setting, else by the file `default`; never by its place in the alphabet."""
-    assert default_model(two_models(tmp_path, line), Selection(versions), wanted) == found
-
-
-@pytest.mark.parametrize(
-    ("wanted", "line", "says"),
-    [
-        ("", None, "no default model among faces, mnist; set VAE_DEFAULT_MODEL, or write one of them into "),
-        ("", "\n", "no default model among faces, mnist"),
-        ("", "digits\n", "default names 'digits', but the models are faces, mnist"),
-        ("digits", "mnist\n", "VAE_DEFAULT_MODEL is 'digits', but the models are faces, mnist"),
-        ("", "mnist\nfaces\n", r"default names 'mnist\nfaces', but the models are faces, mnist"),
-        ("", "m" * 129, "default is larger than the 128 bytes that it may have; write one model's name into it"),
-    ],
-)
-def test_an_unclear_default_among_several_models_is_refused(
-    tmp_path: Path, wanted: str, line: str | None, says: str
-) -> None:
-    """In one line that names the setting, the file and the models there are."""
-    with pytest.raises(StartError) as caught:
-        default_model(two_models(tmp_path, line), Selection("all"), wanted)
-    assert says in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_model_may_be_named_default(tmp_path: Path) -> None:
-    """A folder of that name says nothing about the others."""
-    (tmp_path / "default" / "1").mkdir(parents=True)
-    assert default_model(tmp_path, Selection("all"), "") == "default"
 
 
 def test_a_half_written_version_is_not_seen(copy: Path) -> None:

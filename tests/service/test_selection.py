@@ -54,7 +54,7 @@ def test_a_list_opens_what_it_names_and_a_model_that_is_not_there_is_refused(fla
     assert chosen.conditions["broken"]["1"][:3] == ("unloaded", "VAE_VERSIONS is mnist-2d:1", ())
     with pytest.raises(StartError, match="VAE_VERSIONS names mnits"):
         Repository.open(flat_models, "", "CPUExecutionProvider", 1, 8, Selection("mnits:1"))
-    with pytest.raises(StartError, match="VAE_DEFAULT_MODEL is 'broken', but the models are mnist-2d"):
+    with pytest.raises(StartError, match="VAE_DEFAULT_MODEL names 'broken', but the models are mnist-2d"):
         Repository.open(flat_models, "broken", "CPUExecutionProvider", 1, 8, Selection("mnist-2d:1"))
     with pytest.raises(StartError, match="mnist-2d/5"):
         Repository.open(flat_models, "", "CPUExecutionProvider", 1, 8, Selection("mnist-2d:5"))

@@ -66,15 +66,20 @@ def test_tiles_of_convolutions_equal_the_whole_image(size: tuple[int, int]) -> N
 
 
 def test_levels_are_read_and_written_as_levels() -> None:
-    """Only tiles are float32; the answer is the nearest level of 8 bits."""
+    """Only tiles are float32; the answer is the nearest level of 8 or 16 bits. So are masks."""
     x = np.random.default_rng(1).integers(0, 256, (1, 3, 120, 200), np.uint8)
-    (found,) = ran(program(lambda x: (smooth(x, 5),), images=(0,)), x, levels=True)
+    (found,) = ran(program(lambda x: (smooth(x, 5),), images=(0,)), x, levels="uint8")
     assert found.dtype == np.uint8
     whole = smooth(x.astype(np.float32) / 255, 5)
     assert np.abs(found - 255 * whole).max() <= 0.501
     deep = x.astype(np.uint16) * 257
     (same,) = ran(program(lambda x: (x,)), deep)
     np.testing.assert_allclose(same, x / 255.0, atol=1e-6)
+    deep = np.random.default_rng(2).integers(0, 65536, x.shape, np.uint16)
+    (kept,) = ran(program(lambda x: (x,), images=(0,)), deep, levels="uint16")
+    np.testing.assert_array_equal(kept, deep)
+    (seen,) = ran(program(lambda mask: (mask,)), np.broadcast_to(x[:, :1] > 99, x.shape))
+    np.testing.assert_array_equal(seen, np.broadcast_to(x[:, :1] > 99, x.shape).astype(np.float32))
 
 
 def test_numbers_an_image_are_medians_over_its_tiles() -> None:
@@ -144,7 +149,7 @@ def test_what_cannot_be_tiled_is_refused_by_name() -> None:
     with pytest.raises(TooLarge, match="need at least"):
         ran(program(lambda x: (x,), Tiles(margin=40, exact=True)), x)
     with pytest.raises(InferenceFailed, match="not finite"):
-        ran(program(lambda x: (x * np.nan,), images=(0,)), x, levels=True)
+        ran(program(lambda x: (x * np.nan,), images=(0,)), x, levels="uint8")
 
 
 def test_a_tile_is_as_large_as_setting_and_model_allow() -> None:

@@ -141,7 +141,7 @@ def test_a_noise_that_a_model_was_not_trained_for_is_refused_by_name(digits_mode
         async with client(Settings(), repository) as one:
             body = np.zeros((1, 64), "<f4").tobytes()
             refused = await one.post("/v1/denoise?noise=salt-and-pepper", content=body)
-            assert (refused.status_code, refused.json()["code"]) == (422, "invalid_option")
+            assert (refused.status_code, refused.json()["code"]) == (422, "unsupported_operation")
             assert "gaussian, rain, masking, poisson and none" in refused.json()["detail"]
             assert (await one.post("/v1/denoise?noise=masking", content=body)).status_code == 200
 

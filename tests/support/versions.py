@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from service.contract.graphs import GRAPHS, NOISE, Axis, at_size, shape_of
+from service.contract.graphs import FEATURES, GRAPHS, NOISE, Axis, at_size, shape_of
 from service.contract.manifest import Graph, digest, manifest_of
 from service.repository.version import assemble, open_version
 from service.runtime.model import Model
@@ -34,6 +34,8 @@ class Parts(NamedTuple):
         bodies: The nodes of each graph in ONNX's text format.
         weights: Constants that they use, by name.
         more: Further keys of the variant in the manifest.
+        features: Shape of the features of a conditional model.
+        golden_size: Height and width of the golden images, where they are free.
     """
 
     input_shape: list[Axis]
@@ -41,6 +43,8 @@ class Parts(NamedTuple):
     bodies: dict[str, str]
     weights: dict[str, Any]
     more: dict[str, Any]
+    features: Sequence[Axis] = ()
+    golden_size: tuple[int, int] = GOLDEN_SIZE
 
 
 def free_version(
@@ -101,6 +105,45 @@ def ladder_version(folder: Path, spread: float = 1.0, graphs: Collection[str] = 
     return write_version(folder, [parts], {"prior": "hierarchical", **changes})
 
 
+def conditional_version(
+    folder: Path, channels: Sequence[int] = (1, 3), graphs: Collection[str] = (), **changes: Any
+) -> Path:
+    """Write a conditional version for images of any size, all of whose distributions are Gaussian and known.
+
+    Pixels are independent draws of N(`MIDDLE`, `SPREAD`), the second number a variance. They are seen alone, or, with a
+    mask of 1 / k^2, as means of k x k pixels; noise of several families has the sum of their variances. So the graph
+    `restoration` is exact. A draw adds `OF_LATENTS` of the posterior's variance, the same in blocks of 8 x 8 pixels.
+    Its latents (2, height/8, width/8) are N(mean of the block of y, 1/4). Noise is estimated from differences of
+    neighbouring pixels, which is right for white noise on a flat image: `noise` calls 0.8 of it gaussian and 0.6
+    processed.
+
+    Args:
+        folder: models/<name>/<version>.
+        channels: Channels of each variant.
+        graphs: Some of restoration, completion, noise_level and noise; all by default.
+        **changes: Further keys of the manifest, or others than usual.
+
+    Returns:
+        The folder.
+    """
+    size = {"multiple_of": 8, "min": 16, "max": 8192}
+    bodies = {name: body for name, body in CONDITIONAL.items() if name in (graphs or CONDITIONAL)}
+    parts = [
+        Parts(
+            [count, "height", "width"],
+            [2, "height/8", "width/8"],
+            bodies,
+            _conditional_weights(),
+            {},
+            [4 * count, "height/2", "width/2"],
+            (16, 24),
+        )
+        for count in channels
+    ]
+    about = {"size": size, "tiles": {"margin": 8, "exact": True}, "noise_families": ["gaussian", "processed"]}
+    return write_version(folder, parts, {**about, **changes})
+
+
 def opened(folder: Path) -> Model:
     """The version, opened and replayed without a process of its own and without warm-up."""
     with open_version(folder) as version:
@@ -133,7 +176,7 @@ def write_version(folder: Path, variants: Sequence[Parts], about: Mapping[str, A
 def _written(folder: Path, parts: Parts, families: int, suffix: str) -> dict[str, Any]:
     """Write the graphs and golden rows of a variant; returns the variant as the manifest has it."""
     free = parts.input_shape[1:] == ["height", "width"]
-    size = GOLDEN_SIZE if free else at_size(parts.input_shape[1:], 0, 0)
+    size = parts.golden_size if free else at_size(parts.input_shape[1:], 0, 0)
     rng, graphs, golden = np.random.default_rng(SEED), {}, {}
     for name, body in parts.bodies.items():
         inputs, outputs = (_shapes(axes, parts, families) for axes in (GRAPHS[name].inputs, GRAPHS[name].outputs))
@@ -156,10 +199,9 @@ def _written(folder: Path, parts: Parts, families: int, suffix: str) -> dict[str
 
 def _shapes(tensors: Mapping[str, str], parts: Parts, families: int) -> Shapes:
     """Shapes of a graph's tensors. The prior's noise has that of a latent."""
+    chosen = {NOISE: parts.latent_shape, FEATURES: [*parts.features]}
     return {
-        key: parts.latent_shape
-        if axes == NOISE
-        else shape_of(axes, parts.input_shape, parts.latent_shape, families) or []
+        key: chosen[axes] if axes in chosen else shape_of(axes, parts.input_shape, parts.latent_shape, families) or []
         for key, axes in tensors.items()
     }
 
@@ -367,6 +409,108 @@ def _ladder_weights(spread: float) -> dict[str, Any]:
         "minus_half": -0.5,
     }
     whole = {"one_four": [1, 4], "channel": [1], "pixels": [1, 2, 3]}
+    return {
+        **{key: np.asarray(value, np.float32) for key, value in floats.items()},
+        **{key: np.asarray(value, np.int64) for key, value in whole.items()},
+    }
+
+
+# A conditional version. `level` holds standard deviations, whose squares add up.
+
+MIDDLE, SPREAD, OF_LATENTS = 0.5, 0.04, 0.36
+DIFFERENCES = """
+    before = Slice (y, from_first, to_last, width)
+    after = Slice (y, from_second, to_end, width)
+    step = Sub (after, before)
+    steps = Mul (step, step)
+    mean_step = ReduceMean <keepdims = 0> (steps, pixels)
+    half_step = Mul (mean_step, half)
+    deviation = Sqrt (half_step)
+    column = Unsqueeze (deviation, last)
+"""
+CONDITIONAL = {
+    "restoration": """
+        square = Mul (level, level)
+        total = ReduceSum <keepdims = 1> (square, last)
+        high = Unsqueeze (total, planes)
+        noise = Add (high, tiny)
+        prior = Mul (mask, spread)
+        both = Add (prior, noise)
+        gain = Div (prior, both)
+        off = Sub (y, middle)
+        pull = Mul (gain, off)
+        restored = Add (pull, middle)
+        share = Mul (mask, gain)
+        left = Sub (one, share)
+        variance = Mul (left, spread)
+        features = SpaceToDepth <blocksize = 2> (restored)
+    """,
+    "completion": """
+        square = Mul (level, level)
+        total = ReduceSum <keepdims = 1> (square, last)
+        high = Unsqueeze (total, planes)
+        noise = Add (high, tiny)
+        prior = Mul (mask, spread)
+        both = Add (prior, noise)
+        gain = Div (prior, both)
+        share = Mul (mask, gain)
+        left = Sub (one, share)
+        whole = Mul (left, spread)
+        variance = Mul (whole, of_noise)
+        of_z = Mul (whole, of_latents)
+        deviation = Sqrt (of_z)
+        grey = ReduceMean <keepdims = 1> (y, last)
+        block = AveragePool <kernel_shape = [8, 8], strides = [8, 8]> (grey)
+        mean = Concat <axis = 1> (block, block)
+        scaled = Mul (eps, half)
+        z = Add (mean, scaled)
+        nothing = Mul (eps, zero)
+        log_var = Add (nothing, log_quarter)
+        sum = ReduceSum <keepdims = 1> (eps, last)
+        unit = Mul (sum, of_two)
+        large = Resize <mode = "nearest"> (unit, , eightfold)
+        moved = Mul (deviation, large)
+        kept = DepthToSpace <blocksize = 2> (features)
+        completion = Add (kept, moved)
+        squares = Mul (eps, eps)
+        part = Add (squares, log_quarter)
+        nats = Add (part, log_two_pi)
+        sum_nats = ReduceSum <keepdims = 0> (nats, pixels)
+        log_p = Mul (sum_nats, minus_half)
+    """,
+    "noise_level": f"{DIFFERENCES} level = Concat <axis = 1> (column, column)",
+    "noise": f"{DIFFERENCES} level = Mul (column, shares)",
+}
+
+
+def _conditional_weights() -> dict[str, Any]:
+    """Constants of its graphs."""
+    floats = {
+        "tiny": 1e-9,
+        "spread": SPREAD,
+        "middle": MIDDLE,
+        "one": 1.0,
+        "zero": 0.0,
+        "half": 0.5,
+        "minus_half": -0.5,
+        "of_latents": OF_LATENTS,
+        "of_noise": 1.0 - OF_LATENTS,
+        "of_two": np.sqrt(0.5),
+        "log_quarter": np.log(0.25),
+        "log_two_pi": np.log(2.0 * np.pi),
+        "eightfold": [1.0, 1.0, 8.0, 8.0],
+        "shares": [[0.8, 0.6]],
+    }
+    whole = {
+        "last": [1],
+        "planes": [2, 3],
+        "pixels": [1, 2, 3],
+        "width": [3],
+        "from_first": [0],
+        "to_last": [-1],
+        "from_second": [1],
+        "to_end": [2**31 - 1],
+    }
     return {
         **{key: np.asarray(value, np.float32) for key, value in floats.items()},
         **{key: np.asarray(value, np.int64) for key, value in whole.items()},

@@ -31,6 +31,7 @@ from training.evaluation.card import renewed
 from training.evaluation.measures import LEAST_STD, coverage
 from training.evaluation.served import Answer, Client, ServiceOptions, offering, served
 from training.evaluation.tasks import BLURRING, POISSON, Seen, Task, chosen, subject_of
+from training.evaluation.typical import HELD_OUT, Typical, far_from_training, kept, other_images
 from training.signing import check_key, write_manifest
 
 PROMISED = 0.9
@@ -106,19 +107,16 @@ class Asking:
     def _answer(self, task: Task, quality: str, seen: Seen, observation: Observation) -> tuple[Pixels, Pixels]:
         """Posterior mean and std, (n, c, h, w) each, from an earlier answer to the same request if there is one."""
         everything = b"".join(np.ascontiguousarray(array).tobytes() for array in (self.x, seen.y, observation.mask))
-        path = self.kept / f"{quality}-{digest(everything + str(task).encode())[:16]}.npz"
-        if path.exists():
-            with np.load(path) as file:
-                return file["mean"], file["std"]
-        options = {**task.asked(), "quality": quality, "uncertainty": True, "seed": self.seed}
-        answer = self.ask(self.manifest.name, task.operation, seen.y, seen.mask, **options)
-        mean, inverse = answer.outputs["images"], {way: 1 / by for way, by in self.applied.get(quality, {}).items()}
-        std = calibrated(answer.outputs["std"], observation, self.manifest.noise_families, inverse)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".part.npz")
-        np.savez(partial, mean=mean, std=std)
-        partial.replace(path)
-        return mean, std
+
+        def asked() -> dict[str, Pixels]:
+            options = {**task.asked(), "quality": quality, "uncertainty": True, "seed": self.seed}
+            answer = self.ask(self.manifest.name, task.operation, seen.y, seen.mask, **options)
+            inverse = {way: 1 / by for way, by in self.applied.get(quality, {}).items()}
+            std = calibrated(answer.outputs["std"], observation, self.manifest.noise_families, inverse)
+            return {"mean": answer.outputs["images"], "std": std}
+
+        found = kept(self.kept / f"{quality}-{digest(everything + str(task).encode())[:16]}.npz", asked)
+        return found["mean"], found["std"]
 
     def _observation(self, task: Task, seen: Seen) -> Observation:
         """The observation that the service makes of the request, with levels of 0."""
@@ -156,18 +154,22 @@ def _calibrate(plan: CalibrateOptions, client: Client, model: dict[str, Any]) ->
     path = plan.models / model["model"] / model["version"] / FILE_NAME
     manifest = _manifest(path, model["fingerprint"])
     check_key(path.parent, plan.key)
-    x = chosen(subject.dataset.load(plan.data).validation, plan.images, plan.seed)
-    applied, kept = model.get("calibration", {}), plan.runs / model["fingerprint"]
-    asking = Asking(client.images, manifest, applied, x, plan.seed, kept)
+    held_out = subject.dataset.load(plan.data).validation
+    x = chosen(held_out, plan.images, plan.seed)
+    applied, place = model.get("calibration", {}), plan.runs / model["fingerprint"]
+    asking = Asking(client.images, manifest, applied, x, plan.seed, place)
     tasks = [task for task in (*subject.tasks, *POISSON, BLURRING) if task.family in {"none", *manifest.noise_families}]
     qualities = QUALITIES if "refinement" in manifest.graphs else QUALITIES[:1]
     calibration = manifest.calibration
     if calibration is None or not calibration.curves:  # curves, which are finer than factors, are the exporter's
         found = {quality: _factors(asking, tasks, quality) for quality in qualities}
         calibration = Calibration(factors=found, images=len(x), seed=plan.seed)
-    calibrated_one = renewed(manifest.model_copy(update={"calibration": calibration}), path.parent)
-    write_manifest(path.parent, calibrated_one, plan.key)
-    shutil.rmtree(kept, ignore_errors=True)
+    typical = Typical(client.images, manifest, plan.seed, place)
+    many = chosen(held_out, max(plan.images, HELD_OUT), plan.seed)
+    far = far_from_training(typical, many, tasks, other_images(plan.data, model))
+    changed = manifest.model_copy(update={"calibration": calibration, "far_from_training": far})
+    write_manifest(path.parent, renewed(changed, path.parent), plan.key)
+    shutil.rmtree(place)
     return path
 
 

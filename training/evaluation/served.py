@@ -141,6 +141,26 @@ class Client:
         levels = [one.level for one in answers if one.level is not None]
         return Answer(outputs, np.concatenate(levels) if levels else None)
 
+    def picture(self, model: str, operation: str, content: bytes, kind: str, **options: object) -> Answer:
+        """Run an operation on one picture file, received as .npy.
+
+        Args:
+            model: Name of the model.
+            operation: Name of the operation.
+            content: The file.
+            kind: Its media type.
+            **options: Options of the operation.
+
+        Returns:
+            The outputs, of one row.
+
+        Raises:
+            RefusedError: The service refuses; the message is the problem's detail.
+            ServiceError: The service does not answer.
+        """
+        headers = {"content-type": kind, "accept": NPY}
+        return self._answer(self._post(model, operation, options, content=content, headers=headers))
+
     def figures(self, model: str, operation: str, rows: Pixels, **options: object) -> dict[str, NDArray[np.float64]]:
         """Run an operation whose JSON answer has a number for each row, `ROWS` rows a request.
 
@@ -171,6 +191,10 @@ class Client:
         else:
             files = {"file": ("seen.npy", npy(rows)), "mask": ("mask.npy", npy(mask[:, :1]))}  # channels are equal
             answer = self._post(model, operation, options, files=files, headers={"accept": NPY})
+        return self._answer(answer)
+
+    @staticmethod
+    def _answer(answer: httpx.Response) -> Answer:
         names, array = answer.headers["x-outputs"].split(","), np.load(io.BytesIO(answer.content), allow_pickle=False)
         planes = [array] if len(names) == 1 else list(array.swapaxes(0, 1))
         told = answer.headers.get("x-level")

@@ -30,17 +30,18 @@ def health_router(repository: Repository, engine: Engine) -> APIRouter:
     async def live() -> dict[str, bool]:
         return {"live": True}
 
-    @router.get("/ready", summary="Whether the default model is served and the engine runs", responses=READY)
+    @router.get("/ready", summary="Whether the default models are served and the engine runs", responses=READY)
     async def ready(request: Request) -> Response:
         if request.app.state.stopping:
             raise NotReady("the service is stopping; ask another replica")
         if not engine.healthy:
             raise NotReady("the engine has stopped")
-        if repository.default not in repository.models:
-            loading = repository.loading(repository.default).items()
-            why = "".join(f"; {line}" for line in refused(repository.default))
-            why += "".join(f"; version {version} is loading: {step}" for version, step in loading)
-            raise NotReady(f"no version of the default model is served{why}")
+        for name in repository.defaults.models:
+            if name not in repository.models:
+                loading = repository.loading(name).items()
+                why = "".join(f"; {line}" for line in refused(name))
+                why += "".join(f"; version {version} is loading: {step}" for version, step in loading)
+                raise NotReady(f"no version of the default model {name} is served{why}")
         failed = [line for name in repository.conditions for line in refused(name)]
         return JSONResponse(
             {"ready": True, "models": list(repository.models), **({"failed": failed} if failed else {})}

@@ -29,7 +29,7 @@ EXAMPLE = {
         {"version": "1", "state": "ready", "reason": ""},
         {"version": "2", "state": "failed", "reason": "mnist/2 cannot be opened: not a graph"},
     ],
-    "default": True,
+    "default_for": ["encode", "decode", "reconstruct", "sample"],
     "input_shape": [1, 28, 28],
     "size": None,
     "tiles": None,
@@ -48,6 +48,8 @@ EXAMPLE = {
     "quality": {"test_nll_nats": 84.5, "importance_samples": 1000, "images": 10000},
     "training": {"seconds": {"vae": 1552.5}},
     "calibration": {"fast": {"gaussian": 0.96}, "refined": {"gaussian": 0.97}},
+    "far_from_training": {"sound": True, "held_out": 0.004, "caught": {"inverted": 1.0, "black": 0.99}},
+    "calibration_curves": {},
     "fingerprint": "0123456789abcdef",
 }
 ONE = {**example(EXAMPLE), **documented(UnknownModel)}
@@ -82,7 +84,7 @@ def _state(version: str, found: Condition) -> dict[str, str]:
 
 def _told(model: Model, operations: tuple[Operation, ...]) -> dict[str, Any]:
     """What the manifest tells of a version, and what it can do."""
-    manifest = model.manifest
+    manifest, far = model.manifest, model.manifest.far_from_training
     return {
         **_variant(model, operations),
         "size": None if manifest.size is None else manifest.size.model_dump(),
@@ -98,6 +100,8 @@ def _told(model: Model, operations: tuple[Operation, ...]) -> dict[str, Any]:
         "quality": manifest.quality,
         "training": manifest.training,
         "calibration": {} if manifest.calibration is None else manifest.calibration.factors,
+        "far_from_training": None if far is None else far.model_dump(include={"sound", "held_out", "caught"}),
+        "calibration_curves": {} if manifest.calibration is None else manifest.calibration.model_dump()["curves"],
         "fingerprint": manifest.fingerprint,
     }
 
@@ -153,7 +157,8 @@ def models_router(repository: Repository, operations: tuple[Operation, ...]) -> 
 
     def overview(name: str) -> dict[str, Any]:
         served = list(repository.models.get(name, ()))
-        return {"versions": served, "states": states(repository, name), "default": name == repository.default}
+        default_for = [one.name for one in operations if repository.defaults.of(one.name) == name]
+        return {"versions": served, "states": states(repository, name), "default_for": default_for}
 
     def condition(name: str, version: str) -> dict[str, str]:
         return _state(version, repository.conditions[name][version])

@@ -93,7 +93,7 @@ class OperationApp:
         path, label = scope["path_params"], "unknown"
         try:
             try:
-                model = self.context.repository.find(path.get("model"), path.get("version"))
+                model = self.context.repository.find(path.get("model"), path.get("version"), self.operation.name)
                 label = model.manifest.name
                 if not model.others:
                     self.operation.check_offered(model, self.context.repository.models)
@@ -126,13 +126,14 @@ class OperationApp:
         body = await read_body(receive, headers, self._json_limit if codec is JSON else self._limit, share)
         if body is None:
             return None
-        caller = Caller(deadline_of(headers, self.context.settings.timeout_s), partial(disconnected, receive), share)
         codec = reader(codec, content_type, body, operation.name, operation.takes)
         options = self.options_of_query(query)
         coding = coding_of(headers) if b"content-encoding" in headers else IDENTITY
         fingerprint, accept = headers.get(b"x-fingerprint"), headers.get(b"accept", b"*/*").decode("latin-1")
         accepted = acceptable(accept, codec)
-        best = accepted[0] if accepted else JSON
+        best, settings = accepted[0] if accepted else JSON, self.context.settings
+        timeout_s = settings.timeout_s if best.events is None else settings.long_timeout_s
+        caller = Caller(deadline_of(headers, timeout_s), partial(disconnected, receive), share)
         return Request(
             model, query, options, fingerprint, content_type, codec, coding, body, accept, accepted, best, caller
         )

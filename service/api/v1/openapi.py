@@ -67,7 +67,10 @@ NOTE: Schema = {
     "type": "object",
     "required": ["code", "rows", "detail"],
     "properties": {
-        "code": {"type": "string", "description": "Stable: nothing_seen, level_clipped or grey_levels"},
+        "code": {
+            "type": "string",
+            "description": "Stable: nothing_seen, level_clipped, grey_levels, tiled or far_from_training",
+        },
         "rows": {"type": "array", "items": {"type": "integer"}, "description": "Indices of rows in the request"},
         "detail": {"type": "string", "description": "For people"},
     },

@@ -13,6 +13,7 @@ import numpy as np
 from service.contract.corruption import LEAST_VARIANCE, Observation, OperatorName, operator_of, projected
 from service.operations.inference import latent
 from service.operations.inference.latent import Noise
+from service.operations.inference.levels import LEAST_LEVEL, MOST_LEVEL, level_rows
 from service.operations.inference.refinement import (
     RATE,
     REFINEMENT_STREAM,
@@ -27,30 +28,11 @@ from service.operations.inference.vae import Observe, Result, Rows, decode_draws
 from service.runtime.model import Model
 from service.runtime.program import Arrays, Compute, Graphs, Submit, Trip
 
-LEAST_LEVEL, MOST_LEVEL = np.float32(1e-6), np.float32(1.0)
-"""Bounds of an estimated level: those of the option `level`, which must be above 0."""
 PRIOR_DRAWS = 64
 """Draws for the prior's mean, always the same ones."""
 
 
 # Programs
-
-
-def level_rows(graphs: Graphs, estimated: int | None) -> Compute:
-    """y, mask, level -> level. The column `estimated`, unless None, is estimated from y, and the others are 0.
-
-    An estimate is clipped to the bounds of the option `level`.
-    """
-
-    def compute(y: Rows, mask: Rows, level: Rows) -> Arrays:
-        if estimated is None:
-            return (level,)
-        (guess,) = graphs["noise_level"](y, mask)
-        level = np.zeros_like(level)
-        level[:, estimated] = np.clip(guess[:, estimated], LEAST_LEVEL, MOST_LEVEL)
-        return (level,)
-
-    return compute
 
 
 def recognise_rows(graphs: Graphs, estimated: int | None) -> Compute:
@@ -107,13 +89,14 @@ def denoise_rows(graphs: Graphs, estimated: int | None, *, completions: bool = F
 
 
 class RestoreChoices(NamedTuple):
-    """How to restore, and what to return: see `RestoreOptions`."""
+    """How to restore, and what to return: see `RestoreOptions`; and whether the request has a mask."""
 
     refined: bool
     draws: int
     uncertainty: bool
     completions: bool
     preview: bool = False
+    masked: bool = False
 
 
 async def restore(

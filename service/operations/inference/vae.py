@@ -152,7 +152,7 @@ async def decode(model: Model, submit: Submit, z: Rows) -> Result:
 
 async def decoded(model: Model, submit: Submit, z: Rows) -> Trip:
     """E[x|z]."""
-    return await submit(model.plan("decode", decode_rows, images=(0,), of_latents=True), (z,))
+    return await submit(model.plan("decode", decode_rows, images=(0,), block=model.manifest.latent_block), (z,))
 
 
 async def reconstruct(model: Model, submit: Submit, x: Rows, draws: int, noise: Noise) -> Result:
@@ -179,7 +179,7 @@ async def transform(model: Model, submit: Submit, eps: Rows, *, latents: bool) -
 
 async def drawn(model: Model, submit: Submit, eps: Rows) -> Trip:
     """E[x|z] and z, which the prior makes of given noise."""
-    return await submit(model.plan("sample", sample_rows, images=(0,), of_latents=True), (eps,))
+    return await submit(model.plan("sample", sample_rows, images=(0,), block=model.manifest.latent_block), (eps,))
 
 
 async def interpolate(

@@ -10,7 +10,7 @@ import sys
 
 from vae_service_client import Client
 from vae_service_client.api.decode import decode
-from vae_service_client.api.denoise import denoise
+from vae_service_client.api.denoise import denoise_model
 from vae_service_client.api.encode import encode
 from vae_service_client.api.sample import sample_model
 from vae_service_client.models import (
@@ -32,7 +32,7 @@ def main() -> None:
     encoded = encode.sync(client=client, body=EncodeRequest(images=images, draws=2, seed=7))
     assert isinstance(encoded, EncodeAnswer)
     wanted = DenoiseRequest(images=images, noise=DenoiseNoise.GAUSSIAN, level=0.25, uncertainty=True)
-    denoised = denoise.sync(client=client, body=wanted)
+    denoised = denoise_model.sync(model=encoded.model, client=client, body=wanted)
     assert isinstance(denoised, DenoiseAnswer)
     sampled = sample_model.sync(model=encoded.model, client=client, count=2, seed=7)
     assert isinstance(sampled, SampleAnswer)

@@ -13,7 +13,8 @@ const encode = await client.POST("/v1/encode", { body: { images, draws: 2, seed:
 const encoded: Schemas["EncodeAnswer"] | undefined = encode.data;
 if (!encoded) throw new Error(JSON.stringify(encode.error));
 
-const denoise = await client.POST("/v1/denoise", {
+const denoise = await client.POST("/v1/models/{model}/denoise", {
+  params: { path: { model: encoded.model } },
   body: { images, noise: "gaussian", level: 0.25, uncertainty: true },
 });
 const denoised: Schemas["DenoiseAnswer"] | undefined = denoise.data;

@@ -1,0 +1,287 @@
+"""Restoration by a conditional model, whose graph `restoration` gives E[x | y] and whose graph `completion` draws x.
+
+`fast` is one trip. `refined` takes several at low priority: without mask and operator the mean over the flips and
+rotations of the image, else half-quadratic splitting, in which the graph is the prior of a linear inverse problem.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from service.contract.corruption import (
+    LEAST_VARIANCE,
+    Blocks,
+    Observation,
+    Operator,
+    OperatorName,
+    blocks_of,
+    operator_of,
+    projected,
+)
+from service.contract.graphs import Axis, at_size
+from service.operations.inference.latent import Noise
+from service.operations.inference.restoration import RestoreChoices
+from service.operations.inference.vae import Observe, Result, Rows, drawn_noise
+from service.runtime.model import Model
+from service.runtime.program import Arrays, Compute, Graphs, ModelProgram, Submit, Trip
+from service.runtime.tiling import WHITE
+
+TURNS = 8
+"""Flips and rotations of an image."""
+TRANSPOSED = 4
+"""The turns from this one on swap height and width."""
+WEIGHT = 0.23
+"""Weight of the prior in half-quadratic splitting."""
+FAST_STEPS = 8
+"""Steps of half-quadratic splitting for `fast`, where one pass of the graph cannot answer."""
+
+
+class Schedule(NamedTuple):
+    """How half-quadratic splitting goes on: from the first level of the prior to the last, evenly in the logarithm.
+
+    Source:
+        Zhang et al. (2021), "Plug-and-play image restoration with deep denoiser prior", section 4.2.
+    """
+
+    steps: int
+    first: float
+    last: float
+
+
+SCHEDULES = {"blur": Schedule(24, 49 / 255, 2 / 255), "shrink": Schedule(24, 49 / 255, 2 / 255)}
+MASKED = Schedule(24, 15 / 255, 2 / 255)
+
+
+# Programs
+
+
+def restoration_rows(graphs: Graphs, name: OperatorName | None, *, uncertainty: bool, completions: bool) -> Compute:
+    """y, mask, level[, eps (n, L, *latent)] -> restored[, variance][, completions (n, L, c, h, w)].
+
+    With draws, `restored` is the mean of the completions, and its variance follows from the law of total variance.
+    Where y holds means of blocks without noise, all images are made to agree with them.
+    """
+    blocks = blocks_of(name)
+    assert blocks is not None  # a blur is split
+
+    def compute(y: Rows, mask: Rows, level: Rows, *eps: Rows) -> Arrays:
+        lifted = (*blocks.lifted(y, mask), level)
+        restored, variance, features = graphs["restoration"](*lifted)
+
+        def agreed(x: Rows, spread: Rows) -> Rows:
+            return x if name is None else agreeing(blocks, x, spread, y, mask, noise_of(level))
+
+        if not eps:
+            return (agreed(restored, variance), *((variance,) if uncertainty else ()))
+        kept: list[Rows] = []
+        mean, within, between = (np.zeros_like(restored) for _ in range(3))
+        for k in range(eps[0].shape[1]):  # one after the other: the features of one draw are as large as its image
+            x, spread, *_ = graphs["completion"](*lifted, restored, features, np.ascontiguousarray(eps[0][:, k]))
+            x = agreed(x, spread)
+            step = x - mean
+            mean = mean + step / np.float32(k + 1)
+            between, within = between + step * (x - mean), within + spread
+            kept += [x] if completions else []
+        total = (within + between) / np.float32(eps[0].shape[1])
+        return (mean, *((total,) if uncertainty else ()), *((np.stack(kept, 1),) if completions else ()))
+
+    return compute
+
+
+def latent_rows(graphs: Graphs, latent_axes: tuple[Axis, ...]) -> Compute:
+    """y, mask, level[, eps (n, L, *latent)] -> mean, log_var of p(z|y) at noise 0[, draws z (n, L, *latent)]."""
+
+    def compute(y: Rows, mask: Rows, level: Rows, *eps: Rows) -> Arrays:
+        restored, _, features = graphs["restoration"](y, mask, level)
+        given = (y, mask, level, restored, features)
+        middle = np.zeros((len(y), *at_size(latent_axes, *y.shape[-2:])), np.float32)
+        _, _, _, mean, log_var, _ = graphs["completion"](*given, middle)
+        draws = range(eps[0].shape[1]) if eps else ()
+        z = [graphs["completion"](*given, np.ascontiguousarray(eps[0][:, k]))[2] for k in draws]
+        return (mean, log_var, *((np.stack(z, 1),) if z else ()))
+
+    return compute
+
+
+def turned_rows(graphs: Graphs, turn: int) -> Compute:
+    """y, mask, level -> restored and variance, computed of the turned image and turned back."""
+
+    def compute(y: Rows, mask: Rows, level: Rows) -> Arrays:
+        found = graphs["restoration"](_turned(y, turn), _turned(mask, turn), level)
+        return tuple(_turned(array, turn, back=True) for array in found[:2])
+
+    return compute
+
+
+def split_rows(graphs: Graphs, name: OperatorName | None, *, last: bool) -> Compute:
+    """x, y, mask, level, spread, noise -> restored, variance: one step of half-quadratic splitting.
+
+    The posterior of N(x, spread) given y is restored as an image with noise of that level. In the last step the answer
+    is made to agree with y.
+    """
+    blocks = blocks_of(name)
+    operator = operator_of(name) if blocks is None and name is not None else blocks
+    assert operator is not None
+
+    def compute(x: Rows, y: Rows, mask: Rows, level: Rows, spread: Rows, noise: Rows) -> Arrays:
+        noise = noise[:, None, None, None]
+        near = np.broadcast_to(spread[:, None, None, None], x.shape)
+        z, _ = projected(operator, x, near, y, mask, noise)
+        restored, variance, _ = graphs["restoration"](z, np.ones_like(z), level)
+        return (agreeing(operator, restored, variance, y, mask, noise) if last else restored), variance
+
+    return compute
+
+
+def agreeing(operator: Operator | Blocks, x: Rows, variance: Rows, y: Rows, mask: Rows, noise: Rows) -> Rows:
+    """x, brought into agreement with y in rows without noise: what a network is off then is its error.
+
+    Where there is noise, x has taken y into account, and must not do so again.
+    """
+    exact = noise <= np.float32(2.0 * LEAST_VARIANCE)
+    if not exact.any():
+        return x
+    found = projected(operator, x, variance, y, mask, noise)[0]
+    return found if exact.all() else np.where(exact, found, x)
+
+
+def noise_of(level: Rows) -> Rows:
+    """Variance (n, 1, 1, 1) of the noise of these levels (n, F) together."""
+    found: Rows = np.square(level).sum(1)[:, None, None, None] + np.float32(LEAST_VARIANCE)
+    return found
+
+
+def _turned(x: Rows, turn: int, *, back: bool = False) -> Rows:
+    """Images (..., h, w) after one of the `TURNS`, or before it."""
+    flips = tuple(slice(None, None, -1 if turn & bit else None) for bit in (2, 1))
+    if back and turn >= TRANSPOSED:
+        x = x.swapaxes(-1, -2)
+    x = x[..., flips[0], flips[1]]
+    if turn >= TRANSPOSED and not back:
+        x = x.swapaxes(-1, -2)
+    return np.ascontiguousarray(x)
+
+
+# Around the programs: noise, submission, names.
+
+
+async def restore(
+    model: Model, submit: Submit, seen: Observation, choices: RestoreChoices, noise: Noise, observe: Observe | None
+) -> Result:
+    """E[x | y]; with uncertainty, the standard deviation of the posterior too.
+
+    Args:
+        model: A model with the graph `restoration`.
+        submit: Submits a program.
+        seen: The observation, of known levels.
+        choices: How to restore: a `RestoreChoices`.
+        noise: The request's noise.
+        observe: Called after every step of work in several steps.
+    """
+    if choices.refined or blocks_of(seen.operator) is None:
+        turning = seen.operator is None and not choices.masked
+        steps = await (_ensemble if turning else _split)(model, submit, seen, choices, observe)
+        return _named(steps.arrays, {}, steps, choices)
+    eps, about = drawn_noise(noise, len(seen.y), choices.draws, model.latent_at(*seen.size) if choices.draws else ())
+    images = (0, 1 + choices.uncertainty) if choices.completions else (0,)
+    block = 1 if seen.operator is None else int(seen.operator[1])
+    operator = None if seen.operator is None else ("shrink", block, 0, 0)  # a program for all sizes
+    program = model.plan(
+        "restore",
+        restoration_rows,
+        choices.draws,
+        operator,
+        images=images,
+        block=block,
+        uncertainty=choices.uncertainty,
+        completions=choices.completions,
+    )
+    trip = await submit(program, (seen.y, seen.mask, seen.level, *eps))
+    return _named(trip.arrays, about, trip, choices)
+
+
+async def encode(model: Model, submit: Submit, seen: Observation, draws: int, noise: Noise) -> Result:
+    """mean and log_var of p(z|y) of an observation of known levels; with draws, latents (n, L, *latent) from it."""
+    eps, about = drawn_noise(noise, len(seen.y), draws, model.latent_at(*seen.size) if draws else ())
+    program = model.plan("encode", latent_rows, draws, model.latent_axes)
+    trip = await submit(program, (seen.y, seen.mask, seen.level, *eps))
+    names = ("mean", "log_var", *(("latents",) if draws else ()))
+    return Result(dict(zip(names, trip.arrays, strict=True)), about, trip)
+
+
+def _named(arrays: Arrays, about: dict[str, Any], trip: Trip, choices: RestoreChoices) -> Result:
+    """The outputs by name; the variance becomes a standard deviation."""
+    names = ("images", *(("std",) if choices.uncertainty else ()), *(("completions",) if choices.completions else ()))
+    outputs = dict(zip(names, arrays, strict=False))
+    if "std" in outputs:
+        outputs["std"] = np.sqrt(np.maximum(outputs["std"], 0.0))
+    return Result(outputs, about, trip)
+
+
+async def _ensemble(
+    model: Model, submit: Submit, seen: Observation, choices: RestoreChoices, observe: Observe | None
+) -> Trip:
+    """Mean and mean variance over the flips and rotations of the image, of which the answer should not depend."""
+    square = model.manifest.size is not None or seen.size[0] == seen.size[1]
+    turns, spent = TURNS if square else TRANSPOSED, Trip((), 0.0, 0.0)
+    total: list[Any] = []
+    for turn in range(turns):
+        program = model.plan("turn", turned_rows, 0, turn, rounds=turns)
+        trip = await _begun(submit, program, (seen.y, seen.mask, seen.level), turn)
+        spent = trip.after(spent)
+        total = [a + b for a, b in zip(total, trip.arrays, strict=True)] if total else list(trip.arrays)
+        if observe is not None:
+            shown = {"images": total[0] / np.float32(turn + 1)} if choices.preview else {}
+            observe(Result(shown, {"step": turn + 1, "steps": turns}, spent))
+    return spent._replace(arrays=tuple(part / np.float32(turns) for part in total))
+
+
+async def _split(
+    model: Model, submit: Submit, seen: Observation, choices: RestoreChoices, observe: Observe | None
+) -> Trip:
+    """Half-quadratic splitting: in turn the posterior under the observation alone, and its restoration.
+
+    Source:
+        Zhang et al. (2021), equations 6 and 7.
+    """
+    schedule = MASKED if seen.operator is None else SCHEDULES[str(seen.operator[0])]
+    steps = schedule.steps if choices.refined else FAST_STEPS
+    x, spent = await _beginning(model, submit, seen)
+    variance, noise = x, np.square(seen.total) + np.float32(LEAST_VARIANCE)
+    last = np.maximum(seen.total, np.float32(schedule.last))
+    first = np.maximum(last, np.float32(schedule.first))
+    whole = blocks_of(seen.operator) is None
+    operator = seen.operator if whole or seen.operator is None else (*seen.operator[:2], 0, 0)
+    gaussian = model.manifest.noise_families.index("gaussian")
+    for k in range(steps):
+        sigma = (first * (last / first) ** np.float32(k / (steps - 1))).astype(np.float32)
+        level = np.zeros_like(seen.level)
+        level[:, gaussian] = sigma
+        program = model.plan("split", split_rows, 0, operator, rounds=steps, local=not whole, last=k == steps - 1)
+        arrays = (x, seen.y, seen.mask, level, np.square(sigma) / np.float32(WEIGHT), noise)
+        trip = await _begun(submit, program, arrays, k)
+        (x, variance), spent = trip.arrays, trip.after(spent)
+        if observe is not None:
+            observe(Result({"images": x} if choices.preview else {}, {"step": k + 1, "steps": steps}, spent))
+    return spent._replace(arrays=(x, variance))
+
+
+async def _beginning(model: Model, submit: Submit, seen: Observation) -> tuple[Rows, Trip]:
+    """Where splitting begins: at E[x | y] or, behind a blur, at the image that was sent."""
+    blocks = blocks_of(seen.operator)
+    if blocks is None:
+        white = WHITE.get(seen.y.dtype)
+        return seen.y if white is None else np.divide(seen.y, np.float32(white), dtype=np.float32), Trip((), 0.0, 0.0)
+    operator = None if blocks.factor == 1 else ("shrink", blocks.factor, 0, 0)
+    program = model.plan(
+        "restore", restoration_rows, 0, operator, block=blocks.factor, uncertainty=False, completions=False
+    )
+    trip = await submit(program, (seen.y, seen.mask, seen.level))
+    return trip.arrays[0], trip
+
+
+async def _begun(submit: Submit, program: ModelProgram, arrays: Arrays, step: int) -> Trip:
+    """Run a step; a full queue may refuse the first one alone."""
+    return await submit(program, arrays, **({"begun": True} if step else {}))
