@@ -16,7 +16,7 @@ from service.contract import manifest
 from service.contract.graphs import GRAPHS
 from service.observability.metrics import Telemetry
 from service.settings import PREFIX, Settings
-from training.config import RestoringRun, Run
+from training.config import ConditionalRun, RestoringRun, Run
 
 ROOT = Path(__file__).parents[1]
 PAGES = tuple(ROOT / "docs" / name for name in ("operations.md", "configuration.md", "importing.md", "models.md"))
@@ -89,6 +89,17 @@ def importing_keys() -> str:
     """Sections for a TOML of `fit --restore-only`: what it has that other runs lack."""
     schema = RestoringRun.model_json_schema()
     return "\n".join([_section("Top level", schema), _section("`[imported]`", schema["$defs"]["Imported"])])
+
+
+def conditional_keys() -> str:
+    """Sections for a conditional model's TOML: the tables that other runs lack."""
+    schema, known = ConditionalRun.model_json_schema(), Run.model_json_schema()["$defs"]
+    names: dict[str, list[str]] = {}
+    for name, kind in _tables(schema, schema["$defs"], ""):
+        if kind not in known:
+            names.setdefault(kind, []).append(f"`[{name}]`")
+    parts = [_section(" and ".join(found), schema["$defs"][kind]) for kind, found in names.items()]
+    return "\n".join([_section("Top level", schema), *parts])
 
 
 def _tables(schema: Schema, known: dict[str, Schema], above: str) -> Iterator[tuple[str, str]]:
@@ -191,6 +202,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "metrics": metrics,
     "alerts": alerts,
     "keys": keys,
+    "conditional": conditional_keys,
     "importing": importing_keys,
     "manifest": manifest_keys,
     "graphs": graphs,

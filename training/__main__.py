@@ -7,13 +7,15 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from training import pipeline
 from training.cli import asking_command, run
-from training.config import RestoringRun, load, load_as
+from training.conditional import ConditionalWorkshop
+from training.config import ConditionalRun, RestoringRun, kind_of, load_as
 from training.data.mnist import download
 from training.errors import ConfigError
 from training.evaluation.calibrate import CalibrateOptions, calibrate
@@ -24,6 +26,7 @@ from training.importing.command import import_command
 from training.importing.restore import restore_only
 from training.inference.command import advi_command
 from training.loop.processes import ALONE, Processes, joined
+from training.pipeline import Workshop
 from training.signing import private_key, sign
 
 
@@ -57,6 +60,13 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--restoration-epochs", type=int, help="the same for the recognition model of corrupted images")
     fit.add_argument(
         "--restore-only", action="store_true", help="train restoration for an imported VAE, which the TOML names"
+    )
+    fit.add_argument(
+        "--from",
+        dest="start",
+        type=Path,
+        metavar="FOLDER",
+        help="version of a conditional model to begin with",
     )
     fit.add_argument("--fresh", action="store_true", help="discard the run's checkpoints first")
     fit.add_argument(
@@ -129,22 +139,40 @@ def _calibrate(options: argparse.Namespace) -> None:
 
 
 def _card(options: argparse.Namespace) -> None:
-    notes = None if options.config is None else load(options.config).card
+    notes = None if options.config is None else load_as(kind_of(options.config), options.config).card
     print(f"wrote {describe_again(options.folder, notes, private_key(options.key))}")
 
 
-def _workshop(options: argparse.Namespace, processes: Processes = ALONE) -> pipeline.Workshop:
+def _workshop(options: argparse.Namespace, processes: Processes = ALONE) -> Workshop | ConditionalWorkshop:
     pipeline.threads(options.threads)
-    evaluation = {"draws": options.draws, "images": options.images}
-    epochs = {"epochs": getattr(options, "epochs", None)}
-    restoration_epochs = {"epochs": getattr(options, "restoration_epochs", None)}
-    settings = load(
-        options.config,
-        {"evaluation": evaluation, "train": epochs, "restoration": {"train": restoration_epochs}},
-    )
+    kind = kind_of(options.config)
+    changes = _conditional_changes if kind is ConditionalRun else _changes
+    settings = load_as(kind, options.config, changes(options))
     folder = options.run or Path("runs") / settings.name
     device, board = pipeline.device(options.device), getattr(options, "tensorboard", False)
-    return pipeline.Workshop.open(settings, options.data, folder, device, processes, tensorboard=board)
+    if isinstance(settings, ConditionalRun):
+        return ConditionalWorkshop.open(settings, options.data, folder, device, processes, tensorboard=board)
+    return Workshop.open(settings, options.data, folder, device, processes, tensorboard=board)
+
+
+def _changes(options: argparse.Namespace) -> dict[str, Any]:
+    """What the command line changes in the TOML of a VAE."""
+    if getattr(options, "start", None) is not None:
+        raise ConfigError("--from is for conditional models, whose TOML has [trunk]")
+    return {
+        "evaluation": {"draws": options.draws, "images": options.images},
+        "train": {"epochs": getattr(options, "epochs", None)},
+        "restoration": {"train": {"epochs": getattr(options, "restoration_epochs", None)}},
+    }
+
+
+def _conditional_changes(options: argparse.Namespace) -> dict[str, Any]:
+    """What the command line changes in the TOML of a conditional model."""
+    if (options.draws, getattr(options, "restoration_epochs", None)) != (None, None):
+        raise ConfigError("a conditional model has neither --draws nor --restoration-epochs")
+    start, epochs = getattr(options, "start", None), {"trunk": {"train": {"epochs": getattr(options, "epochs", None)}}}
+    own = None if start is None else str(start)
+    return {"test_images": options.images, "from": own, **epochs, "colour": epochs}
 
 
 def _fit(options: argparse.Namespace) -> None:

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
 from service.contract.corruption import NoiseFamily
-from training.data import Dataset
+from training.data import Dataset, Folder
 from training.distributions.interface import Support
 from training.distributions.likelihoods import LikelihoodSettings
 from training.distributions.likelihoods.bernoulli import BernoulliSettings
 from training.distributions.priors import PriorSettings
 from training.distributions.priors.standard_normal import StandardNormalSettings
+from training.distributions.spoiling import Corruptions
 from training.errors import ConfigError
 from training.networks import Architecture, LatentArchitecture
 from training.networks.conv import Conv
 from training.networks.ladder import Ladder
+from training.networks.level import LevelSettings
+from training.networks.spatial_ladder import SpatialLadderSettings
+from training.networks.trunk import TrunkSettings
 from training.networks.unet import UNetSettings
 from training.strict import Positive, Strict
 
@@ -71,8 +76,11 @@ class Optimisation(Strict):
     """Learning rate after `warmup_steps`; then `schedule` applies."""
     matrix_learning_rate: Annotated[float, Field(gt=0)] = 0.02
     """Learning rate of Muon, with the same warm-up and schedule."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Learning rate after the warm-up: down to 0 along half a cosine, or constant."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Learning rate after the warm-up: down to 0 along half a cosine; constant, then down to 0 along a line; or
+    constant."""
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.6
+    """Share of the steps, the last ones, in which a `linear` schedule goes down."""
     weight_prior: bool = False
     """Whether every weight has the prior N(0, I), biases none: MAP, the paper's weight decay."""
     warmup_steps: Annotated[int, Field(ge=0)] = 200
@@ -279,7 +287,122 @@ class RestoringRun(Strict):
     """What is trained."""
 
 
-AnyRun = TypeVar("AnyRun", Run, RestoringRun)
+class TrunkStage(TrunkSettings):
+    """The trunk and its training, the first stage: the network that gives E[x | y]."""
+
+    train: Optimisation
+    """Training of this stage."""
+
+
+class LatentsStage(SpatialLadderSettings):
+    """The latents given what the trunk has seen, trained after it."""
+
+    train: Optimisation
+    """Training of this stage."""
+
+
+class LevelStage(LevelSettings):
+    """The network that estimates the noise, for requests that do not name it, trained on its own."""
+
+    corruptions: Corruptions = Corruptions(white=0.55, camera=0.2, jpeg=0.2, missing=0.05, shrunk=0.0)
+    """Corruptions that this stage simulates."""
+    clean: Annotated[float, Field(ge=0, le=1)] = 0.15
+    """Share of the images of Gaussian noise that are seen without it, so that clean images are known."""
+    train: Optimisation
+    """Training of this stage."""
+
+
+VariantName = Literal["grey", "colour"]
+CHANNELS: dict[VariantName, int] = {"grey": 1, "colour": 3}
+
+
+class ConditionalRun(Strict):
+    """A model p(x | y) of photographs given corrupted ones: a TOML with `[trunk]` in place of `[model]`."""
+
+    name: Name
+    """Name of the model."""
+    version: Name = "1"
+    """Name of the version."""
+    seed: int = 0
+    """Seed of the initial weights, the order of the images and the noise."""
+    start: Annotated[Path | None, Field(alias="from")] = None
+    """Folder of a version whose weights training begins with, such as `models/photo/1`; the networks must be as large
+    as its own. `--from` replaces it."""
+    data: Folder
+    """The images, crops of equal height and width."""
+    variants: Annotated[tuple[VariantName, ...], Field(min_length=1)] = ("grey", "colour")
+    """Networks of the version. Pictures in grey and in colour are restored by different ones."""
+    corruptions: Corruptions = Corruptions()
+    """Corruptions that training simulates."""
+    trunk: TrunkStage
+    """E[x | y]."""
+    latents: LatentsStage
+    """What E[x | y] leaves open."""
+    level: LevelStage
+    """Estimation of the noise."""
+    colour: dict[str, Any] = Field(default_factory=dict)
+    """The tables `trunk`, `latents` and `level` again, with the keys that differ for colour."""
+    test_images: Positive = 200
+    """Test images that are restored to measure the model; the intervals are calibrated on as many validation images."""
+    card: CardNotes = CardNotes()
+    """Words of the model card."""
+    export: Export = Export(weights="float16")
+    """How the version is stored."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ConditionalRun:
+        if len(set(self.variants)) < len(self.variants):
+            raise ValueError(f"variants names one twice: {', '.join(self.variants)}")
+        if "colour" in self.variants and self.data.mode == "L":
+            raise ValueError('variants has "colour", but [data] is grey; set mode = "RGB", or variants = ["grey"]')
+        if unknown := self.colour.keys() - {"trunk", "latents", "level"}:
+            raise ValueError(f"colour has {', '.join(sorted(unknown))}; it takes trunk, latents and level alone")
+        if self.colour and "colour" not in self.variants:
+            raise ValueError('colour is given, but variants lacks "colour"')
+        for name in self.variants:
+            self.of(name).check_networks()
+        return self
+
+    def check_networks(self) -> None:
+        """Refuse what the networks or their stages do not take.
+
+        Raises:
+            ValueError: The message names the keys.
+        """
+        step = self.multiple_of
+        if self.data.height % step or self.data.width % step:
+            raise ValueError(
+                f"[data] height and width must be multiples of {step}, not {self.data.height} x {self.data.width}"
+            )
+        for stage in (self.trunk, self.latents, self.level):
+            if stage.train.objective != "elbo" or stage.train.draws > 1:
+                raise ValueError(
+                    "the stages of a conditional model have one objective each; leave out objective, draws"
+                )
+
+    @property
+    def multiple_of(self) -> int:
+        """What divides height and width of the networks' images."""
+        return max(4, self.trunk.multiple_of, int(2 ** len(self.latents.channels)))
+
+    def of(self, variant: VariantName) -> ConditionalRun:
+        """The run of one variant alone, with the keys that it changes."""
+        if self.variants == (variant,) and not self.colour:
+            return self
+        changes = self.colour if variant == "colour" else {}
+        told = self.model_dump(exclude={"colour", "variants"}, exclude_unset=True, by_alias=True)
+        return ConditionalRun.model_validate({**_changed(told, changes), "variants": (variant,)})
+
+
+AnyRun = TypeVar("AnyRun", bound=Strict)
+
+
+def kind_of(path: Path) -> type[Run | ConditionalRun]:
+    """The kind of run that a TOML describes; that of any other file is `Run`, whose `load` says what is wrong."""
+    with suppress(OSError, tomllib.TOMLDecodeError, UnicodeDecodeError):
+        if "trunk" in tomllib.loads(path.read_text(encoding="utf-8-sig")):
+            return ConditionalRun
+    return Run
 
 
 def load(path: Path, changes: Mapping[str, Any] | None = None) -> Run:

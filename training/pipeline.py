@@ -7,12 +7,13 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from dataclasses import replace as replaced
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -21,7 +22,7 @@ from torch import Tensor
 from service.contract.cores import cpu_count
 from service.contract.corruption import FAMILIES
 from service.contract.manifest import digest
-from training.config import Run
+from training.config import ConditionalRun, Run
 from training.data import ImageSet, as_float
 from training.errors import CheckpointError, ConfigError, DiskError
 from training.evaluation.evaluate import ALL, Share, likelihood, report, restoration
@@ -130,9 +131,12 @@ def _ticks() -> tuple[int, int]:
     return ticks[3] + ticks[4], sum(ticks)
 
 
+Settings = TypeVar("Settings", Run, ConditionalRun)
+
+
 @dataclass(frozen=True)
-class Workshop:
-    """A run with its data in memory.
+class AnyWorkshop(ABC, Generic[Settings]):
+    """A run of any kind with its data in memory.
 
     Attributes:
         run: The settings.
@@ -143,7 +147,7 @@ class Workshop:
         tensorboard: Whether training also writes for TensorBoard.
     """
 
-    run: Run
+    run: Settings
     images: ImageSet
     folder: Path
     device: torch.device
@@ -153,14 +157,14 @@ class Workshop:
     @classmethod
     def open(
         cls,
-        run: Run,
+        run: Settings,
         data: Path,
         folder: Path,
         device: torch.device,
         processes: Processes = ALONE,
         *,
         tensorboard: bool = False,
-    ) -> Workshop:
+    ) -> Self:
         """Load the data onto the device.
 
         Args:
@@ -202,14 +206,87 @@ class Workshop:
         """
         target = version_folder(models, self.run.name, self.run.version, replace=replace)
         if not self.processes.first:
-            self._train()
+            self.train()
             return target
         with locked(self.folder):
             self._check_images()
-            self._train()
+            self.train()
             return self.export(models, replace=replace, key=key)
 
-    def _train(self) -> None:
+    @abstractmethod
+    def train(self) -> None:
+        """Train the stages that are not finished. A finished stage continues if the run has more epochs."""
+
+    @abstractmethod
+    def evaluate(self, share: Share = ALL) -> dict[str, Any]:
+        """Evaluate on the test images, or on a share of them.
+
+        Returns:
+            The manifest's `quality`, with the settings that repeat it.
+        """
+
+    @abstractmethod
+    def export(self, models: Path, *, replace: bool = False, key: Ed25519PrivateKey | None = None) -> Path:
+        """Evaluate and write the model version.
+
+        Args:
+            models: The model repository.
+            replace: Whether an existing version is replaced.
+            key: Signs the version; None leaves it unsigned.
+
+        Returns:
+            The folder of the version.
+
+        Raises:
+            ExportError: The version exists, or a graph differs from torch.
+            DiskError: The folder cannot be written.
+            CheckpointError: The run is not trained, or its checkpoints have other settings.
+        """
+
+    def train_stage(self, stage: Stage, folder: Path) -> None:
+        """Train one stage on the images, with its checkpoint in `folder`."""
+        images = self.images
+        train(
+            stage,
+            images.train,
+            folder,
+            self.processes,
+            images.validation,
+            crops=images.crops,
+            tensorboard=self.tensorboard,
+        )
+
+    def told_training(self, settings: Mapping[str, Any], seconds: Mapping[str, float]) -> dict[str, Any]:
+        """The manifest's `training`: settings, seconds of each stage, and where it was trained."""
+        return {
+            "settings": settings,
+            **({"card": notes} if (notes := self.run.card.model_dump(exclude_none=True)) else {}),
+            "train_images": len(self.images.train),
+            "seconds": seconds,
+            "device": self.device.type,
+            "cpus": os.cpu_count(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        }
+
+    def _check_images(self) -> None:
+        """Refuse training images that differ from those of the folder's checkpoints."""
+        path = self.folder / "images.sha256"
+        found = digest(self.images.train.cpu().numpy().tobytes())
+        try:
+            if not path.exists():
+                path.write_text(found)
+            known = path.read_text()
+        except OSError as error:
+            raise DiskError(f"cannot write {path} ({error.strerror}); make room and run again") from error
+        if known != found:
+            raise CheckpointError(f"{self.folder} was trained on other images; use --fresh or another --run")
+
+
+class Workshop(AnyWorkshop[Run]):
+    """A run of a VAE with its data in memory."""
+
+    def train(self) -> None:
         """Train both stages. A finished stage continues if the run has more epochs."""
         shape = self.images.shape
         run, before = as_trained(self.run, self.folder, longer=True), trained_epochs(self.folder / "vae.pt")
@@ -219,22 +296,10 @@ class Workshop:
             if stale.exists():
                 tell("training of the VAE continues, so restoration is trained again from the start")
                 stale.unlink()
-        self._train_stage(vae_stage(run, shape, self.device))
+        self.train_stage(vae_stage(run, shape, self.device), self.folder)
         if run.restoration is None:
             return
-        self._train_stage(restoration_stage(run, self.vae(), shape, self.device))
-
-    def _train_stage(self, stage: Stage) -> None:
-        images = self.images
-        train(
-            stage,
-            images.train,
-            self.folder,
-            self.processes,
-            images.validation,
-            crops=images.crops,
-            tensorboard=self.tensorboard,
-        )
+        self.train_stage(restoration_stage(run, self.vae(), shape, self.device), self.folder)
 
     def vae(self) -> VAE:
         """Load the trained VAE."""
@@ -247,11 +312,7 @@ class Workshop:
         return trained_recognition(self.run, self.images.shape, self.folder, self.device)
 
     def evaluate(self, share: Share = ALL) -> dict[str, Any]:
-        """Evaluate on the test images, or on a share of them.
-
-        Returns:
-            The manifest's `quality`: figures in nats per image, with the settings that repeat them.
-        """
+        """Figures in nats per image; and in decibels where the run restores."""
         return self._quality(*self._stored(), share)
 
     def _quality(self, vae: VAE, recognition: Recognition | None, share: Share = ALL) -> dict[str, Any]:
@@ -275,21 +336,7 @@ class Workshop:
         return quality
 
     def export(self, models: Path, *, replace: bool = False, key: Ed25519PrivateKey | None = None) -> Path:
-        """Evaluate and write the model version.
-
-        Args:
-            models: The model repository.
-            replace: Whether an existing version is replaced.
-            key: Signs the version; None leaves it unsigned.
-
-        Returns:
-            The folder of the version.
-
-        Raises:
-            ExportError: The version exists, or a graph differs from torch.
-            DiskError: The folder cannot be written.
-            CheckpointError: The run is not trained, or its checkpoints have other settings.
-        """
+        """Evaluate and write the model version, as `AnyWorkshop.export`."""
         version_folder(models, self.run.name, self.run.version, replace=replace)
         vae, recognition = self._stored()
         about = {
@@ -323,19 +370,6 @@ class Workshop:
         """The graphs, traced on the CPU, where onnxruntime's outputs are compared with torch's."""
         return exportables(vae.cpu(), None if recognition is None else recognition.cpu(), *self._golden_rows())
 
-    def _check_images(self) -> None:
-        """Refuse training images that differ from those of the folder's checkpoints."""
-        path = self.folder / "images.sha256"
-        found = digest(self.images.train.cpu().numpy().tobytes())
-        try:
-            if not path.exists():
-                path.write_text(found)
-            known = path.read_text()
-        except OSError as error:
-            raise DiskError(f"cannot write {path} ({error.strerror}); make room and run again") from error
-        if known != found:
-            raise CheckpointError(f"{self.folder} was trained on other images; use --fresh or another --run")
-
     def _sizes(self, vae: VAE, recognition: Recognition | None) -> dict[str, Any]:
         """Shapes of images and latents for the manifest, and, where sizes are free, how images are cut into tiles."""
         step, shape = self.run.model.network.multiple_of, self.images.shape
@@ -349,20 +383,9 @@ class Workshop:
 
     def _training(self) -> dict[str, Any]:
         seconds, run = stage_seconds(self.folder), as_trained(self.run, self.folder)
-        return {
-            "settings": {
-                **run.model_dump(
-                    mode="json",
-                    exclude={"name", "version", "evaluation", "export", "tileable", "card"},
-                    exclude_none=True,
-                ),
-                "binarise": run.binary,
-            },
-            **({"card": notes} if (notes := run.card.model_dump(exclude_none=True)) else {}),
-            "train_images": len(self.images.train),
-            "seconds": seconds,
-            "device": self.device.type,
-            "cpus": os.cpu_count(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        }
+        told = run.model_dump(
+            mode="json",
+            exclude={"name", "version", "evaluation", "export", "tileable", "card"},
+            exclude_none=True,
+        )
+        return self.told_training({**told, "binarise": run.binary}, seconds)

@@ -31,7 +31,7 @@ from service.observability.metrics import Telemetry
 from service.repository.repository import Repository
 from service.settings import Settings, read_settings
 from training.__main__ import _parser
-from training.config import Run, load
+from training.config import Run, kind_of, load_as
 
 HOME = "http://localhost/"
 ROOT = Path(__file__).parents[2]
@@ -239,7 +239,7 @@ def check_python(words: list[str]) -> None:
         options = parser.parse_args(words[3:])
         config = getattr(options, "config", None)
         if config is not None and (ROOT / config).parent != ROOT:  # others are written by the reader
-            load(ROOT / config)
+            load_as(kind_of(ROOT / config), ROOT / config)
 
 
 def check_torchrun(words: list[str]) -> None:

@@ -22,6 +22,7 @@ TIERS = (
     {"export"},
     {"importing"},
     {"pipeline"},
+    {"conditional"},
     {"cli"},
     {"__main__"},
 )

@@ -134,7 +134,7 @@ def calibrate(plan: CalibrateOptions) -> list[Path]:
         plan: The options.
 
     Returns:
-        Paths of the written manifests.
+        Paths of the written manifests. Factors over the noise level, which a version was exported with, stay.
 
     Raises:
         ConfigError: No such model is served, or `plan.models` does not hold it.
@@ -160,8 +160,10 @@ def _calibrate(plan: CalibrateOptions, client: Client, model: dict[str, Any]) ->
     asking = Asking(client.images, manifest, applied, x, plan.seed, place)
     tasks = [task for task in (*subject.tasks, *POISSON, BLURRING) if task.family in {"none", *manifest.noise_families}]
     qualities = QUALITIES if "refinement" in manifest.graphs else QUALITIES[:1]
-    found = {quality: _factors(asking, tasks, quality) for quality in qualities}
-    calibration = Calibration(factors=found, images=len(x), seed=plan.seed)
+    calibration = manifest.calibration
+    if calibration is None or not calibration.curves:  # curves, which are finer than factors, are the exporter's
+        found = {quality: _factors(asking, tasks, quality) for quality in qualities}
+        calibration = Calibration(factors=found, images=len(x), seed=plan.seed)
     typical = Typical(client.images, manifest, plan.seed, place)
     many = chosen(held_out, max(plan.images, HELD_OUT), plan.seed)
     far = far_from_training(typical, many, tasks, other_images(plan.data, model))

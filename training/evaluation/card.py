@@ -90,6 +90,7 @@ def text(manifest: Manifest, pictures: Sequence[str] = ()) -> str:
         "## Figures",
         "\n".join(_figures(manifest)) or "None were measured.",
         *_restoration(manifest.quality.get("restoration")),
+        *_of_variants(manifest.quality),
         "## Limits",
         "\n".join([*([f"- {notes.limits}"] if notes.limits else []), *_limits(manifest)]),
         "## How to call it",
@@ -110,7 +111,7 @@ def _notes(manifest: Manifest) -> CardNotes:
 def _what(manifest: Manifest) -> str:
     """One sentence on the model, and one on its training."""
     every = [one.channels for one in (manifest, *manifest.variants)]
-    colours = " or ".join({1: "grey", 3: "colour"}.get(channels, f"{channels}-channel") for channels in every)
+    colours = " or ".join(map(colour_of, every))
     parts = [f"{' x '.join(map(str, manifest.latent_shape))} latents"]
     parts += [
         f"the {kind} `{name}`"
@@ -123,7 +124,13 @@ def _what(manifest: Manifest) -> str:
     trained = (
         f" It was trained on {count:,} images{f' in {minutes:.0f} minutes' if minutes >= 1.0 else ''}." if count else ""
     )
-    return f"A variational auto-encoder of {colours} images of {_size(manifest)}{source}: {', '.join(parts)}.{trained}"
+    kind = "conditional variational auto-encoder" if "restoration" in manifest.graphs else "variational auto-encoder"
+    return f"A {kind} of {colours} images of {_size(manifest)}{source}: {', '.join(parts)}.{trained}"
+
+
+def colour_of(channels: int) -> str:
+    """A number of channels in words."""
+    return {1: "grey", 3: "colour"}.get(channels, f"{channels}-channel")
 
 
 def _size(manifest: Manifest) -> str:
@@ -141,6 +148,10 @@ def _abilities(manifest: Manifest) -> Iterator[str]:
         yield "draws samples"
     if "recognition" in manifest.graphs:
         yield f"restores images (noise: {', '.join(manifest.noise_families)}; missing pixels, lower resolution, blur)"
+    if "restoration" in manifest.graphs:
+        noise = ", ".join(manifest.noise_families)
+        yield f"restores images (noise: {noise}; missing pixels, lower resolution)"
+        yield "draws what they may have been"
     if "log_joint" in manifest.graphs:
         yield "scores how likely an image is"
 
@@ -164,7 +175,15 @@ def _figures(manifest: Manifest) -> Iterator[str]:
         if (bits := _number(quality, f"{name}_bits_per_dim")) is not None:
             yield f"- {meaning}: {bits:g} bits a pixel and channel."
     if manifest.calibration is not None:
-        factors = [value for one in manifest.calibration.factors.values() for value in one.values()]
+        factors = [
+            *(value for one in manifest.calibration.factors.values() for value in one.values()),
+            *(
+                value
+                for one in manifest.calibration.curves.values()
+                for curve in one.values()
+                for value in curve.factors
+            ),
+        ]
         yield (
             f"- `std` of restored pixels: calibrated on {manifest.calibration.images} validation images, by factors "
             f"from {min(factors):g} to {max(factors):g}, so that mean +- 1.645 `std` holds nine pixels in ten."
@@ -184,6 +203,19 @@ def _with_error(quality: Mapping[str, Any], name: str) -> str | None:
     """A figure in nats, +- its standard error over the images where that is known."""
     value, error = _number(quality, f"{name}_nats"), _number(quality, f"{name}_standard_error_nats")
     return None if value is None else f"{value:g}{'' if error is None else f' +- {error:g}'} nats an image"
+
+
+def _of_variants(quality: Mapping[str, Any]) -> Iterator[str]:
+    """The figures of each variant, where they are told apart."""
+    for variant, figures in quality.items():
+        if not isinstance(figures, dict) or "restoration" not in figures:
+            continue
+        yield f"### {variant.capitalize()}"
+        if (images := _number(figures, "images")) is not None:
+            yield f"On {images:,} test images."
+        if (nats := _number(figures, "gain_by_latents_nats_per_pixel")) is not None:
+            yield f"The latents raise the bound on log p(x | y) by {nats:g} nats a pixel, at a noise of 25/255."
+        yield from _restoration(figures["restoration"])
 
 
 def _restoration(table: Any) -> Iterator[str]:
@@ -208,7 +240,7 @@ def _decibels(row: Mapping[str, float], name: str) -> str:
 def _limits(manifest: Manifest) -> Iterator[str]:
     yield f"- It takes images of {_size(manifest)}."
     yield "- Reconstructions and restored images are means, so they are smoother than photographs or scans."
-    if "recognition" in manifest.graphs:
+    if {"recognition", "restoration"} & manifest.graphs.keys():
         yield "- It restores corruptions like the simulated ones. A wrong `level` or `noise` makes the answer worse."
         if manifest.calibration is None:
             yield "- The `std` of restored pixels is not calibrated."

@@ -221,7 +221,7 @@ def restoration(
             unknown, _ = recognition.restored(vae, Corrupted(y, mask, estimate))
             error = float((estimate[:, column] / value).log().abs().mean())
             table.setdefault(noise.name, {})[str(value)] = {
-                **_decibels(x, y, known, unknown),
+                **decibels(x, y, known, unknown),
                 "level_error": round(error, 3),
             }
     return table
@@ -246,7 +246,9 @@ def report(table: dict[str, dict[str, dict[str, float]]]) -> None:
             warn(f"the level of {family} noise is estimated no better than by a constant; raise --restoration-epochs")
 
 
-def _decibels(x: Tensor, y: Tensor, known: Tensor, unknown: Tensor) -> dict[str, float]:
+def decibels(x: Tensor, y: Tensor, known: Tensor, unknown: Tensor) -> dict[str, float]:
+    """PSNR of images before and after restoration, at a known and at an estimated level, as `restoration` has it."""
+
     def psnr(image: Tensor) -> Tensor:
         return -10.0 * (image - x).square().flatten(1).mean(1).clamp(min=1e-12).log10()
 

@@ -14,7 +14,7 @@ from service.contract.manifest import File, Manifest, ManifestError, digest
 from training.canvas import small_png
 from training.config import CardNotes
 from training.errors import ExportError
-from training.evaluation.card import SHEET_FILE, with_card
+from training.evaluation.card import SHEET_FILE, colour_of, with_card
 from training.export.session import opened
 from training.files import write_whole
 from training.signing import check_key, write_manifest
@@ -102,9 +102,22 @@ def blocks(manifest: Manifest, folder: Path) -> dict[str, Pixels]:
         found["decoded latents" if seen is None else "reconstructions"] = (ran("decoder", z) - low) / (high - low)
     if "correction" in manifest.graphs:
         found["corrupted"], found["restored"] = golden["correction/y"], golden["correction/restored"]
+    for view in manifest.views() if "restoration" in manifest.graphs else ():
+        found |= _restored(view, folder)
     if "decoder" in manifest.graphs and manifest.prior:
         shape = golden["prior/eps"].shape[1:] if "prior" in manifest.graphs else z.shape[1:]
         eps = np.random.default_rng(0).standard_normal((SAMPLES, *shape), np.float32)
         drawn = ran("prior", eps) if "prior" in manifest.graphs else eps
         found["samples"] = (ran("decoder", drawn) - low) / (high - low)
     return found
+
+
+def _restored(manifest: Manifest, folder: Path) -> dict[str, Pixels]:
+    """Corrupted golden images of one variant, E[x | y] and one draw of x."""
+    with np.load(folder / manifest.golden.file) as file:
+        golden = dict(file)
+    found = {"corrupted": golden["restoration/y"], "restored": golden["restoration/restored"]}
+    if "completion/completion" in golden:
+        found["one completion"] = golden["completion/completion"]
+    variant = f" ({colour_of(manifest.channels)})" if manifest.variants else ""
+    return {f"{caption}{variant}": images for caption, images in found.items()}

@@ -76,6 +76,7 @@ class Exportable:
         parity: Maximum difference between torch and onnxruntime.
         exact: The module before its weights were rounded to float16, in which they are stored then; None where they
             stay in float32.
+        chosen: Shapes after the batch axis of tensors whose axes the model chooses, by name.
     """
 
     module: nn.Module
@@ -84,6 +85,7 @@ class Exportable:
     gradients: bool = False
     parity: float = PARITY
     exact: nn.Module | None = None
+    chosen: Mapping[str, list[Axis]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class Converted:
         outputs: What the graph makes of them, likewise.
         signature: Names and axes of its inputs and outputs.
         rounding: Largest difference of each output that weights in float16 make, on the golden rows.
+        chosen: Shapes of tensors whose axes the model chooses, by name.
     """
 
     model: onnx.ModelProto
@@ -103,6 +106,20 @@ class Converted:
     outputs: dict[str, np.ndarray]
     signature: Signature
     rounding: dict[str, float] = field(default_factory=dict)
+    chosen: Mapping[str, list[Axis]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OtherVariant:
+    """A further variant of a version, for images of another number of channels.
+
+    Attributes:
+        graphs: Its graphs by name.
+        about: Its keys of the manifest besides graphs and golden rows.
+    """
+
+    graphs: Mapping[str, Exportable | Converted]
+    about: dict[str, Any]
 
 
 class Decode(nn.Module):
@@ -251,6 +268,7 @@ def export(
     version: str,
     about: dict[str, Any],
     *,
+    variants: Sequence[OtherVariant] = (),
     replace: bool = False,
     key: Ed25519PrivateKey | None = None,
 ) -> Path:
@@ -265,6 +283,7 @@ def export(
         name: Name of the model.
         version: Its version.
         about: Further keys of the manifest. `input_shape` and `latent_shape` say which sizes are free.
+        variants: Further variants.
         replace: Whether an existing version is replaced.
         key: Signs the version; None leaves it unsigned.
 
@@ -281,21 +300,24 @@ def export(
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with staged(target) as folder:
-            golden: dict[str, np.ndarray] = {}
-            written = {
-                graph: one if isinstance(one, Converted) else convert(graph, one, about)
-                for graph, one in graphs.items()
-            }
-            entries = {graph: _write_graph(graph, one, about, folder, golden) for graph, one in written.items()}
+            first, rounding = _write_variant(graphs, about, folder)
+            others = []
+            for one in variants:
+                size = {"size": about["size"]} if "size" in about else {}
+                families = {"noise_families": about.get("noise_families", [])}
+                suffix = f"-{one.about['input_shape'][0]}"
+                found, further = _write_variant(one.graphs, {**one.about, **size, **families}, folder, suffix)
+                others.append({**one.about, **found})
+                rounding |= {f"{key}{suffix}": loss for key, loss in further.items()}
             manifest = manifest_of(
                 {
                     "schema_version": SCHEMA_VERSION,
                     "name": name,
                     "version": version,
-                    "graphs": entries,
-                    "golden": _write_golden(folder, golden, about),
+                    **first,
                     **about,
-                    **_rounding_told(written, about),
+                    **({"variants": others} if others else {}),
+                    **_rounding_told(rounding, about),
                 }
             )
             write_manifest(folder, described(manifest, folder), key)
@@ -306,9 +328,31 @@ def export(
     return target
 
 
-def _rounding_told(graphs: Mapping[str, Converted], about: Mapping[str, Any]) -> dict[str, Any]:
+def _write_variant(
+    graphs: Mapping[str, Exportable | Converted], about: Mapping[str, Any], folder: Path, suffix: str = ""
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Write the graphs and golden rows of a variant.
+
+    Args:
+        graphs: By name.
+        about: What the manifest says of the variant.
+        folder: Of the version.
+        suffix: Added to the names of the files.
+
+    Returns:
+        `graphs` and `golden` of the manifest; and what weights in float16 cost, by graph and output.
+    """
+    golden: dict[str, np.ndarray] = {}
+    written = {
+        graph: one if isinstance(one, Converted) else convert(graph, one, about) for graph, one in graphs.items()
+    }
+    entries = {graph: _write_graph(graph, one, about, folder, golden, suffix) for graph, one in written.items()}
+    rounding = {f"{name}/{key}": loss for name, graph in written.items() for key, loss in graph.rounding.items()}
+    return {"graphs": entries, "golden": _write_golden(folder, golden, about, suffix)}, rounding
+
+
+def _rounding_told(found: Mapping[str, float], about: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest's `training` with what weights in float16 cost, which is also told in a line."""
-    found = {f"{name}/{key}": loss for name, graph in graphs.items() for key, loss in graph.rounding.items()}
     if not found:
         return {}
     worst = max(found, key=lambda key: found[key])
@@ -372,28 +416,34 @@ def staged(target: Path) -> Iterator[Path]:
 
 
 def _write_graph(
-    name: str, written: Converted, about: Mapping[str, Any], folder: Path, golden: dict[str, np.ndarray]
+    name: str, written: Converted, about: Mapping[str, Any], folder: Path, golden: dict[str, np.ndarray], suffix: str
 ) -> dict[str, Any]:
     """Write the graph, add its rows to `golden`, and return its entry in the manifest."""
     golden |= {f"{name}/{key}": row for key, row in (*written.inputs.items(), *written.outputs.items())}
-    entry = write_graph(written.model, folder, name)
-    inputs = shapes_of(written.signature.inputs, written.inputs, about)
-    outputs = shapes_of(written.signature.outputs, written.outputs, about)
+    entry = write_graph(written.model, folder, name + suffix)
+    inputs = shapes_of(written.signature.inputs, written.inputs, about, written.chosen)
+    outputs = shapes_of(written.signature.outputs, written.outputs, about, written.chosen)
     return {**entry, "inputs": inputs, "outputs": outputs}
 
 
-def shapes_of(tensors: Mapping[str, str], rows: Mapping[str, Any], about: Mapping[str, Any]) -> Shapes:
+def shapes_of(
+    tensors: Mapping[str, str],
+    rows: Mapping[str, Any],
+    about: Mapping[str, Any],
+    chosen: Mapping[str, list[Axis]] | None = None,
+) -> Shapes:
     """Shapes of tensors as the manifest writes them.
 
     Args:
         tensors: Axes by tensor, as a `Signature` has them.
-        rows: Golden rows (n, ...) by tensor; they tell the sizes that `about` does not.
+        rows: Golden rows (n, ...) by tensor; they tell the sizes that nothing else tells.
         about: The manifest's `input_shape` and `latent_shape`.
+        chosen: Shapes that the model chooses, by tensor.
     """
     found: Shapes = {}
     for key, axes in tensors.items():
-        known = None
-        if _free(about["input_shape"]):
+        known = (chosen or {}).get(key)
+        if known is None and _free(about["input_shape"]):
             families = len(about.get("noise_families", []))
             known = shape_of(axes, about["input_shape"], about["latent_shape"], families)
         found[key] = list(rows[key].shape[1:]) if known is None else list(known)
@@ -415,7 +465,7 @@ def convert(name: str, graph: Exportable, about: Mapping[str, Any]) -> Converted
     module = graph.module.eval().cpu()
     rows = tuple(row.detach().cpu().contiguous() for row in graph.rows)
     keys = list(graph.signature.inputs)
-    shapes = shapes_of(graph.signature.inputs, dict(zip(keys, rows, strict=True)), about)
+    shapes = shapes_of(graph.signature.inputs, dict(zip(keys, rows, strict=True)), about, graph.chosen)
     multiple_of = about.get("size", {}).get("multiple_of", 1)
     try:
         model = _traced(module, rows, graph, shapes, multiple_of)
@@ -437,7 +487,8 @@ def convert(name: str, graph: Exportable, about: Mapping[str, Any]) -> Converted
     rounding = (
         {} if graph.exact is None else differences(module, graph.exact.eval().cpu(), rows, graph.signature.outputs)
     )
-    return Converted(model, inputs, outputs, graph.signature, rounding)  # those of the golden rows, the last ones
+    # The inputs and outputs are those of the golden rows, which came last.
+    return Converted(model, inputs, outputs, graph.signature, rounding, graph.chosen)
 
 
 def _first_line(error: BaseException) -> str:
@@ -621,13 +672,13 @@ def _check_parity(
                 raise ExportError(f"{name}.{key} differs from torch by {difference:.2g} (at most {parity:g})")
 
 
-def _write_golden(folder: Path, arrays: dict[str, np.ndarray], about: Mapping[str, Any]) -> dict[str, Any]:
+def _write_golden(folder: Path, arrays: dict[str, np.ndarray], about: Mapping[str, Any], suffix: str) -> dict[str, Any]:
     """Write the golden rows, and return their entry in the manifest."""
-    path = folder / GOLDEN_FILE
+    path = (folder / GOLDEN_FILE).with_stem(f"golden{suffix}")
     np.savez_compressed(path, **{key: array[:GOLDEN_ROWS] for key, array in arrays.items()})  # type: ignore[arg-type]
     found = digest(path.read_bytes())
-    entry = {"file": GOLDEN_FILE, "sha256": found, "rows": GOLDEN_ROWS, "tolerance": GOLDEN_TOLERANCE}
+    entry = {"file": path.name, "sha256": found, "rows": GOLDEN_ROWS, "tolerance": GOLDEN_TOLERANCE}
     if not _free(about["input_shape"]):
         return entry
-    image = next(array for key, array in arrays.items() if key.partition("/")[2] in ("x", "x_mean"))
+    image = next(array for key, array in arrays.items() if key.partition("/")[2] in ("x", "x_mean", "restored"))
     return {**entry, "height": image.shape[2], "width": image.shape[3]}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from service.contract.corruption import FAMILIES
+from training.export.weights import Module
 from training.models.restoration import Recognition
 
 LENGTHS = (128, 256, 512, 1024)
@@ -69,11 +70,11 @@ def tiles(
     Returns:
         The larger of the margins of a reconstruction and of a restoration at a known level.
     """
-    encode, decode = _in_double(encoder), _in_double(decoder)
+    encode, decode = in_double(encoder), in_double(decoder)
     margins = [margin(lambda x: decode(encode(x)[0]), channels, multiple_of)]
     if recognition is not None:
         observed = 2 * channels + len(FAMILIES)
-        recognise, correct = _in_double(recognition.network), _in_double(recognition.correction.network)
+        recognise, correct = in_double(recognition.network), in_double(recognition.correction.network)
         parts = (
             margin(lambda y: decode(recognise(y)[0]), observed, multiple_of),
             margin(correct, observed + 2 * channels, multiple_of),
@@ -82,7 +83,8 @@ def tiles(
     return {"margin": max(found or 0 for found in margins), "exact": None not in margins}
 
 
-def _in_double(network: nn.Module) -> nn.Module:
+def in_double(network: Module) -> Module:
+    """A copy in double on the CPU, in evaluation mode, as `margin` needs it."""
     return deepcopy(network).cpu().double().eval()
 
 

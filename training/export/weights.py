@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -17,6 +18,8 @@ from training.errors import ExportError
 
 LEAST_FLOAT16 = 256
 """Numbers of the smallest weight that is stored in float16."""
+HALF = ".float16"
+"""Ending of the names of weights that are stored in float16."""
 FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE)
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -55,7 +58,7 @@ def store_as_float16(model: onnx.ModelProto) -> None:
             half = weight.astype(np.float16)
         if np.array_equal(half, weight):
             name, kind = tensor.name, tensor.data_type
-            tensor.CopyFrom(onnx.numpy_helper.from_array(half, f"{name}.float16"))
+            tensor.CopyFrom(onnx.numpy_helper.from_array(half, name + HALF))
             casts.append(onnx.helper.make_node("Cast", [tensor.name], [name], to=kind))
     nodes = [*casts, *model.graph.node]
     del model.graph.node[:]
@@ -71,6 +74,16 @@ def without_float16(model: onnx.ModelProto) -> None:
         weight = onnx.numpy_helper.to_array(halves[node.input[0]]).astype(kind)
         model.graph.initializer.append(onnx.numpy_helper.from_array(weight, node.output[0]))
         model.graph.node.remove(node)
+
+
+def weights_in(path: Path) -> dict[str, Tensor]:
+    """The weights of a graph that this trainer has written, by name, in float32."""
+    found = {}
+    for tensor in onnx.load(path).graph.initializer:
+        if tensor.data_type in (*FLOATS, onnx.TensorProto.FLOAT16):
+            values = onnx.numpy_helper.to_array(tensor).astype(np.float32)
+            found[tensor.name.removesuffix(HALF)] = torch.from_numpy(values)
+    return found
 
 
 @torch.no_grad()

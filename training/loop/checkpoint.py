@@ -94,6 +94,23 @@ def read_trained(path: Path, identity: dict[str, Any], module: Module) -> Module
     return module.eval().requires_grad_(False)
 
 
+def write_trained(path: Path, identity: dict[str, Any], module: nn.Module, *, epochs: int, seconds: float) -> None:
+    """Write a module as `read_trained` reads it.
+
+    Args:
+        path: The file.
+        identity: The settings that it belongs to.
+        module: With its last weights.
+        epochs: Passes over the images.
+        seconds: How long it was trained.
+
+    Raises:
+        DiskError: The file cannot be written.
+    """
+    told = {"identity": identity, "finished": True, "kept": "last", "epochs": epochs, "seconds": seconds}
+    write_checkpoint(path, {**told, "module": module.state_dict()})
+
+
 def disk_error(path: Path, error: Exception) -> DiskError:
     """The error for a file of a run that cannot be written."""
     return DiskError(f"cannot write {path} ({error}); make room and run the same command again to resume")

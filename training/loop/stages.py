@@ -136,7 +136,17 @@ def recognition_stage(
         return restoration_blocks(model, vae, x, seed)
 
     # Operators on images are computed by numpy, which no GPU can replay.
-    return Stage("restoration", recognition, objective, settings, seed + 1, identity, show=show, replayable=False)
+    return Stage(
+        "restoration",
+        recognition,
+        objective,
+        settings,
+        seed + 1,
+        identity,
+        show=show,
+        replayable=False,
+        lengthening="--restoration-epochs",
+    )
 
 
 def as_trained(run: Run, folder: Path, *, longer: bool = False) -> Run:

@@ -57,6 +57,10 @@ class Stage:
     `sheet.png`. The same at every call; it must leave the module unchanged."""
     replayable: bool = True
     """Whether the objective keeps everything on the device and reads no value back, so that a GPU can replay it."""
+    latent: bool = True
+    """Whether the bound has a KL term."""
+    lengthening: str = "--epochs"
+    """The option or key that makes the stage longer, for messages."""
 
 
 def train(
@@ -255,8 +259,10 @@ class _Loop(Loop):
     def _rate(self) -> float:
         """The share of the peak learning rate."""
         warmth = min(1.0, (self.step + 1) / max(1, self.warmup_steps))
-        constant = self.settings.schedule == "constant"
-        return warmth * (1.0 if constant else 0.5 * (1.0 + math.cos(math.pi * self.step / self.steps)))
+        done = self.step / self.steps
+        if self.settings.schedule == "linear":
+            return warmth * min(1.0, (1.0 - done) / self.settings.decay)
+        return warmth * (1.0 if self.settings.schedule == "constant" else 0.5 * (1.0 + math.cos(math.pi * done)))
 
     def _freed(self, kl: Tensor) -> Tensor:
         """Without a gradient where the microbatch's mean is below the free nats.

@@ -89,7 +89,7 @@ class HeldOut:
         """
         name, modules = self._stage.name, {"averaged": averaged, "last": last}
         scores = {which: self.score(module, self.images) for which, module in modules.items()}
-        option = "--epochs" if name == "vae" else f"--{name}-epochs"
+        option = self._stage.lengthening
         kept = max(scores, key=lambda which: scores[which].elbo)
         score = scores[kept]
         rows = row_order(self._train, self._stage.seed, 14)[: len(self.images)]
@@ -102,6 +102,6 @@ class HeldOut:
             warn(f"{name}: the weights that are kept are worse than those of the last steps; raise {option}")
         elif seen.beats(score):
             warn(f"{name}: the model overfits; take more images, fewer epochs or a smaller network")
-        if score.kl < LEAST_KL:
+        if self._stage.latent and score.kl < LEAST_KL:
             warn(f"{name}: the latents say next to nothing of an image (KL below 1 nat); raise {option}")
         return kept

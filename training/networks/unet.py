@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Protocol
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -56,15 +57,39 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, inputs, h, w) -> (n, outputs, h, w)."""
-        x = self.levels[0](self.first(x))
-        passed: list[Tensor] = []
-        for down, level in zip(self.down, list(self.levels)[1:], strict=True):
-            passed.append(x)
-            x = level(down(functional.silu(x)))
-        for up, merged in zip(reversed(self.up), reversed(self.merged), strict=True):
-            x = merged(passed.pop() + up(functional.silu(x)))
-        found: Tensor = self.last(functional.silu(x))
+        found: Tensor = self.last(functional.silu(walk(self, x, functional.silu)))
         return found
+
+
+class Levels(Protocol):
+    """The parts of a U-Net that `walk` passes, full size first."""
+
+    @property
+    def first(self) -> nn.Module:
+        """The convolution before all levels."""
+
+    levels: nn.ModuleList
+    down: nn.ModuleList
+    up: nn.ModuleList
+    merged: nn.ModuleList
+
+
+def walk(net: Levels, x: Tensor, activation: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+    """The features at full size after the way down and the way up.
+
+    Args:
+        net: The U-Net.
+        x: (n, inputs, h, w).
+        activation: Applied before each change of size.
+    """
+    x = net.levels[0](net.first(x))
+    passed: list[Tensor] = []
+    for down, level in zip(net.down, list(net.levels)[1:], strict=True):
+        passed.append(x)
+        x = level(down(activation(x)))
+    for up, merged in zip(reversed(net.up), reversed(net.merged), strict=True):
+        x = merged(passed.pop() + up(activation(x)))
+    return x
 
 
 def _blocks(channels: int, number: int) -> nn.Sequential:

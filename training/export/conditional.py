@@ -1,0 +1,144 @@
+"""The graphs of a conditional model, one variant after the other, and the way back from them to weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from service.contract import manifest as manifests
+from service.contract.graphs import GRAPHS, Axis
+from service.contract.manifest import ManifestError
+from training.config import CHANNELS, ConditionalRun, VariantName
+from training.distributions.spoiling import NAMES, Corruptions, Spoilt, spoil
+from training.errors import ExportError
+from training.export.export import Exportable, Rows, golden_images
+from training.export.pair import MODULE_PARITY, shapes_told
+from training.export.tiling import in_double, margin
+from training.export.weights import rounded, weights_in
+from training.loop.conditional_stages import Parts
+from training.loop.randomness import keyed_generator
+from training.models.conditional import Complete, EstimateLevels, EstimateNoise, Restore, estimated
+from training.networks.spatial_ladder import SpatialLadder
+
+GOLDEN = Corruptions(white=0.25, camera=0.0, jpeg=0.25, missing=0.25, shrunk=0.25)
+"""Corruptions of golden rows."""
+WHERE = {"trunk.": "trunk", "head.": "latents", "ladder.": "latents", "network.": "level"}
+"""Stage of a weight by the beginning of its name in the graphs; the names of the stage's own follow it."""
+
+
+def stored(parts: Parts, run: ConditionalRun) -> Parts:
+    """The networks with the weights that the version will have."""
+    return parts if run.export.weights == "float32" else parts.each(rounded)
+
+
+@torch.no_grad()
+def conditional_graphs(parts: Parts, exact: Parts, spoilt: Spoilt) -> dict[str, Exportable]:
+    """The graphs of a variant by name, with golden rows.
+
+    Args:
+        parts: The networks, on the CPU.
+        exact: Those before their weights were rounded, or the same.
+        spoilt: Golden images.
+    """
+    features: dict[str, list[Axis]] = {"features": [parts.trunk.width, "height/2", "width/2"]}
+    found = {}
+    made, unrounded = _modules(parts), _modules(exact)
+    _, *seen = spoilt
+    restored, _, of_trunk = made["restoration"](*seen)
+    eps = parts.latents.noise(spoilt.x, keyed_generator(spoilt.x.device, 0))
+    rows: dict[str, Rows] = {
+        "restoration": tuple(seen),
+        "completion": (*seen, restored, of_trunk, eps),
+        "noise_level": tuple(seen[:2]),
+        "noise": tuple(seen[:2]),
+    }
+    for name, module in made.items():
+        before = None if parts is exact else unrounded[name]
+        found[name] = Exportable(module, rows[name], GRAPHS[name], parity=MODULE_PARITY, exact=before, chosen=features)
+    return found
+
+
+def _modules(parts: Parts) -> dict[str, nn.Module]:
+    return {
+        "restoration": Restore(parts.trunk, parts.latents),
+        "completion": Complete(parts.latents),
+        "noise_level": EstimateLevels(parts.level),
+        "noise": EstimateNoise(parts.level),
+    }
+
+
+def golden_rows(run: ConditionalRun, x: Tensor) -> Spoilt:
+    """Golden images of a variant, made of float test images (n, c, h, w) of its channels."""
+    step = run.multiple_of
+    small = golden_images(x, step)[..., : 4 * step, : 3 * step].contiguous()  # rows of features are large
+    return spoil(small, x.shape[1], GOLDEN, keyed_generator(x.device, run.seed, 5))
+
+
+def conditional_about(run: ConditionalRun, parts: Parts, spoilt: Spoilt) -> dict[str, Any]:
+    """Keys of the manifest that a variant has, and `size` and `tiles`, which belong to all of them."""
+    ladder, (height, width) = parts.latents, spoilt.x.shape[2:]
+    latents = (len(spoilt.x), ladder.depth, height // ladder.multiple_of, width // ladder.multiple_of)
+    told = shapes_told(spoilt.x.shape, latents, run.multiple_of)
+    return {**told, "groups": groups(ladder), "tiles": {"margin": _margin(run, parts), "exact": True}}
+
+
+def groups(ladder: SpatialLadder) -> list[dict[str, Any]]:
+    """The manifest's `groups`: where each group of latents lies in z, the coarsest first."""
+    found: list[dict[str, Any]] = []
+    end = 0
+    for level in reversed(range(len(ladder.latents))):
+        count, block = ladder.latents[level], ladder.blocks[level]
+        first, end = end, end + count * block**2
+        by = 2 ** (level + 1)
+        shape = [count, f"height/{by}", f"width/{by}"]
+        found.append({"name": f"z{len(found) + 1}", "shape": shape, "channels": [first, end], "block": block})
+    return found
+
+
+def _margin(run: ConditionalRun, parts: Parts) -> int:
+    """How many pixels from an edge a draw depends on what lies beyond it, and so the mean does at most."""
+    trunk, ladder = in_double(parts.trunk), in_double(parts.latents)
+
+    def drawn(y: Tensor) -> Tensor:
+        level = torch.full((len(y), len(NAMES)), 0.1, dtype=y.dtype)
+        seen = estimated(trunk, y, torch.ones_like(y), level)
+        eps = torch.zeros(len(y), ladder.depth, *(side // ladder.multiple_of for side in y.shape[2:]), dtype=y.dtype)
+        return seen.restored + ladder(seen.features, eps).mean
+
+    found = margin(drawn, parts.channels, run.multiple_of)
+    assert found is not None, "convolutions reach only so far"
+    return found
+
+
+def weights_of(folder: Path, variant: VariantName) -> dict[str, dict[str, Tensor]]:
+    """Read the weights of a version's variant back from its graphs: all that inference needs.
+
+    Args:
+        folder: Folder of the version.
+        variant: The variant.
+
+    Returns:
+        Weights by stage, then by name. The posterior of the latents, which training alone needs, is not among them.
+
+    Raises:
+        ExportError: The folder holds no conditional model with this variant.
+    """
+    try:
+        manifest = manifests.read(folder)
+    except ManifestError as error:
+        raise ExportError(str(error)) from error
+    views = {view.channels: view for view in manifest.views()}
+    graphs = views[CHANNELS[variant]].graphs if CHANNELS[variant] in views else {}
+    if not {"restoration", "completion", "noise"} <= graphs.keys():
+        raise ExportError(f"{folder} has no {variant} variant of a conditional model to begin with")
+    found: dict[str, dict[str, Tensor]] = {}
+    for name in ("restoration", "completion", "noise"):
+        for key, weight in weights_in(folder / graphs[name].file).items():
+            for beginning, stage in WHERE.items():
+                if key.startswith(beginning):
+                    own = key.removeprefix("ladder." if beginning == "ladder." else beginning)
+                    found.setdefault(stage, {})[f"head.{own}" if beginning == "head." else own] = weight
+    return found

@@ -1,0 +1,98 @@
+"""The trunk of a conditional model: a corrupted image, a map of its noise and the kind of noise to E[x | y]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from training.networks.unet import walk
+from training.strict import Positive, Strict, Widths
+
+
+class TrunkSettings(Strict):
+    """The trunk: the network that gives E[x | y], a U-Net on blocks of 2 x 2 pixels.
+
+    Source: Zhang et al. (2018), "FFDNet", for the blocks and the map of sigma; Zhang et al. (2021), "DRUNet", for the
+    residual levels.
+    """
+
+    channels: Widths = (48, 96, 160)
+    """Channels at a half of the height and width, at a quarter, and so on."""
+    blocks: Positive = 2
+    """Residual blocks a level and way."""
+
+    @property
+    def multiple_of(self) -> int:
+        """What divides height and width of the images."""
+        return int(2 ** len(self.channels))
+
+    def build(self, channels: int) -> Trunk:
+        """The network for images of so many channels."""
+        return Trunk(channels, self.channels, self.blocks)
+
+
+class PlainResidual(nn.Module):
+    """x + f(x), f two 3 x 3 convolutions with a ReLU between them; f starts small."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+        _start_small(self.second)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, c, h, w) -> the same shape."""
+        return x + self.second(functional.relu(self.first(x)))
+
+
+class Trunk(nn.Module):
+    """E[x | y, sigma, kind] = y - sigma r, r a U-Net without normalisation.
+
+    Args:
+        channels: Channels of an image.
+        widths: Channels of each level, finest first.
+        blocks: Residual blocks a level and way.
+    """
+
+    def __init__(self, channels: int, widths: Sequence[int], blocks: int) -> None:
+        super().__init__()
+        self.width, self.multiple_of = widths[0], 2 ** len(widths)
+        self.first = nn.Conv2d(4 * (channels + 1) + 1, widths[0], 3, padding=1)
+        self.levels = nn.ModuleList(_residuals(width, blocks) for width in widths)
+        self.down = nn.ModuleList(nn.Conv2d(fine, coarse, 2, stride=2) for fine, coarse in pairwise(widths))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(coarse, fine, 2, stride=2) for fine, coarse in pairwise(widths))
+        self.merged = nn.ModuleList(_residuals(width, blocks) for width in widths[:-1])
+        self.last = nn.Conv2d(widths[0], 4 * channels, 3, padding=1)
+        _start_small(self.last)
+
+    def features(self, y: Tensor, sigma: Tensor, kind: Tensor) -> Tensor:
+        """What the trunk has seen of an image, at half its height and width.
+
+        Args:
+            y: (n, c, h, w), in [0, 1] but for the noise.
+            sigma: Standard deviation of the noise of each pixel, (n, 1, h, w).
+            kind: Kind of the noise of each block of 2 x 2 pixels, (n, 1, h/2, w/2).
+
+        Returns:
+            (n, width, h/2, w/2).
+        """
+        blocks = functional.pixel_unshuffle(torch.cat([y - 0.5, sigma], 1), 2)
+        return walk(self, torch.cat([blocks, kind], 1))
+
+    def residual(self, features: Tensor) -> Tensor:
+        """r, (n, c, h, w), of the features."""
+        return functional.pixel_shuffle(self.last(features).float(), 2)
+
+
+def _residuals(channels: int, number: int) -> nn.Sequential:
+    return nn.Sequential(*(PlainResidual(channels) for _ in range(number)))
+
+
+def _start_small(convolution: nn.Conv2d) -> None:
+    with torch.no_grad():
+        convolution.weight.mul_(0.1)
+    nn.init.zeros_(convolution.bias)  # type: ignore[arg-type]
