@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from pydantic import Field, model_validator
 from tqdm import tqdm
 
-from service.contract.images import DECODER_ERRORS, WHITE, fit, to_array, to_levels, upright
+from service.contract.images import DECODER_ERRORS, WHITE, draw, fit, to_array, upright
 from service.contract.manifest import digest
 from training.data.crops import LEAST, LEAST_HELD_OUT, Crops, CropSettings, Picture, Visits
 from training.data.images import DatasetSettings, ImageSet, Share, split_off, to_uint8
@@ -152,7 +152,10 @@ class Folder(DatasetSettings):
     def _levels(self, image: Image.Image) -> NDArray[np.uint8]:
         """The pixels, (c, h, w), upright."""
         if image.mode in EIGHT_BIT:
-            return to_levels(upright(image), CHANNELS[self.mode]).astype(np.uint8, copy=False)
+            image = upright(image)
+            levels = np.empty((CHANNELS[self.mode], image.height, image.width), np.uint8)
+            draw(image, levels)
+            return levels
         scaled = image.mode.startswith("I;16") and image.format != "JPEG2000"
         values = to_array(image, CHANNELS[self.mode], 2**self.bits - 1 if scaled else WHITE)
         if scaled and values.max() > 1.0:
