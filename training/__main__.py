@@ -25,6 +25,7 @@ from training.export.quantise import QuantiseOptions, quantise
 from training.importing.command import import_command
 from training.importing.restore import restore_only
 from training.inference.command import advi_command
+from training.inference.photon_transfer import fitted, frames_of, scenes_of, write_noise
 from training.loop.processes import ALONE, Processes, joined
 from training.noisy import NoisyWorkshop
 from training.pipeline import Workshop
@@ -93,6 +94,16 @@ def _parser() -> argparse.ArgumentParser:
     _key_option(signed, required=True)
     signed.set_defaults(command=_sign)
     advi_command(commands)
+    camera = commands.add_parser("noise-model", help="measure the noise of a camera from frames of static scenes")
+    camera.add_argument(
+        "calibration",
+        type=Path,
+        metavar="CALIBRATION",
+        help="frames of one static scene, a folder or a stack; or a folder of such folders (dark, flat)",
+    )
+    camera.add_argument("--out", type=Path, default=Path("noise.toml"), help="file to write (%(default)s)")
+    camera.add_argument("--bits", type=int, default=16, help="16-bit levels are divided by 2^BITS - 1 (%(default)s)")
+    camera.set_defaults(command=_noise_model)
     fetch = commands.add_parser("download", help="fetch a data set")
     fetch.add_argument("dataset", choices=["mnist"])
     fetch.add_argument("--data", type=Path, required=True, help="directory to fetch into")
@@ -144,7 +155,18 @@ def _card(options: argparse.Namespace) -> None:
     print(f"wrote {describe_again(options.folder, notes, private_key(options.key))}")
 
 
-def _workshop(options: argparse.Namespace, processes: Processes = ALONE) -> Workshop | ConditionalWorkshop | NoisyWorkshop:
+def _noise_model(options: argparse.Namespace) -> None:
+    found = fitted([frames_of(scene, options.bits) for scene in scenes_of(options.calibration)])
+    write_noise(found, options.out)
+    print(
+        f"wrote {options.out}: variance = {found.gain:.4g} x signal + {found.offset:.4g}, of {found.frames} frames of "
+        f"{found.scenes} scenes"
+    )
+
+
+def _workshop(
+    options: argparse.Namespace, processes: Processes = ALONE
+) -> Workshop | ConditionalWorkshop | NoisyWorkshop:
     pipeline.threads(options.threads)
     kind = kind_of(options.config)
     changes = {ConditionalRun: _conditional_changes, NoisyRun: _noisy_changes}.get(kind, _changes)

@@ -60,9 +60,7 @@ def test_a_black_level_moves_the_transform() -> None:
     """A negative offset is a black level: the transform of y - black with no offset."""
     y = torch.linspace(0.02, 1.0, 5, dtype=torch.float64).view(1, 1, 1, 5)
     torch.testing.assert_close(noise_of(0.05, -0.001).stabilised(y), noise_of(0.05, 0.0).stabilised(y - 0.02))
-    torch.testing.assert_close(
-        noise_of(0.05, -0.001).unbiased(y + 2.0), noise_of(0.05, 0.0).unbiased(y + 2.0) + 0.02
-    )
+    torch.testing.assert_close(noise_of(0.05, -0.001).unbiased(y + 2.0), noise_of(0.05, 0.0).unbiased(y + 2.0) + 0.02)
 
 
 def test_the_level_is_that_of_the_service() -> None:
@@ -86,7 +84,9 @@ def scene(size: int = 256) -> Tensor:
     """A clean picture of a ramp, with texture on a third of it."""
     rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     ramp = 0.1 + 0.7 * columns / size
-    return torch.where(rows < size // 3, ramp + 0.1 * torch.sin(2.3 * rows) * torch.cos(1.9 * columns), ramp)[None, None]
+    return torch.where(rows < size // 3, ramp + 0.1 * torch.sin(2.3 * rows) * torch.cos(1.9 * columns), ramp)[
+        None, None
+    ]
 
 
 @pytest.mark.parametrize(("gain", "std"), [(0.0, 0.05), (0.01, 0.02), (0.05, 0.0)])

@@ -144,7 +144,9 @@ class Noisy(DatasetSettings):
         planes = [plane for file in files for plane in file]
         gain, offset = (float(np.median([getattr(p.noise, key) for p in planes])) for key in ("gain", "offset"))
         how = "found blindly, median" if noise is None else "as given"
-        tell(f"read {len(planes)} noisy images of {len(files)} files; noise {how}: gain {gain:.3g}, offset {offset:.3g}")
+        tell(
+            f"read {len(planes)} noisy images of {len(files)} files; noise {how}: gain {gain:.3g}, offset {offset:.3g}"
+        )
 
     def _split(self, files: list[list[Plane]]) -> ImageSet:
         """Crops of the images of each split; those held out stay the same."""

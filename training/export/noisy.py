@@ -36,7 +36,9 @@ def noisy_graphs(parts: NoisyParts, exact: NoisyParts, y: Tensor) -> dict[str, E
     restored, _, features = made["restoration"](y, mask, level)
     depth = parts.vae.vae.latent_shape[0]
     step = _coarsest(parts)
-    eps = torch.randn(len(y), depth, *(side // step for side in y.shape[2:]), generator=torch.Generator().manual_seed(0))
+    eps = torch.randn(
+        len(y), depth, *(side // step for side in y.shape[2:]), generator=torch.Generator().manual_seed(0)
+    )
     rows: dict[str, Rows] = {
         "restoration": (y, mask, level),
         "completion": (y, mask, level, restored, features, eps),

@@ -74,9 +74,7 @@ class GroupedPrior(Prior):
             (groups, n). Each of N(0, I) is in closed form, given the draws above.
         """
         means, log_vars = (part.split(self.sizes, 2) for part in posterior)
-        closed = [
-            type(posterior)(*q).kl_from_standard_normal().mean(0) for q in zip(means, log_vars, strict=True)
-        ]
+        closed = [type(posterior)(*q).kl_from_standard_normal().mean(0) for q in zip(means, log_vars, strict=True)]
         if self.first is not None:
             closed[0] = self.first.kl(DiagonalGaussian(means[0][0], log_vars[0][0]), self._split(z)[0])
         return torch.stack(closed)

@@ -22,6 +22,9 @@ from training.networks.trunk import Trunk
 
 MOVED = 0.2
 """Noise that recorrupted pairs add to one image, in standard deviations of the noise that it has."""
+COUNT, STEP = 0.5, 0.5 / 255.0
+"""Standard deviation of what is added to pixels in training, in counts and in units of white. Counts and grey levels
+are whole numbers: from those a network would tell what was added to the one image, and with it the other."""
 AROUND = 5
 """Side of the window whose mean, without the pixel itself, tells a pixel's noise."""
 GREY = 0.5
@@ -78,7 +81,7 @@ def recorrupted_bound(model: MeanNetwork, y: Tensor, noise: PoissonGaussian, gen
 
     Each image is split into y + a e and y - e / a, where e has the variance of the noise in y; their noises are then
     uncorrelated, so that the error of the one from the other differs from the error of the clean signal by a constant.
-    Both e and -e are taken, so that most of what e adds to the gradient cancels.
+    Both e and -e are taken, so that most of what e adds to the gradient cancels. Counts are made continuous first.
     Source: Pang et al. (2021), "Recorrupted-to-Recorrupted: unsupervised deep learning for image denoising", theorem 1;
     with a small it is Stein's unbiased risk estimate.
 
@@ -88,10 +91,7 @@ def recorrupted_bound(model: MeanNetwork, y: Tensor, noise: PoissonGaussian, gen
         noise: Of these.
         generator: Source of e.
     """
-    reach = AROUND // 2
-    around = functional.avg_pool2d(functional.pad(y, (reach,) * 4, mode="reflect"), AROUND, 1)
-    near = (AROUND**2 * around - y) / (AROUND**2 - 1)
-    variance = noise.variance(near)
+    y, variance = _continuous(y, noise, generator)
     e = variance.sqrt() * torch.randn(y.shape, generator=generator, device=y.device)
     e = torch.cat([e, -e])
     twice, both = torch.cat([y, y]), PoissonGaussian(*(torch.cat([part, part]) for part in noise))
@@ -100,6 +100,16 @@ def recorrupted_bound(model: MeanNetwork, y: Tensor, noise: PoissonGaussian, gen
     error = (square / torch.cat([variance, variance]).mean((1, 2, 3), keepdim=True)).flatten(1).sum(1)
     log_likelihood = -0.5 * error.unflatten(0, (2, -1)).mean(0)
     return Bound(log_likelihood, torch.zeros_like(log_likelihood))
+
+
+def _continuous(y: Tensor, noise: PoissonGaussian, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The images with a little more noise, and the variance of all noise at each pixel, from the pixels around it."""
+    reach = AROUND // 2
+    around = functional.avg_pool2d(functional.pad(y, (reach,) * 4, mode="reflect"), AROUND, 1)
+    near = (AROUND**2 * around - y) / (AROUND**2 - 1)
+    more = (COUNT * noise.gain).square() + STEP**2
+    moved = y + more.sqrt() * torch.randn(y.shape, generator=generator, device=y.device)
+    return moved, noise.variance(near) + more
 
 
 class NoisyVAE(nn.Module):

@@ -28,9 +28,9 @@ class Camera(Strict):
 
 
 class NoiseSettings(Strict):
-    """p(y|z) = N(s(z), gain s(z) + offset): the decoder gives the clean signal, and the noise is known or found blindly.
+    """p(y|z) has the mean s(z) and the variance gain s(z) + offset: the decoder gives the clean signal.
 
-    Give `sigma`, or `gain` and `offset`, or `calibration`; without them gain and offset are found in each image.
+    Give `sigma`, or `gain` and `offset`, or `calibration`; without them gain and offset are found blindly in each image.
     """
 
     support: ClassVar[Support] = Support.REAL
@@ -80,7 +80,9 @@ def read_camera(path: Path) -> Camera:
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, ValidationError) as error:
-        raise ConfigError(f"{path} is no noise model ({error}); write it with python -m training noise-model") from error
+        raise ConfigError(
+            f"{path} is no noise model ({error}); write it with python -m training noise-model"
+        ) from error
 
 
 class UnitNoise(Likelihood):
