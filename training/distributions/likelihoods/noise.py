@@ -30,7 +30,7 @@ class Camera(Strict):
 class NoiseSettings(Strict):
     """p(y|z) has the mean s(z) and the variance gain s(z) + offset: the decoder gives the clean signal.
 
-    Give `sigma`, or `gain` and `offset`, or `calibration`; without them gain and offset are found blindly in each image.
+    Give `sigma`, or `gain` and `offset`, or `calibration`; without them both are found blindly in each image.
     """
 
     support: ClassVar[Support] = Support.REAL
