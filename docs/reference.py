@@ -19,7 +19,10 @@ from service.settings import PREFIX, Settings
 from training.config import ConditionalRun, NoisyRun, RestoringRun, Run
 
 ROOT = Path(__file__).parents[1]
-PAGES = tuple(ROOT / "docs" / name for name in ("operations.md", "configuration.md", "importing.md", "models.md", "noisy-images.md"))
+PAGES = tuple(
+    ROOT / "docs" / name
+    for name in ("operations.md", "configuration.md", "importing.md", "models.md", "noisy-images.md")
+)
 ALERTS = ROOT / "deploy" / "alerts.yml"
 BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
 Schema = dict[str, Any]

@@ -87,7 +87,7 @@ class NoisyWorkshop(AnyWorkshop[NoisyRun]):
         images = as_float(self.images.test.cpu())
         bound = stage.objective(parts.vae, images, keyed_generator(images.device, self.run.seed, 13))
         y, noise = unpacked(images)
-        left = noise.stabilised(y) - parts.trunk(y, torch.ones_like(y), noise).t
+        left = noise.stabilised(y) - parts.trunk.seen(y, torch.ones_like(y), noise).t
         figures = {
             "test_crops": len(images),
             "elbo_nats": round(float(bound.elbo.mean()), 3),

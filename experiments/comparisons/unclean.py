@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from training.config import NoisyRun
+from experiments.comparisons.noise2void import trained as noise2void
+from training.config import NoisyRun, load_as
 from training.distributions.likelihoods.noise import Camera
 from training.distributions.poisson_gaussian import PoissonGaussian, estimated
 from training.errors import DataError
-from training.loop.noisy_stages import NoisyParts
+from training.loop.noisy_stages import STAGES, NoisyParts, trained_noisy
 
 Restored = Callable[[Tensor, PoissonGaussian], Tensor]
 """Noisy image (1, 1, h, w) and its noise -> restored image."""
@@ -31,6 +32,54 @@ class Pair(NamedTuple):
     name: str
     noisy: Tensor
     clean: Tensor
+
+
+class UncleanOptions(NamedTuple):
+    """What is measured.
+
+    Attributes:
+        config: TOML of the trained run.
+        data: Its noisy images.
+        clean: `micrographs/` of W2S, or a folder of grey photographs.
+        run: Folder of its checkpoints; None is runs/<name>.
+        sigma: Noise added to photographs, where white is 255; None takes W2S.
+        every: Take every so many images.
+        noise2void_epochs: Epochs of Noise2Void, trained on the same noisy images; None leaves it out.
+    """
+
+    config: Path
+    data: Path
+    clean: Path
+    run: Path | None = None
+    sigma: float | None = None
+    every: int = 1
+    noise2void_epochs: int | None = None
+
+    @classmethod
+    def of(cls, options: Any) -> UncleanOptions:
+        """Those of a command line."""
+        return cls(**{name: getattr(options, name) for name in cls._fields})
+
+
+def unclean(options: UncleanOptions) -> dict[str, float]:
+    """Mean decibels of each way in which a trained model restores, and of Noise2Void.
+
+    Raises:
+        TrainingError: The run is not trained, or Noise2Void's training fails.
+    """
+    run = load_as(NoisyRun, options.config)
+    folder = options.run or Path("runs") / run.name
+    parts = NoisyParts(*(trained_noisy(run, stage, folder, torch.device("cpu")) for stage in STAGES))
+    every = methods(run, parts)
+    if options.noise2void_epochs is not None:
+        images = run.data.load(options.data, run.model.likelihood.known())
+        network = noise2void(images, folder / "noise2void", options.noise2void_epochs)
+        every["Noise2Void"] = lambda y, _noise: network(y)
+    if options.sigma is None:
+        pairs = list(w2s_pairs(options.clean))[:: options.every]
+        return measured(pairs, every, run.multiple_of, run.model.likelihood.known(), affine=True)
+    pairs = list(photograph_pairs(options.clean, options.sigma))[:: options.every]
+    return measured(pairs, every, run.multiple_of, run.model.likelihood.known(), affine=False)
 
 
 def noisy_copies(source: Path, target: Path, sigma: float, seed: int = 0) -> int:
@@ -99,7 +148,7 @@ def methods(run: NoisyRun, parts: NoisyParts, draws: tuple[int, ...] = (1, 16)) 
 
     def of_draws(number: int) -> Restored:
         def restored(y: Tensor, noise: PoissonGaussian) -> Tensor:
-            seen = parts.trunk(y, torch.ones_like(y), noise)
+            seen = parts.trunk.seen(y, torch.ones_like(y), noise)
             posterior = parts.vae.vae.posterior(parts.vae.encoded(noise.stabilised(y), seen.features))
             step = 2 ** len(run.model.network.channels)
             shape = (1, parts.vae.vae.latent_shape[0], *(side // step for side in y.shape[2:]))

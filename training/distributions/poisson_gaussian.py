@@ -76,6 +76,15 @@ class PoissonGaussian(NamedTuple):
         y, root = y - self.black, self._root
         return 2.0 * y / ((self.gain * y + root.square()).clamp(min=0.0).sqrt() + root)
 
+    def left(self, s: Tensor) -> Tensor:
+        """Variance of the noise after the transform to first order, 1 but for few counts: shaped like the signal s."""
+        variance = self.variance(s)
+        return variance / (variance + 0.375 * self.gain.square())
+
+    def count(self, s: Tensor) -> Tensor:
+        """How far a pixel moves after the transform by one count more than the signal s; 0 for Gaussian noise."""
+        return self.gain / (self.variance(s) + 0.375 * self.gain.square()).sqrt()
+
     def unbiased(self, t: Tensor) -> Tensor:
         """The exact unbiased inverse: the signal s whose transformed noisy pixel has the mean t; shaped like t.
 

@@ -104,7 +104,7 @@ def _margin(run: NoisyRun, parts: NoisyParts) -> int:
     noise = PoissonGaussian(*(torch.full((1, 1, 1, 1), 0.01, dtype=torch.float64) for _ in range(2)))
 
     def drawn(y: Tensor) -> Tensor:
-        seen = mean(y, torch.ones_like(y), noise)
+        seen = mean.seen(y, torch.ones_like(y), noise)
         eps = y.new_zeros(1, len(y), model.vae.latent_shape[0], *(side // _coarsest(parts) for side in y.shape[2:]))
         encoded = model.encoded(noise.stabilised(y), seen.features)
         return seen.t + model.vae.infer(model.vae.posterior(encoded), eps).parameters[0].double()

@@ -90,7 +90,7 @@ def _vae_stage(run: NoisyRun, parts: NoisyParts) -> Stage:
     def objective(model: NoisyVAE, images: Tensor, generator: torch.Generator) -> Bound:
         y, noise = unpacked(images)
         with torch.no_grad():
-            seen = trunk(y, torch.ones_like(y), noise)
+            seen = trunk.seen(y, torch.ones_like(y), noise)
         eps = model.vae.noise(run.train.draws, len(y), generator)
         return model.bound(noise.stabilised(y), seen, eps)
 

@@ -20,11 +20,11 @@ from training.models.ladder import LadderVAE
 from training.models.vae import Bound
 from training.networks.trunk import Trunk
 
-MOVED = 0.2
-"""Noise that recorrupted pairs add to one image, in standard deviations of the noise that it has."""
-COUNT, STEP = 0.5, 0.5 / 255.0
-"""Standard deviation of what is added to pixels in training, in counts and in units of white. Counts and grey levels
-are whole numbers: from those a network would tell what was added to the one image, and with it the other."""
+MOVED = (0.3, 0.6)
+"""Least and largest noise that recorrupted pairs add to the one image, in standard deviations of its own noise."""
+COUNT = 0.3
+"""Standard deviation of what makes counts continuous, in counts. They are whole numbers: of those a network would tell
+what was added to the one image, and with it the other."""
 AROUND = 5
 """Side of the window whose mean, without the pixel itself, tells a pixel's noise."""
 GREY = 0.5
@@ -59,29 +59,40 @@ class MeanNetwork(nn.Module):
         super().__init__()
         self.trunk, self.likelihood = trunk, likelihood
 
-    def forward(self, y: Tensor, mask: Tensor, noise: PoissonGaussian) -> Seen:
-        """Map noisy images and mask (n, 1, h, w) to the mean, after the transform, and features."""
-        known = (mask > 0.0).to(y.dtype)
-        standard = self.likelihood.standardised(noise.stabilised(y)) * known + GREY
-        # In units of the standardised image noise has the deviation 1 / scale; of a missing pixel nothing is known.
-        sigma = known / self.likelihood.scale + (1.0 - known) * math.sqrt(UNKNOWN_VARIANCE)
-        kind = functional.avg_pool2d(torch.zeros_like(y), 2)
-        features = self.trunk.features(standard, sigma, kind)
-        mean = standard - GREY - sigma * self.trunk.residual(features)
-        return Seen(self.likelihood.mean(mean), features)
+    def forward(self, t: Tensor, mask: Tensor, std: Tensor) -> Seen:
+        """Map transformed images, mask and the noise's standard deviation (n, 1, h, w) to the mean, and features."""
+        known = (mask > 0.0).to(t.dtype)
+        standard = self.likelihood.standardised(t) * known
+        # In units of the standardised image noise has the deviation std / scale; of a missing pixel nothing is known.
+        sigma = known * std / self.likelihood.scale + (1.0 - known) * math.sqrt(UNKNOWN_VARIANCE)
+        kind = functional.avg_pool2d(torch.zeros_like(t), 2)
+        features = self.trunk.features(standard + GREY, sigma, kind)
+        return Seen(self.likelihood.mean(standard - sigma * self.trunk.residual(features)), features)
+
+    def seen(self, y: Tensor, mask: Tensor, noise: PoissonGaussian) -> Seen:
+        """The same for noisy images (n, 1, h, w)."""
+        return self(noise.stabilised(y), mask, noise.left(around(y)).sqrt())
 
     def restored(self, y: Tensor, mask: Tensor, noise: PoissonGaussian) -> tuple[Tensor, Seen]:
         """E[s|y] in the image's own units, (n, 1, h, w), and what was seen."""
-        seen = self(y, mask, noise)
+        seen = self.seen(y, mask, noise)
         return noise.unbiased(seen.t), seen
+
+
+def around(y: Tensor) -> Tensor:
+    """The signal near each pixel: mean of the pixels around it without itself, shaped like y."""
+    reach = AROUND // 2
+    every = functional.avg_pool2d(functional.pad(y, (reach,) * 4, mode="reflect"), AROUND, 1)
+    return (AROUND**2 * every - y) / (AROUND**2 - 1)
 
 
 def recorrupted_bound(model: MeanNetwork, y: Tensor, noise: PoissonGaussian, generator: torch.Generator) -> Bound:
     """An unbiased estimate of the mean network's error, from noisy images alone; its negative, with a KL of 0.
 
-    Each image is split into y + a e and y - e / a, where e has the variance of the noise in y; their noises are then
-    uncorrelated, so that the error of the one from the other differs from the error of the clean signal by a constant.
-    Both e and -e are taken, so that most of what e adds to the gradient cancels. Counts are made continuous first.
+    Each transformed image t is split into t + a e and t - e / a, where e has the variance of the noise in t; their
+    noises are then uncorrelated, so that the error of the one from the other differs from the error of the clean signal
+    by a constant. Both e and -e are taken, so that most of what e adds to the gradient cancels. Counts are made
+    continuous first. The variance of a pixel is that of the signal around it.
     Source: Pang et al. (2021), "Recorrupted-to-Recorrupted: unsupervised deep learning for image denoising", theorem 1;
     with a small it is Stein's unbiased risk estimate.
 
@@ -89,27 +100,21 @@ def recorrupted_bound(model: MeanNetwork, y: Tensor, noise: PoissonGaussian, gen
         model: The mean network.
         y: Noisy images (n, 1, h, w).
         noise: Of these.
-        generator: Source of e.
+        generator: Source of a and e.
     """
-    y, variance = _continuous(y, noise, generator)
+    near = around(y)
+    more = COUNT * noise.count(near)
+    t = noise.stabilised(y) + more * torch.randn(y.shape, generator=generator, device=y.device)
+    variance = noise.left(near) + more.square()
     e = variance.sqrt() * torch.randn(y.shape, generator=generator, device=y.device)
-    e = torch.cat([e, -e])
-    twice, both = torch.cat([y, y]), PoissonGaussian(*(torch.cat([part, part]) for part in noise))
-    restored, _ = model.restored(twice + MOVED * e, torch.ones_like(twice), both)
-    square = (restored - twice + e / MOVED).square() - (e / MOVED).square()
-    error = (square / torch.cat([variance, variance]).mean((1, 2, 3), keepdim=True)).flatten(1).sum(1)
-    log_likelihood = -0.5 * error.unflatten(0, (2, -1)).mean(0)
+    low, high = MOVED
+    a = low + (high - low) * torch.rand(len(y), 1, 1, 1, generator=generator, device=y.device)
+    std = (variance * (1.0 + a.square())).sqrt()
+    e, a, t, std = torch.cat([e, -e]), torch.cat([a, a]), torch.cat([t, t]), torch.cat([std, std])
+    found = model(t + a * e, torch.ones_like(t), std).t
+    square = (found - t + e / a).square() - (e / a).square()
+    log_likelihood = -0.5 * square.flatten(1).sum(1).unflatten(0, (2, -1)).mean(0)
     return Bound(log_likelihood, torch.zeros_like(log_likelihood))
-
-
-def _continuous(y: Tensor, noise: PoissonGaussian, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The images with a little more noise, and the variance of all noise at each pixel, from the pixels around it."""
-    reach = AROUND // 2
-    around = functional.avg_pool2d(functional.pad(y, (reach,) * 4, mode="reflect"), AROUND, 1)
-    near = (AROUND**2 * around - y) / (AROUND**2 - 1)
-    more = (COUNT * noise.gain).square() + STEP**2
-    moved = y + more.sqrt() * torch.randn(y.shape, generator=generator, device=y.device)
-    return moved, noise.variance(near) + more
 
 
 class NoisyVAE(nn.Module):
