@@ -68,9 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     noisy = commands.add_parser("unclean", help="measure a model of images that were never clean, in torch")
     noisy.add_argument("config", type=Path, metavar="CONFIG", help="TOML of the trained run")
     noisy.add_argument("--data", type=Path, required=True, help="its noisy images, as for fit")
-    noisy.add_argument(
-        "--clean", type=Path, required=True, help="micrographs/ for W2S, or a folder of grey photographs"
-    )
+    noisy.add_argument("--clean", type=Path, required=True, help="micrographs/ of W2S, or grey photographs")
     noisy.add_argument("--run", type=Path, help="folder of its checkpoints (runs/<name>)")
     noisy.add_argument("--sigma", type=float, help="noise added to photographs; without it the frames of W2S are taken")
     noisy.add_argument("--every", type=int, default=1, help="take every so many images (%(default)s)")
