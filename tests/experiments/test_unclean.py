@@ -57,5 +57,5 @@ def test_methods_are_measured_at_the_image_s_own_size(tmp_path: Path) -> None:
     pairs = list(photograph_pairs(tmp_path, 25.0))
     every = {"identity": lambda y, _noise: y, "Noise2Void": lambda y, _noise: Noise2Void(0.5, 0.2)(y)}
     found = measured(pairs, every, 8, Camera(gain=0.0, offset=0.01), affine=False)
-    assert found["identity"] == found["noisy"] == pytest.approx(20.17, abs=0.5)
+    assert found["identity"] == found["noisy"] == pytest.approx(20.17, abs=1.2)
     assert np.isfinite(found["Noise2Void"])
