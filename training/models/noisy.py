@@ -109,9 +109,13 @@ def recorrupted_bound(model: MeanNetwork, y: Tensor, noise: PoissonGaussian, gen
     e = variance.sqrt() * torch.randn(y.shape, generator=generator, device=y.device)
     low, high = MOVED
     a = low + (high - low) * torch.rand(len(y), 1, 1, 1, generator=generator, device=y.device)
-    std = (variance * (1.0 + a.square())).sqrt()
-    e, a, t, std = torch.cat([e, -e]), torch.cat([a, a]), torch.cat([t, t]), torch.cat([std, std])
-    found = model(t + a * e, torch.ones_like(t), std).t
+    e, a, t = torch.cat([e, -e]), torch.cat([a, a]), torch.cat([t, t])
+    both = PoissonGaussian(*(torch.cat([part, part]) for part in noise))
+    given = t + a * e
+    # Of what the network is given alone: that of the image itself would tell it e.
+    seen_near = around(both.unbiased(given))
+    std = ((both.left(seen_near) + (COUNT * both.count(seen_near)).square()) * (1.0 + a.square())).sqrt()
+    found = model(given, torch.ones_like(t), std).t
     square = (found - t + e / a).square() - (e / a).square()
     log_likelihood = -0.5 * square.flatten(1).sum(1).unflatten(0, (2, -1)).mean(0)
     return Bound(log_likelihood, torch.zeros_like(log_likelihood))
