@@ -81,7 +81,7 @@ class PoissonGaussian(NamedTuple):
         variance = self.variance(s)
         return variance / (variance + 0.375 * self.gain.square())
 
-    def count(self, s: Tensor) -> Tensor:
+    def one_count(self, s: Tensor) -> Tensor:
         """How far a pixel moves after the transform by one count more than the signal s; 0 for Gaussian noise."""
         return self.gain / (self.variance(s) + 0.375 * self.gain.square()).sqrt()
 

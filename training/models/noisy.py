@@ -103,7 +103,7 @@ def recorrupted_bound(model: MeanNetwork, y: Tensor, noise: PoissonGaussian, gen
         generator: Source of a and e.
     """
     near = around(y)
-    more = COUNT * noise.count(near)
+    more = COUNT * noise.one_count(near)
     t = noise.stabilised(y) + more * torch.randn(y.shape, generator=generator, device=y.device)
     variance = noise.left(near) + more.square()
     e = variance.sqrt() * torch.randn(y.shape, generator=generator, device=y.device)
@@ -114,7 +114,7 @@ def recorrupted_bound(model: MeanNetwork, y: Tensor, noise: PoissonGaussian, gen
     given = t + a * e
     # Of what the network is given alone: that of the image itself would tell it e.
     seen_near = around(both.unbiased(given))
-    std = ((both.left(seen_near) + (COUNT * both.count(seen_near)).square()) * (1.0 + a.square())).sqrt()
+    std = ((both.left(seen_near) + (COUNT * both.one_count(seen_near)).square()) * (1.0 + a.square())).sqrt()
     found = model(given, torch.ones_like(t), std).t
     square = (found - t + e / a).square() - (e / a).square()
     log_likelihood = -0.5 * square.flatten(1).sum(1).unflatten(0, (2, -1)).mean(0)
