@@ -20,11 +20,13 @@ from training.models.ladder import LadderVAE
 from training.models.vae import Bound
 from training.networks.trunk import Trunk
 
-MOVED = (0.3, 0.6)
-"""Least and largest noise that recorrupted pairs add to the one image, in standard deviations of its own noise."""
-COUNT = 0.3
-"""Standard deviation of what makes counts continuous, in counts. They are whole numbers: of those a network would tell
-what was added to the one image, and with it the other."""
+MOVED = 0.5
+"""Noise that recorrupted pairs add to the one image, in standard deviations of its own noise."""
+CONTINUOUS = 0.3
+"""Standard deviation of what makes counts continuous, in units of the noise. They are whole numbers: of those a network
+would tell what was added to the one image, and with it the other."""
+DENSE = 0.5
+"""Distance between two counts, in units of the noise, below which less of it is enough."""
 AROUND = 5
 """Side of the window whose mean, without the pixel itself, tells a pixel's noise."""
 GREY = 0.5
@@ -100,25 +102,28 @@ def recorrupted_bound(model: MeanNetwork, y: Tensor, noise: PoissonGaussian, gen
         model: The mean network.
         y: Noisy images (n, 1, h, w).
         noise: Of these.
-        generator: Source of a and e.
+        generator: Source of e.
     """
-    near = around(y)
-    more = COUNT * noise.one_count(near)
+    near, a = around(y), MOVED
+    more = blurring(noise, near)
     t = noise.stabilised(y) + more * torch.randn(y.shape, generator=generator, device=y.device)
     variance = noise.left(near) + more.square()
     e = variance.sqrt() * torch.randn(y.shape, generator=generator, device=y.device)
-    low, high = MOVED
-    a = low + (high - low) * torch.rand(len(y), 1, 1, 1, generator=generator, device=y.device)
-    e, a, t = torch.cat([e, -e]), torch.cat([a, a]), torch.cat([t, t])
+    e, t = torch.cat([e, -e]), torch.cat([t, t])
     both = PoissonGaussian(*(torch.cat([part, part]) for part in noise))
     given = t + a * e
     # Of what the network is given alone: that of the image itself would tell it e.
-    seen_near = around(both.unbiased(given))
-    std = ((both.left(seen_near) + (COUNT * both.one_count(seen_near)).square()) * (1.0 + a.square())).sqrt()
+    near = around(both.unbiased(given))
+    std = ((both.left(near) + blurring(both, near).square()) * (1.0 + a**2)).sqrt()
     found = model(given, torch.ones_like(t), std).t
     square = (found - t + e / a).square() - (e / a).square()
     log_likelihood = -0.5 * square.flatten(1).sum(1).unflatten(0, (2, -1)).mean(0)
     return Bound(log_likelihood, torch.zeros_like(log_likelihood))
+
+
+def blurring(noise: PoissonGaussian, s: Tensor) -> Tensor:
+    """Standard deviation of what makes counts around the signal s continuous; 0 for Gaussian noise."""
+    return CONTINUOUS * (noise.one_count(s) / DENSE).clamp(max=1.0)
 
 
 class NoisyVAE(nn.Module):
