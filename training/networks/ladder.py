@@ -261,7 +261,7 @@ class Down(nn.Module):
         if self.vector is not None:
             found: Tensor = self.vector(z)
             return found.contiguous(memory_format=torch.channels_last)
-        return self.start.view(1, -1, 1, 1).expand(len(z), -1, *z.shape[2:])
+        return self.start.view(1, -1, 1, 1).expand(z.shape[0], -1, *z.shape[2:])  # len would fix the number of rows
 
     def _down(self, state: Tensor, latents: Callable[[Step, Tensor, int], Tensor]) -> Tensor:
         """The way from the first state to p(x|z); `latents` gives those of a step from the active state and level."""
