@@ -73,7 +73,7 @@ class MeanNetwork(nn.Module):
 
     def seen(self, y: Tensor, mask: Tensor, noise: PoissonGaussian) -> Seen:
         """The same for noisy images (n, 1, h, w)."""
-        return self(noise.stabilised(y), mask, noise.left(around(y)).sqrt())
+        return self(noise.stabilised(y), mask, told_std(noise, around(y)))
 
     def restored(self, y: Tensor, mask: Tensor, noise: PoissonGaussian) -> tuple[Tensor, Seen]:
         """E[s|y] in the image's own units, (n, 1, h, w), and what was seen."""
@@ -113,12 +113,19 @@ def recorrupted_bound(model: MeanNetwork, y: Tensor, noise: PoissonGaussian, gen
     both = PoissonGaussian(*(torch.cat([part, part]) for part in noise))
     given = t + a * e
     # Of what the network is given alone: that of the image itself would tell it e.
-    near = around(both.unbiased(given))
-    std = ((both.left(near) + blurring(both, near).square()) * (1.0 + a**2)).sqrt()
+    std = told_std(both, around(both.unbiased(given)))
     found = model(given, torch.ones_like(t), std).t
     square = (found - t + e / a).square() - (e / a).square()
     log_likelihood = -0.5 * square.flatten(1).sum(1).unflatten(0, (2, -1)).mean(0)
     return Bound(log_likelihood, torch.zeros_like(log_likelihood))
+
+
+def told_std(noise: PoissonGaussian, s: Tensor) -> Tensor:
+    """What the mean network is told of the noise around the signal s, after the transform: that of recorrupted images.
+
+    A noisy image has a little less. The network is not told so, because it has never been trained on less.
+    """
+    return ((noise.left(s) + blurring(noise, s).square()) * (1.0 + MOVED**2)).sqrt()
 
 
 def blurring(noise: PoissonGaussian, s: Tensor) -> Tensor:
