@@ -16,10 +16,13 @@ from service.contract import manifest
 from service.contract.graphs import GRAPHS
 from service.observability.metrics import Telemetry
 from service.settings import PREFIX, Settings
-from training.config import ConditionalRun, RestoringRun, Run
+from training.config import ConditionalRun, NoisyRun, RestoringRun, Run
 
 ROOT = Path(__file__).parents[1]
-PAGES = tuple(ROOT / "docs" / name for name in ("operations.md", "configuration.md", "importing.md", "models.md"))
+PAGES = tuple(
+    ROOT / "docs" / name
+    for name in ("operations.md", "configuration.md", "importing.md", "models.md", "noisy-images.md")
+)
 ALERTS = ROOT / "deploy" / "alerts.yml"
 BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
 Schema = dict[str, Any]
@@ -91,14 +94,14 @@ def importing_keys() -> str:
     return "\n".join([_section("Top level", schema), _section("`[imported]`", schema["$defs"]["Imported"])])
 
 
-def conditional_keys() -> str:
-    """Sections for a conditional model's TOML: the tables that other runs lack."""
-    schema, known = ConditionalRun.model_json_schema(), Run.model_json_schema()["$defs"]
+def own_keys(kind: type[ConditionalRun | NoisyRun]) -> str:
+    """Sections for the TOML of a kind of run: the tables that a VAE's runs lack."""
+    schema, known = kind.model_json_schema(), Run.model_json_schema()["$defs"]
     names: dict[str, list[str]] = {}
-    for name, kind in _tables(schema, schema["$defs"], ""):
-        if kind not in known:
-            names.setdefault(kind, []).append(f"`[{name}]`")
-    parts = [_section(" and ".join(found), schema["$defs"][kind]) for kind, found in names.items()]
+    for name, table_kind in _tables(schema, schema["$defs"], ""):
+        if table_kind not in known:
+            names.setdefault(table_kind, []).append(f"`[{name}]`")
+    parts = [_section(" and ".join(found), schema["$defs"][table_kind]) for table_kind, found in names.items()]
     return "\n".join([_section("Top level", schema), *parts])
 
 
@@ -202,7 +205,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "metrics": metrics,
     "alerts": alerts,
     "keys": keys,
-    "conditional": conditional_keys,
+    "conditional": lambda: own_keys(ConditionalRun),
+    "noisy": lambda: own_keys(NoisyRun),
     "importing": importing_keys,
     "manifest": manifest_keys,
     "graphs": graphs,

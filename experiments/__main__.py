@@ -13,6 +13,7 @@ import torch
 from experiments.comparisons import restoration_report
 from experiments.comparisons.restore import RestoreOptions, compare
 from experiments.comparisons.separate import SeparateOptions, separate
+from experiments.comparisons.unclean import UncleanOptions, noisy_copies, unclean
 from experiments.paper import FIGURES
 from experiments.paper.oracle import score
 from experiments.photographs import report
@@ -73,6 +74,21 @@ def _parser() -> argparse.ArgumentParser:
     apart = asking_command(commands, "separate", "measure how well a service's score separates images from others")
     apart.add_argument("--draws", type=int, default=16, help="posterior draws for each score (%(default)s)")
     apart.set_defaults(command=_separate)
+    copies = commands.add_parser("noisy-copies", help="write grey copies of photographs with one draw of noise each")
+    copies.add_argument("--data", type=Path, required=True, help="folder of clean photographs")
+    copies.add_argument("--out", type=Path, required=True, help="folder for the noisy ones, TIFF in floating point")
+    copies.add_argument("--sigma", type=float, default=25.0, help="standard deviation; white is 255 (%(default)s)")
+    copies.set_defaults(command=_noisy_copies)
+    noisy = commands.add_parser("unclean", help="measure a model of images that were never clean, in torch")
+    noisy.add_argument("config", type=Path, metavar="CONFIG", help="TOML of the trained run")
+    noisy.add_argument("--data", type=Path, required=True, help="its noisy images, as for fit")
+    noisy.add_argument("--clean", type=Path, required=True, help="micrographs/ of W2S, or grey photographs")
+    noisy.add_argument("--run", type=Path, help="folder of its checkpoints (runs/<name>)")
+    noisy.add_argument("--sigma", type=float, help="noise added to photographs; without it the frames of W2S are taken")
+    noisy.add_argument("--every", type=int, default=1, help="take every so many images (%(default)s)")
+    noisy.add_argument("--noise2void-epochs", type=int, help="also train Noise2Void on --data for so many epochs")
+    noisy.add_argument("--threads", type=int, default=1, help="CPU threads (%(default)s)")
+    noisy.set_defaults(command=_unclean)
     for command in (restore, apart):
         command.add_argument("--out", type=Path, default=Path("docs/results"), help="folder for the page (%(default)s)")
     return parser
@@ -110,6 +126,15 @@ def _restore_photographs(options: argparse.Namespace) -> None:
 
 def _separate(options: argparse.Namespace) -> None:
     print(f"wrote {separate(SeparateOptions.of(options), options.out)}")
+
+
+def _noisy_copies(options: argparse.Namespace) -> None:
+    print(f"wrote {noisy_copies(options.data, options.out, options.sigma)} noisy photographs into {options.out}")
+
+
+def _unclean(options: argparse.Namespace) -> None:
+    torch.set_num_threads(options.threads)
+    print(json.dumps(unclean(UncleanOptions.of(options)), indent=2))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from training import pipeline
 from training.cli import asking_command, run
 from training.conditional import ConditionalWorkshop
-from training.config import ConditionalRun, RestoringRun, kind_of, load_as
+from training.config import ConditionalRun, NoisyRun, RestoringRun, kind_of, load_as
 from training.data.mnist import download
 from training.errors import ConfigError
 from training.evaluation.calibrate import CalibrateOptions, calibrate
@@ -25,7 +25,9 @@ from training.export.quantise import QuantiseOptions, quantise
 from training.importing.command import import_command
 from training.importing.restore import restore_only
 from training.inference.command import advi_command
+from training.inference.photon_transfer import fitted, frames_of, scenes_of, write_noise
 from training.loop.processes import ALONE, Processes, joined
+from training.noisy import NoisyWorkshop
 from training.pipeline import Workshop
 from training.signing import private_key, sign
 
@@ -92,6 +94,16 @@ def _parser() -> argparse.ArgumentParser:
     _key_option(signed, required=True)
     signed.set_defaults(command=_sign)
     advi_command(commands)
+    camera = commands.add_parser("noise-model", help="measure the noise of a camera from frames of static scenes")
+    camera.add_argument(
+        "calibration",
+        type=Path,
+        metavar="CALIBRATION",
+        help="frames of one static scene, a folder or a stack; or a folder of such folders (dark, flat)",
+    )
+    camera.add_argument("--out", type=Path, default=Path("noise.toml"), help="file to write (%(default)s)")
+    camera.add_argument("--bits", type=int, default=16, help="16-bit levels are divided by 2^BITS - 1 (%(default)s)")
+    camera.set_defaults(command=_noise_model)
     fetch = commands.add_parser("download", help="fetch a data set")
     fetch.add_argument("dataset", choices=["mnist"])
     fetch.add_argument("--data", type=Path, required=True, help="directory to fetch into")
@@ -143,15 +155,28 @@ def _card(options: argparse.Namespace) -> None:
     print(f"wrote {describe_again(options.folder, notes, private_key(options.key))}")
 
 
-def _workshop(options: argparse.Namespace, processes: Processes = ALONE) -> Workshop | ConditionalWorkshop:
+def _noise_model(options: argparse.Namespace) -> None:
+    found = fitted([frames_of(scene, options.bits) for scene in scenes_of(options.calibration)])
+    write_noise(found, options.out)
+    print(
+        f"wrote {options.out}: variance = {found.gain:.4g} x signal + {found.offset:.4g}, of {found.frames} frames of "
+        f"{found.scenes} scenes"
+    )
+
+
+def _workshop(
+    options: argparse.Namespace, processes: Processes = ALONE
+) -> Workshop | ConditionalWorkshop | NoisyWorkshop:
     pipeline.threads(options.threads)
     kind = kind_of(options.config)
-    changes = _conditional_changes if kind is ConditionalRun else _changes
+    changes = {ConditionalRun: _conditional_changes, NoisyRun: _noisy_changes}.get(kind, _changes)
     settings = load_as(kind, options.config, changes(options))
     folder = options.run or Path("runs") / settings.name
     device, board = pipeline.device(options.device), getattr(options, "tensorboard", False)
     if isinstance(settings, ConditionalRun):
         return ConditionalWorkshop.open(settings, options.data, folder, device, processes, tensorboard=board)
+    if isinstance(settings, NoisyRun):
+        return NoisyWorkshop.open(settings, options.data, folder, device, processes, tensorboard=board)
     return Workshop.open(settings, options.data, folder, device, processes, tensorboard=board)
 
 
@@ -173,6 +198,14 @@ def _conditional_changes(options: argparse.Namespace) -> dict[str, Any]:
     start, epochs = getattr(options, "start", None), {"trunk": {"train": {"epochs": getattr(options, "epochs", None)}}}
     own = None if start is None else str(start)
     return {"test_images": options.images, "from": own, **epochs, "colour": epochs}
+
+
+def _noisy_changes(options: argparse.Namespace) -> dict[str, Any]:
+    """What the command line changes in the TOML of a model of noisy images."""
+    given = (options.draws, options.images, *(getattr(options, name, None) for name in ("restoration_epochs", "start")))
+    if any(value is not None for value in given):
+        raise ConfigError("a model of noisy images has none of --draws, --images, --restoration-epochs and --from")
+    return {"train": {"epochs": getattr(options, "epochs", None)}}
 
 
 def _fit(options: argparse.Namespace) -> None:

@@ -12,9 +12,12 @@ from pydantic import Field, ValidationError, model_validator
 
 from service.contract.corruption import NoiseFamily
 from training.data import Dataset, Folder
+from training.data.noisy import Noisy
 from training.distributions.interface import Support
 from training.distributions.likelihoods import LikelihoodSettings
 from training.distributions.likelihoods.bernoulli import BernoulliSettings
+from training.distributions.likelihoods.noise import NoiseSettings
+from training.distributions.poisson_gaussian import BLOCK
 from training.distributions.priors import PriorSettings
 from training.distributions.priors.standard_normal import StandardNormalSettings
 from training.distributions.spoiling import Corruptions
@@ -394,13 +397,65 @@ class ConditionalRun(Strict):
         return ConditionalRun.model_validate({**_changed(told, changes), "variants": (variant,)})
 
 
+class NoisyModel(Strict):
+    """The model of clean images that only noisy ones show: q(z|y), p(z) and p(y|z)."""
+
+    likelihood: NoiseSettings
+    """p(y|z): the noise around the clean signal."""
+    network: Ladder
+    """Architecture of encoder and decoder, with `top = "spatial"`."""
+
+
+class NoisyRun(Strict):
+    """A model of images that were never clean: a TOML with `likelihood = "noise"`."""
+
+    name: Name
+    """Name of the model."""
+    version: Name = "1"
+    """Name of the version."""
+    seed: int = 0
+    """Seed of the initial weights, the order of the images and the noise."""
+    data: Noisy
+    """The noisy images."""
+    model: NoisyModel
+    """The VAE."""
+    trunk: TrunkStage
+    """The network that gives E[s|y] in one pass, trained before the VAE, which takes its features."""
+    train: Optimisation
+    """Training of the VAE; `free_nats` are a group's, of one crop."""
+    card: CardNotes = CardNotes()
+    """Words of the model card."""
+    export: Export = Export(weights="float16")
+    """How the version is stored."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> NoisyRun:
+        if self.model.network.top != "spatial":
+            raise ValueError('model.network needs top = "spatial", because noisy images have any size')
+        if self.trunk.channels[0] % 4:
+            raise ValueError(f"the first of trunk.channels must be a multiple of 4, not {self.trunk.channels[0]}")
+        if self.data.size % self.multiple_of:
+            raise ValueError(f"data.size must be a multiple of {self.multiple_of}, not {self.data.size}")
+        if any(stage.objective != "elbo" for stage in (self.train, self.trunk.train)) or self.trunk.train.draws > 1:
+            raise ValueError("both stages have one objective; leave out objective, and draws in [trunk.train]")
+        return self
+
+    @property
+    def multiple_of(self) -> int:
+        """What divides height and width of the networks' images."""
+        return max(BLOCK, self.trunk.multiple_of, self.model.network.multiple_of or 1)
+
+
 AnyRun = TypeVar("AnyRun", bound=Strict)
 
 
-def kind_of(path: Path) -> type[Run | ConditionalRun]:
+def kind_of(path: Path) -> type[Run | ConditionalRun | NoisyRun]:
     """The kind of run that a TOML describes; that of any other file is `Run`, whose `load` says what is wrong."""
-    with suppress(OSError, tomllib.TOMLDecodeError, UnicodeDecodeError):
-        if "trunk" in tomllib.loads(path.read_text(encoding="utf-8-sig")):
+    with suppress(OSError, tomllib.TOMLDecodeError, UnicodeDecodeError, AttributeError):
+        told = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        if told.get("model", {}).get("likelihood", {}).get("likelihood") == "noise":
+            return NoisyRun
+        if "trunk" in told:
             return ConditionalRun
     return Run
 

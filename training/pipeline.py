@@ -22,7 +22,7 @@ from torch import Tensor
 from service.contract.cores import cpu_count
 from service.contract.corruption import FAMILIES
 from service.contract.manifest import digest
-from training.config import ConditionalRun, Run
+from training.config import ConditionalRun, NoisyRun, Run
 from training.data import ImageSet, as_float
 from training.errors import CheckpointError, ConfigError, DiskError
 from training.evaluation.evaluate import ALL, Share, likelihood, report, restoration
@@ -131,7 +131,7 @@ def _ticks() -> tuple[int, int]:
     return ticks[3] + ticks[4], sum(ticks)
 
 
-Settings = TypeVar("Settings", Run, ConditionalRun)
+Settings = TypeVar("Settings", Run, ConditionalRun, NoisyRun)
 
 
 @dataclass(frozen=True)

@@ -107,17 +107,18 @@ class Chain:
                 below = torch.cat(
                     [mean[:, 1:], slope.float().expand(len(x), 1), rest.log().float().expand(len(x), 1)], 1
                 )
-                return Seen(mean[:, :1], log_var, (below,))
+                return Seen((below,), DiagonalGaussian(mean[:, :1], log_var))
 
         class Down(nn.Module):
-            group_sizes = (1, 1)
+            group_sizes, spatial = (1, 1), False
 
             def forward(self, z: Tensor) -> Tensor:
                 return (z @ chain.weight.T.float()).unflatten(1, chain.shape)
 
             def walk(self, seen: Seen, eps: Tensor) -> Walk:
                 draws, eps = len(eps), eps.flatten(0, 1)
-                mean, log_var, below = (part.repeat(draws, 1) for part in (seen.mean, seen.log_var, seen.levels[0]))
+                assert seen.vector is not None
+                mean, log_var, below = (part.repeat(draws, 1) for part in (*seen.vector, seen.levels[0]))
                 first = mean + torch.exp(0.5 * log_var) * eps[:, :1]
                 mean2 = below[:, :1] + below[:, 1:2] * (first - mean) + shift
                 second = mean2 + torch.exp(0.5 * below[:, 2:]) * eps[:, 1:]
@@ -238,7 +239,7 @@ def test_before_training_every_group_is_at_its_prior() -> None:
 
 def test_free_nats_are_a_group_s() -> None:
     """A group below them has no gradient and still counts; one above has the gradient of its whole KL."""
-    prior = GroupedPrior(StandardNormal(2), [2, 2, 2], free_nats=1.0)
+    prior = GroupedPrior((6,), [2, 2, 2], StandardNormal(2), free_nats=1.0)
     mean = torch.tensor([[0.1, 0.1, 2.0, 0.0, 0.1, 1.3]]).repeat(3, 1)[None].requires_grad_()
     kl = prior.kl(DiagonalGaussian(mean, torch.zeros_like(mean)), mean.detach())
     torch.testing.assert_close(kl, torch.full((3,), 0.01 + 2.0 + 0.85))
@@ -265,7 +266,7 @@ def test_the_density_of_a_grouped_prior_is_a_product() -> None:
     first = RealNvp(3, 2, 5)
     z = torch.randn(2, 4, 5)
     others = Normal(0.0, 1.0).log_prob(z[..., 3:]).sum(-1)  # type: ignore[no-untyped-call]
-    torch.testing.assert_close(GroupedPrior(first, [3, 2]).log_prob(z), first.log_prob(z[..., :3]) + others)
+    torch.testing.assert_close(GroupedPrior((5,), [3, 2], first).log_prob(z), first.log_prob(z[..., :3]) + others)
 
 
 def test_a_reconstruction_follows_the_means() -> None:
@@ -433,3 +434,42 @@ def test_levels_may_be_one_or_three() -> None:
         seen = settings.encoder(shape, 3)(torch.rand(2, *shape))
         walk = down.walk(seen, torch.randn(2, 2, sum(down.group_sizes)))
         assert walk.parameters.shape == (4, *shape)
+
+
+SPATIAL = Ladder(architecture="ladder", channels=(3, 4), groups=(2, 1), latents=(1, 2), blocks=1, top="spatial")
+
+
+def spatial() -> LadderVAE:
+    """Two levels without a vector, with random weights."""
+    torch.manual_seed(3)
+    shape = (1, 8, 8)
+    down = SPATIAL.decoder(1, shape)
+    model = LadderVAE(SPATIAL.encoder(shape, 1), down, FixedGaussian(shape, 0.5), StandardNormal(1), free_nats=0.0)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def test_a_ladder_without_a_vector_takes_any_size() -> None:
+    """z has the coarsest level's height and width; a group keeps its place when it is packed and unpacked."""
+    model = spatial()
+    assert SPATIAL.latent_shape(1, (1, 8, 8)) == model.latent_shape == (2 + 4 + 4, 2, 2)
+    x = torch.rand(2, 1, 12, 20)
+    eps = torch.randn(3, 2, 10, 3, 5)
+    z, q, parameters = model.infer(model.posterior(x), eps)
+    assert z.shape == q.mean.shape == eps.shape
+    assert parameters.shape == (3, 2, 1, 12, 20)
+    torch.testing.assert_close(model.decode(z), parameters)
+    torch.testing.assert_close(z, q.mean + torch.exp(0.5 * q.log_var) * eps)
+    parts = model.decoder.parts(z[0])
+    assert [tuple(part.shape[1:]) for part in parts] == [(2, 3, 5), (1, 6, 10), (1, 6, 10)]
+    assert torch.equal(model.decoder.packed(parts), z[0])
+
+
+def test_the_bound_of_a_spatial_ladder_is_that_of_its_densities() -> None:
+    """Log p(x|z) + log p(z) - log q(z|x) has the bound as its mean over draws; its KL is that of N(0, I) in all."""
+    model, x = spatial(), torch.rand(2, 1, 8, 8)
+    eps = torch.randn(20000, 2, *model.latent_shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        bound = model.bound(x, eps)
+        torch.testing.assert_close(model.log_weights(x, eps).mean(0), bound.elbo, rtol=2e-3, atol=0.05)

@@ -22,7 +22,7 @@ TIERS = (
     {"export"},
     {"importing"},
     {"pipeline"},
-    {"conditional"},
+    {"conditional", "noisy"},
     {"cli"},
     {"__main__"},
 )

@@ -24,8 +24,8 @@ from training.errors import DataError
 from training.progress import tell
 from training.strict import Positive, Strict
 
-Levels = NDArray[np.uint8]
-"""An image (c, h, w)."""
+Levels = NDArray[Any]
+"""An image (c, h, w), in uint8 or, where noise is its subject, float32."""
 LEAST, LEAST_HELD_OUT = 8, 2
 """Crops that a picture gives at least each time it is opened, because opening it costs more than a crop. Of pictures
 that are held out fewer, because a figure is the surer the more pictures it is of."""
@@ -105,6 +105,10 @@ class Pictures(Protocol):
     @property
     def shape(self) -> tuple[int, int, int]:
         """(c, h, w) of a crop."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of a pixel."""
 
     def __len__(self) -> int:
         """Their number."""
@@ -196,8 +200,9 @@ class Crops:
         self._told: set[str] = set()
 
     def first(self) -> Tensor:
-        """Cut the crops of the first epoch, uint8 (n, c, h, w)."""
-        images = torch.empty((self.visits.count, *self.visits.pictures.shape), dtype=torch.uint8)
+        """Cut the crops of the first epoch, (n, c, h, w)."""
+        pictures = self.visits.pictures
+        images = torch.empty((self.visits.count, *pictures.shape), dtype=pictures.dtype)
         self.fill(images, 0)
         return images
 
@@ -212,7 +217,7 @@ class Crops:
         """Replace images by the crops of an epoch, if they are those of another.
 
         Args:
-            images: uint8 (n, c, h, w), always the same tensor or a copy of it.
+            images: (n, c, h, w), always the same tensor or a copy of it.
             epoch: The epoch, from 0.
             ahead: Whether the workers begin with the next epoch.
             interrupted: Whether to give up.

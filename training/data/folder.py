@@ -104,7 +104,7 @@ class Folder(DatasetSettings):
         if not root.is_dir():
             raise DataError(f"{root} is not a directory; --data must name a directory of images")
         found = _Found()
-        for path in tqdm(_files(root, found.refuse), desc="reading images", unit="file", leave=False):
+        for path in tqdm(files_below(root, found.refuse), desc="reading images", unit="file", leave=False):
             try:
                 if self.crops is None:
                     found.add(self._images(path))
@@ -130,14 +130,14 @@ class Folder(DatasetSettings):
         Raises:
             DataError: An image cannot be read; the message is the reason alone.
         """
-        file = _opened(path)
+        file = opened(path)
         if file is None:
             return None
         try:
             with file:
                 return [self._image(file, frame) for frame in range(self._count(file))]
         except DECODER_ERRORS as error:
-            raise DataError(_reason(error)) from error
+            raise DataError(reason_of(error)) from error
 
     def _count(self, file: Image.Image) -> int:
         """Number of its frames that are images."""
@@ -168,7 +168,7 @@ class Folder(DatasetSettings):
         Raises:
             DataError: It cannot be read, or is too small; the message is the reason alone.
         """
-        file = _opened(path)
+        file = opened(path)
         if file is None:
             return None
         try:
@@ -176,7 +176,7 @@ class Folder(DatasetSettings):
                 self._check_size(file)
                 return self._count(file)
         except DECODER_ERRORS as error:
-            raise DataError(_reason(error)) from error
+            raise DataError(reason_of(error)) from error
 
     def _check_size(self, file: Image.Image) -> None:
         assert self.crops is not None
@@ -196,7 +196,7 @@ class Folder(DatasetSettings):
             DataError: It cannot be read; the message is the reason alone.
         """
         assert self.crops is not None
-        file = _opened(path)
+        file = opened(path)
         if file is None:
             raise DataError("no image any more")
         try:
@@ -207,7 +207,7 @@ class Folder(DatasetSettings):
                 picture = Picture(whole.size[::-1], lambda box: self._levels(_part(whole, box, file.format)))
                 return np.stack([self.crops.cut(picture, (self.height, self.width), rng) for _ in range(count)])
         except DECODER_ERRORS as error:
-            raise DataError(_reason(error)) from error
+            raise DataError(reason_of(error)) from error
 
     def _cropped(self, found: _Found) -> ImageSet:
         """Crops of the images of each split; those held out stay the same, and are as large a share as their files."""
@@ -259,6 +259,11 @@ class FolderPictures:
         """(c, h, w) of a crop."""
         return CHANNELS[self.folder.mode], self.folder.height, self.folder.width
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of a pixel."""
+        return torch.uint8
+
     def __len__(self) -> int:
         """Their number."""
         return len(self.places)
@@ -273,7 +278,7 @@ class FolderPictures:
         try:
             return self.folder.cut(path, frame, count, rng)
         except DataError as error:
-            raise DataError(_named(path, str(error))) from error
+            raise DataError(named(path, str(error))) from error
 
 
 @dataclass
@@ -325,7 +330,7 @@ class _Found:
 
     def refuse(self, path: Path, reason: str) -> None:
         """Count one more file that cannot be read."""
-        self.bad.append(_named(path, reason))
+        self.bad.append(named(path, reason))
 
     def named(self) -> str:
         """The bad files with their reasons."""
@@ -340,11 +345,11 @@ class _Found:
         return _count(len(self.owners), "image") + (f" ({left_out} left out)" if left_out else "")
 
 
-def _files(root: Path, refuse: Callable[[Path, str], None]) -> list[Path]:
+def files_below(root: Path, refuse: Callable[[Path, str], None]) -> list[Path]:
     """Every file below `root` that is not hidden, sorted; a folder with several links to it is read once."""
     found, tops, seen = [], [root], set()
     for top in tops:  # grows by links to folders
-        for name, folders, names in os.walk(top, onerror=lambda error: refuse(Path(error.filename), _reason(error))):
+        for name, folders, names in os.walk(top, onerror=lambda error: refuse(Path(error.filename), reason_of(error))):
             folder = Path(name)
             if folder.resolve() in seen:
                 folders.clear()
@@ -360,7 +365,12 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in HIDDEN
 
 
-def _opened(path: Path) -> Image.Image | None:
+def opened(path: Path) -> Image.Image | None:
+    """The image in a file, which is not decoded yet; None where it is none.
+
+    Raises:
+        DataError: It is an image that cannot be read; the message is the reason alone.
+    """
     try:
         if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
             return None
@@ -368,7 +378,7 @@ def _opened(path: Path) -> Image.Image | None:
     except DECODER_ERRORS as error:
         if not (isinstance(error, Image.DecompressionBombError) or _is_image(path)):
             return None
-        raise DataError(_reason(error)) from error
+        raise DataError(reason_of(error)) from error
 
 
 def _is_image(path: Path) -> bool:
@@ -382,13 +392,14 @@ def _is_image(path: Path) -> bool:
         return True
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """Why an image cannot be read, in words."""
     if isinstance(error, UnidentifiedImageError):
         return "no image that Pillow can decode; convert it to PNG"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def _named(path: Path, reason: str) -> str:
+def named(path: Path, reason: str) -> str:
     """A bad file and the reason, on one line."""
     return " ".join(f"{path} ({reason})".split())
 

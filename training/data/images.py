@@ -35,7 +35,7 @@ class DatasetSettings(Strict):
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Three splits of one data set, each (n, c, h, w) uint8; 255 stands for 1."""
+    """Three splits of one data set, each (n, c, h, w) in uint8, where 255 stands for 1, or in float32."""
 
     train: Tensor
     validation: Tensor
@@ -45,9 +45,9 @@ class ImageSet:
 
     def __post_init__(self) -> None:
         for split in (self.train, self.validation, self.test):
-            if split.dtype != torch.uint8 or split.ndim != 4 or len(split) == 0:
+            if split.dtype not in (torch.uint8, torch.float32) or split.ndim != 4 or len(split) == 0:
                 raise DataError(
-                    f"a split must be uint8 (n, c, h, w) with n > 0, not {split.dtype} {tuple(split.shape)}"
+                    f"a split must be uint8 or float32 (n, c, h, w) with n > 0, not {split.dtype} {tuple(split.shape)}"
                 )
 
     @property
@@ -82,8 +82,8 @@ def split_off(images: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tenso
 
 
 def as_float(images: Tensor) -> Tensor:
-    """Convert uint8 to float32 in [0, 1]."""
-    return images.float() / 255.0
+    """Convert uint8 to float32 in [0, 1]; float32 stays as it is."""
+    return images.float() / 255.0 if images.dtype == torch.uint8 else images
 
 
 def binarise(images: Tensor, generator: torch.Generator) -> Tensor:

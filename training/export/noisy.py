@@ -1,0 +1,114 @@
+"""The graphs of a model of noisy images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from service.contract.graphs import GRAPHS, Axis
+from training.config import NoisyRun
+from training.distributions.poisson_gaussian import FAMILIES, PoissonGaussian
+from training.export.export import Exportable, Rows
+from training.export.pair import MODULE_PARITY, shapes_told
+from training.export.tiling import in_double, margin
+from training.loop.noisy_stages import NoisyParts
+from training.models.noisy import CompleteNoisy, EstimateNoisy, RestoreNoisy
+
+FIT_PARITY = 1e-3
+"""As `MODULE_PARITY`, of the fitted noise: weights of blocks near the limit pass a rounding on, enlarged."""
+
+
+@torch.no_grad()
+def noisy_graphs(parts: NoisyParts, exact: NoisyParts, y: Tensor) -> dict[str, Exportable]:
+    """The graphs by name, with golden rows.
+
+    Args:
+        parts: The networks, on the CPU.
+        exact: Those before their weights were rounded, or the same.
+        y: Golden noisy images (n, 1, h, w).
+    """
+    mask = torch.ones_like(y)
+    mask[-1, :, : y.shape[2] // 4] = 0.0
+    level = torch.tensor([[0.2, 0.05], [0.0, 0.1], [0.1, 0.02], [0.15, 0.1]])[: len(y)]
+    made, before = _modules(parts), _modules(exact)
+    restored, _, features = made["restoration"](y, mask, level)
+    depth = parts.vae.vae.latent_shape[0]
+    step = _coarsest(parts)
+    eps = torch.randn(
+        len(y), depth, *(side // step for side in y.shape[2:]), generator=torch.Generator().manual_seed(0)
+    )
+    rows: dict[str, Rows] = {
+        "restoration": (y, mask, level),
+        "completion": (y, mask, level, restored, features, eps),
+        "noise_level": (y, mask),
+        "noise": (y, mask),
+    }
+    shape: dict[str, list[Axis]] = {"features": [parts.trunk.trunk.width, "height/2", "width/2"]}
+    return {
+        name: Exportable(
+            module,
+            rows[name],
+            GRAPHS[name],
+            parity=MODULE_PARITY if name in ("restoration", "completion") else FIT_PARITY,
+            exact=None if parts is exact or not list(module.parameters()) else before[name],
+            chosen=shape,
+        )
+        for name, module in made.items()
+    }
+
+
+def _modules(parts: NoisyParts) -> dict[str, nn.Module]:
+    return {
+        "restoration": RestoreNoisy(parts.trunk, parts.vae),
+        "completion": CompleteNoisy(parts.vae),
+        "noise_level": EstimateNoisy(alone=True),
+        "noise": EstimateNoisy(alone=False),
+    }
+
+
+def _coarsest(parts: NoisyParts) -> int:
+    """Side in pixels of a place of the latents' grid."""
+    return int(2 ** len(parts.vae.vae.decoder.levels))
+
+
+def noisy_about(run: NoisyRun, parts: NoisyParts, y: Tensor) -> dict[str, Any]:
+    """Keys of the manifest that tell shapes, groups and tiles, for golden images (n, 1, h, w)."""
+    step = _coarsest(parts)
+    latents = (len(y), parts.vae.vae.latent_shape[0], *(side // step for side in y.shape[2:]))
+    told = shapes_told(y.shape, latents, run.multiple_of)
+    return {
+        **told,
+        "groups": _groups(parts),
+        "tiles": {"margin": _margin(run, parts), "exact": True},
+        "noise_families": list(FAMILIES),
+    }
+
+
+def _groups(parts: NoisyParts) -> list[dict[str, Any]]:
+    """The manifest's `groups`: where each group of latents lies in z, the coarsest first."""
+    down, step = parts.vae.vae.decoder, _coarsest(parts)
+    found: list[dict[str, Any]] = []
+    end = 0
+    for (count, *_), block, size in zip(down.group_shapes, down.blocks, down.group_sizes, strict=True):
+        first, end = end, end + size
+        shape = [count, *(f"{side}/{step // block}" for side in ("height", "width"))]
+        found.append({"name": f"z{len(found) + 1}", "shape": shape, "channels": [first, end], "block": block})
+    return found
+
+
+def _margin(run: NoisyRun, parts: NoisyParts) -> int:
+    """How many pixels from an edge a draw depends on what lies beyond it, where the noise is told."""
+    mean, model = in_double(parts.trunk), in_double(parts.vae)
+    noise = PoissonGaussian(*(torch.full((1, 1, 1, 1), 0.01, dtype=torch.float64) for _ in range(2)))
+
+    def drawn(y: Tensor) -> Tensor:
+        seen = mean.seen(y, torch.ones_like(y), noise)
+        eps = y.new_zeros(1, len(y), model.vae.latent_shape[0], *(side // _coarsest(parts) for side in y.shape[2:]))
+        encoded = model.encoded(noise.stabilised(y), seen.features)
+        return seen.t + model.vae.infer(model.vae.posterior(encoded), eps).parameters[0].double()
+
+    found = margin(drawn, 1, run.multiple_of)
+    assert found is not None, "convolutions reach only so far"
+    return found
