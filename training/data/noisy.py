@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
-from service.contract.images import DECODER_ERRORS, to_levels, upright
+from service.contract.images import DECODER_ERRORS, draw, upright
 from training.data.crops import LEAST, LEAST_HELD_OUT, Crops, Levels, Visits
 from training.data.folder import SEQUENCES, files_below, opened, reason_of
 from training.data.images import DatasetSettings, ImageSet, Share, split_off
@@ -124,11 +124,14 @@ class Noisy(DatasetSettings):
         if image.mode == "F":
             yield np.asarray(image), 1.0
             return
+        if image.mode.startswith("I;16"):
+            yield np.asarray(image), 2.0**self.bits - 1.0
+            return
         colour = image.mode in ("RGB", "RGBA", "P", "CMYK", "YCbCr")
-        levels = to_levels(image, 3 if colour else 1)
-        white = 2.0**self.bits - 1.0 if levels.dtype == np.uint16 else LEVELS - 1.0
+        levels = np.empty((3 if colour else 1, image.height, image.width), np.uint8)
+        draw(image, levels)
         for plane in levels:
-            yield plane, white
+            yield plane, LEVELS - 1.0
 
     def _plane(self, levels: NDArray[np.generic], white: float, noise: Camera | None) -> Plane:
         if min(levels.shape) < self.size:
