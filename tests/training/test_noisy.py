@@ -243,7 +243,7 @@ def test_a_finished_run_is_read_back(workshop: NoisyWorkshop, folder: Path) -> N
 def test_a_black_level_is_found_where_no_gaussian_noise_is_told() -> None:
     """And is not looked for where the level has Gaussian noise, which tells the variance at 0."""
     rng = np.random.default_rng(1)
-    y = torch.from_numpy(counts(rng, 128, 128) + 0.1)[None, None].float()
+    y = torch.from_numpy(counts(rng, 512, 512) + 0.1)[None, None].float()
     found = noise_seen(y, torch.ones_like(y), torch.tensor([[math.sqrt(0.02), 1e-6]]))
     assert float(found.black) == pytest.approx(0.1, abs=0.03)
     told = noise_seen(y, torch.ones_like(y), torch.tensor([[math.sqrt(0.02), 0.05]]))
