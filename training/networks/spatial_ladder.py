@@ -35,7 +35,7 @@ class SpatialLadderSettings(Strict):
     """Channels at a half of the height and width, at a quarter, and so on."""
     latents: Widths = (4, 8, 16)
     """Numbers in z at each place of these grids."""
-    free_nats: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)] = (0.0, 0.15, 0.3)
+    free_nats: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)] = (0.0, 0.05, 0.1)
     """Nats at each place of these grids below which the KL has no gradient."""
 
     @model_validator(mode="after")
