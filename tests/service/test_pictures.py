@@ -317,7 +317,7 @@ def test_a_small_webp_of_many_pixels_is_charged_for_them() -> None:
     """A file and its mask together, before either is decoded."""
     body = saved(Image.new("RGBA", (4096, 4096)), "WEBP", lossless=True, method=0)
     assert len(body) < 1000
-    meter = Meter(reserve=refuse)
+    meter = Meter(max_pixels=2**24, reserve=refuse)
     intake = Intake("images", (1, 8, 8), meter, masked=True)
     with pytest.raises(TooLarge, match="bytes"):
         image.read(body, "", intake)

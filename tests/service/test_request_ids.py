@@ -79,7 +79,7 @@ def test_an_id_that_is_not_short_and_plain_is_replaced(small: Repository, told: 
 class Confused(Repository):
     """Breaks whoever asks it."""
 
-    def find(self, _name: str | None, _version: str | None) -> Model:
+    def find(self, _name: str | None, _version: str | None, _operation: str = "") -> Model:
         """Never."""
         raise ZeroDivisionError("a secret path")
 

@@ -191,8 +191,8 @@ def test_the_default_model_is_told_by_the_repository(bucket: Bucket, tmp_path: P
         folder = sync(bucket.url, tmp_path, bucket.options)
         assert files_below(folder) == WHOLE | ({"default"} if line else set())
         assert not line or (folder / "default").read_bytes() == line
-    bucket.files.pipe(f"{bucket.url}/default", b"x" * 129)
-    with pytest.raises(StartError, match="default is larger than the 128 bytes"):
+    bucket.files.pipe(f"{bucket.url}/default", b"x" * 1025)
+    with pytest.raises(StartError, match="default is larger than the 1024 bytes"):
         sync(bucket.url, tmp_path, bucket.options)
 
 

@@ -220,15 +220,15 @@ def test_a_finished_run_goes_on_for_more_epochs(config: Path, tmp_path: Path) ->
         return weights(tmp_path / "run")["step"] // (1294 // 50), told
 
     for asked, found in ((1, 1), (3, 3), (2, 3)):
-        workshop(asked)._train()
+        workshop(asked).train()
         assert trained() == (found, found)
         assert workshop(asked).vae() is not None
     config.write_text(TOML.replace("epochs = 40", "epochs = 4"))
-    workshop()._train()
+    workshop().train()
     assert trained() == (4, 4)
     stopped = torch.load(tmp_path / "run" / "vae.pt", weights_only=True) | {"finished": False}
     torch.save(stopped | {"step": stopped["step"] - 1}, tmp_path / "run" / "vae.pt")  # of a run of many more epochs
-    workshop(1)._train()
+    workshop(1).train()
     assert trained() == (4, 4)
 
 
@@ -238,7 +238,7 @@ def test_what_restores_is_trained_anew_for_another_vae(tmp_path: Path) -> None:
     def steps(epochs: int, restoration_epochs: int) -> tuple[int, int]:
         changes = {"epochs": epochs}, {"train": {"epochs": restoration_epochs}}
         run = load(ROOT / "training/configs/digits.toml", dict(zip(("train", "restoration"), changes, strict=True)))
-        Workshop.open(run, tmp_path, tmp_path, torch.device("cpu"))._train()
+        Workshop.open(run, tmp_path, tmp_path, torch.device("cpu")).train()
         lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
         (tmp_path / "log.jsonl").unlink()
         epochs_of = {name: [one["epoch"] for one in lines if one["stage"] == name and "held_out_elbo" in one]

@@ -73,9 +73,11 @@ def test_split_is_seeded_disjoint_and_complete() -> None:
     assert len(split_off(images[:3], 0.01, 0)[1]) == 1
 
 
-@pytest.mark.parametrize("split", [torch.zeros(0, 1, 2, 2, dtype=torch.uint8), torch.zeros(2, 1, 2, 2), torch.zeros(2)])
+@pytest.mark.parametrize(
+    "split", [torch.zeros(0, 1, 2, 2, dtype=torch.uint8), torch.zeros(2, 1, 2, 2, dtype=torch.float64), torch.zeros(2)]
+)
 def test_split_that_is_no_set_of_images_is_refused(split: torch.Tensor) -> None:
-    """An empty split, floats, or another number of axes is a DataError."""
+    """An empty split, numbers of another type, or another number of axes is a DataError."""
     good = torch.zeros(2, 1, 2, 2, dtype=torch.uint8)
     with pytest.raises(DataError, match="uint8"):
         ImageSet(good, good, split)

@@ -444,7 +444,8 @@ def spatial() -> LadderVAE:
     torch.manual_seed(3)
     shape = (1, 8, 8)
     down = SPATIAL.decoder(1, shape)
-    model = LadderVAE(SPATIAL.encoder(shape, 1), down, FixedGaussian(shape, 0.5), StandardNormal(1), free_nats=0.0)
+    prior = StandardNormal(*SPATIAL.latent_shape(1, shape))
+    model = LadderVAE(SPATIAL.encoder(shape, 1), down, FixedGaussian(shape, 0.5), prior, free_nats=0.0)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
     return model
