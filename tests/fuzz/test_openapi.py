@@ -104,7 +104,7 @@ def shaped(operation: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]
 
 
 def bounded(properties: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Without what only goes with other options."""
+    """Without what only goes with other options, other models, or picture files."""
     for name, schema in properties.items():
         if name in BOUNDS:
             yield name, {**schema, "maximum": BOUNDS[name]}
@@ -112,5 +112,5 @@ def bounded(properties: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield name, {"enum": ["0", "1,7"]}
         elif name == "factor":
             yield name, {"enum": [2, 4, 8]}
-        elif name not in ("completions", "blur", "binarise"):
+        elif name not in ("completions", "blur", "binarise", "channels", "scale"):
             yield name, schema
