@@ -73,11 +73,12 @@ COPY models /models
 # Readable by the container's user, whatever umask they were checked out with.
 RUN chmod -R a+rX,go-w /models
 
-# Python without what installs and what develops. Copied whole into an empty image, since a layer cannot make those
-# below it smaller.
+# Python without what installs and what develops, nor Perl, which Debian's installers alone use. Copied whole into an
+# empty image, since a layer cannot make those below it smaller.
 FROM python:3.11-slim AS base
 RUN cd /usr/local && rm -rf bin/pip* include lib/pkgconfig lib/python3.11/ensurepip lib/python3.11/idlelib \
-    lib/python3.11/site-packages/* /var/cache/* /var/lib/apt/lists/*
+    lib/python3.11/site-packages/* /var/cache/* /var/lib/apt/lists/* /usr/bin/perl* /usr/share/perl* /usr/lib/*/perl* \
+    /usr/lib/*/libperl* /etc/perl
 
 # What every target runs on.
 FROM scratch AS runtime
