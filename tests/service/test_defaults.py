@@ -22,7 +22,7 @@ from service.repository.selection import Selection
 from service.settings import Settings
 from tests.support.versions import conditional_version, free_version, opened
 
-SHIPPED = (Path(__file__).parents[2] / "models" / "default").read_text()
+PHOTOGRAPHS = "mnist,denoise=photo,inpaint=photo,super-resolve=photo\n"
 RESTORING = ["denoise", "inpaint", "super-resolve"]
 FAST = "or ask for quality=fast"
 CAN = "served models that can: mnist"
@@ -90,9 +90,9 @@ def test_a_model_may_be_named_default(tmp_path: Path) -> None:
     assert default_models(folders(tmp_path, names=("default",)), Selection("all"), "") == Defaults("default")
 
 
-def test_the_shipped_file_gives_photographs_to_photo_where_it_is_there(tmp_path: Path) -> None:
+def test_a_file_gives_photographs_to_photo_where_it_is_there(tmp_path: Path) -> None:
     """It restores, and mnist does all else; whatever other models there are."""
-    models = folders(tmp_path, SHIPPED, ("a-model", "mnist", "photo"))
+    models = folders(tmp_path, PHOTOGRAPHS, ("a-model", "mnist", "photo"))
     found = default_models(models, Selection("all"), "")
     assert {operation.name: found.of(operation.name) for operation in OPERATIONS} == {
         operation.name: "photo" if operation.name in RESTORING else "mnist" for operation in OPERATIONS
@@ -101,7 +101,7 @@ def test_the_shipped_file_gives_photographs_to_photo_where_it_is_there(tmp_path:
 
 def test_the_file_may_name_a_model_that_is_not_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The model of the other operations takes its place, and the log says for which."""
-    models = folders(tmp_path, SHIPPED, ("mnist", "mnist-2d"))
+    models = folders(tmp_path, PHOTOGRAPHS, ("mnist", "mnist-2d"))
     with caplog.at_level(logging.WARNING):
         assert str(default_models(models, Selection("all"), "")) == "mnist"
     (record,) = caplog.records
@@ -121,7 +121,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     every = ("encoder", "decoder", "log_joint", "restoration")
     free_version(folder / "mnist" / "1", channels=(1,), graphs=every, noise_families=["poisson"])
     conditional_version(folder / "photo" / "1")
-    (folder / "default").write_text(SHIPPED)
+    (folder / "default").write_text(PHOTOGRAPHS)
     return folder
 
 
