@@ -114,7 +114,7 @@ class Settings(BaseSettings):
     """Folder for models from a URL; empty is a folder of this user in the temporary folder."""
     default_model: str = ""
     """The models of /v1/<operation>: one for every operation, as in `mnist`, and others for some, as in
-    `mnist,denoise=photo,inpaint=photo`; empty is the only model, or what the file `default` beside the models says."""
+    `mnist,sample=mnist-2d`; empty is the only model, or what the file `default` beside the models says."""
     versions: Versions = "all"
     """Versions to serve: `all`, `latest`, or a list such as `mnist:2,mnist:3,mnist-2d:latest`. Models that a list does
     not name are not served. Requests that name no version use the latest served one."""

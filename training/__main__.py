@@ -94,6 +94,15 @@ def _parser() -> argparse.ArgumentParser:
     _key_option(signed, required=True)
     signed.set_defaults(command=_sign)
     advi_command(commands)
+    _noise_model_command(commands)
+    fetch = commands.add_parser("download", help="fetch a data set")
+    fetch.add_argument("dataset", choices=["mnist"])
+    fetch.add_argument("--data", type=Path, required=True, help="directory to fetch into")
+    fetch.set_defaults(command=lambda options: download(options.data))
+    return parser
+
+
+def _noise_model_command(commands: Any) -> None:
     camera = commands.add_parser("noise-model", help="measure the noise of a camera from frames of static scenes")
     camera.add_argument(
         "calibration",
@@ -104,11 +113,6 @@ def _parser() -> argparse.ArgumentParser:
     camera.add_argument("--out", type=Path, default=Path("noise.toml"), help="file to write (%(default)s)")
     camera.add_argument("--bits", type=int, default=16, help="16-bit levels are divided by 2^BITS - 1 (%(default)s)")
     camera.set_defaults(command=_noise_model)
-    fetch = commands.add_parser("download", help="fetch a data set")
-    fetch.add_argument("dataset", choices=["mnist"])
-    fetch.add_argument("--data", type=Path, required=True, help="directory to fetch into")
-    fetch.set_defaults(command=lambda options: download(options.data))
-    return parser
 
 
 def _key_option(parser: argparse.ArgumentParser, *, required: bool = False) -> None:

@@ -17,11 +17,10 @@ from training.export.conditional import (
     conditional_about,
     conditional_graphs,
     golden_rows,
-    stored,
     weights_of,
 )
 from training.export.export import GOLDEN_ROWS, OtherVariant, export, version_folder
-from training.loop.checkpoint import stage_seconds, trained_epochs
+from training.loop.checkpoint import stage_seconds
 from training.loop.conditional_stages import (
     STAGES,
     Parts,
@@ -54,7 +53,8 @@ class ConditionalWorkshop(AnyWorkshop[ConditionalRun]):
 
     def _train_variant(self, run: ConditionalRun, folder: Path) -> None:
         run = as_conditionally_trained(run, folder, longer=True)
-        self._drop_stale(run, folder)
+        told = "training of the trunk continues, so the latents are trained again from the start"
+        self.drop_stale(folder / "trunk.pt", run.trunk.train.epochs, folder / "latents.pt", told)
         parts = build_parts(run, self._weights(run))
         for stage in STAGES:
             tell(f"{run.variants[0]}: {stage}")
@@ -65,16 +65,6 @@ class ConditionalWorkshop(AnyWorkshop[ConditionalRun]):
         """Those to begin with."""
         return None if run.start is None else weights_of(run.start, run.variants[0])
 
-    def _drop_stale(self, run: ConditionalRun, folder: Path) -> None:
-        """Delete the latents of a trunk that is to be trained longer."""
-        known = trained_epochs(folder / "trunk.pt")
-        self.processes.wait()
-        stale = folder / "latents.pt"
-        if known is not None and known < run.trunk.train.epochs and self.processes.first and stale.exists():
-            tell("training of the trunk continues, so the latents are trained again from the start")
-            stale.unlink()
-        self.processes.wait()
-
     def parts(self, variant: VariantName) -> Parts:
         """Load the trained networks of a variant, on the CPU."""
         return trained_parts(self.run.of(variant), self._folder(variant), torch.device("cpu"))
@@ -83,7 +73,7 @@ class ConditionalWorkshop(AnyWorkshop[ConditionalRun]):
         """Figures by variant: decibels of restored test images, and what the latents gain."""
         if share != ALL:
             raise ConfigError("--share is for likelihoods; a conditional model is evaluated as a whole")
-        return {variant: self._quality(variant, stored(self.parts(variant), self.run)) for variant in self.run.variants}
+        return {variant: self._quality(variant, self.parts(variant).each(self.stored)) for variant in self.run.variants}
 
     def _quality(self, variant: VariantName, parts: Parts) -> dict[str, Any]:
         figures = conditional_figures(parts, self.images.test[: self.run.test_images], self.run.seed)
@@ -96,7 +86,7 @@ class ConditionalWorkshop(AnyWorkshop[ConditionalRun]):
         every, quality = [], {}
         for variant in self.run.variants:
             exact = self.parts(variant)
-            parts = stored(exact, self.run)
+            parts = exact.each(self.stored)
             quality[variant] = self._quality(variant, parts)
             every.append(self._variant(self.run.of(variant), parts, exact))
         first, *others = every

@@ -231,6 +231,8 @@ class Run(Strict):
 
     def _fits_ladder(self) -> None:
         """Refuse what needs a posterior without noise."""
+        if isinstance(self.model.network, Ladder) and self.model.network.top == "spatial":
+            raise ValueError('model.network: top = "spatial" is for likelihood = "noise"; leave it out')
         if self.restoration is not None:
             raise ValueError('a ladder has no restoration; remove [restoration], or set architecture = "conv"')
         if self.model.prior.prior == "vamp":
@@ -329,7 +331,7 @@ class ConditionalRun(Strict):
     seed: int = 0
     """Seed of the initial weights, the order of the images and the noise."""
     start: Annotated[Path | None, Field(alias="from")] = None
-    """Folder of a version whose weights training begins with, such as `models/photo/1`; the networks must be as large
+    """Folder of a version whose weights training begins with, such as `models/photos/1`; the networks must be as large
     as its own. `--from` replaces it."""
     data: Folder
     """The images, crops of equal height and width."""

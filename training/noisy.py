@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from training.config import NoisyRun
-from training.data import as_float
+from training.data import ImageSet, as_float
 from training.data.noisy import unpacked
 from training.errors import ConfigError
 from training.evaluation.evaluate import ALL, Share
 from training.export.export import GOLDEN_ROWS, export, golden_images, version_folder
 from training.export.noisy import noisy_about, noisy_graphs
-from training.export.weights import rounded
-from training.loop.checkpoint import stage_seconds, trained_epochs
+from training.loop.checkpoint import stage_seconds
 from training.loop.noisy_stages import (
     STAGES,
     NoisyParts,
@@ -25,51 +24,28 @@ from training.loop.noisy_stages import (
     noisy_stage,
     trained_noisy,
 )
-from training.loop.processes import ALONE, Processes
 from training.loop.randomness import keyed_generator
-from training.pipeline import AnyWorkshop, clear
+from training.pipeline import AnyWorkshop
 from training.progress import tell
 
 
 class NoisyWorkshop(AnyWorkshop[NoisyRun]):
     """A run of a model of noisy images with its data in memory."""
 
-    @classmethod
-    def open(
-        cls,
-        run: NoisyRun,
-        data: Path,
-        folder: Path,
-        device: torch.device,
-        processes: Processes = ALONE,
-        *,
-        tensorboard: bool = False,
-    ) -> Self:
-        """Load the data onto the device, with the noise that the run names or that is found in each image."""
-        images = run.data.load(data, run.model.likelihood.known())
-        return cls(run, images.to(device), folder, device, processes, tensorboard)
-
-    def clear(self) -> None:
-        """Delete what training has written."""
-        clear(self.folder)
+    @staticmethod
+    def read(run: NoisyRun, data: Path) -> ImageSet:
+        """Read the images of a run, with the noise that it names or that is found in each image."""
+        return run.data.load(data, run.model.likelihood.known())
 
     def train(self) -> None:
         """Train the network of the mean, then the VAE on its features, where they are not finished."""
         run = as_noisily_trained(self.run, self.folder, longer=True)
-        self._drop_stale(run)
+        told = "training of the trunk continues, so the VAE is trained again from the start"
+        self.drop_stale(self.folder / "trunk.pt", run.trunk.train.epochs, self.folder / "vae.pt", told)
         parts = build_noisy(run, self.images.train)
         for stage in STAGES:
             self.train_stage(noisy_stage(run, stage, parts, self.device), self.folder)
             parts = parts._replace(**{stage: trained_noisy(run, stage, self.folder, self.device)})
-
-    def _drop_stale(self, run: NoisyRun) -> None:
-        """Delete the VAE on the features of a trunk that is to be trained longer."""
-        known, stale = trained_epochs(self.folder / "trunk.pt"), self.folder / "vae.pt"
-        self.processes.wait()
-        if known is not None and known < run.trunk.train.epochs and self.processes.first and stale.exists():
-            tell("training of the trunk continues, so the VAE is trained again from the start")
-            stale.unlink()
-        self.processes.wait()
 
     def parts(self) -> NoisyParts:
         """Load the trained networks, on the CPU."""
@@ -79,7 +55,7 @@ class NoisyWorkshop(AnyWorkshop[NoisyRun]):
         """The bound on the test crops. Decibels need clean images, which there are none of."""
         if share != ALL:
             raise ConfigError("--share is for likelihoods of many draws; a model of noisy images needs none")
-        return self._quality(self._stored(self.parts()))
+        return self._quality(self.parts().each(self.stored))
 
     @torch.no_grad()
     def _quality(self, parts: NoisyParts) -> dict[str, Any]:
@@ -101,15 +77,11 @@ class NoisyWorkshop(AnyWorkshop[NoisyRun]):
         )
         return figures
 
-    def _stored(self, parts: NoisyParts) -> NoisyParts:
-        """The networks with the weights that the version will have."""
-        return parts if self.run.export.weights == "float32" else parts.each(rounded)
-
     def export(self, models: Path, *, replace: bool = False, key: Ed25519PrivateKey | None = None) -> Path:
         """Evaluate and write the model version, as `AnyWorkshop.export`."""
         version_folder(models, self.run.name, self.run.version, replace=replace)
         exact = self.parts()
-        parts = self._stored(exact)
+        parts = exact.each(self.stored)
         y = golden_images(unpacked(as_float(self.images.test[:GOLDEN_ROWS].cpu()))[0], self.run.multiple_of)
         about = {
             **noisy_about(self.run, parts, y),

@@ -17,7 +17,7 @@ from typing import Any, Generic, Self, TypeVar
 
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from torch import Tensor
+from torch import Tensor, nn
 
 from service.contract.cores import cpu_count
 from service.contract.corruption import FAMILIES
@@ -131,6 +131,7 @@ def _ticks() -> tuple[int, int]:
     return ticks[3] + ticks[4], sum(ticks)
 
 
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 Settings = TypeVar("Settings", Run, ConditionalRun, NoisyRun)
 
 
@@ -184,7 +185,13 @@ class AnyWorkshop(ABC, Generic[Settings]):
         """
         if tensorboard:
             needed("torch.utils.tensorboard", "tensorboard")  # before the data are read
-        return cls(run, run.data.load(data).to(device), folder, device, processes, tensorboard)
+        return cls(run, cls.read(run, data).to(device), folder, device, processes, tensorboard)
+
+    @staticmethod
+    def read(run: Any, data: Path) -> ImageSet:
+        """Read the images of a run from the folder of the data sets."""
+        found: ImageSet = run.data.load(data)
+        return found
 
     def clear(self) -> None:
         """Delete what `clear` deletes."""
@@ -256,6 +263,26 @@ class AnyWorkshop(ABC, Generic[Settings]):
             tensorboard=self.tensorboard,
         )
 
+    def stored(self, module: AnyModule) -> AnyModule:
+        """The module with the weights that the version will have."""
+        return module if self.run.export.weights == "float32" else rounded(module)
+
+    def drop_stale(self, first: Path, epochs: int, stale: Path, told: str) -> None:
+        """Delete the checkpoint of a stage that builds on another, if that one is to be trained longer.
+
+        Args:
+            first: Checkpoint of the stage that it builds on.
+            epochs: Epochs that this stage is to have.
+            stale: Checkpoint of the stage.
+            told: What the user is told.
+        """
+        known = trained_epochs(first)
+        self.processes.wait()
+        if known is not None and known < epochs and self.processes.first and stale.exists():
+            tell(told)
+            stale.unlink()
+        self.processes.wait()
+
     def told_training(self, settings: Mapping[str, Any], seconds: Mapping[str, float]) -> dict[str, Any]:
         """The manifest's `training`: settings, seconds of each stage, and where it was trained."""
         return {
@@ -289,13 +316,9 @@ class Workshop(AnyWorkshop[Run]):
     def train(self) -> None:
         """Train both stages. A finished stage continues if the run has more epochs."""
         shape = self.images.shape
-        run, before = as_trained(self.run, self.folder, longer=True), trained_epochs(self.folder / "vae.pt")
-        self.processes.wait()
-        if before is not None and before < run.train.epochs and self.processes.first:
-            stale = self.folder / "restoration.pt"
-            if stale.exists():
-                tell("training of the VAE continues, so restoration is trained again from the start")
-                stale.unlink()
+        run = as_trained(self.run, self.folder, longer=True)
+        told = "training of the VAE continues, so restoration is trained again from the start"
+        self.drop_stale(self.folder / "vae.pt", run.train.epochs, self.folder / "restoration.pt", told)
         self.train_stage(vae_stage(run, shape, self.device), self.folder)
         if run.restoration is None:
             return
@@ -362,9 +385,7 @@ class Workshop(AnyWorkshop[Run]):
     def _stored(self) -> tuple[VAE, Recognition | None]:
         """The trained models with the weights that the version will have."""
         vae, recognition = self.vae(), self.recognition()
-        if self.run.export.weights == "float32":
-            return vae, recognition
-        return rounded(vae), None if recognition is None else rounded(recognition)
+        return self.stored(vae), None if recognition is None else self.stored(recognition)
 
     def _exportables(self, vae: VAE, recognition: Recognition | None) -> dict[str, Exportable]:
         """The graphs, traced on the CPU, where onnxruntime's outputs are compared with torch's."""

@@ -43,8 +43,6 @@ WEIGHTS = (0.3, 0.45, 0.6, 0.8, 1.0, 1.25, 1.5, 1.8)
 """Weights of total variation, in units of sigma."""
 STRENGTHS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Strengths of non-local means, in units of sigma."""
-AUTO: dict[str, object] = {}
-"""Options of requests without a known level: none, so kind and level of the noise are the service's choice."""
 PNG = "image/png"
 
 
@@ -77,7 +75,7 @@ def ours(client: Client, model: str, fingerprint: str, seed: int) -> list[Method
         return Restored(answer.outputs["images"], answer.outputs["std"])
 
     def auto(task: Task, seen: Seen, _setting: float) -> Restored:
-        asked = {**AUTO, "uncertainty": True, "seed": seed}
+        asked = {"uncertainty": True, "seed": seed}
         if is_gaussian(task):
             answer = client.images(model, task.operation, seen.y, None, **asked)
         else:

@@ -78,11 +78,7 @@ def admit(
         Overloaded: `room` raises it.
     """
     if operation.takes is None:
-        options.check(model)
-        check_count(options.count, max_rows)
-        made = options.made_size(model)
-        room(options.count, None if made is None else padded(model, made))
-        return Inputs(np.empty((options.count, 0), np.float32), size=made)
+        return _admit_count(model, options, max_rows, room)
     if payload.array is None:
         raise InvalidShape(f'the body lacks "{operation.takes}"')
     if model.free is not None:
@@ -110,6 +106,15 @@ def admit(
     if tiles is not None:
         rows, mask = tiles.cut(rows), None if mask is None else tiles.cut(mask)
     return Inputs(rows, mask, latents=payload.latents, tiling=tiles)
+
+
+def _admit_count(model: Model, options: Any, max_rows: int, room: Room) -> Inputs:
+    """`admit` for an operation without inputs."""
+    options.check(model)
+    check_count(options.count, max_rows)
+    made = options.made_size(model)
+    room(options.count, None if made is None else padded(model, made))
+    return Inputs(np.empty((options.count, 0), np.float32), size=made)
 
 
 def _admit_free(

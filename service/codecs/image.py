@@ -25,7 +25,6 @@ from service.codecs.payload import Answer, Body, Intake, Meter, Payload, check_p
 from service.codecs.source import DEFAULT, LEVELS, Source
 from service.contract.images import (
     DECODER_ERRORS,
-    MODES,
     Pixels,
     Samples,
     draw,
@@ -253,7 +252,7 @@ def write(answer: Answer) -> Body | None:
     It has 16 bits where what was sent has more than 8.
     """
     images = shown(answer)
-    if images is None or images.shape[1] not in MODES:
+    if images is None:
         return None
     source = Source() if "std_scale" in answer.about else answer.source
     alpha, profile = source.opacity(images), source.profile_of(images.shape[1])
@@ -277,7 +276,7 @@ def write(answer: Answer) -> Body | None:
 def write_gif(answer: Answer) -> bytes | None:
     """The images as the frames of a GIF, of 256 colours each; None for an answer that holds anything else."""
     images = images_only(answer)
-    if images is None or images.shape[1] not in MODES:
+    if images is None:
         return None
     source = answer.source
     alpha, values = source.opacity(images), source.numbers(images) if source.kind in LEVELS else images

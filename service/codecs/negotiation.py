@@ -31,7 +31,7 @@ MAX_RANGES = 100
 MAX_RANGE = 128
 """Characters of one media range; no format has parameters that take more."""
 JAVA = "text/html, image/gif, image/jpeg, *; q=.2, */*; q=.2"
-"""What Java's HttpURLConnection sends unless it is told otherwise, and without the wish for a GIF."""
+"""Default Accept header of Java's HttpURLConnection. Its image/gif is no wish for a GIF, and is ignored."""
 RANGES = {ANYTHING, *WRITTEN, *(f"{media_type.partition('/')[0]}/*" for media_type in WRITTEN)}
 """Media ranges that match any format."""
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.codecs.source import LEVELS, Source
-from service.contract.images import FIT_ADVICE, WHITE, Pixels, white_of
+from service.contract.images import FIT_ADVICE, MODES, WHITE, Pixels, white_of
 from service.errors import Deferred, InvalidOption, InvalidShape, InvalidValue, TooLarge
 
 FLOAT = np.dtype("<f4")
@@ -173,8 +173,9 @@ def single_array(outputs: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float
 
 
 def images_only(answer: Answer) -> Pixels | None:
-    """The images of an answer that holds nothing else; None for any other."""
-    return answer.outputs["images"] if set(answer.outputs) == {"images"} else None
+    """The images of an answer that holds nothing else, if a picture can hold them; None for any other."""
+    images = answer.outputs["images"] if set(answer.outputs) == {"images"} else None
+    return None if images is None or images.shape[1] not in MODES else images
 
 
 def scaled(payload: Payload, scale: str | None, meter: Meter) -> Payload:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from service.codecs.container import checked_profile
 from service.codecs.payload import Answer, Body, images_only
 from service.codecs.source import LEVELS, Tags
-from service.contract.images import MODES, TURNS, Samples, to_pages, turned_array, white_of
+from service.contract.images import TURNS, Samples, to_pages, turned_array, white_of
 from service.errors import InvalidShape, TooLarge, Unreadable
 
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it says of broken files the answer says
@@ -42,7 +42,7 @@ SUBFILE, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, FILL_ORDER, DESCRIPTION 
 STRIPS, ORIENTATION, SAMPLES, STRIP_ROWS, STRIP_BYTES, X_RESOLUTION, Y_RESOLUTION = 273, 274, 277, 278, 279, 282, 283
 PLANAR, UNIT, PREDICTOR, PALETTE, TILE_WIDTH, TILE_HEIGHT, TILES, TILE_BYTES = 284, 296, 317, 320, 322, 323, 324, 325
 EXTRA_SAMPLES, FORMAT, PROFILE, IMAGEJ_COUNTS, IMAGEJ = 338, 339, 34675, 50838, 50839
-"""The last of the numbers of tags."""
+"""Numbers of the tags that are read."""
 PIXELS = frozenset({
     WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, FILL_ORDER, STRIPS, SAMPLES, STRIP_ROWS, STRIP_BYTES, PLANAR,
     PREDICTOR, TILE_WIDTH, TILE_HEIGHT, TILES, TILE_BYTES, EXTRA_SAMPLES, FORMAT,
@@ -67,7 +67,7 @@ WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, INDEXED = 0, 1, 2, 3
 ALPHAS = (1, 2)
 """Values of EXTRA_SAMPLES: opacity that the colours are multiplied by, and opacity that they are not multiplied by."""
 READ = {1: "", 5: "LZW", 8: "Deflate", 32946: "Deflate", 32773: "PackBits", 34925: "LZMA", 50000: "Zstandard"}
-"""Compressions whose decoders are told the size of what they make."""
+"""Compressions that are read. Their decoders take a bound on the size of the output."""
 WRITTEN = {5: "lzw", 8: "zlib", 32946: "zlib", 50000: "zstd"}
 UNREAD = {2: "CCITT", 3: "fax", 4: "fax", 6: "JPEG", 7: "JPEG", 33003: "JPEG 2000", 34712: "JPEG 2000", 50001: "WebP"}
 KINDS = {
@@ -429,7 +429,7 @@ def _rows_of(numbers: NDArray[Any], found: Tiff) -> Iterator[Samples]:
 def write(answer: Answer) -> bytes | None:
     """The images as pages, of the type and scale of what was sent; None for an answer that holds anything else."""
     images = images_only(answer)
-    if images is None or images.shape[1] not in MODES:
+    if images is None:
         return None
     import tifffile  # noqa: PLC0415  # as above
 

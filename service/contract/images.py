@@ -14,8 +14,6 @@ from PIL import ExifTags, Image, ImageOps
 Fit = Literal["resize", "pad", "crop"]
 FIT_ADVICE = "fit=resize, pad or crop"
 Pixels = NDArray[np.float32]
-Levels = NDArray[np.uint8] | NDArray[np.uint16]
-"""Pixels as integers: 0 is black, the largest number of the type white."""
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 OPAQUE_MODES = {1: "LA", 3: "RGBA"}
@@ -60,8 +58,8 @@ class Samples(NamedTuple):
 
 
 def white_of(kind: np.dtype[Any]) -> float:
-    """The number that stands for white and for opaque: the largest of integers, 1 of floats."""
-    return 1.0 if kind.kind == "f" else float(np.iinfo(kind).max)
+    """The number that stands for white and for opaque: the largest of integers, 1 of floats and booleans."""
+    return 1.0 if kind.kind in "fb" else float(np.iinfo(kind).max)
 
 
 def to_array(image: Image.Image, channels: int, white: int = WHITE) -> Pixels:
@@ -100,7 +98,6 @@ def _interleaved(image: Image.Image, channels: int, *, on_black: bool) -> NDArra
         image = image.convert("RGBA")
         if on_black:
             image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, OPAQUE)), image)
-        image = image.convert("RGB")
     return np.atleast_3d(np.asarray(image.convert(MODES[channels])))
 
 
@@ -197,9 +194,11 @@ def draw_seen(image: Image.Image | Samples, out: Pixels) -> None:
         out[...] = to_floats(found)
 
 
-def to_floats(levels: NDArray[Any]) -> Pixels:
-    """Levels as parts of white."""
-    return np.divide(levels, np.float32(white_of(levels.dtype)), dtype=np.float32)
+def to_floats(values: NDArray[Any]) -> Pixels:
+    """Levels and booleans as parts of white; floats as they are."""
+    if values.dtype.kind == "f":
+        return values
+    return np.divide(values, np.float32(white_of(values.dtype)), dtype=np.float32)
 
 
 def is_transparent(image: Image.Image) -> bool:
@@ -321,7 +320,7 @@ def as_levels(values: NDArray[Any], kind: np.dtype[Any]) -> NDArray[Any]:
     if values.dtype == kind or kind.kind == "f":
         return values.astype(kind, copy=False)
     if values.dtype.kind == "f":
-        return rounded(np.clip(values, 0.0, 1.0) * white_of(kind), kind)
+        return np.rint(np.clip(values, 0.0, 1.0) * white_of(kind)).astype(kind)
     if kind.itemsize == 1:
         return ((values.astype(np.uint32) + 128) // 257).astype(kind)
     return values.astype(kind) * kind.type(257)

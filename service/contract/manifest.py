@@ -313,7 +313,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class FarFromTraining(Part):
-    """How answers to images of another kind than the training images are told, and how well that was measured to work.
+    """Bounds outside which an image counts as far from the training images, and the measured error rates of that test.
 
     The statistics are those of service/contract/typical.py. Shares are of images with noise of every kind that the
     model removes, and without noise.

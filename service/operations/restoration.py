@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.contract.calibration import calibrated
-from service.contract.corruption import Observation, OperatorName, Rows
+from service.contract.corruption import Observation, OperatorName, Rows, blocks_of
 from service.contract.images import FIT_ADVICE, Fit
 from service.errors import InvalidOption, TooLarge
 from service.operations.abilities import REFINING, RESTORING, Need
@@ -245,7 +245,7 @@ def _check_draws(model: Model, seen: Observation, options: RestoreOptions) -> No
         raise InvalidOption(f"draws is {options.draws}, but model {name} gives the mean alone; leave draws out")
     if options.quality == "refined":
         raise InvalidOption(f"model {name} draws with quality=fast alone; leave out draws or quality")
-    if seen.operator is not None and seen.operator[0] == "blur":
+    if blocks_of(seen.operator) is None:
         raise InvalidOption(f"model {name} draws no images behind a blur; leave out draws or blur")
 
 
@@ -255,7 +255,7 @@ def _check_prior(model: Model, inputs: Inputs, seen: Observation, options: Resto
     Raises:
         InvalidOption: The message names what works.
     """
-    blurred = seen.operator is not None and seen.operator[0] == "blur"
+    blurred = blocks_of(seen.operator) is None
     split = blurred or (options.quality == "refined" and (seen.operator is not None or inputs.mask is not None))
     if split and "restoration" in model.graphs and "gaussian" not in model.manifest.noise_families:
         what = "a blur" if blurred else "quality=refined with a mask or a factor"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from service.contract.images import to_floats
 from service.contract.typical import far, figures
 from service.operations.inference.vae import Result, noted
 from service.operations.operation import Inputs, Rows
@@ -30,16 +31,9 @@ def with_typicality(
     known = model.manifest.far_from_training
     if known is None or not known.sound or inputs.tiling is not None or inputs.mask is not None:
         return result
-    y, x = (_floats(rows) for rows in (inputs.rows, inputs.rows if clean is None else clean))
+    y = to_floats(inputs.rows)  # large images may be levels
+    x = y if clean is None else to_floats(clean)
     found = np.flatnonzero(far(figures(y, x, family, result.about.get("level")), known.bounds))
     if not len(found):
         return result
     return noted(result, "far_from_training", inputs.first + found, DETAIL.format(model.manifest.name))
-
-
-def _floats(rows: Rows) -> Rows:
-    """Images in [0, 1], which may be levels where they are large."""
-    if rows.dtype.kind == "f":
-        return rows
-    white = np.iinfo(rows.dtype.name).max
-    return np.divide(rows, np.float32(white), dtype=np.float32)

@@ -25,7 +25,7 @@ from training.distributions.camera import demosaiced, mosaic_of
 from training.distributions.spoiling import Corruptions, spoil
 from training.errors import CheckpointError, ConfigError, ExportError
 from training.evaluation.conditional import factor_for
-from training.export.conditional import stored, weights_of
+from training.export.conditional import weights_of
 from training.export.session import opened
 from training.loop.conditional_stages import STAGES, Parts, build_parts, keep_weights, trained_parts
 from training.models.conditional import (
@@ -237,7 +237,7 @@ def test_a_completion_has_the_density_of_its_latents() -> None:
 @pytest.mark.parametrize("variant", ["grey", "colour"])
 def test_graphs_compute_what_torch_computes(variant: Any, size: tuple[int, int], fitted: Fitted) -> None:
     """At the least size and at one that tracing has not seen, with the weights that the version stores."""
-    parts = stored(fitted.workshop.parts(variant), fitted.workshop.run)
+    parts = fitted.workshop.parts(variant).each(fitted.workshop.stored)
     view = next(one for one in fitted.told.views() if one.channels == parts.channels)
     y, mask = uniform(3, parts.channels, *size), (uniform(3, 1, *size, seed=1) < 0.8).float()
     mask = mask.expand_as(y).contiguous()
@@ -287,7 +287,7 @@ def test_training_begins_with_the_weights_of_a_version(fitted: Fitted) -> None:
     """Every weight that inference needs is read back, as exactly as float16 holds it; the posterior is not there."""
     for variant in fitted.workshop.run.variants:
         weights = weights_of(fitted.folder, variant)
-        trained = stored(fitted.workshop.parts(variant), fitted.workshop.run)
+        trained = fitted.workshop.parts(variant).each(fitted.workshop.stored)
         begun = build_parts(fitted.workshop.run.of(variant), weights)
         for stage, one, other in zip(STAGES, begun, trained, strict=True):
             known = {name for name in other.state_dict() if not name.startswith("error.") and ".q." not in name}
@@ -323,7 +323,7 @@ def test_a_run_from_a_version_begins_with_its_weights(fitted: Fitted, tmp_path: 
     tuned = run(**{"from": str(fitted.folder), "variants": ["grey"], "colour": {}, "trunk": still})
     workshop = ConditionalWorkshop(tuned, fitted.workshop.images, tmp_path, torch.device("cpu"))
     workshop.train()
-    version = stored(fitted.workshop.parts("grey"), fitted.workshop.run).trunk
+    version = fitted.workshop.parts("grey").each(fitted.workshop.stored).trunk
     for one, other in zip(workshop.parts("grey").trunk.parameters(), version.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-7)
 

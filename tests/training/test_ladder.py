@@ -391,6 +391,7 @@ RESTORATION = {"network": {"architecture": "conv"}, "level_network": {"architect
         ({"model": {"prior": {"prior": "vamp"}}}, "no VampPrior; set prior"),
         ({"train": {"objective": "importance_weighted"}}, "no objective importance_weighted; set"),
         ({"train": {"objective": "wake_sleep"}}, "no objective wake_sleep; set"),
+        ({"model": {"network": {"top": "spatial"}}}, "is for likelihood = .noise.; leave it out"),
         ({"model": {"network": {"groups": [2]}}}, "one number a level"),
     ],
     ids=["restoration", "vamp", "importance_weighted", "wake_sleep", "levels"],

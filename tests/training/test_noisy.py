@@ -208,7 +208,7 @@ def test_the_version_computes_what_torch_computes(workshop: NoisyWorkshop) -> No
     assert told.input_shape == [1, "height", "width"]
     assert told.noise_families == ["poisson", "gaussian"]
     assert told.likelihood == "noise"
-    parts = workshop._stored(workshop.parts())  # with the weights in float16
+    parts = workshop.parts().each(workshop.stored)  # with the weights in float16
     y = torch.from_numpy(counts(np.random.default_rng(5), 40, 24)[None, None]).float()
     mask, level = torch.ones_like(y), torch.tensor([[math.sqrt(0.02), 0.0]])
 

@@ -206,7 +206,7 @@ def _with_error(quality: Mapping[str, Any], name: str) -> str | None:
 
 
 def _of_variants(quality: Mapping[str, Any]) -> Iterator[str]:
-    """The figures of each variant, where they are told apart."""
+    """Sections with the figures of each variant, for models whose `quality` has a table for each."""
     for variant, figures in quality.items():
         if not isinstance(figures, dict) or "restoration" not in figures:
             continue

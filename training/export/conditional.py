@@ -14,24 +14,18 @@ from service.contract.manifest import ManifestError
 from training.config import CHANNELS, ConditionalRun, VariantName
 from training.distributions.spoiling import NAMES, Corruptions, Spoilt, spoil
 from training.errors import ExportError
-from training.export.export import Exportable, Rows, golden_images
+from training.export.export import Exportable, Rows, golden_images, packed_grids
 from training.export.pair import MODULE_PARITY, shapes_told
 from training.export.tiling import in_double, margin
-from training.export.weights import rounded, weights_in
+from training.export.weights import weights_in
 from training.loop.conditional_stages import Parts
 from training.loop.randomness import keyed_generator
 from training.models.conditional import Complete, EstimateLevels, EstimateNoise, Restore, estimated
-from training.networks.spatial_ladder import SpatialLadder
 
 GOLDEN = Corruptions(white=0.25, camera=0.0, jpeg=0.25, missing=0.25, shrunk=0.25)
 """Corruptions of golden rows."""
 WHERE = {"trunk.": "trunk", "head.": "latents", "ladder.": "latents", "network.": "level"}
 """Stage of a weight by the beginning of its name in the graphs; the names of the stage's own follow it."""
-
-
-def stored(parts: Parts, run: ConditionalRun) -> Parts:
-    """The networks with the weights that the version will have."""
-    return parts if run.export.weights == "float32" else parts.each(rounded)
 
 
 @torch.no_grad()
@@ -56,7 +50,7 @@ def conditional_graphs(parts: Parts, exact: Parts, spoilt: Spoilt) -> dict[str, 
         "noise": tuple(seen[:2]),
     }
     for name, module in made.items():
-        before = None if parts is exact else unrounded[name]
+        before = None if parts == exact else unrounded[name]
         found[name] = Exportable(module, rows[name], GRAPHS[name], parity=MODULE_PARITY, exact=before, chosen=features)
     return found
 
@@ -82,24 +76,12 @@ def conditional_about(run: ConditionalRun, parts: Parts, spoilt: Spoilt) -> dict
     ladder, (height, width) = parts.latents, spoilt.x.shape[2:]
     latents = (len(spoilt.x), ladder.depth, height // ladder.multiple_of, width // ladder.multiple_of)
     told = shapes_told(spoilt.x.shape, latents, run.multiple_of)
-    return {**told, "groups": groups(ladder), "tiles": {"margin": _margin(run, parts), "exact": True}}
-
-
-def groups(ladder: SpatialLadder) -> list[dict[str, Any]]:
-    """The manifest's `groups`: where each group of latents lies in z, the coarsest first."""
-    found: list[dict[str, Any]] = []
-    end = 0
-    for level in reversed(range(len(ladder.latents))):
-        count, block = ladder.latents[level], ladder.blocks[level]
-        first, end = end, end + count * block**2
-        by = 2 ** (level + 1)
-        shape = [count, f"height/{by}", f"width/{by}"]
-        found.append({"name": f"z{len(found) + 1}", "shape": shape, "channels": [first, end], "block": block})
-    return found
+    groups = packed_grids(zip(ladder.latents[::-1], ladder.blocks[::-1], strict=True), ladder.multiple_of)
+    return {**told, "groups": groups, "tiles": {"margin": _margin(run, parts), "exact": True}}
 
 
 def _margin(run: ConditionalRun, parts: Parts) -> int:
-    """How many pixels from an edge a draw depends on what lies beyond it, and so the mean does at most."""
+    """The receptive radius of a draw in pixels, the margin of tiles. That of the mean is no larger."""
     trunk, ladder = in_double(parts.trunk), in_double(parts.latents)
 
     def drawn(y: Tensor) -> Tensor:

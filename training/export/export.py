@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate, count
@@ -248,6 +248,22 @@ def packed(shapes: Sequence[tuple[int, int, int]]) -> list[dict[str, Any]]:
     ]
 
 
+def packed_grids(groups: Iterable[tuple[int, int]], by: int) -> list[dict[str, Any]]:
+    """The manifest's `groups` of a ladder for images of any size, the coarsest first.
+
+    Args:
+        groups: Channels of each group, and its block.
+        by: Height and width in pixels of a place of the coarsest grid.
+    """
+    found: list[dict[str, Any]] = []
+    end = 0
+    for number, (channels, block) in enumerate(groups, 1):
+        first, end = end, end + channels * block**2
+        shape = [channels, *(f"{side}/{by // block}" for side in ("height", "width"))]
+        found.append({"name": f"z{number}", "shape": shape, "channels": [first, end], "block": block})
+    return found
+
+
 def _refinement_rows(start: DiagonalGaussian, seen: Corrupted) -> tuple[Tensor, ...]:
     """Golden rows of the refinement: all levels unknown, identity matrices as operators."""
     of_level = torch.zeros_like(seen.level)
@@ -301,14 +317,7 @@ def export(
         target.parent.mkdir(parents=True, exist_ok=True)
         with staged(target) as folder:
             first, rounding = _write_variant(graphs, about, folder)
-            others = []
-            for one in variants:
-                size = {"size": about["size"]} if "size" in about else {}
-                families = {"noise_families": about.get("noise_families", [])}
-                suffix = f"-{one.about['input_shape'][0]}"
-                found, further = _write_variant(one.graphs, {**one.about, **size, **families}, folder, suffix)
-                others.append({**one.about, **found})
-                rounding |= {f"{key}{suffix}": loss for key, loss in further.items()}
+            others, further = _write_others(variants, about, folder)
             manifest = manifest_of(
                 {
                     "schema_version": SCHEMA_VERSION,
@@ -317,7 +326,7 @@ def export(
                     **first,
                     **about,
                     **({"variants": others} if others else {}),
-                    **_rounding_told(rounding, about),
+                    **_rounding_told(rounding | further, about),
                 }
             )
             write_manifest(folder, described(manifest, folder), key)
@@ -326,6 +335,21 @@ def export(
     except OSError as error:
         raise DiskError(f"cannot write {target} ({error}); make room and export again") from error
     return target
+
+
+def _write_others(
+    variants: Sequence[OtherVariant], about: Mapping[str, Any], folder: Path
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Write the further variants: their manifest entries, and what rounding changed, as `_write_variant` gives it."""
+    shared = {"noise_families": about.get("noise_families", []), **({"size": about["size"]} if "size" in about else {})}
+    others: list[dict[str, Any]] = []
+    rounding: dict[str, float] = {}
+    for one in variants:
+        suffix = f"-{one.about['input_shape'][0]}"
+        found, further = _write_variant(one.graphs, {**one.about, **shared}, folder, suffix)
+        others.append({**one.about, **found})
+        rounding |= {f"{key}{suffix}": loss for key, loss in further.items()}
+    return others, rounding
 
 
 def _write_variant(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from service.contract.graphs import GRAPHS, Axis
 from training.config import NoisyRun
 from training.distributions.poisson_gaussian import FAMILIES, PoissonGaussian
-from training.export.export import Exportable, Rows
+from training.export.export import Exportable, Rows, packed_grids
 from training.export.pair import MODULE_PARITY, shapes_told
 from training.export.tiling import in_double, margin
 from training.loop.noisy_stages import NoisyParts
@@ -52,7 +52,7 @@ def noisy_graphs(parts: NoisyParts, exact: NoisyParts, y: Tensor) -> dict[str, E
             rows[name],
             GRAPHS[name],
             parity=MODULE_PARITY if name in ("restoration", "completion") else FIT_PARITY,
-            exact=None if parts is exact or not list(module.parameters()) else before[name],
+            exact=None if parts == exact or not list(module.parameters()) else before[name],
             chosen=shape,
         )
         for name, module in made.items()
@@ -78,28 +78,18 @@ def noisy_about(run: NoisyRun, parts: NoisyParts, y: Tensor) -> dict[str, Any]:
     step = _coarsest(parts)
     latents = (len(y), parts.vae.vae.latent_shape[0], *(side // step for side in y.shape[2:]))
     told = shapes_told(y.shape, latents, run.multiple_of)
+    down = parts.vae.vae.decoder
+    groups = ((channels, block) for (channels, *_), block in zip(down.group_shapes, down.blocks, strict=True))
     return {
         **told,
-        "groups": _groups(parts),
+        "groups": packed_grids(groups, step),
         "tiles": {"margin": _margin(run, parts), "exact": True},
         "noise_families": list(FAMILIES),
     }
 
 
-def _groups(parts: NoisyParts) -> list[dict[str, Any]]:
-    """The manifest's `groups`: where each group of latents lies in z, the coarsest first."""
-    down, step = parts.vae.vae.decoder, _coarsest(parts)
-    found: list[dict[str, Any]] = []
-    end = 0
-    for (count, *_), block, size in zip(down.group_shapes, down.blocks, down.group_sizes, strict=True):
-        first, end = end, end + size
-        shape = [count, *(f"{side}/{step // block}" for side in ("height", "width"))]
-        found.append({"name": f"z{len(found) + 1}", "shape": shape, "channels": [first, end], "block": block})
-    return found
-
-
 def _margin(run: NoisyRun, parts: NoisyParts) -> int:
-    """How many pixels from an edge a draw depends on what lies beyond it, where the noise is told."""
+    """The receptive radius of a draw in pixels, at a known noise level: the margin of tiles."""
     mean, model = in_double(parts.trunk), in_double(parts.vae)
     noise = PoissonGaussian(*(torch.full((1, 1, 1, 1), 0.01, dtype=torch.float64) for _ in range(2)))
 

@@ -14,10 +14,10 @@ from training.data import as_float
 from training.distributions.camera import luma
 from training.distributions.spoiling import spoil
 from training.errors import CheckpointError, ConfigError
-from training.loop.checkpoint import read_trained, trained_epochs, write_trained
+from training.loop.checkpoint import read_trained, write_trained
 from training.loop.pictures import SIMULATED_SEED
 from training.loop.randomness import keyed_generator
-from training.loop.stages import placed
+from training.loop.stages import counted, placed
 from training.loop.trainer import Stage
 from training.models.conditional import (
     Complete,
@@ -237,8 +237,6 @@ def as_conditionally_trained(run: ConditionalRun, folder: Path, *, longer: bool 
     """The run of one variant with its checkpoints' numbers of epochs; `longer`: or its own where they are larger."""
     changed = {}
     for stage in STAGES:
-        own = optimisation(run, stage)
-        known = trained_epochs(folder / f"{stage}.pt") or own.epochs
-        train = own.model_copy(update={"epochs": max(known, own.epochs) if longer else known})
+        train = counted(optimisation(run, stage), folder / f"{stage}.pt", longer=longer)
         changed[stage] = getattr(run, stage).model_copy(update={"train": train})
     return run.model_copy(update=changed)

@@ -14,10 +14,10 @@ from training.data import as_float
 from training.data.noisy import unpacked
 from training.distributions.likelihoods.noise import UnitNoise
 from training.distributions.priors.standard_normal import StandardNormal
-from training.loop.checkpoint import read_trained, trained_epochs
+from training.loop.checkpoint import read_trained
 from training.loop.pictures import SIMULATED_SEED
 from training.loop.randomness import keyed_generator
-from training.loop.stages import placed
+from training.loop.stages import counted, placed
 from training.loop.trainer import Stage
 from training.models.ladder import LadderVAE
 from training.models.noisy import MeanNetwork, NoisyVAE, recorrupted_bound
@@ -156,10 +156,6 @@ def trained_noisy(run: NoisyRun, stage: str, folder: Path, device: torch.device)
 
 def as_noisily_trained(run: NoisyRun, folder: Path, *, longer: bool = False) -> NoisyRun:
     """The run with its checkpoints' numbers of epochs; `longer`: or its own where they are larger."""
-    found = {}
-    for stage in STAGES:
-        own = noisy_optimisation(run, stage)
-        known = trained_epochs(folder / f"{stage}.pt") or own.epochs
-        found[stage] = own.model_copy(update={"epochs": max(known, own.epochs) if longer else known})
+    found = {stage: counted(noisy_optimisation(run, stage), folder / f"{stage}.pt", longer=longer) for stage in STAGES}
     trunk = run.trunk.model_copy(update={"train": found["trunk"]})
     return run.model_copy(update={"trunk": trunk, "train": found["vae"]})

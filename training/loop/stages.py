@@ -151,16 +151,17 @@ def recognition_stage(
 
 def as_trained(run: Run, folder: Path, *, longer: bool = False) -> Run:
     """The run with the numbers of epochs of its checkpoints in `folder`; `longer`: or its own where they are larger."""
-
-    def counted(settings: Optimisation, stage: str) -> Optimisation:
-        found = trained_epochs(folder / f"{stage}.pt") or settings.epochs
-        return settings.model_copy(update={"epochs": max(found, settings.epochs) if longer else found})
-
-    changed: dict[str, Any] = {"train": counted(run.train, "vae")}
+    changed: dict[str, Any] = {"train": counted(run.train, folder / "vae.pt", longer=longer)}
     if run.restoration is not None:
-        train = counted(run.restoration.train, "restoration")
+        train = counted(run.restoration.train, folder / "restoration.pt", longer=longer)
         changed["restoration"] = run.restoration.model_copy(update={"train": train})
     return run.model_copy(update=changed)
+
+
+def counted(settings: Optimisation, checkpoint: Path, *, longer: bool) -> Optimisation:
+    """The settings with a checkpoint's number of epochs; `longer`: or their own where it is larger."""
+    found = trained_epochs(checkpoint) or settings.epochs
+    return settings.model_copy(update={"epochs": max(found, settings.epochs) if longer else found})
 
 
 def trained_vae(run: Run, shape: tuple[int, int, int], folder: Path, device: torch.device) -> VAE:

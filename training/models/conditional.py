@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from training.distributions.gaussian import DiagonalGaussian
+from training.distributions.gaussian import SpatialGaussian
 from training.distributions.spoiling import GREY, Spoilt
 from training.models.vae import Bound
 from training.networks.level import LevelNetwork, NoiseEstimate
@@ -134,8 +134,7 @@ class Complete(nn.Module):
         found = self.ladder(features, eps)
         z, mean, log_var = (self.ladder.packed([group[part] for group in found.groups]) for part in range(3))
         # In double: the last bit of onnxruntime's sums in float depends on the number of rows.
-        flat = (part.flatten(1).double() for part in (mean, log_var, z))
-        log_p = DiagonalGaussian(next(flat), next(flat)).log_prob(next(flat))
+        log_p = SpatialGaussian(mean.double(), log_var.double()).log_prob(z.double())
         variance = (sigma * found.log_std.exp()).square()
         return restored + sigma * found.mean, variance, z, mean, log_var, log_p.float()
 

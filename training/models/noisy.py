@@ -121,9 +121,9 @@ def recorrupted_bound(model: MeanNetwork, y: Tensor, noise: PoissonGaussian, gen
 
 
 def told_std(noise: PoissonGaussian, s: Tensor) -> Tensor:
-    """What the mean network is told of the noise around the signal s, after the transform: that of recorrupted images.
+    """Standard deviation of the noise around the signal s, after the transform, that the mean network takes as input.
 
-    A noisy image has a little less. The network is not told so, because it has never been trained on less.
+    It is that of recorrupted images, on which the network is trained; the noise of an image itself is weaker.
     """
     return ((noise.left(s) + blurring(noise, s).square()) * (1.0 + MOVED**2)).sqrt()
 

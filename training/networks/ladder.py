@@ -84,9 +84,7 @@ class Ladder(Network):
             ConfigError: Images of that shape have no such levels.
         """
         by = 2 ** len(self.channels)
-        if self.top == "spatial":
-            return [(shape[1] >> level, shape[2] >> level) for level in range(1, len(self.channels) + 1)]
-        if shape[1] % by or shape[1] != shape[2]:
+        if self.top == "vector" and (shape[1] % by or shape[1] != shape[2]):
             raise ConfigError(
                 f"a ladder of {len(self.channels)} levels takes square images that can be halved so many times, not "
                 f'{shape[1]} x {shape[2]}; take fewer levels, or architecture = "conv"'

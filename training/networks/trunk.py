@@ -60,7 +60,7 @@ class Trunk(nn.Module):
 
     def __init__(self, channels: int, widths: Sequence[int], blocks: int) -> None:
         super().__init__()
-        self.width, self.multiple_of = widths[0], 2 ** len(widths)
+        self.width = widths[0]
         self.first = nn.Conv2d(4 * (channels + 1) + 1, widths[0], 3, padding=1)
         self.levels = nn.ModuleList(_residuals(width, blocks) for width in widths)
         self.down = nn.ModuleList(nn.Conv2d(fine, coarse, 2, stride=2) for fine, coarse in pairwise(widths))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import lru_cache, partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
 from pydantic import ValidationError
@@ -27,6 +27,7 @@ from service.errors import InvalidOption, WrongModel, quoted
 from service.operations.inference.latent import BLOCK_ROWS
 from service.operations.operation import LatentOptions, Operation
 from service.runtime.model import Model
+from service.runtime.tiling import Levels
 from service.settings import Settings
 
 REMEMBERED = 256
@@ -241,8 +242,8 @@ class OperationApp:
 
     def _levels(
         self, best: Codec, source: Source | None, model: Model, options: Any, size: tuple[int, int]
-    ) -> Literal["uint8", "uint16"] | None:
-        """The levels as which images are made because the answer becomes a picture of so many pixels; else None."""
+    ) -> Levels | None:
+        """Type of levels in which images are computed, because a large picture is written of them; None for floats."""
         alone = options.images_alone and any(tensor.name == "images" for tensor in self.operation.outputs)
         large = math.prod(size) > self.context.settings.tile_pixels
         if not (best in (PNG, TIFF) and large and alone and model.manifest.channels in MODES):

@@ -21,12 +21,12 @@ from service.contract.corruption import (
     projected,
 )
 from service.contract.graphs import Axis, at_size
+from service.contract.images import to_floats
 from service.operations.inference.latent import Noise
 from service.operations.inference.restoration import RestoreChoices
 from service.operations.inference.vae import Observe, Result, Rows, drawn_noise
 from service.runtime.model import Model
 from service.runtime.program import Arrays, Compute, Graphs, ModelProgram, Submit, Trip
-from service.runtime.tiling import WHITE
 
 TURNS = 8
 """Flips and rotations of an image."""
@@ -50,7 +50,8 @@ class Schedule(NamedTuple):
     last: float
 
 
-SCHEDULES = {"blur": Schedule(24, 49 / 255, 2 / 255), "shrink": Schedule(24, 49 / 255, 2 / 255)}
+THROUGH = Schedule(24, 49 / 255, 2 / 255)
+"""Of images seen through an operator."""
 MASKED = Schedule(24, 15 / 255, 2 / 255)
 
 
@@ -185,21 +186,32 @@ async def restore(
         steps = await (_ensemble if turning else _split)(model, submit, seen, choices, observe)
         return _named(steps.arrays, {}, steps, choices)
     eps, about = drawn_noise(noise, len(seen.y), choices.draws, model.latent_at(*seen.size) if choices.draws else ())
-    images = (0, 1 + choices.uncertainty) if choices.completions else (0,)
-    block = 1 if seen.operator is None else int(seen.operator[1])
-    operator = None if seen.operator is None else ("shrink", block, 0, 0)  # a program for all sizes
-    program = model.plan(
-        "restore",
-        restoration_rows,
-        choices.draws,
-        operator,
-        images=images,
-        block=block,
-        uncertainty=choices.uncertainty,
-        completions=choices.completions,
+    program = _one_pass(
+        model, seen.operator, choices.draws, uncertainty=choices.uncertainty, completions=choices.completions
     )
     trip = await submit(program, (seen.y, seen.mask, seen.level, *eps))
     return _named(trip.arrays, about, trip, choices)
+
+
+def _one_pass(
+    model: Model, operator: OperatorName | None, draws: int = 0, *, uncertainty: bool = False, completions: bool = False
+) -> ModelProgram:
+    """The program of `restoration_rows`, for means of blocks or no operator."""
+    return model.plan(
+        "restore",
+        restoration_rows,
+        draws,
+        _of_all_sizes(operator),
+        images=(0, 1 + uncertainty) if completions else (0,),
+        block=1 if operator is None else int(operator[1]),
+        uncertainty=uncertainty,
+        completions=completions,
+    )
+
+
+def _of_all_sizes(operator: OperatorName | None) -> OperatorName | None:
+    """The operator's name without the size of images, so that all sizes share a program; a blur's has it."""
+    return operator if operator is None or blocks_of(operator) is None else (*operator[:2], 0, 0)
 
 
 async def encode(model: Model, submit: Submit, seen: Observation, draws: int, noise: Noise) -> Result:
@@ -246,14 +258,14 @@ async def _split(
     Source:
         Zhang et al. (2021), equations 6 and 7.
     """
-    schedule = MASKED if seen.operator is None else SCHEDULES[str(seen.operator[0])]
+    schedule = MASKED if seen.operator is None else THROUGH
     steps = schedule.steps if choices.refined else FAST_STEPS
     x, spent = await _beginning(model, submit, seen)
     variance, noise = x, np.square(seen.total) + np.float32(LEAST_VARIANCE)
     last = np.maximum(seen.total, np.float32(schedule.last))
     first = np.maximum(last, np.float32(schedule.first))
     whole = blocks_of(seen.operator) is None
-    operator = seen.operator if whole or seen.operator is None else (*seen.operator[:2], 0, 0)
+    operator = _of_all_sizes(seen.operator)
     gaussian = model.manifest.noise_families.index("gaussian")
     for k in range(steps):
         sigma = (first * (last / first) ** np.float32(k / (steps - 1))).astype(np.float32)
@@ -270,15 +282,9 @@ async def _split(
 
 async def _beginning(model: Model, submit: Submit, seen: Observation) -> tuple[Rows, Trip]:
     """Where splitting begins: at E[x | y] or, behind a blur, at the image that was sent."""
-    blocks = blocks_of(seen.operator)
-    if blocks is None:
-        white = WHITE.get(seen.y.dtype)
-        return seen.y if white is None else np.divide(seen.y, np.float32(white), dtype=np.float32), Trip((), 0.0, 0.0)
-    operator = None if blocks.factor == 1 else ("shrink", blocks.factor, 0, 0)
-    program = model.plan(
-        "restore", restoration_rows, 0, operator, block=blocks.factor, uncertainty=False, completions=False
-    )
-    trip = await submit(program, (seen.y, seen.mask, seen.level))
+    if blocks_of(seen.operator) is None:
+        return to_floats(seen.y), Trip((), 0.0, 0.0)
+    trip = await submit(_one_pass(model, seen.operator), (seen.y, seen.mask, seen.level))
     return trip.arrays[0], trip
 
 

@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.contract.corruption import Observation
+from service.contract.images import to_floats
 from service.operations.inference.tiling import Tiling
 from service.operations.inference.vae import Rows
 from service.runtime.model import Model
 from service.runtime.program import Arrays, Compute, Graphs, Submit, Trip
-from service.runtime.tiling import WHITE
 
 LEAST_LEVEL, MOST_LEVEL = np.float32(1e-6), np.float32(1.0)
 """Bounds of an estimated level: those of the option `level`, which must be above 0."""
@@ -86,7 +86,7 @@ def _parts(images: NDArray[Any], multiple: int) -> Rows:
     )
     cuts = [images[..., top : top + sides[0], left : left + sides[1]] for top in tops for left in lefts]
     found = np.stack(cuts, 1).reshape(-1, images.shape[1], *sides)
-    return np.divide(found, np.float32(WHITE.get(images.dtype, 1.0)), dtype=np.float32)
+    return to_floats(found)
 
 
 def _medians(levels: Rows, sighted: NDArray[np.bool_]) -> Rows:
