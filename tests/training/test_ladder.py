@@ -394,7 +394,7 @@ RESTORATION = {"network": {"architecture": "conv"}, "level_network": {"architect
         ({"model": {"network": {"top": "spatial"}}}, "is for likelihood = .noise.; leave it out"),
         ({"model": {"network": {"groups": [2]}}}, "one number a level"),
     ],
-    ids=["restoration", "vamp", "importance_weighted", "wake_sleep", "levels"],
+    ids=["restoration", "vamp", "importance_weighted", "wake_sleep", "spatial_top", "levels"],
 )
 def test_what_a_ladder_cannot_do_is_refused(change: dict[str, Any], says: str) -> None:
     """The message names what to set."""
