@@ -392,4 +392,4 @@ def test_the_shipped_networks_are_those_of_the_notes() -> None:
     trunk = TrunkSettings().build(1)
     assert sum(p.numel() for p in trunk.parameters()) == pytest.approx(1.92e6, rel=0.01)
     assert SpatialLadderSettings().build(48, 1).depth == 112
-    assert len(list(LevelSettings().build(3).convs)) == 8
+    assert len(list(LevelSettings().build(3).convs)) == 6
