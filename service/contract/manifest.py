@@ -221,8 +221,8 @@ class Tiles(Part):
     margin: Annotated[int, Field(ge=0, le=MAX_SIZE)]
     """Pixels from an inner edge of a tile within which its answer differs from that of the whole image."""
     exact: bool
-    """Whether the answers are equal beyond the margin. They are not where operations see the whole image, such as
-    attention or group normalisation."""
+    """Whether the answers are equal beyond the margin, to within a level of 16 bits. They are not where operations see
+    the whole image, such as attention or group normalisation."""
 
 
 class Group(Part):

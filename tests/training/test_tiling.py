@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from training.export.tiling import margin
+from training.export.tiling import FELT_STD, felt_margin, margin, noise_in
 from training.networks.conv import Conv
 
 NETWORK = Conv(architecture="conv", latents="spatial", channels=(3, 4), blocks=1, head=2)
@@ -77,3 +77,25 @@ def test_tiles_equal_the_whole_beyond_the_margin() -> None:
     difference = (whole[..., :80] - tile).abs().amax((0, 1, 2))
     assert float(difference[: 80 - found].max()) < 1e-12
     assert float(difference[80 - found]) > 0.0
+
+
+def test_pixels_that_change_nothing_lie_outside_the_felt_margin() -> None:
+    """Of weights 10^-k / 2 at a distance k of up to 7, those beyond 4 change less than a level of 16 bits."""
+    row = torch.nn.Conv2d(1, 1, (1, 15), padding=(0, 7), bias=False)
+    with torch.no_grad():
+        row.weight.copy_(0.5 * 10.0 ** -(torch.arange(15.0) - 7.0).abs()[None, None, None])
+    column = torch.nn.Conv2d(1, 1, (5, 1), padding=(2, 0), bias=False)
+    nn.init.ones_(column.weight)
+    assert felt_margin(row, 1, 2) == 4
+    assert margin(row.double(), 1, 2, (32,)) == 7
+    assert felt_margin(column, 1, 2) == 2
+    assert felt_margin(lambda x: x, 1, 2) == 0
+
+
+def test_the_noise_of_latents_lies_where_the_image_has_it() -> None:
+    """Standard normal, and that of a part of the image is a part of it."""
+    y = 0.5 + FELT_STD * torch.randn(1, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    eps = noise_in(y, 100, 8)
+    assert eps.shape == (1, 100, 8, 8)
+    assert float(eps.std()) == pytest.approx(1.0, abs=0.05)
+    torch.testing.assert_close(noise_in(y[..., 32:], 100, 8), eps[..., 4:], rtol=0, atol=0)

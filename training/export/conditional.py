@@ -16,7 +16,7 @@ from training.distributions.spoiling import NAMES, Corruptions, Spoilt, spoil
 from training.errors import ExportError
 from training.export.export import Exportable, Rows, golden_images, packed_grids
 from training.export.pair import MODULE_PARITY, shapes_told
-from training.export.tiling import in_double, margin
+from training.export.tiling import FELT_STD, felt_margin, noise_in
 from training.export.weights import weights_in
 from training.loop.conditional_stages import Parts
 from training.loop.randomness import keyed_generator
@@ -81,18 +81,15 @@ def conditional_about(run: ConditionalRun, parts: Parts, spoilt: Spoilt) -> dict
 
 
 def _margin(run: ConditionalRun, parts: Parts) -> int:
-    """The receptive radius of a draw in pixels, the margin of tiles. That of the mean is no larger."""
-    trunk, ladder = in_double(parts.trunk), in_double(parts.latents)
+    """From how far away pixels and noise change a draw: the margin of tiles. The mean feels no more."""
+    ladder = parts.latents
 
     def drawn(y: Tensor) -> Tensor:
-        level = torch.full((len(y), len(NAMES)), 0.1, dtype=y.dtype)
-        seen = estimated(trunk, y, torch.ones_like(y), level)
-        eps = torch.zeros(len(y), ladder.depth, *(side // ladder.multiple_of for side in y.shape[2:]), dtype=y.dtype)
-        return seen.restored + ladder(seen.features, eps).mean
+        level = torch.tensor([[FELT_STD, *[0.0] * (len(NAMES) - 1)]])
+        seen = estimated(parts.trunk, y, torch.ones_like(y), level)
+        return seen.restored + seen.sigma * ladder(seen.features, noise_in(y, ladder.depth, ladder.multiple_of)).mean
 
-    found = margin(drawn, parts.channels, run.multiple_of)
-    assert found is not None, "convolutions reach only so far"
-    return found
+    return felt_margin(drawn, parts.channels, run.multiple_of)
 
 
 def weights_of(folder: Path, variant: VariantName) -> dict[str, dict[str, Tensor]]:

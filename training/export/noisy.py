@@ -12,7 +12,7 @@ from training.config import NoisyRun
 from training.distributions.poisson_gaussian import FAMILIES, PoissonGaussian
 from training.export.export import Exportable, Rows, packed_grids
 from training.export.pair import MODULE_PARITY, shapes_told
-from training.export.tiling import in_double, margin
+from training.export.tiling import FELT_STD, felt_margin, noise_in
 from training.loop.noisy_stages import NoisyParts
 from training.models.noisy import CompleteNoisy, EstimateNoisy, RestoreNoisy
 
@@ -89,16 +89,15 @@ def noisy_about(run: NoisyRun, parts: NoisyParts, y: Tensor) -> dict[str, Any]:
 
 
 def _margin(run: NoisyRun, parts: NoisyParts) -> int:
-    """The receptive radius of a draw in pixels, at a known noise level: the margin of tiles."""
-    mean, model = in_double(parts.trunk), in_double(parts.vae)
-    noise = PoissonGaussian(*(torch.full((1, 1, 1, 1), 0.01, dtype=torch.float64) for _ in range(2)))
+    """From how far away pixels and noise change a draw, at a known noise level: the margin of tiles."""
+    model = parts.vae
+    noise = PoissonGaussian(*(torch.full((1, 1, 1, 1), value) for value in (0.0, FELT_STD**2)))
 
     def drawn(y: Tensor) -> Tensor:
-        seen = mean.seen(y, torch.ones_like(y), noise)
-        eps = y.new_zeros(1, len(y), model.vae.latent_shape[0], *(side // _coarsest(parts) for side in y.shape[2:]))
+        seen = parts.trunk.seen(y, torch.ones_like(y), noise)
+        eps = noise_in(y, model.vae.latent_shape[0], _coarsest(parts))[None]
         encoded = model.encoded(noise.stabilised(y), seen.features)
-        return seen.t + model.vae.infer(model.vae.posterior(encoded), eps).parameters[0].double()
+        found = model.vae.infer(model.vae.posterior(encoded), eps).parameters[0]
+        return noise.unbiased(seen.t) + noise.unbiased(model.likelihood.mean(found))
 
-    found = margin(drawn, 1, run.multiple_of)
-    assert found is not None, "convolutions reach only so far"
-    return found
+    return felt_margin(drawn, 1, run.multiple_of)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from copy import deepcopy
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from service.contract.corruption import FAMILIES
 from training.export.weights import Module
@@ -18,6 +20,12 @@ LENGTHS = (128, 256, 512, 1024)
 """Lengths of the strips that are tried, in pixels."""
 BREADTH = 32
 """Their least breadth."""
+FELT = 320
+"""Height and width of the image that `felt_margin` cuts, in pixels."""
+FELT_STD = 0.2
+"""Standard deviation of its pixels around 0.5."""
+UNFELT = 1.0 / 65535.0
+"""Largest difference that tiles may make: a level of 16 bits."""
 
 
 @torch.no_grad()
@@ -81,6 +89,37 @@ def tiles(
         )
         margins.append(None if None in parts else sum(part or 0 for part in parts))
     return {"margin": max(found or 0 for found in margins), "exact": None not in margins}
+
+
+@torch.no_grad()
+def felt_margin(networks: Callable[[Tensor], Tensor], channels: int, multiple_of: int) -> int:
+    """Measure from how far away the answer of trained networks changes by more than `UNFELT`.
+
+    The receptive field of a deep network is far wider than that, and what lies in margins is computed several times.
+
+    Args:
+        networks: Maps an image of noise (1, c, h, w) to an image of that size.
+        channels: c.
+        multiple_of: What divides height and width of the images.
+
+    Returns:
+        The number of pixels beside an edge beyond which the answer for a part of the image is that for the whole.
+    """
+    edge = FELT // 2 // multiple_of * multiple_of
+    x = 0.5 + FELT_STD * torch.randn(1, channels, 2 * edge, 2 * edge, generator=torch.Generator().manual_seed(0))
+    whole, found = networks(x), 0
+    for axis, start in product((2, 3), (0, edge)):
+        difference = (networks(x.narrow(axis, start, edge)) - whole.narrow(axis, start, edge)).abs()
+        by_place = difference.movedim(axis, 0).flatten(1).amax(1)
+        felt = (by_place if start else by_place.flip(0)) > UNFELT
+        found = max(found, int(felt.nonzero().max()) + 1 if bool(felt.any()) else 0)
+    return found
+
+
+def noise_in(y: Tensor, depth: int, block: int) -> Tensor:
+    """The noise of an image of `felt_margin`, (n, c, h, w), as that of latents (n, depth, h/block, w/block)."""
+    packed = functional.pixel_unshuffle((y - 0.5) / FELT_STD, block)
+    return packed.repeat(1, -(-depth // packed.shape[1]), 1, 1)[:, :depth]
 
 
 def in_double(network: Module) -> Module:
