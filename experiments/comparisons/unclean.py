@@ -141,9 +141,13 @@ def psnr(found: Tensor, clean: Tensor, *, affine: bool) -> float:
 
 
 def methods(run: NoisyRun, parts: NoisyParts, draws: tuple[int, ...] = (1, 16)) -> dict[str, Restored]:
-    """The ways in which a model restores: the mean network, the VAE at the means of q, and means of its draws."""
+    """The ways in which a model restores: its mean, the mean network, the VAE at the means of q, and means of draws."""
 
     def mean(y: Tensor, noise: PoissonGaussian) -> Tensor:
+        seen = parts.trunk.seen(y, torch.ones_like(y), noise)
+        return parts.vae.restored(y, torch.ones_like(y), noise, seen)[0]
+
+    def alone(y: Tensor, noise: PoissonGaussian) -> Tensor:
         return parts.trunk.restored(y, torch.ones_like(y), noise)[0]
 
     def of_draws(number: int) -> Restored:
@@ -162,7 +166,7 @@ def methods(run: NoisyRun, parts: NoisyParts, draws: tuple[int, ...] = (1, 16)) 
         return restored
 
     named = {f"mean of {number} draws" if number > 1 else "one draw": of_draws(number) for number in draws}
-    return {"mean network": mean, "VAE at the means of q": of_draws(0), **named}
+    return {"mean": mean, "mean network alone": alone, "VAE at the means of q": of_draws(0), **named}
 
 
 @torch.no_grad()

@@ -200,6 +200,32 @@ def test_recorrupted_pairs_know_the_error_of_the_clean_image(gain: float) -> Non
     assert told(0.0) - told(1.0) < -0.5
 
 
+def test_the_moments_are_those_of_the_draws(workshop: NoisyWorkshop) -> None:
+    """Learnt from single draws; for Gaussian noise the mean is the mean network's."""
+    parts = workshop.parts()
+    y = unpacked(workshop.images.test[:2].repeat(4, 1, 1, 1))[0]
+    noise = PoissonGaussian(*(torch.full((len(y), 1, 1, 1), value) for value in (0.02, 0.0)))
+    trunk, model = parts.trunk.requires_grad_(requires_grad=False), parts.vae.requires_grad_(requires_grad=False)
+    with torch.no_grad():
+        seen = trunk.seen(y, torch.ones_like(y), noise)
+        posterior = model.vae.posterior(model.encoded(noise.stabilised(y), seen.features))
+        eps = model.vae.noise(400, len(y), torch.Generator().manual_seed(0))
+        draws = model.likelihood.mean(model.vae.infer(posterior, eps).parameters)
+    model.moments.requires_grad_(requires_grad=True)
+    optimiser, generator = torch.optim.Adam(model.moments.parameters(), 0.01), torch.Generator().manual_seed(1)
+    for _ in range(200):
+        optimiser.zero_grad()
+        (-model.bound(y, noise, seen, model.vae.noise(1, len(y), generator)).elbo.mean()).backward()
+        optimiser.step()
+    with torch.no_grad():
+        mean, log_variance = model.moments_of(noise.stabilised(y), seen, noise)
+        before, after = ((found - draws.mean(0)).square().mean() for found in (seen.t, mean))
+        assert after < 0.2 * before
+        assert float(log_variance.exp().mean()) == pytest.approx(float((draws - mean).square().mean()), rel=0.3)
+        gaussian = noise._replace(gain=torch.zeros_like(noise.gain))
+        torch.testing.assert_close(model.moments_of(noise.stabilised(y), seen, gaussian)[0], seen.t)
+
+
 @torch.no_grad()
 def test_the_version_computes_what_torch_computes(workshop: NoisyWorkshop) -> None:
     """At a size that no tracing has seen: mean, draws, and the noise of both families."""

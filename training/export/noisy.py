@@ -98,6 +98,7 @@ def _margin(run: NoisyRun, parts: NoisyParts) -> int:
         eps = noise_in(y, model.vae.latent_shape[0], _coarsest(parts))[None]
         encoded = model.encoded(noise.stabilised(y), seen.features)
         found = model.vae.infer(model.vae.posterior(encoded), eps).parameters[0]
-        return noise.unbiased(seen.t) + noise.unbiased(model.likelihood.mean(found))
+        mean, _ = model.restored(y, torch.ones_like(y), noise, seen)
+        return mean + noise.unbiased(model.likelihood.mean(found))
 
     return felt_margin(drawn, 1, run.multiple_of)

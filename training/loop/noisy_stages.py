@@ -92,11 +92,12 @@ def _vae_stage(run: NoisyRun, parts: NoisyParts) -> Stage:
         with torch.no_grad():
             seen = trunk.seen(y, torch.ones_like(y), noise)
         eps = model.vae.noise(run.train.draws, len(y), generator)
-        return model.bound(noise.stabilised(y), seen, eps)
+        return model.bound(y, noise, seen, eps)
 
     def show(model: NoisyVAE, images: Tensor) -> dict[str, Tensor]:
         y, noise = unpacked(images)
-        restored, seen = trunk.restored(y, torch.ones_like(y), noise)
+        seen = trunk.seen(y, torch.ones_like(y), noise)
+        restored, _ = model.restored(y, torch.ones_like(y), noise, seen)
         posterior = model.vae.posterior(model.encoded(noise.stabilised(y), seen.features))
         eps = model.vae.noise(2, len(y), keyed_generator(y.device, run.seed, SIMULATED_SEED))
         draws = noise.unbiased(model.likelihood.mean(model.vae.infer(posterior, eps).parameters))

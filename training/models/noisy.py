@@ -18,7 +18,7 @@ from training.distributions.likelihoods.noise import UnitNoise
 from training.distributions.poisson_gaussian import NO_GAUSSIAN, PoissonGaussian, estimated, estimated_alone
 from training.models.ladder import LadderVAE
 from training.models.vae import Bound
-from training.networks.trunk import Trunk
+from training.networks.trunk import PlainResidual, Trunk
 
 MOVED = 0.2
 """Noise that recorrupted pairs add to the one image, in standard deviations of its own noise. The images that are
@@ -34,6 +34,8 @@ GREY = 0.5
 """What the trunk takes for the middle of its range."""
 SPREAD = (-8.0, 4.0)
 """Bounds of the logarithm of a posterior variance in units of the noise's."""
+MOMENT_BLOCKS = 2
+"""Residual blocks of the network that gives the moments of draws."""
 UNKNOWN_VARIANCE = 1.0
 """Variance of a missing pixel after standardisation."""
 
@@ -145,10 +147,12 @@ class NoisyVAE(nn.Module):
     def __init__(self, vae: LadderVAE, features: int) -> None:
         super().__init__()
         self.vae = vae
-        self.spread = nn.Sequential(
-            nn.Conv2d(features, features, 3, padding=1), nn.SiLU(), nn.Conv2d(features, 4, 3, padding=1)
+        self.moments = nn.Sequential(
+            nn.Conv2d(features + 8, features, 3, padding=1),
+            *(PlainResidual(features) for _ in range(MOMENT_BLOCKS)),
+            nn.Conv2d(features, 8, 3, padding=1),
         )
-        nn.init.zeros_(self.spread[2].weight)  # type: ignore[arg-type]
+        nn.init.zeros_(self.moments[-1].weight)  # type: ignore[arg-type]
 
     @property
     def likelihood(self) -> UnitNoise:
@@ -161,29 +165,45 @@ class NoisyVAE(nn.Module):
         """What the encoder takes, (n, 1 + k / 4, h, w)."""
         return torch.cat([self.likelihood.standardised(t), functional.pixel_shuffle(seen_features, 2)], 1)
 
-    def log_spread(self, features: Tensor) -> Tensor:
-        """Logarithm of Var[s|y] over the noise's variance, (n, 1, h, w)."""
-        return functional.pixel_shuffle(self.spread(features).float(), 2).clamp(*SPREAD)
+    def moments_of(self, t: Tensor, seen: Seen, noise: PoissonGaussian) -> tuple[Tensor, Tensor]:
+        """Mean and log variance of draws of the clean signal given a transformed image, (n, 1, h, w) each.
 
-    def bound(self, t: Tensor, seen: Seen, eps: Tensor) -> Bound:
-        """The bound on log p(t) of transformed noisy images (n, 1, h, w), differentiable in all networks.
+        The mean network is trained on an error whose estimate is unbiased for Gaussian noise. With counts it leaves
+        bright pixels of dark images as they are, which the VAE removes, so that their mean is that of the VAE's draws.
+        """
+        images = torch.cat([self.likelihood.standardised(t), self.likelihood.standardised(seen.t)], 1)
+        planes = torch.cat([functional.pixel_unshuffle(images, 2), seen.features], 1)
+        shift, log_variance = functional.pixel_shuffle(self.moments(planes).float(), 2).chunk(2, 1)
+        return seen.t + shift * (noise.gain > 0.0), log_variance.clamp(*SPREAD)
 
-        The gradient of one more term, whose value is left out, trains the spread: it is the log density of draws of the
-        clean signal around the mean network's.
+    def restored(self, y: Tensor, mask: Tensor, noise: PoissonGaussian, seen: Seen) -> tuple[Tensor, Tensor]:
+        """E[s|y] and Var[s|y] in the image's units, (n, 1, h, w) each; missing pixels as the mean network has them."""
+        known = noise.stabilised(y)
+        mean, log_variance = self.moments_of(torch.where(mask > 0.0, known, seen.t), seen, noise)
+        restored = noise.unbiased(mean)
+        return restored, log_variance.exp() * noise.variance(restored)
+
+    def bound(self, y: Tensor, noise: PoissonGaussian, seen: Seen, eps: Tensor) -> Bound:
+        """The bound on log p(t) of noisy images (n, 1, h, w) after the transform, differentiable in all networks.
+
+        The gradient of one more term, whose value is left out, trains the moments: it is their log density of draws of
+        the clean signal.
 
         Args:
-            t: The images.
+            y: The images.
+            noise: Of these.
             seen: What the mean network has seen of them.
             eps: Standard normal noise, (L, n, *latent_shape).
 
         Source: Kingma and Welling (2013), equation 10, with p(t|z) as in Prakash et al. (2021), "Fully unsupervised
         diversity denoising with convolutional variational autoencoders".
         """
+        t = noise.stabilised(y)
         posterior = self.vae.posterior(self.encoded(t, seen.features))
         z, q, parameters = self.vae.infer(posterior, eps)
         log_likelihood = self.likelihood.log_prob(parameters, t).mean(0)
-        log_variance = self.log_spread(seen.features)
-        square = (self.likelihood.mean(parameters.detach()) - seen.t).square().mean(0)
+        mean, log_variance = self.moments_of(t, seen, noise)
+        square = (self.likelihood.mean(parameters.detach()) - mean).square().mean(0)
         fit = -0.5 * (square * torch.exp(-log_variance) + log_variance).flatten(1).sum(1)
         return Bound(log_likelihood + fit - fit.detach(), self.vae.prior.kl(q, z))
 
@@ -209,8 +229,8 @@ class RestoreNoisy(nn.Module):
     def forward(self, y: Tensor, mask: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Map y and mask (n, 1, h, w) and level (n, 2) to two images and (n, k, h/2, w/2)."""
         noise = noise_seen(y, mask, level)
-        restored, seen = self.mean.restored(y, mask, noise)
-        variance = self.model.log_spread(seen.features).exp() * noise.variance(restored)
+        seen = self.mean.seen(y, mask, noise)
+        restored, variance = self.model.restored(y, mask, noise, seen)
         return restored, variance, seen.features
 
 
