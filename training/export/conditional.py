@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,12 @@ from training.export.weights import weights_in
 from training.loop.conditional_stages import Parts
 from training.loop.randomness import keyed_generator
 from training.models.conditional import Complete, EstimateLevels, EstimateNoise, Restore, estimated
+from training.networks.eight_bits import StoredConv2d, stored, trainable
 
 GOLDEN = Corruptions(white=0.25, camera=0.0, jpeg=0.25, missing=0.25, shrunk=0.25)
 """Corruptions of golden rows."""
+A_LEVEL = 0.1
+"""How far answers may differ where activations have eight bits: the last digit of a float may move one by a level."""
 WHERE = {"trunk.": "trunk", "head.": "latents", "ladder.": "latents", "network.": "level"}
 """Stage of a weight by the beginning of its name in the graphs; the names of the stage's own follow it."""
 
@@ -51,13 +55,15 @@ def conditional_graphs(parts: Parts, exact: Parts, spoilt: Spoilt) -> dict[str, 
     }
     for name, module in made.items():
         before = None if parts == exact else unrounded[name]
-        found[name] = Exportable(module, rows[name], GRAPHS[name], parity=MODULE_PARITY, exact=before, chosen=features)
+        of_graph = Exportable(module, rows[name], GRAPHS[name], parity=MODULE_PARITY, exact=before, chosen=features)
+        eight_bits = any(isinstance(part, StoredConv2d) for part in module.modules())
+        found[name] = replace(of_graph, parity=A_LEVEL, tolerance=A_LEVEL) if eight_bits else of_graph
     return found
 
 
 def _modules(parts: Parts) -> dict[str, nn.Module]:
     return {
-        "restoration": Restore(parts.trunk, parts.latents),
+        "restoration": Restore(stored(parts.trunk), parts.latents),
         "completion": Complete(parts.latents),
         "noise_level": EstimateLevels(parts.level),
         "noise": EstimateNoise(parts.level),
@@ -120,4 +126,4 @@ def weights_of(folder: Path, variant: VariantName) -> dict[str, dict[str, Tensor
                 if key.startswith(beginning):
                     own = key.removeprefix("ladder." if beginning == "ladder." else beginning)
                     found.setdefault(stage, {})[f"head.{own}" if beginning == "head." else own] = weight
-    return found
+    return {stage: trainable(weights) for stage, weights in found.items()}

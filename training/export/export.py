@@ -77,6 +77,7 @@ class Exportable:
         exact: The module before its weights were rounded to float16, in which they are stored then; None where they
             stay in float32.
         chosen: Shapes after the batch axis of tensors whose axes the model chooses, by name.
+        tolerance: How far another machine's answers may be from the golden rows.
     """
 
     module: nn.Module
@@ -86,6 +87,7 @@ class Exportable:
     parity: float = PARITY
     exact: nn.Module | None = None
     chosen: Mapping[str, list[Axis]] = field(default_factory=dict)
+    tolerance: float = GOLDEN_TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ class Converted:
         signature: Names and axes of its inputs and outputs.
         rounding: Largest difference of each output that weights in float16 make, on the golden rows.
         chosen: Shapes of tensors whose axes the model chooses, by name.
+        tolerance: How far another machine's answers may be from the golden rows.
     """
 
     model: onnx.ModelProto
@@ -107,6 +110,7 @@ class Converted:
     signature: Signature
     rounding: dict[str, float] = field(default_factory=dict)
     chosen: Mapping[str, list[Axis]] = field(default_factory=dict)
+    tolerance: float = GOLDEN_TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -372,7 +376,9 @@ def _write_variant(
     }
     entries = {graph: _write_graph(graph, one, about, folder, golden, suffix) for graph, one in written.items()}
     rounding = {f"{name}/{key}": loss for name, graph in written.items() for key, loss in graph.rounding.items()}
-    return {"graphs": entries, "golden": _write_golden(folder, golden, about, suffix)}, rounding
+    tolerance = max(graph.tolerance for graph in written.values())
+    entry = {**_write_golden(folder, golden, about, suffix), "tolerance": tolerance}
+    return {"graphs": entries, "golden": entry}, rounding
 
 
 def _rounding_told(found: Mapping[str, float], about: Mapping[str, Any]) -> dict[str, Any]:
@@ -512,7 +518,7 @@ def convert(name: str, graph: Exportable, about: Mapping[str, Any]) -> Converted
         {} if graph.exact is None else differences(module, graph.exact.eval().cpu(), rows, graph.signature.outputs)
     )
     # The inputs and outputs are those of the golden rows, which came last.
-    return Converted(model, inputs, outputs, graph.signature, rounding, graph.chosen)
+    return Converted(model, inputs, outputs, graph.signature, rounding, graph.chosen, graph.tolerance)
 
 
 def _first_line(error: BaseException) -> str:
@@ -701,7 +707,7 @@ def _write_golden(folder: Path, arrays: dict[str, np.ndarray], about: Mapping[st
     path = (folder / GOLDEN_FILE).with_stem(f"golden{suffix}")
     np.savez_compressed(path, **{key: array[:GOLDEN_ROWS] for key, array in arrays.items()})  # type: ignore[arg-type]
     found = digest(path.read_bytes())
-    entry = {"file": path.name, "sha256": found, "rows": GOLDEN_ROWS, "tolerance": GOLDEN_TOLERANCE}
+    entry = {"file": path.name, "sha256": found, "rows": GOLDEN_ROWS}
     if not _free(about["input_shape"]):
         return entry
     image = next(array for key, array in arrays.items() if key.partition("/")[2] in ("x", "x_mean", "restored"))

@@ -21,6 +21,7 @@ LEAST_FLOAT16 = 256
 HALF = ".float16"
 """Ending of the names of weights that are stored in float16."""
 FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE)
+STORED = (onnx.TensorProto.FLOAT16, onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -77,10 +78,10 @@ def without_float16(model: onnx.ModelProto) -> None:
 
 
 def weights_in(path: Path) -> dict[str, Tensor]:
-    """The weights of a graph that this trainer has written, by name, in float32."""
+    """The weights of a graph that this trainer has written, by name, in float32; levels of eight bits too."""
     found = {}
     for tensor in onnx.load(path).graph.initializer:
-        if tensor.data_type in (*FLOATS, onnx.TensorProto.FLOAT16):
+        if tensor.data_type in (*FLOATS, *STORED):
             values = onnx.numpy_helper.to_array(tensor).astype(np.float32)
             found[tensor.name.removesuffix(HALF)] = torch.from_numpy(values)
     return found

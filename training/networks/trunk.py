@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from training.networks.eight_bits import EightBitConv2d
 from training.networks.unet import walk
 from training.strict import Positive, Strict, Widths
 
@@ -29,6 +31,8 @@ class TrunkSettings(Strict):
     """Channels at a half of the height and width, at a quarter, and so on."""
     blocks: Positive = 2
     """Residual blocks a level and way."""
+    eight_bits: bool = False
+    """Whether its convolutions, but for the first, the last and those that enlarge, have eight bits."""
 
     @property
     def multiple_of(self) -> int:
@@ -37,21 +41,27 @@ class TrunkSettings(Strict):
 
     def build(self, channels: int) -> Trunk:
         """The network for images of so many channels."""
-        return Trunk(channels, self.channels, self.blocks)
+        return Trunk(channels, self.channels, self.blocks, eight_bits=self.eight_bits)
 
 
 class PlainResidual(nn.Module):
-    """x + f(x), f two 3 x 3 convolutions with a ReLU between them; f starts small."""
+    """x + f(x), f two 3 x 3 convolutions with a ReLU between them; f starts small.
 
-    def __init__(self, channels: int) -> None:
+    Args:
+        channels: Of x.
+        eight_bits: Whether the convolutions have eight bits.
+    """
+
+    def __init__(self, channels: int, *, eight_bits: bool = False) -> None:
         super().__init__()
-        self.first = nn.Conv2d(channels, channels, 3, padding=1)
-        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+        self.first = _convolution(channels, channels, 3, padding=1, eight_bits=eight_bits, answers=False)
+        self.second = _convolution(channels, channels, 3, padding=1, eight_bits=eight_bits)
         _start_small(self.second)
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, c, h, w) -> the same shape."""
-        return x + self.second(functional.relu(self.first(x)))
+        found: Tensor = x + self.second(functional.relu(self.first(x)))
+        return found
 
 
 class Trunk(nn.Module):
@@ -64,16 +74,19 @@ class Trunk(nn.Module):
         channels: Channels of an image.
         widths: Channels of each level, finest first.
         blocks: Residual blocks a level and way.
+        eight_bits: Whether its inner convolutions have eight bits.
     """
 
-    def __init__(self, channels: int, widths: Sequence[int], blocks: int) -> None:
+    def __init__(self, channels: int, widths: Sequence[int], blocks: int, *, eight_bits: bool = False) -> None:
         super().__init__()
         self.width = widths[0]
         self.first = nn.Conv2d(4 * (2 * channels + 1) + 1, widths[0], 3, padding=1)
-        self.levels = nn.ModuleList(_residuals(width, blocks) for width in widths)
-        self.down = nn.ModuleList(nn.Conv2d(fine, coarse, 2, stride=2) for fine, coarse in pairwise(widths))
+        self.levels = nn.ModuleList(_residuals(width, blocks, eight_bits) for width in widths)
+        self.down = nn.ModuleList(
+            _convolution(fine, coarse, 2, stride=2, eight_bits=eight_bits) for fine, coarse in pairwise(widths)
+        )
         self.up = nn.ModuleList(nn.ConvTranspose2d(coarse, fine, 2, stride=2) for fine, coarse in pairwise(widths))
-        self.merged = nn.ModuleList(_residuals(width, blocks) for width in widths[:-1])
+        self.merged = nn.ModuleList(_residuals(width, blocks, eight_bits) for width in widths[:-1])
         self.last = nn.Conv2d(widths[0], 4 * channels, 3, padding=1)
         _start_small(self.last)
 
@@ -98,8 +111,12 @@ class Trunk(nn.Module):
         return functional.pixel_shuffle(self.last(features).float(), 2)
 
 
-def _residuals(channels: int, number: int) -> nn.Sequential:
-    return nn.Sequential(*(PlainResidual(channels) for _ in range(number)))
+def _residuals(channels: int, number: int, eight_bits: bool) -> nn.Sequential:
+    return nn.Sequential(*(PlainResidual(channels, eight_bits=eight_bits) for _ in range(number)))
+
+
+def _convolution(*shape: Any, eight_bits: bool, answers: bool = True, **options: Any) -> nn.Conv2d:
+    return EightBitConv2d(*shape, answers=answers, **options) if eight_bits else nn.Conv2d(*shape, **options)
 
 
 def _start_small(convolution: nn.Conv2d) -> None:
