@@ -87,11 +87,12 @@ def test_a_worker_whose_loop_stands_still_is_replaced(tmp_path: Path, workers: s
     log = tmp_path / "log"
     with (
         log.open("w") as errors,
-        running(stderr=errors, VAE_WORKERS=workers, VAE_LOOP_LIMIT_S="2") as process,
+        running(stderr=errors, VAE_WORKERS=workers, VAE_LOOP_LIMIT_S="2", VAE_MODEL_CONTROL="anonymous") as process,
     ):
         assert process.stdout is not None
         url = process.stdout.readline().split(" on ")[1].split()[0]
-        eventually(lambda: len(workers_of(process.pid)) == int(workers) and answers(url))
+        order = f"{url}/v1/models/mnist-2d/load"  # every worker that serves follows it
+        eventually(lambda: httpx.post(order, timeout=LIMIT_S).json().get("followed") == int(workers), LIMIT_S)
         first = workers_of(process.pid)[0]
         os.kill(first, signal.SIGSTOP)
         eventually(lambda: not lives(first), LIMIT_S)
