@@ -25,9 +25,9 @@ def seen(module: nn.Module, *inputs: Tensor) -> nn.Module:
     return module.eval()
 
 
-def test_activations_are_rounded_to_levels_of_their_range() -> None:
-    """Of -1 to 3: 0 stays 0, other numbers move by half a level at most, and those outside become the ends."""
-    rounded = seen(Rounded(), torch.tensor([-1.0, 3.0]))
+def test_activations_are_rounded_to_levels_of_half_their_range() -> None:
+    """Of -2 to 6, so of -1 to 3: 0 stays 0, others move by half a level at most, and those outside become the ends."""
+    rounded = seen(Rounded(), torch.tensor([-2.0, 6.0]))
     x = torch.linspace(-1.0, 3.0, 1001)
     step = 4.0 / LEVELS
     found = rounded(x)
@@ -42,7 +42,7 @@ def test_a_range_forgets_what_is_not_seen_again() -> None:
     rounded = Rounded().train()
     rounded(torch.tensor([-1.0, 100.0]))
     for _ in range(3000):
-        rounded(torch.tensor([-1.0, 2.0]))
+        rounded(torch.tensor([-1.0, 4.0]))
     assert float(rounded.high) == pytest.approx(2.0)
 
 
