@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from service.contract.manifest import Manifest, ManifestError, shown
 
-SUMS = ("elbo", "gradient")
-"""Ends of the names of outputs that are sums of large terms, which may cancel."""
+OF_OWN_SCALE = ("elbo", "gradient", "features")
+"""Ends of the names of outputs that are sums of large terms, which may cancel, or of the scale that a network chose."""
 HEADER_BYTES = 2**14
 """Limit of the header of an array in the archive."""
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
@@ -86,7 +86,7 @@ def deviation(output: str, found: NDArray[Any], known: NDArray[Any]) -> float:
     """Largest difference between an answer and the known one.
 
     Absolute for values up to 1, relative above. Small values of a sum are no more exact than its large ones, so outputs
-    named as in `SUMS` are compared relative to their largest value.
+    named as in `OF_OWN_SCALE` are compared relative to their largest value.
     """
-    scale = np.abs(known).max() if output.endswith(SUMS) else np.abs(known)
+    scale = np.abs(known).max() if output.endswith(OF_OWN_SCALE) else np.abs(known)
     return float((np.abs(found - known) / np.maximum(1.0, scale)).max())

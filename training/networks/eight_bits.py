@@ -1,7 +1,9 @@
 """Convolutions whose inputs, weights and answers have eight bits: processors multiply these two to four times as fast.
 
 They are rounded in training already, so that a network learns to be as good. Weights have seven bits, because
-processors without VNNI add two products in 16 bits. Sums are whole numbers, the same ones on every processor.
+processors without VNNI add two products in 16 bits. Sums of products are exact. What lies between convolutions is not:
+the last digit of a float may move a level, and with it many others, so that two processors' answers differ by what
+rounding costs.
 Source: Jacob et al. (2018), "Quantization and training of neural networks for efficient integer-arithmetic-only
 inference", sections 2 and 3.
 """
