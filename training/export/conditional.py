@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from service.contract.manifest import ManifestError
 from training.config import CHANNELS, ConditionalRun, VariantName
 from training.distributions.spoiling import NAMES, Corruptions, Spoilt, spoil
 from training.errors import ExportError
-from training.export.export import Exportable, Rows, golden_images, packed_grids
+from training.export.export import GOLDEN_TOLERANCE, Exportable, Rows, golden_images, packed_grids
 from training.export.pair import MODULE_PARITY, shapes_told
 from training.export.tiling import FELT_STD, felt_margin, noise_in
 from training.export.weights import weights_in
@@ -55,9 +54,11 @@ def conditional_graphs(parts: Parts, exact: Parts, spoilt: Spoilt) -> dict[str, 
     }
     for name, module in made.items():
         before = None if parts == exact else unrounded[name]
-        of_graph = Exportable(module, rows[name], GRAPHS[name], parity=MODULE_PARITY, exact=before, chosen=features)
         eight_bits = any(isinstance(part, StoredConv2d) for part in module.modules())
-        found[name] = replace(of_graph, parity=A_LEVEL, tolerance=A_LEVEL) if eight_bits else of_graph
+        parity, tolerance = (A_LEVEL, A_LEVEL) if eight_bits else (MODULE_PARITY, GOLDEN_TOLERANCE)
+        found[name] = Exportable(
+            module, rows[name], GRAPHS[name], parity=parity, exact=before, chosen=features, tolerance=tolerance
+        )
     return found
 
 

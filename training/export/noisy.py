@@ -89,9 +89,10 @@ def noisy_about(run: NoisyRun, parts: NoisyParts, y: Tensor) -> dict[str, Any]:
 
 
 def _margin(run: NoisyRun, parts: NoisyParts) -> int:
-    """From how far away pixels and noise change a draw, at a known noise level: the margin of tiles."""
+    """From how far away pixels and noise change the mean and a draw, at a known noise level: the margin of tiles."""
     model = parts.vae
-    noise = PoissonGaussian(*(torch.full((1, 1, 1, 1), value) for value in (0.0, FELT_STD**2)))
+    # Var[y|s] is FELT_STD^2 at 0.5; the mean has a network of its own where the noise has a Poisson part.
+    noise = PoissonGaussian(*(torch.full((1, 1, 1, 1), value) for value in (FELT_STD**2, 0.5 * FELT_STD**2)))
 
     def drawn(y: Tensor) -> Tensor:
         seen = parts.trunk.seen(y, torch.ones_like(y), noise)

@@ -52,9 +52,12 @@ class Rounded(nn.Module):
                 low, high = x.aminmax()
                 self.low.copy_(torch.minimum(KEPT * self.low, CLIPPED * low.float()))
                 self.high.copy_(torch.maximum(KEPT * self.high, CLIPPED * high.float()).clamp(min=LEAST_RANGE))
+        return _nearest(x.float(), *self.scale_and_zero())
+
+    def scale_and_zero(self) -> tuple[Tensor, Tensor]:
+        """What a level stands for, and the level of 0."""
         scale = (self.high - self.low) / LEVELS
-        zero = (-self.low / scale).round().to(torch.int32)
-        return torch.fake_quantize_per_tensor_affine(x.float(), scale, zero, 0, LEVELS)
+        return scale, (-self.low / scale).round()
 
 
 class EightBitConv2d(nn.Conv2d):
@@ -71,15 +74,16 @@ class EightBitConv2d(nn.Conv2d):
         self.given = Rounded()
         self.answer = Rounded() if answers else nn.Identity()
 
-    @property
-    def weight_scale(self) -> Tensor:
-        """What a level of the weights stands for, by output channel."""
-        return self.weight.detach().abs().amax((1, 2, 3)).clamp(min=LEAST_WEIGHT) / WEIGHT_LEVELS
+    def scale_and_levels(self) -> tuple[Tensor, Tensor]:
+        """What a level of the weights stands for by output channel, (out, 1, 1, 1), and the weights as levels."""
+        weight = self.weight.detach()
+        scale = weight.abs().amax((1, 2, 3), keepdim=True).clamp(min=LEAST_WEIGHT) / WEIGHT_LEVELS
+        return scale, (weight / scale).round()
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, in, h, w) -> (n, out, h', w')."""
-        scale = self.weight_scale[:, None, None, None]
-        rounded = self.weight + ((self.weight / scale).round() * scale - self.weight).detach()
+        scale, levels = self.scale_and_levels()
+        rounded = self.weight + (levels * scale - self.weight).detach()
         found: Tensor = self.answer(functional.conv2d(self.given(x), rounded, self.bias, self.stride, self.padding))
         return found
 
@@ -92,16 +96,16 @@ class StoredRounding(nn.Module):
 
     def __init__(self, of: Rounded) -> None:
         super().__init__()
-        scale = (of.high - of.low) / LEVELS
+        scale, zero = of.scale_and_zero()
         self.register_buffer("scale", scale)
-        self.register_buffer("zero", (-of.low / scale).round().to(torch.uint8))
+        self.register_buffer("zero", zero.to(torch.uint8))
 
     def forward(self, x: Tensor) -> Tensor:
         """The nearest levels, shaped like x."""
         if torch.compiler.is_exporting():
             levels = _operator("QuantizeLinear", (x, self.scale, self.zero), x, torch.uint8)
             return _operator("DequantizeLinear", (levels, self.scale, self.zero), x, torch.float32)
-        return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero.to(torch.int32), 0, LEVELS)
+        return _nearest(x, self.scale, self.zero)
 
 
 class StoredConv2d(nn.Module):
@@ -114,9 +118,9 @@ class StoredConv2d(nn.Module):
     def __init__(self, of: EightBitConv2d) -> None:
         super().__init__()
         self.stride, self.padding, self.bias = of.stride, of.padding, of.bias
-        scale = of.weight_scale
-        self.register_buffer("scale", scale)
-        self.register_buffer("levels", (of.weight.detach() / scale[:, None, None, None]).round().to(torch.int8))
+        scale, levels = of.scale_and_levels()
+        self.register_buffer("scale", scale.flatten())
+        self.register_buffer("levels", levels.to(torch.int8))
         self.register_buffer("zero", torch.zeros(len(scale), dtype=torch.int8))
         self.given = StoredRounding(of.given)
         self.answer = StoredRounding(of.answer) if isinstance(of.answer, Rounded) else nn.Identity()
@@ -151,11 +155,16 @@ def trainable(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found = {}
     for name, weight in weights.items():
         own, _, kind = name.rpartition(".")
-        if kind == "levels" and f"{own}.scale" in weights:
+        rounded = f"{own}.levels" in weights
+        if rounded and kind == "levels":
             found[f"{own}.weight"] = weight * weights[f"{own}.scale"][:, None, None, None]
-        elif kind not in ("scale", "zero"):
+        elif not (rounded and kind in ("scale", "zero")) and not own.endswith((".given", ".answer")):
             found[name] = weight
     return found
+
+
+def _nearest(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    return torch.fake_quantize_per_tensor_affine(x, scale, zero.to(torch.int32), 0, LEVELS)
 
 
 def _operator(name: str, inputs: tuple[Tensor, ...], like: Tensor, dtype: torch.dtype, **attributes: Any) -> Tensor:
