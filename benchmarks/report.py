@@ -59,14 +59,16 @@ def page(found: Findings, plot: str) -> str:
 def setting(found: Findings) -> str:
     """Paragraph on the machine and the settings."""
     return (
-        f"{pages.machine()}, shared by server and load. {found.settings['rounds']} rounds, "
-        f"{found.settings['seconds']} s a load; every round starts each server anew, one at a time, in another order. "
-        "One worker a server where nothing else is said, one thread for onnxruntime, connections kept alive, all on "
-        "loopback. Closed loops come from wrk (one thread). Every server runs the same two ONNX models: mlp is "
-        "784-500-20-500-784, conv the residual network of `training/networks/conv.py`; the request is one 28 x 28 "
-        "image unless rows are named. A PNG is denoised at level 0.25 and answered as a PNG, everything else is "
-        "reconstructed and answered in its own form. A server counts only while its answer is onnxruntime's, to 1e-3, "
-        "which is looked at before every round. `make bench` makes this page."
+        f"{pages.machine()}. Server and load generator share this machine. There were "
+        f"{found.settings['rounds']} rounds of {found.settings['seconds']} s for each load; every round starts each "
+        "server anew, one at a time, in a new order. Unless a row says otherwise, a server has one worker and one "
+        "thread for onnxruntime. Connections are kept open and stay on loopback. wrk (one thread) makes the loads with "
+        "a fixed number of connections. Every server runs the same two ONNX models: mlp has layers of "
+        "784-500-20-500-784 units, conv is the residual network of `training/networks/conv.py`. A request has one "
+        "28 x 28 image unless the row names a number of rows. A PNG is denoised at level 0.25, and the answer is a "
+        "PNG. Every other request is a reconstruction, answered in the request's format. Before every round each "
+        "server's answer is compared with onnxruntime's; servers that differ by more than 1e-3 are left out. "
+        "`make bench` makes this page."
     )
 
 
