@@ -53,7 +53,7 @@ TABLES: dict[str, Any] = {
     "trunk": {"channels": [4, 6, 8], "blocks": 1, "train": BRIEF},
     "latents": {"channels": [4, 5, 6], "latents": [1, 2, 3], "train": BRIEF},
     "level": {"width": 4, "layers": 2, "train": BRIEF},
-    "colour": {"trunk": {"channels": [5, 6, 8]}},
+    "colour": {"trunk": {"channels": [5, 6, 8], "blocks": [2, 1, 1]}},
 }  # fmt: skip
 SIZES = [(16, 16), (40, 24)]
 
@@ -377,6 +377,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"corruptions": {"white": 0.1}}, "must add up to 1"),
     ({"trunk": {**TABLES["trunk"], "train": {**BRIEF, "draws": 2}}}, "leave out objective, draws"),
     ({"latents": {**TABLES["latents"], "latents": [1]}}, "as many as one another"),
+    ({"trunk": {**TABLES["trunk"], "blocks": [1, 2]}}, "blocks has 2 numbers and channels 3: one a level"),
 ]
 
 

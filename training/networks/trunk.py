@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Self
 
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -29,10 +30,16 @@ class TrunkSettings(Strict):
 
     channels: Widths = (48, 96, 160)
     """Channels at a half of the height and width, at a quarter, and so on."""
-    blocks: Positive = 2
-    """Residual blocks a level and way."""
+    blocks: Positive | Widths = 2
+    """Residual blocks a way, of every level or of each."""
     eight_bits: bool = False
     """Whether its convolutions, but for the first, the last and those that enlarge, have eight bits."""
+
+    @model_validator(mode="after")
+    def _a_number_a_level(self) -> Self:
+        if isinstance(self.blocks, tuple) and len(self.blocks) != len(self.channels):
+            raise ValueError(f"blocks has {len(self.blocks)} numbers and channels {len(self.channels)}: one a level")
+        return self
 
     @property
     def multiple_of(self) -> int:
@@ -41,7 +48,8 @@ class TrunkSettings(Strict):
 
     def build(self, channels: int) -> Trunk:
         """The network for images of so many channels."""
-        return Trunk(channels, self.channels, self.blocks, eight_bits=self.eight_bits)
+        blocks = self.blocks if isinstance(self.blocks, tuple) else (self.blocks,) * len(self.channels)
+        return Trunk(channels, self.channels, blocks, eight_bits=self.eight_bits)
 
 
 class PlainResidual(nn.Module):
@@ -73,20 +81,23 @@ class Trunk(nn.Module):
     Args:
         channels: Channels of an image.
         widths: Channels of each level, finest first.
-        blocks: Residual blocks a level and way.
+        blocks: Residual blocks a way, of each level.
         eight_bits: Whether its inner convolutions have eight bits.
     """
 
-    def __init__(self, channels: int, widths: Sequence[int], blocks: int, *, eight_bits: bool = False) -> None:
+    def __init__(
+        self, channels: int, widths: Sequence[int], blocks: Sequence[int], *, eight_bits: bool = False
+    ) -> None:
         super().__init__()
         self.width = widths[0]
         self.first = nn.Conv2d(4 * (2 * channels + 1) + 1, widths[0], 3, padding=1)
-        self.levels = nn.ModuleList(_residuals(width, blocks, eight_bits) for width in widths)
+        ways = [(width, number, eight_bits) for width, number in zip(widths, blocks, strict=True)]
+        self.levels = nn.ModuleList(_residuals(*way) for way in ways)
         self.down = nn.ModuleList(
             _convolution(fine, coarse, 2, stride=2, eight_bits=eight_bits) for fine, coarse in pairwise(widths)
         )
         self.up = nn.ModuleList(nn.ConvTranspose2d(coarse, fine, 2, stride=2) for fine, coarse in pairwise(widths))
-        self.merged = nn.ModuleList(_residuals(width, blocks, eight_bits) for width in widths[:-1])
+        self.merged = nn.ModuleList(_residuals(*way) for way in ways[:-1])
         self.last = nn.Conv2d(widths[0], 4 * channels, 3, padding=1)
         _start_small(self.last)
 
