@@ -377,7 +377,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"corruptions": {"white": 0.1}}, "must add up to 1"),
     ({"trunk": {**TABLES["trunk"], "train": {**BRIEF, "draws": 2}}}, "leave out objective, draws"),
     ({"latents": {**TABLES["latents"], "latents": [1]}}, "as many as one another"),
-    ({"trunk": {**TABLES["trunk"], "blocks": [1, 2]}}, "blocks has 2 numbers and channels 3: one a level"),
+    ({"trunk": {**TABLES["trunk"], "blocks": [1, 2]}}, "blocks has 2 values and channels 3: give one a level"),
+    ({"trunk": {**TABLES["trunk"], "eight_bits": [True]}}, "eight_bits has 1 values and channels 3"),
 ]
 
 

@@ -117,10 +117,13 @@ def test_weights_are_read_back_for_training(residual: nn.Module, graph: Path) ->
         torch.testing.assert_close(again.eval()(x), residual(x), atol=1e-5, rtol=1e-5)
 
 
-def test_a_trunk_has_eight_bits_but_at_its_ends() -> None:
-    """Its convolutions but the first, the last and those that enlarge."""
-    trunk = TrunkSettings(channels=(8, 16), blocks=1, eight_bits=True).build(1)
+@pytest.mark.parametrize(
+    ("eight_bits", "parts"),
+    [(True, ("levels.0", "levels.1", "merged.0")), ((False, True), ("levels.1",))],
+    ids=["all levels", "the coarser level"],
+)
+def test_a_trunk_has_eight_bits_at_its_levels(eight_bits: bool | tuple[bool, ...], parts: tuple[str, ...]) -> None:
+    """Their convolutions and those down to them; neither the first, the last nor those that enlarge."""
+    trunk = TrunkSettings(channels=(8, 16), blocks=1, eight_bits=eight_bits).build(1)
     names = {name for name, module in trunk.named_modules() if isinstance(module, EightBitConv2d)}
-    assert names == {
-        f"{part}.0.{place}" for part in ("levels.0", "levels.1", "merged.0") for place in ("first", "second")
-    } | {"down.0"}
+    assert names == {f"{part}.0.{place}" for part in parts for place in ("first", "second")} | {"down.0"}

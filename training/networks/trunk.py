@@ -32,13 +32,15 @@ class TrunkSettings(Strict):
     """Channels at a half of the height and width, at a quarter, and so on."""
     blocks: Positive | Widths = 2
     """Residual blocks a way, of every level or of each."""
-    eight_bits: bool = False
-    """Whether its convolutions, but for the first, the last and those that enlarge, have eight bits."""
+    eight_bits: bool | tuple[bool, ...] = False
+    """Whether convolutions of every level, or of each, and of the way down to it, have eight bits."""
 
     @model_validator(mode="after")
-    def _a_number_a_level(self) -> Self:
-        if isinstance(self.blocks, tuple) and len(self.blocks) != len(self.channels):
-            raise ValueError(f"blocks has {len(self.blocks)} numbers and channels {len(self.channels)}: one a level")
+    def _as_many_as_levels(self) -> Self:
+        for key in ("blocks", "eight_bits"):
+            value = getattr(self, key)
+            if isinstance(value, tuple) and len(value) != len(self.channels):
+                raise ValueError(f"{key} has {len(value)} values and channels {len(self.channels)}: give one a level")
         return self
 
     @property
@@ -48,8 +50,10 @@ class TrunkSettings(Strict):
 
     def build(self, channels: int) -> Trunk:
         """The network for images of so many channels."""
-        blocks = self.blocks if isinstance(self.blocks, tuple) else (self.blocks,) * len(self.channels)
-        return Trunk(channels, self.channels, blocks, eight_bits=self.eight_bits)
+        levels = len(self.channels)
+        blocks = self.blocks if isinstance(self.blocks, tuple) else (self.blocks,) * levels
+        eight_bits = self.eight_bits if isinstance(self.eight_bits, tuple) else (self.eight_bits,) * levels
+        return Trunk(channels, self.channels, blocks, eight_bits)
 
 
 class PlainResidual(nn.Module):
@@ -82,19 +86,19 @@ class Trunk(nn.Module):
         channels: Channels of an image.
         widths: Channels of each level, finest first.
         blocks: Residual blocks a way, of each level.
-        eight_bits: Whether its inner convolutions have eight bits.
+        eight_bits: Whether convolutions of each level, and of the way down to it, have eight bits. Rounding costs
+            0.004 dB at the coarser levels, where two thirds of the time is spent, and 0.1 dB at the finest.
     """
 
-    def __init__(
-        self, channels: int, widths: Sequence[int], blocks: Sequence[int], *, eight_bits: bool = False
-    ) -> None:
+    def __init__(self, channels: int, widths: Sequence[int], blocks: Sequence[int], eight_bits: Sequence[bool]) -> None:
         super().__init__()
         self.width = widths[0]
         self.first = nn.Conv2d(4 * (2 * channels + 1) + 1, widths[0], 3, padding=1)
-        ways = [(width, number, eight_bits) for width, number in zip(widths, blocks, strict=True)]
+        ways = list(zip(widths, blocks, eight_bits, strict=True))
         self.levels = nn.ModuleList(_residuals(*way) for way in ways)
         self.down = nn.ModuleList(
-            _convolution(fine, coarse, 2, stride=2, eight_bits=eight_bits) for fine, coarse in pairwise(widths)
+            _convolution(fine, coarse, 2, stride=2, eight_bits=rounded)
+            for (fine, *_), (coarse, _, rounded) in pairwise(ways)
         )
         self.up = nn.ModuleList(nn.ConvTranspose2d(coarse, fine, 2, stride=2) for fine, coarse in pairwise(widths))
         self.merged = nn.ModuleList(_residuals(*way) for way in ways[:-1])
