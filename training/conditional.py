@@ -13,6 +13,7 @@ from training.distributions.spoiling import NAMES
 from training.errors import ConfigError
 from training.evaluation.conditional import calibration_of, conditional_figures, images_of, report_conditional
 from training.evaluation.evaluate import ALL, Share
+from training.evaluation.typical import clean_figures, far_from_training
 from training.export.conditional import (
     conditional_about,
     conditional_graphs,
@@ -116,9 +117,15 @@ class ConditionalWorkshop(AnyWorkshop[ConditionalRun]):
 
     def _variant(self, run: ConditionalRun, parts: Parts, exact: Parts) -> OtherVariant:
         spoilt = golden_rows(run, images_of(self.images.test[:GOLDEN_ROWS], parts.channels))
-        calibration = calibration_of(parts, self.images.validation[: run.test_images], run.seed)
+        held_out = self.images.validation[: run.test_images]
+        found = {
+            "calibration": calibration_of(parts, held_out, run.seed),
+            "far_from_training": far_from_training(
+                clean_figures, images_of(held_out, parts.channels).numpy(), [], {}, run.seed
+            ),
+        }
         about = conditional_about(run, parts, spoilt)
-        return OtherVariant(conditional_graphs(parts, exact, spoilt), {**about, "calibration": calibration})
+        return OtherVariant(conditional_graphs(parts, exact, spoilt), {**about, **found})
 
     def _training(self) -> dict[str, Any]:
         seconds: dict[str, float] = {}

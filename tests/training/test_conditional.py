@@ -272,6 +272,9 @@ def test_the_version_tells_both_variants(fitted: Fitted) -> None:
     assert (told.size.multiple_of, told.size.min) == (8, 16)
     assert told.noise_families == ["gaussian", "processed"]
     for view in told.views():
+        assert view.far_from_training is not None
+        assert not view.far_from_training.sound
+        assert view.far_from_training.caught.keys() == {"inverted", "2x - 1", "black", "white"}
         assert view.calibration is not None
         assert view.calibration.curves["fast"].keys() == {"gaussian", "processed"}
         assert view.calibration.factors["fast"].keys() >= {"missing-beside", "shrink-2", "shrink-4"}

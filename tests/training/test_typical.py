@@ -13,7 +13,15 @@ from service.contract.typical import far
 from tests.support.versions import free_version, opened
 from training.evaluation.served import Answer
 from training.evaluation.tasks import INPAINTING, POISSON, noise
-from training.evaluation.typical import MOST_HELD_OUT, Condition, Typical, bounds_of, far_from_training, other_images
+from training.evaluation.typical import (
+    MOST_HELD_OUT,
+    Condition,
+    Typical,
+    bounds_of,
+    clean_figures,
+    far_from_training,
+    other_images,
+)
 
 TASKS = [*noise("0.1"), POISSON[0], *INPAINTING]
 COUNT = 1000
@@ -52,7 +60,7 @@ def test_other_kinds_are_told_and_held_out_ones_are_not(manifest: Manifest, tmp_
     service = Perfect()
     typical = Typical(service.images, manifest, 0, tmp_path)
     grey = np.random.default_rng(1).uniform(0.3, 0.7, (50, 1, 16, 16)).astype(np.float32)
-    found = far_from_training(typical, strokes(0), TASKS, {"grey": grey})
+    found = far_from_training(typical.figures, strokes(0), TASKS, {"grey": grey}, 0)
     assert found.sound
     assert found.held_out <= MOST_HELD_OUT
     assert found.caught.keys() == {"inverted", "2x - 1", "black", "white", "grey"}
@@ -60,17 +68,17 @@ def test_other_kinds_are_told_and_held_out_ones_are_not(manifest: Manifest, tmp_
     other = [far(typical.figures(strokes(9), condition), found.bounds).mean() for condition in (Condition(None),)]
     assert max(other) <= 2 * MOST_HELD_OUT
     asked = service.asked
-    assert far_from_training(typical, strokes(0), TASKS, {"grey": grey}) == found
+    assert far_from_training(typical.figures, strokes(0), TASKS, {"grey": grey}, 0) == found
     assert service.asked == asked
 
 
 def test_what_cannot_be_told_is_not_called_sound(manifest: Manifest, tmp_path: Path) -> None:
     """Images of another kind with the same figures; and where no other kind was there to be measured."""
     typical = Typical(Perfect().images, manifest, 0, tmp_path)
-    alike = far_from_training(typical, strokes(0), [], {"mirrored": strokes(5, 50)[..., ::-1].copy()})
+    alike = far_from_training(typical.figures, strokes(0), [], {"mirrored": strokes(5, 50)[..., ::-1].copy()}, 0)
     assert not alike.sound
     assert alike.caught["mirrored"] < 0.5
-    assert not far_from_training(typical, strokes(0), [], {}).sound
+    assert not far_from_training(clean_figures, strokes(0), [], {}, 0).sound
 
 
 def test_bounds_are_as_tight_as_they_may_be() -> None:

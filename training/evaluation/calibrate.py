@@ -166,7 +166,7 @@ def _calibrate(plan: CalibrateOptions, client: Client, model: dict[str, Any]) ->
         calibration = Calibration(factors=found, images=len(x), seed=plan.seed)
     typical = Typical(client.images, manifest, plan.seed, place)
     many = chosen(held_out, max(plan.images, HELD_OUT), plan.seed)
-    far = far_from_training(typical, many, tasks, other_images(plan.data, model))
+    far = far_from_training(typical.figures, many, tasks, other_images(plan.data, model), plan.seed)
     changed = manifest.model_copy(update={"calibration": calibration, "far_from_training": far})
     write_manifest(path.parent, renewed(changed, path.parent), plan.key)
     shutil.rmtree(place)

@@ -112,35 +112,43 @@ def kept(path: Path, compute: Callable[[], dict[str, NDArray[Any]]]) -> dict[str
     return found
 
 
-def far_from_training(typical: Typical, x: Pixels, tasks: list[Task], others: dict[str, Pixels]) -> FarFromTraining:
+def clean_figures(x: Pixels, _condition: Condition) -> Figures:
+    """The figures of clean images, whatever is asked: those that need no model."""
+    return figures(x, x)
+
+
+def far_from_training(
+    of: Callable[[Pixels, Condition], Figures], x: Pixels, tasks: list[Task], others: dict[str, Pixels], seed: int
+) -> FarFromTraining:
     """Set the bounds, and measure how well they tell images of other kinds.
 
     Args:
-        typical: The served model.
+        of: Figures of images (n, c, h, w) under a condition: `Typical.figures` or `clean_figures`.
         x: Held-out images, (n, c, h, w).
         tasks: Corruptions; those that `denoise` removes without a blur are used.
-        others: Images of other kinds, (k, c, h, w), by kind.
+        others: Images of other kinds, (k, c, h, w), by kind. Without any, the statistic is not called sound.
+        seed: Seed of the choice of images and of their corruptions, for the manifest.
     """
     noisy = [task for task in tasks if task.operation == "denoise" and not task.blur]
     conditions = [Condition(None), *(Condition(task, auto) for task in noisy for auto in (False, True))]
     kinds = {**{kind: make(x[1::2]) for kind, make in MADE.items()}, **others}
-    bar = tqdm(conditions, desc=f"{typical.manifest.name} far", unit="answer")
+    bar = tqdm(conditions, desc="far from training", unit="answer")
     set_on, measured = [], []
     of_kinds: dict[str, list[Figures]] = {kind: [] for kind in kinds}
     for condition in bar:
         bar.set_postfix_str("clean" if condition.task is None else condition.task.name)
-        set_on.append(typical.figures(x[::2], condition))
-        measured.append(typical.figures(x[1::2], condition))
+        set_on.append(of(x[::2], condition))
+        measured.append(of(x[1::2], condition))
         for kind, images in kinds.items():
             if condition.can_be(kind):
-                of_kinds[kind].append(typical.figures(images, condition))
+                of_kinds[kind].append(of(images, condition))
     bounds = bounds_of(set_on)
     held_out = share_of(measured, bounds)
     caught = {kind: share_of(found, bounds) for kind, found in of_kinds.items()}
     sound = bool(others) and held_out <= MOST_HELD_OUT and min(caught.values()) >= LEAST_CAUGHT
     shares = {kind: round(share, 4) for kind, share in caught.items()}
     return FarFromTraining(
-        sound=sound, bounds=bounds, held_out=round(held_out, 4), caught=shares, images=len(x), seed=typical.seed
+        sound=sound, bounds=bounds, held_out=round(held_out, 4), caught=shares, images=len(x), seed=seed
     )
 
 
