@@ -144,6 +144,8 @@ def _kind(value: Schema) -> str:
     if "const" in value or "enum" in value:
         return ", ".join(f"`{json.dumps(choice)}`" for choice in value.get("enum", [value.get("const")]))
     if value["type"] == "array":
+        if "prefixItems" in value:
+            return f"list of {len(value['prefixItems'])} {_kind(value['prefixItems'][0])}"
         return f"list of {_kind(value['items'])}"
     bounds = " and ".join(f"{sign} {value[bound]}" for bound, sign in BOUNDS.items() if bound in value)
     return f"{value['type']} {bounds}".strip()

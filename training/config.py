@@ -309,8 +309,10 @@ class LatentsStage(SpatialLadderSettings):
 class LevelStage(LevelSettings):
     """The network that estimates the noise, for requests that do not name it, trained on its own."""
 
-    corruptions: Corruptions = Corruptions(white=0.55, camera=0.2, jpeg=0.2, missing=0.05, shrunk=0.0)
-    """Corruptions that this stage simulates."""
+    corruptions: Corruptions = Corruptions(
+        white=0.55, camera=0.2, jpeg=0.2, missing=0.05, shrunk=0.0, qualities=(10, 98)
+    )
+    """Corruptions that this stage simulates: also JPEG of which there is nothing to remove."""
     clean: Annotated[float, Field(ge=0, le=1)] = 0.15
     """Share of the images of Gaussian noise that are seen without it, so that clean images are known."""
     train: Optimisation

@@ -37,9 +37,10 @@ from training.models.conditional import (
     conditions,
     estimated,
     latent_bound,
+    level_bound,
     trunk_bound,
 )
-from training.networks.level import LevelSettings
+from training.networks.level import LevelSettings, NoiseEstimate
 from training.networks.spatial_ladder import SpatialLadderSettings
 from training.networks.trunk import TrunkSettings
 
@@ -362,6 +363,23 @@ def test_a_factor_makes_intervals_hold() -> None:
         assert factor_for(mean, std, np.full_like(std, 0.5)) == pytest.approx(scale, rel=0.03)
 
 
+def test_a_clean_image_has_no_noise_of_any_family() -> None:
+    """Its bound falls with both levels; that of a noisy image with that of its own family alone."""
+    spoilt = spoil(uniform(2, 1, 16, 16), 1, only("white"), torch.Generator().manual_seed(3))
+    clean = torch.tensor([True, False])
+
+    def bound(gaussian: float, processed: float) -> Tensor:
+        logs = torch.stack([torch.tensor([0.0, float(spoilt.level[1, 0])]) + value for value in (gaussian, processed)])
+        found = NoiseEstimate(*(logs + 1e-9).log(), torch.zeros(2))
+        return level_bound(lambda _y, _mask: found, spoilt, clean).log_likelihood  # type: ignore[arg-type]
+
+    true, gaussian, processed = bound(0.0, 0.0), bound(0.05, 0.0), bound(0.0, 0.05)
+    assert gaussian[0] < true[0]
+    assert processed[0] < true[0]
+    assert gaussian[1] < true[1]
+    assert processed[1] == true[1]
+
+
 def test_a_level_network_ignores_missing_pixels() -> None:
     """What stands where a pixel is missing does not change the estimate."""
     network = shaken(build_parts(run().of("grey")))[2]
@@ -378,6 +396,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"colour": {"trunk": {"chanels": [4]}}}, "chanels"),
     ({"data": {**TABLES["data"], "height": 20}}, "must be multiples of 8, not 20 x 16"),
     ({"corruptions": {"white": 0.1}}, "must add up to 1"),
+    ({"corruptions": {"qualities": [90, 10]}}, "least quality of JPEG, then the largest"),
     ({"trunk": {**TABLES["trunk"], "train": {**BRIEF, "draws": 2}}}, "leave out objective, draws"),
     ({"latents": {**TABLES["latents"], "latents": [1]}}, "as many as one another"),
     ({"trunk": {**TABLES["trunk"], "blocks": [1, 2]}}, "blocks has 2 values and channels 3: give one a level"),

@@ -17,8 +17,8 @@ GAINS = ((1.4, 2.4), (1.3, 2.3))
 """Least and largest gain of red and of blue, by which white balance multiplies the sensor's values."""
 SHOT = (-4.3, -1.5)
 """Powers of ten of the variance of a white pixel's shot noise, from ISO 100 to about ISO 6400."""
-CAMERA_QUALITIES, JPEG_QUALITIES = (85, 95), (10, 90)
-"""Least and largest quality of JPEG in a camera, and of one that was sent around."""
+CAMERA_QUALITIES = 85, 95
+"""Least and largest quality of JPEG in a camera."""
 SUBSAMPLINGS = (0, 2)
 """Pillow's names of 4:4:4 and 4:2:0."""
 

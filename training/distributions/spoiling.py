@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from service.contract.corruption import NoiseName
-from training.distributions.camera import JPEG_QUALITIES, compressed, luma, photographed
+from training.distributions.camera import compressed, luma, photographed
 from training.strict import Strict
 
 NAMES: tuple[NoiseName, ...] = ("gaussian", "processed")
@@ -31,6 +31,7 @@ FACTORS = (2, 4)
 """Sides of blocks that are averaged."""
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Quality = Annotated[int, Field(ge=1, le=100)]
 
 
 class Corruptions(Strict):
@@ -41,11 +42,13 @@ class Corruptions(Strict):
     camera: Share = 0.08
     """A camera: noise on a Bayer mosaic, demosaicing, white balance, gamma and JPEG of quality 85 to 95."""
     jpeg: Share = 0.08
-    """JPEG of quality 10 to 90."""
+    """JPEG of `qualities`."""
     missing: Share = 0.08
     """Missing pixels, scattered, as lines, as strokes or as blocks, half of them with Gaussian noise too."""
     shrunk: Share = 0.06
     """Means of blocks of 2 x 2 or 4 x 4 pixels."""
+    qualities: tuple[Quality, Quality] = (10, 90)
+    """Least and largest quality of JPEG."""
     most: Annotated[float, Field(gt=0, le=1)] = 75 / 255
     """Largest standard deviation of Gaussian noise."""
     weak: Annotated[float, Field(gt=0, le=1)] = 15 / 255
@@ -53,6 +56,8 @@ class Corruptions(Strict):
 
     @model_validator(mode="after")
     def _add_up(self) -> Corruptions:
+        if self.qualities[0] > self.qualities[1]:
+            raise ValueError("qualities holds the least quality of JPEG, then the largest")
         if abs(sum(self.shares.values()) - 1.0) > 1e-6:
             told = ", ".join(f"{name} = {share:g}" for name, share in self.shares.items())
             raise ValueError(f"the shares {told} add up to {sum(self.shares.values()):g}; they must add up to 1")
@@ -149,7 +154,7 @@ def _shrunk(x: Tensor, _y: Tensor, _settings: Corruptions, chance: Chance) -> Se
 
 
 def _compressed(x: Tensor, _y: Tensor, settings: Corruptions, chance: Chance) -> Seen:
-    return _processed(x, compressed(x, chance.rng, *JPEG_QUALITIES), settings, chance)
+    return _processed(x, compressed(x, chance.rng, *settings.qualities), settings, chance)
 
 
 def _processed(x: Tensor, y: Tensor, _settings: Corruptions, chance: Chance) -> Seen:

@@ -257,7 +257,8 @@ def _levels(found: NoiseEstimate) -> Tensor:
 def level_bound(network: LevelNetwork, spoilt: Spoilt, clean: Tensor) -> Bound:
     """Log densities of the level and of its family, up to constants, (n,): there are no latents, and the KL is 0.
 
-    The logarithm of the level has about a Laplace distribution, so that a few misjudged images do not rule.
+    The logarithm of the level has about a Laplace distribution, so that a few misjudged images do not rule. Nothing
+    tells the family of a clean image, so the levels of both are 0 there.
 
     Args:
         network: What is trained.
@@ -271,9 +272,12 @@ def level_bound(network: LevelNetwork, spoilt: Spoilt, clean: Tensor) -> Bound:
     left = ((spoilt.y - spoilt.x).square() * seen).mean((1, 2, 3)).sqrt()
     level = torch.where(processed, left, torch.where(clean, 0.0, spoilt.level[:, 0]))
     found = network(y, seen)
-    own = torch.where(processed, found.log_processed, found.log_gaussian)
-    got, known = ((value + LEAST_LEVEL).log() for value in (own.exp(), level))
-    error = functional.smooth_l1_loss(got, known, beta=0.1, reduction="none")
-    kind = functional.binary_cross_entropy_with_logits(found.logit, processed.to(got.dtype), reduction="none")
+    known = (level + LEAST_LEVEL).log()
+    as_gaussian, as_processed = (
+        functional.smooth_l1_loss((log.exp() + LEAST_LEVEL).log(), known, beta=0.1, reduction="none")
+        for log in (found.log_gaussian, found.log_processed)
+    )
+    error = torch.where(processed, as_processed, as_gaussian) + clean * as_processed
+    kind = functional.binary_cross_entropy_with_logits(found.logit, processed.to(known.dtype), reduction="none")
     log_likelihood = -error - KIND_WEIGHT * kind * (level > LEAST_TOLD)
     return Bound(log_likelihood, torch.zeros_like(log_likelihood))
