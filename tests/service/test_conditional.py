@@ -21,7 +21,7 @@ from service.contract.calibration import widened
 from service.contract.corruption import Blocks, operator_of, projected
 from service.contract.manifest import Calibration, Curve
 from service.operations.denoise import DenoiseOptions
-from service.operations.inference.conditional import TURNS, restoration_rows, turned_rows
+from service.operations.inference.conditional import BEGUN, TURNS, restoration_rows, turned_rows
 from service.operations.inference.levels import PARTS, SIDE
 from service.repository.repository import Repository
 from service.settings import Settings
@@ -326,6 +326,12 @@ def test_steps_and_tiles_are_reported(app: FastAPI) -> None:
     assert [one["event"] for one in found][-1] == "answer"
     assert found[-2]["step"] == found[-2]["steps"]
     np.testing.assert_allclose(found[-2]["images"], found[-1]["images"], atol=1e-6)
+    y, hole = drawn(1, 1), np.ones(SIZE)
+    hole[4:9, 5:20] = 0.0
+    answer = sent(
+        app, "inpaint", json={"images": y.tolist(), "mask": hole.tolist()}, headers={"accept": "application/x-ndjson"}
+    )
+    assert json.loads(answer.text.splitlines()[-2])["steps"] == BEGUN.fast
     tiled = events("denoise?level=0.1", drawn(1, 1, (150, 90)))
     assert tiled[-2]["tile"] == tiled[-2]["tiles"] > 1
 

@@ -1,7 +1,8 @@
 """Restoration by a conditional model, whose graph `restoration` gives E[x | y] and whose graph `completion` draws x.
 
 `fast` is one trip. `refined` takes several at low priority: without mask and operator the mean over the flips and
-rotations of the image, else half-quadratic splitting, in which the graph is the prior of a linear inverse problem.
+rotations of the image, else half-quadratic splitting, in which the graph is the prior of a linear inverse problem. For
+missing pixels and behind a blur `fast` takes a few such steps.
 """
 
 from __future__ import annotations
@@ -34,27 +35,33 @@ TRANSPOSED = 4
 """The turns from this one on swap height and width."""
 WEIGHT = 0.23
 """Weight of the prior in half-quadratic splitting."""
-FAST_STEPS = 8
-"""Steps of half-quadratic splitting for `fast`, where one pass of the graph cannot answer."""
 
 
 class Schedule(NamedTuple):
     """How half-quadratic splitting goes on: from the first level of the prior to the last, evenly in the logarithm.
 
+    Attributes:
+        fast: Steps for `fast`.
+        refined: Steps for `refined`.
+        first: The first level.
+        last: The last one.
+
     Source:
         Zhang et al. (2021), "Plug-and-play image restoration with deep denoiser prior", section 4.2.
     """
 
-    steps: int
+    fast: int
+    refined: int
     first: float
     last: float
 
 
-BLURRED = Schedule(24, 49 / 255, 2 / 255)
+BLURRED = Schedule(8, 24, 49 / 255, 2 / 255)
 """Of blurred images, which begins with what was sent."""
-BEGUN = Schedule(24, 15 / 255, 2 / 255)
+BEGUN = Schedule(4, 24, 15 / 255, 2 / 255)
 """Of missing pixels and of means of blocks, which begins with E[x | y]: a higher first level would spoil it again, by
-0.7 dB for blocks and up to 3 for missing pixels (photo, photographs of photos/dev)."""
+0.7 dB for blocks and up to 3 for missing pixels (photo, photographs of photos/dev). Where half the pixels are missing,
+4 steps gain 2.6 dB and 12 steps 3.7."""
 
 
 # Programs
@@ -146,7 +153,8 @@ def agreeing(operator: Operator | Blocks, x: Rows, variance: Rows, y: Rows, mask
     exact = noise <= np.float32(2.0 * LEAST_VARIANCE)
     if not exact.any():
         return x
-    found = projected(operator, x, variance, y, mask, noise)[0]
+    alone = isinstance(operator, Blocks) and operator.factor == 1
+    found = np.where(mask > 0, y, x) if alone else projected(operator, x, variance, y, mask, noise)[0]
     return found if exact.all() else np.where(exact, found, x)
 
 
@@ -183,7 +191,8 @@ async def restore(
         noise: The request's noise.
         observe: Called after every step of work in several steps.
     """
-    if choices.refined or blocks_of(seen.operator) is None:
+    few = blocks_of(seen.operator) is None or (choices.masked and not choices.draws)
+    if choices.refined or few:
         turning = seen.operator is None and not choices.masked
         steps = await (_ensemble if turning else _split)(model, submit, seen, choices, observe)
         return _named(steps.arrays, {}, steps, choices)
@@ -262,9 +271,9 @@ async def _split(
     """
     whole = blocks_of(seen.operator) is None
     schedule = BLURRED if whole else BEGUN
-    steps = schedule.steps if choices.refined else FAST_STEPS
-    x, spent = await _beginning(model, submit, seen)
-    variance, noise = x, np.square(seen.total) + np.float32(LEAST_VARIANCE)
+    steps = schedule.refined if choices.refined else schedule.fast
+    x, told, spent = await _beginning(model, submit, seen)
+    noise = np.square(seen.total) + np.float32(LEAST_VARIANCE)
     last = np.maximum(seen.total, np.float32(schedule.last))
     first = np.maximum(last, np.float32(schedule.first))
     operator = _of_all_sizes(seen.operator)
@@ -276,18 +285,18 @@ async def _split(
         program = model.plan("split", split_rows, 0, operator, rounds=steps, local=not whole, last=k == steps - 1)
         arrays = (x, seen.y, seen.mask, level, np.square(sigma) / np.float32(WEIGHT), noise)
         trip = await _begun(submit, program, arrays, k)
-        (x, variance), spent = trip.arrays, trip.after(spent)
+        (x, of_prior), spent = trip.arrays, trip.after(spent)
         if observe is not None:
             observe(Result({"images": x} if choices.preview else {}, {"step": k + 1, "steps": steps}, spent))
-    return spent._replace(arrays=(x, variance))
+    return spent._replace(arrays=(x, of_prior if told is None else told))
 
 
-async def _beginning(model: Model, submit: Submit, seen: Observation) -> tuple[Rows, Trip]:
-    """Where splitting begins: at E[x | y] or, behind a blur, at the image that was sent."""
+async def _beginning(model: Model, submit: Submit, seen: Observation) -> tuple[Rows, Rows | None, Trip]:
+    """Where splitting begins: at E[x | y], with the variance of x given y, or behind a blur at what was sent."""
     if blocks_of(seen.operator) is None:
-        return to_floats(seen.y), Trip((), 0.0, 0.0)
-    trip = await submit(_one_pass(model, seen.operator), (seen.y, seen.mask, seen.level))
-    return trip.arrays[0], trip
+        return to_floats(seen.y), None, Trip((), 0.0, 0.0)
+    trip = await submit(_one_pass(model, seen.operator, uncertainty=True), (seen.y, seen.mask, seen.level))
+    return trip.arrays[0], trip.arrays[1], trip
 
 
 async def _begun(submit: Submit, program: ModelProgram, arrays: Arrays, step: int) -> Trip:
