@@ -11,7 +11,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from training.config import ConditionalRun, VariantName
 from training.distributions.spoiling import NAMES
 from training.errors import ConfigError
-from training.evaluation.conditional import calibration_of, conditional_figures, images_of, report_conditional
+from training.evaluation.conditional import (
+    calibration_of,
+    conditional_figures,
+    images_of,
+    report_conditional,
+    temperature_of,
+)
 from training.evaluation.evaluate import ALL, Share
 from training.evaluation.typical import clean_figures, far_from_training
 from training.export.conditional import (
@@ -32,6 +38,7 @@ from training.loop.conditional_stages import (
     trained_part,
     trained_parts,
 )
+from training.models.conditional import Temperature
 from training.pipeline import AnyWorkshop, clear
 from training.progress import tell
 
@@ -89,7 +96,9 @@ class ConditionalWorkshop(AnyWorkshop[ConditionalRun]):
             exact = self.parts(variant)
             parts = exact.each(self.stored)
             quality[variant] = self._quality(variant, parts)
-            every.append(self._variant(self.run.of(variant), parts, exact))
+            tempered = temperature_of(parts, self.images.validation[: self.run.test_images], self.run.seed)
+            quality[variant]["temperature"] = tempered
+            every.append(self._variant(self.run.of(variant), parts, exact, Temperature(**tempered)))
         first, *others = every
         shared = {
             "size": first.about["size"],
@@ -115,7 +124,7 @@ class ConditionalWorkshop(AnyWorkshop[ConditionalRun]):
             first.graphs, models, self.run.name, self.run.version, about, variants=others, replace=replace, key=key
         )
 
-    def _variant(self, run: ConditionalRun, parts: Parts, exact: Parts) -> OtherVariant:
+    def _variant(self, run: ConditionalRun, parts: Parts, exact: Parts, temperature: Temperature) -> OtherVariant:
         spoilt = golden_rows(run, images_of(self.images.test[:GOLDEN_ROWS], parts.channels))
         held_out = self.images.validation[: run.test_images]
         found = {
@@ -125,7 +134,7 @@ class ConditionalWorkshop(AnyWorkshop[ConditionalRun]):
             ),
         }
         about = conditional_about(run, parts, spoilt)
-        return OtherVariant(conditional_graphs(parts, exact, spoilt), {**about, **found})
+        return OtherVariant(conditional_graphs(parts, exact, spoilt, temperature), {**about, **found})
 
     def _training(self) -> dict[str, Any]:
         seconds: dict[str, float] = {}

@@ -6,13 +6,14 @@ import itertools
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Normal
 
 from service.contract import manifest
@@ -24,7 +25,7 @@ from training.config import ConditionalRun
 from training.distributions.camera import demosaiced, mosaic_of
 from training.distributions.spoiling import Corruptions, spoil
 from training.errors import CheckpointError, ConfigError, ExportError
-from training.evaluation.conditional import factor_for
+from training.evaluation.conditional import factor_for, temperature_of
 from training.export.conditional import weights_of
 from training.export.session import opened
 from training.loop.conditional_stages import STAGES, Parts, build_parts, keep_weights, trained_parts
@@ -33,6 +34,7 @@ from training.models.conditional import (
     EstimateLevels,
     EstimateNoise,
     Restore,
+    Temperature,
     block_density,
     conditions,
     estimated,
@@ -234,6 +236,63 @@ def test_a_completion_has_the_density_of_its_latents() -> None:
     assert bool((variance > 0.0).all())
 
 
+def test_a_temperature_multiplies_the_noise_of_draws() -> None:
+    """By the factor of the level of both families together: linear in the logarithm between the told ones."""
+    temperature = Temperature([0.01, 0.1, 0.2], [1.0, 1.5, 1.1])
+    level = torch.tensor([[0.0, 0.0], [0.01, 0.0], [0.1 * 0.1**0.5, 0.0], [0.06, 0.08], [0.0, 0.9]])
+    torch.testing.assert_close(temperature(level).flatten(), torch.tensor([1.0, 1.0, 1.25, 1.5, 1.1]))
+    parts = shaken(build_parts(run().of("grey")))
+    y = uniform(1, 1, 16, 24)
+    given = (y, torch.ones_like(y), torch.tensor([[0.1, 0.0]]))
+    restored, _, features = Restore(parts.trunk, parts.latents)(*given)
+    eps = parts.latents.noise(y, torch.Generator().manual_seed(4))
+    hot = Complete(parts.latents, temperature)(*given, restored, features, eps)
+    for one, other in zip(hot, Complete(parts.latents)(*given, restored, features, 1.5 * eps), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+class Idle(nn.Module):
+    """A trunk that leaves the noise, so that the error is 1 in units of the noise, and 1/8 in means of blocks."""
+
+    def features(self, y: Tensor, _sigma: Tensor, _kind: Tensor) -> Tensor:
+        """The image."""
+        return y
+
+    def residual(self, features: Tensor) -> Tensor:
+        """Nothing."""
+        return torch.zeros_like(features)
+
+
+class Blocky(nn.Module):
+    """Latents of one number a block, whose draws differ by it alone.
+
+    Args:
+        std: Standard deviation of the draws.
+    """
+
+    def __init__(self, std: float) -> None:
+        super().__init__()
+        self.std = std
+
+    def noise(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """One number a block of 8 x 8 pixels."""
+        return torch.randn(len(x), 1, x.shape[2] // 8, x.shape[3] // 8, generator=generator)
+
+    def forward(self, _features: Tensor, eps: Tensor) -> SimpleNamespace:
+        """What `temperature_of` reads of a draw."""
+        mean = self.std * torch.nn.functional.interpolate(eps, scale_factor=8.0)
+        return SimpleNamespace(mean=mean, log_std=torch.full_like(mean, -20.0))
+
+
+@pytest.mark.parametrize(("std", "factor"), [(1.0, 1.0), (0.125, 1.0), (0.1, 1.25), (0.09, 1.39), (0.01, 1.5)])
+def test_the_temperature_makes_means_of_blocks_vary_as_much_as_they_are_wrong(std: float, factor: float) -> None:
+    """Where draws vary too little it is above 1, within its bounds."""
+    parts = SimpleNamespace(trunk=Idle(), latents=Blocky(std), channels=1)
+    images = (255 * uniform(8, 1, 64, 64, seed=3)).to(torch.uint8)
+    found = temperature_of(parts, images, 0)  # type: ignore[arg-type]
+    assert found["factors"] == pytest.approx([factor] * len(found["levels"]), rel=0.07)
+
+
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("variant", ["grey", "colour"])
 def test_graphs_compute_what_torch_computes(variant: Any, size: tuple[int, int], fitted: Fitted) -> None:
@@ -245,11 +304,12 @@ def test_graphs_compute_what_torch_computes(variant: Any, size: tuple[int, int],
     level = torch.tensor([[0.1, 0.0], [0.0, 0.2], [0.0, 0.0]])
     restored, variance, features = Restore(parts.trunk, parts.latents)(y, mask, level)
     eps = parts.latents.noise(y, torch.Generator().manual_seed(6))
+    temperature = Temperature(**fitted.told.quality[variant]["temperature"])
     expected = {
         "restoration": ((y, mask, level), (restored, variance, features)),
         "completion": (
             (y, mask, level, restored, features, eps),
-            Complete(parts.latents)(y, mask, level, restored, features, eps),
+            Complete(parts.latents, temperature)(y, mask, level, restored, features, eps),
         ),
         "noise_level": ((y, mask), (EstimateLevels(parts.level)(y, mask),)),
         "noise": ((y, mask), (EstimateNoise(parts.level)(y, mask),)),

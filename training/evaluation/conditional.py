@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from bisect import bisect_left
 from collections.abc import Iterator
@@ -44,6 +45,12 @@ KNOTS = (1, 2, 5, 10, 15, 25, 35, 50, 75)
 KNOT_QUALITIES = (90, 75, 50, 30, 15)
 """Qualities of JPEG likewise, so that their levels rise."""
 FACTOR_SIDES = (2, 4)
+TEMPERED = (5, 10, 25, 50, 75)
+"""Standard deviations at which temperatures are found, in grey levels."""
+TEMPERATURES = (1.0, 1.1, 1.25, 1.5)
+"""Temperatures that are tried; what lies between them is interpolated."""
+TEMPERED_IMAGES, TEMPERED_DRAWS, BLOCK = 16, 4, 8
+"""Images and draws of each, and the height and width of the blocks in pixels."""
 FEWEST = 200
 """Least number of pixels for a factor."""
 ROWS = 16
@@ -208,6 +215,47 @@ def calibration_of(parts: Parts, images: Tensor, seed: int) -> Calibration:
             if of_it.sum() >= FEWEST:
                 factors[way] = factor_for(mean[of_it], std[of_it], x.numpy()[of_it])
     return Calibration(factors={"fast": factors}, curves={"fast": curves}, images=len(x), seed=seed)
+
+
+@torch.inference_mode()
+def temperature_of(parts: Parts, images: Tensor, seed: int) -> dict[str, list[float]]:
+    """Temperatures at which draws vary as much as the restored images are wrong, in the means of blocks.
+
+    Pixels show whether single deviations are right, means of blocks whether what is wrong together varies together. The
+    prior of the latents is too narrow there, the more so the stronger the noise.
+
+    Args:
+        parts: The networks, on the CPU.
+        images: uint8 (n, c, h, w), not used in training.
+        seed: Of noise and draws.
+
+    Returns:
+        `levels` and `factors`, as `Temperature` takes them.
+    """
+    x = images_of(images[:TEMPERED_IMAGES], parts.channels)
+    factors = [_temperature(parts, _noisy(x, sigma, seed), seed) for sigma in TEMPERED]
+    return {"levels": [sigma / 255.0 for sigma in TEMPERED], "factors": factors}
+
+
+def _temperature(parts: Parts, spoilt: Spoilt, seed: int) -> float:
+    generator = keyed_generator(spoilt.x.device, seed, 21)
+    ladder, below = parts.latents, functools.partial(torch.nn.functional.avg_pool2d, kernel_size=BLOCK)
+
+    def varied(*rows: Tensor) -> Tensor:
+        """(n, 1 + temperatures): squared errors of means of blocks, and variances that draws have there."""
+        x, *seen = rows
+        known = estimated(parts.trunk, *seen)
+        found = [below((x - known.restored) / known.sigma).square().mean((1, 2, 3))]
+        eps = [ladder.noise(x, generator) for _ in range(TEMPERED_DRAWS)]
+        for factor in TEMPERATURES:
+            draws = [ladder(known.features, factor * one) for one in eps]
+            between = torch.stack([below(one.mean) for one in draws]).var(0).mean((1, 2, 3))
+            within = torch.stack([(2.0 * one.log_std).exp() for one in draws]).mean((0, 2, 3, 4))
+            found.append(between + within / BLOCK**2)
+        return torch.stack(found, 1)
+
+    wrong, *spread = _of_rows(varied, *spoilt).mean(0).tolist()
+    return round(float(np.interp(wrong, spread, TEMPERATURES)), 3)
 
 
 def _agreeing(operator: OperatorName, mean: Pixels, std: Pixels, y: Pixels) -> Pixels:

@@ -20,7 +20,7 @@ from training.export.tiling import FELT_STD, felt_margin, noise_in
 from training.export.weights import weights_in
 from training.loop.conditional_stages import Parts
 from training.loop.randomness import keyed_generator
-from training.models.conditional import Complete, EstimateLevels, EstimateNoise, Restore, estimated
+from training.models.conditional import Complete, EstimateLevels, EstimateNoise, Restore, Temperature, estimated
 from training.networks.eight_bits import StoredConv2d, stored, trainable
 
 GOLDEN = Corruptions(white=0.25, camera=0.0, jpeg=0.25, missing=0.25, shrunk=0.25)
@@ -32,17 +32,20 @@ WHERE = {"trunk.": "trunk", "head.": "latents", "ladder.": "latents", "network."
 
 
 @torch.no_grad()
-def conditional_graphs(parts: Parts, exact: Parts, spoilt: Spoilt) -> dict[str, Exportable]:
+def conditional_graphs(
+    parts: Parts, exact: Parts, spoilt: Spoilt, temperature: Temperature | None = None
+) -> dict[str, Exportable]:
     """The graphs of a variant by name, with golden rows.
 
     Args:
         parts: The networks, on the CPU.
         exact: Those before their weights were rounded, or the same.
         spoilt: Golden images.
+        temperature: Of the draws; None is 1.
     """
     features: dict[str, list[Axis]] = {"features": [parts.trunk.width, "height/2", "width/2"]}
     found = {}
-    made, unrounded = _modules(parts), _modules(exact)
+    made, unrounded = _modules(parts, temperature), _modules(exact, temperature)
     _, *seen = spoilt
     restored, _, of_trunk = made["restoration"](*seen)
     eps = parts.latents.noise(spoilt.x, keyed_generator(spoilt.x.device, 0))
@@ -62,10 +65,10 @@ def conditional_graphs(parts: Parts, exact: Parts, spoilt: Spoilt) -> dict[str, 
     return found
 
 
-def _modules(parts: Parts) -> dict[str, nn.Module]:
+def _modules(parts: Parts, temperature: Temperature | None) -> dict[str, nn.Module]:
     return {
         "restoration": Restore(stored(parts.trunk), parts.latents),
-        "completion": Complete(parts.latents),
+        "completion": Complete(parts.latents, temperature),
         "noise_level": EstimateLevels(parts.level),
         "noise": EstimateNoise(parts.level),
     }

@@ -7,6 +7,7 @@ Source: Kingma and Welling (2013), with everything given y, as Sohn et al. (2015
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -106,12 +107,44 @@ class Restore(nn.Module):
         return seen.restored, (seen.sigma * self.head(seen.features).exp()).square(), seen.features
 
 
-class Complete(nn.Module):
-    """A draw of x given y, z and its density: the graph `completion`."""
+class Temperature(nn.Module):
+    """What the noise of a draw is multiplied by, depending on the level of the noise in y.
 
-    def __init__(self, ladder: SpatialLadder) -> None:
+    Args:
+        levels: Two levels or more, ascending.
+        factors: The factor at each. Between them it is linear in the logarithm of the level, beyond them constant.
+    """
+
+    logs: Tensor
+    spans: Tensor
+    slopes: Tensor
+
+    def __init__(self, levels: Sequence[float], factors: Sequence[float]) -> None:
         super().__init__()
-        self.ladder = ladder
+        logs, known = torch.tensor(levels).log(), torch.tensor(factors)
+        self.first = float(known[0])
+        self.register_buffer("logs", logs[:-1])
+        self.register_buffer("spans", logs.diff())
+        self.register_buffer("slopes", known.diff() / logs.diff())
+
+    def forward(self, level: Tensor) -> Tensor:
+        """Levels (n, F) of all families to factors (n, 1, 1, 1)."""
+        log = level.square().sum(1, keepdim=True).sqrt().clamp(min=LEAST_LEVEL).log()
+        found = self.first + (torch.minimum((log - self.logs).clamp(min=0.0), self.spans) * self.slopes).sum(1)
+        return found[:, None, None, None]
+
+
+class Complete(nn.Module):
+    """A draw of x given y, z and its density: the graph `completion`.
+
+    Args:
+        ladder: The latents.
+        temperature: Of the draws; None is 1.
+    """
+
+    def __init__(self, ladder: SpatialLadder, temperature: Temperature | None = None) -> None:
+        super().__init__()
+        self.ladder, self.temperature = ladder, temperature
 
     def forward(
         self, y: Tensor, mask: Tensor, level: Tensor, restored: Tensor, features: Tensor, eps: Tensor
@@ -131,7 +164,7 @@ class Complete(nn.Module):
             coarser grids, shaped like eps; log p(z | y) in nats, (n,).
         """
         sigma = conditions(y, mask, level).sigma
-        found = self.ladder(features, eps)
+        found = self.ladder(features, eps if self.temperature is None else self.temperature(level) * eps)
         z, mean, log_var = (self.ladder.packed([group[part] for group in found.groups]) for part in range(3))
         # In double: the last bit of onnxruntime's sums in float depends on the number of rows.
         log_p = SpatialGaussian(mean.double(), log_var.double()).log_prob(z.double())
