@@ -87,7 +87,7 @@ class Trunk(nn.Module):
         widths: Channels of each level, finest first.
         blocks: Residual blocks a way, of each level.
         eight_bits: Whether convolutions of each level, and of the way down to it, have eight bits. Rounding costs
-            0.004 dB at the coarser levels, where two thirds of the time is spent, and 0.1 dB at the finest.
+            0.004 dB at the two coarser levels of three, and 0.1 dB at the finest.
     """
 
     def __init__(self, channels: int, widths: Sequence[int], blocks: Sequence[int], eight_bits: Sequence[bool]) -> None:

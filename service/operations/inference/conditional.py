@@ -191,8 +191,8 @@ async def restore(
         noise: The request's noise.
         observe: Called after every step of work in several steps.
     """
-    few = blocks_of(seen.operator) is None or (choices.masked and not choices.draws)
-    if choices.refined or few:
+    splitting = blocks_of(seen.operator) is None or (choices.masked and not choices.draws)
+    if choices.refined or splitting:
         turning = seen.operator is None and not choices.masked
         steps = await (_ensemble if turning else _split)(model, submit, seen, choices, observe)
         return _named(steps.arrays, {}, steps, choices)
@@ -269,10 +269,10 @@ async def _split(
     Source:
         Zhang et al. (2021), equations 6 and 7.
     """
-    whole = blocks_of(seen.operator) is None
-    schedule = BLURRED if whole else BEGUN
+    blurred = blocks_of(seen.operator) is None
+    schedule = BLURRED if blurred else BEGUN
     steps = schedule.refined if choices.refined else schedule.fast
-    x, told, spent = await _beginning(model, submit, seen)
+    x, variance, spent = await _beginning(model, submit, seen)
     noise = np.square(seen.total) + np.float32(LEAST_VARIANCE)
     last = np.maximum(seen.total, np.float32(schedule.last))
     first = np.maximum(last, np.float32(schedule.first))
@@ -282,13 +282,13 @@ async def _split(
         sigma = (first * (last / first) ** np.float32(k / (steps - 1))).astype(np.float32)
         level = np.zeros_like(seen.level)
         level[:, gaussian] = sigma
-        program = model.plan("split", split_rows, 0, operator, rounds=steps, local=not whole, last=k == steps - 1)
+        program = model.plan("split", split_rows, 0, operator, rounds=steps, local=not blurred, last=k == steps - 1)
         arrays = (x, seen.y, seen.mask, level, np.square(sigma) / np.float32(WEIGHT), noise)
         trip = await _begun(submit, program, arrays, k)
-        (x, of_prior), spent = trip.arrays, trip.after(spent)
+        (x, of_step), spent = trip.arrays, trip.after(spent)
         if observe is not None:
             observe(Result({"images": x} if choices.preview else {}, {"step": k + 1, "steps": steps}, spent))
-    return spent._replace(arrays=(x, of_prior if told is None else told))
+    return spent._replace(arrays=(x, of_step if variance is None else variance))
 
 
 async def _beginning(model: Model, submit: Submit, seen: Observation) -> tuple[Rows, Rows | None, Trip]:
