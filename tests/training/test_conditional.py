@@ -25,6 +25,7 @@ from training.config import ConditionalRun
 from training.distributions.camera import demosaiced, mosaic_of
 from training.distributions.spoiling import Corruptions, spoil
 from training.errors import CheckpointError, ConfigError, ExportError
+from training.evaluation.calibrate import FACTORS
 from training.evaluation.conditional import factor_for, temperature_of
 from training.export.conditional import weights_of
 from training.export.session import opened
@@ -415,12 +416,16 @@ def test_weights_trained_elsewhere_are_kept_as_a_finished_stage(fitted: Fitted, 
 
 
 def test_a_factor_makes_intervals_hold() -> None:
-    """Errors twice as large as told give 2; those of half the size 0.5."""
+    """Errors twice as large as told give 2; those of half the size 0.5. Almost certain pixels count if all are so."""
     generator = np.random.default_rng(0)
     std = np.full((20, 1, 50, 50), 0.02, np.float32)
     for scale in (0.5, 1.0, 2.0):
         mean = (0.5 + scale * std * generator.standard_normal(std.shape)).astype(np.float32)
         assert factor_for(mean, std, np.full_like(std, 0.5)) == pytest.approx(scale, rel=0.03)
+    smooth = [np.concatenate([part, part]) for part in (mean, std, np.full_like(std, 0.5))]
+    smooth[0][20:], smooth[1][20:] = 0.5, 0.002
+    assert factor_for(*smooth) == pytest.approx(2.0, rel=0.03)
+    assert factor_for(*(part[20:] for part in smooth)) == FACTORS[0]
 
 
 def test_a_clean_image_has_no_noise_of_any_family() -> None:

@@ -28,7 +28,7 @@ from training.distributions.camera import compressed, luma
 from training.distributions.spoiling import NAMES, Spoilt
 from training.evaluation.calibrate import FACTORS, PROMISED
 from training.evaluation.evaluate import decibels
-from training.evaluation.measures import DEVIATIONS
+from training.evaluation.measures import DEVIATIONS, LEAST_STD
 from training.loop.conditional_stages import Parts
 from training.loop.randomness import keyed_generator
 from training.models.conditional import EstimateLevels, EstimateNoise, Restore, estimated, latent_bound
@@ -279,7 +279,14 @@ def _told(parts: Parts, spoilt: Spoilt) -> tuple[Pixels, Pixels]:
 
 
 def factor_for(mean: Pixels, std: Pixels, x: Pixels) -> float:
-    """The least of `FACTORS` with which the share `PROMISED` of the pixels is covered."""
+    """The least of `FACTORS` with which the share `PROMISED` of the pixels is covered.
+
+    Pixels whose deviation is at most `LEAST_STD` do not count where there are others: smooth areas, of which a set of
+    photographs has many and another few, are covered too often.
+    """
+    uncertain = std > LEAST_STD
+    if uncertain.sum() >= FEWEST:
+        mean, std, x = mean[uncertain], std[uncertain], x[uncertain]
     error = np.abs(x - mean)
 
     def covered(factor: float) -> float:
