@@ -187,7 +187,16 @@ def _factors(asking: Asking, tasks: list[Task], quality: str) -> dict[str, float
 
 def factor_of(told: Told) -> float:
     """Find the least factor of `FACTORS` with which the share `PROMISED` of the pixels is covered."""
-    place = bisect_left(FACTORS, PROMISED, hi=len(FACTORS) - 1, key=told.covered)
+    return least_factor(told.covered)
+
+
+def least_factor(covered: Callable[[float], float]) -> float:
+    """Find the least of `FACTORS` with which the share `PROMISED` is covered, or the largest factor.
+
+    Args:
+        covered: Share of the pixels that intervals hold, by the factor.
+    """
+    place = bisect_left(FACTORS, PROMISED, hi=len(FACTORS) - 1, key=covered)
     return round(float(FACTORS[place]), 3)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from bisect import bisect_left
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -26,7 +25,7 @@ from service.contract.manifest import Calibration, Curve
 from training.data import as_float
 from training.distributions.camera import compressed, luma
 from training.distributions.spoiling import NAMES, Spoilt
-from training.evaluation.calibrate import FACTORS, PROMISED
+from training.evaluation.calibrate import FEWEST, least_factor
 from training.evaluation.evaluate import decibels
 from training.evaluation.measures import DEVIATIONS, LEAST_STD
 from training.loop.conditional_stages import Parts
@@ -51,8 +50,6 @@ TEMPERATURES = (1.0, 1.1, 1.25, 1.5)
 """Temperatures that are tried; what lies between them is interpolated."""
 TEMPERED_IMAGES, TEMPERED_DRAWS, BLOCK = 16, 4, 8
 """Images and draws of each, and the height and width of the blocks in pixels."""
-FEWEST = 200
-"""Least number of pixels for a factor."""
 ROWS = 16
 """Images at a time."""
 
@@ -292,4 +289,4 @@ def factor_for(mean: Pixels, std: Pixels, x: Pixels) -> float:
     def covered(factor: float) -> float:
         return float((error <= DEVIATIONS * widened(std, np.float32(factor))).mean())
 
-    return round(float(FACTORS[bisect_left(FACTORS, PROMISED, hi=len(FACTORS) - 1, key=covered)]), 3)
+    return least_factor(covered)
