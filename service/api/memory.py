@@ -125,6 +125,6 @@ def answer_bytes(
         height, width = model.padded(size)
         image, latent = model.input_shape[0] * height * width, math.prod(model.latent_at(height, width))
     if levels is None:
-        return NUMBER_BYTES * rows * int(options.memory_numbers(image, latent))
-    pixels, others = int(options.memory_levels(image)), int(options.memory_numbers(0, latent))
+        return NUMBER_BYTES * rows * int(options.memory_numbers(model, image, latent))
+    pixels, others = int(options.memory_levels(model, image)), int(options.memory_numbers(model, 0, latent))
     return rows * (LEVEL_BYTES[levels] * pixels + NUMBER_BYTES * others)

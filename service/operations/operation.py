@@ -118,18 +118,19 @@ class Options(BaseModel):
         """Shape (c, h, w) of one image in the request, before it is adapted to the model."""
         return model.input_shape
 
-    def memory_numbers(self, image: int, latent: int) -> int:
+    def memory_numbers(self, model: Model, image: int, latent: int) -> int:  # noqa: ARG002  # subclasses need it
         """Numbers in memory while one row of the request is answered.
 
         Args:
+            model: The model.
             image: Numbers of an image.
             latent: Numbers of a latent.
         """
         return image + self.multiplicity * latent
 
-    def memory_levels(self, image: int) -> int:
+    def memory_levels(self, model: Model, image: int) -> int:
         """Numbers of images likewise, where images of the answer are levels and those of the request stay levels."""
-        return self.memory_numbers(image, 0)
+        return self.memory_numbers(model, image, 0)
 
 
 class ImageOptions(Options):

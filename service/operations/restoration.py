@@ -49,7 +49,7 @@ class RestoreOptions(DrawOptions):
     quality: Literal["fast", "refined"] = "fast"
     """`fast` is one pass through the networks. `refined` takes up to 100 times as long, at low priority: variational
     inference for each image or, of a conditional model, the mean over 8 flips and rotations; with a mask, a blur or a
-    factor, 24 steps of plug-and-play splitting."""
+    factor, 10 to 24 steps of plug-and-play splitting."""
     uncertainty: bool | Literal["map"] = False
     """Whether the answer holds `std`, the posterior standard deviation of each pixel. It is calibrated: 90% of the true
     pixels lie within 1.645 `std`. With `map`, an answer in PNG is a heat map of it."""
@@ -77,13 +77,13 @@ class RestoreOptions(DrawOptions):
         """The family of noise that the options name; None where they name none."""
         return None
 
-    def memory_numbers(self, image: int, latent: int) -> int:
+    def memory_numbers(self, model: Model, image: int, latent: int) -> int:
         """Numbers in memory while one row of the request is answered; see `Options.memory_numbers`."""
         images = 3 + bool(self.uncertainty) + (self.draws if self.completions else 0)  # 3: observation, mask, mean
-        noise = STEPS * latent if self.quality == "refined" else 0
+        noise = STEPS * latent if self.quality == "refined" and "refinement" in model.graphs else 0
         return images * image + self.draws * latent + noise
 
-    def memory_levels(self, image: int) -> int:
+    def memory_levels(self, model: Model, image: int) -> int:  # noqa: ARG002  # the base class needs it
         """The answer; refinement holds a few images as floats."""
         return image * (8 if self.quality == "refined" else 1)
 

@@ -63,9 +63,9 @@ class ScoreOptions(ImageOptions):
         """What refinement needs of a model."""
         return {"encoder": REFINED, "elbo_gradient": REFINED} if self.quality == "refined" else {}
 
-    def memory_numbers(self, image: int, latent: int) -> int:
+    def memory_numbers(self, model: Model, image: int, latent: int) -> int:
         """Numbers in memory while one row of the request is answered; see `Options.memory_numbers`."""
-        return super().memory_numbers(image, latent) + (STEPS * latent if self.quality == "refined" else 0)
+        return super().memory_numbers(model, image, latent) + (STEPS * latent if self.quality == "refined" else 0)
 
 
 def binarisation(model: Model, options: ScoreOptions) -> tuple[Scoring, str]:

@@ -217,6 +217,13 @@ def test_a_picture_of_24_megapixels_fits_the_budget(repository: Repository) -> N
     assert answer_bytes(model, DenoiseOptions(draws=1), 1, (4000, 6000), levels="uint8") > estimate
 
 
+def test_a_conditional_model_refines_without_drawing_latents(repository: Repository) -> None:
+    """Refining needs no more memory than one pass, which it repeats."""
+    model = repository.models["pictures"]["1"].variants[1]
+    fast, refined = DenoiseOptions(quality="fast"), DenoiseOptions(quality="refined")
+    assert answer_bytes(model, refined, 1, (512, 512)) == answer_bytes(model, fast, 1, (512, 512))
+
+
 def test_means_of_blocks_need_no_matrices() -> None:
     """What `Blocks` computes is what the matrices of the operator compute, and one step solves it."""
     rng = np.random.default_rng(0)
