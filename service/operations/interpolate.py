@@ -36,7 +36,7 @@ class InterpolateOptions(ImageOptions, LatentOptions):
         """Whether the answer has no other arrays than images."""
         return not self.latent_walk
 
-    def memory_numbers(self, model: Model, image: int, latent: int) -> int:  # noqa: ARG002  # subclasses need it
+    def memory_numbers(self, model: Model, image: int, latent: int) -> int:  # noqa: ARG002  # the base class's signature
         """Numbers in memory for one row of the request: an image and a latent for each step."""
         return self.steps * (image + latent)
 

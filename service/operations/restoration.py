@@ -83,7 +83,7 @@ class RestoreOptions(DrawOptions):
         noise = STEPS * latent if self.quality == "refined" and "refinement" in model.graphs else 0
         return images * image + self.draws * latent + noise
 
-    def memory_levels(self, model: Model, image: int) -> int:  # noqa: ARG002  # the base class needs it
+    def memory_levels(self, model: Model, image: int) -> int:  # noqa: ARG002  # the base class's signature
         """The answer; refinement holds a few images as floats."""
         return image * (8 if self.quality == "refined" else 1)
 
