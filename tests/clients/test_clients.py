@@ -32,7 +32,7 @@ NOT_READ = {"application/x-npy", "image/png", "image/jpeg", "image/webp", "image
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     """The shipped models, served."""
-    with serving(create_app(Settings(models=HERE.parents[1] / "models", threads=1))) as url:
+    with serving(create_app(Settings(models=HERE.parents[1] / "models", default_model="mnist", threads=1))) as url:
         yield url
 
 
