@@ -91,7 +91,8 @@ def finished(page: str, diagrams: str) -> str:
 
 def formula(text: str, *, display: bool) -> str:
     r"""A formula in \( \) or \[ \], escaped for HTML, as MathML."""
-    return convert(html.unescape(text).strip()[2:-2], display="block" if display else "inline")
+    latex = html.unescape(text).strip()[2:-2].replace(r"\log ", r"\log\, ")  # browsers set no space after an operator
+    return convert(latex, display="block" if display else "inline")
 
 
 class Page(HTMLParser):

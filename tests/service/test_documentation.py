@@ -1,4 +1,4 @@
-"""The documentation: /docs needs no network, every code block of the pages runs; what is kept of it and of the metrics."""
+"""The documentation: /docs needs no network, code blocks of the pages run; what is kept of it and of the metrics."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from service.contract.manifest import Manifest
 from service.observability.metrics import Telemetry
 from service.repository.repository import Repository
 from service.settings import Settings, read_settings
-from tests.support.pages import MARK, PAGES, ROOT, Block, blocks
+from tests.support.pages import FENCED, MARK, PAGES, ROOT, Block, blocks
 from training.__main__ import _parser
 from training.config import kind_of, load_as
 
@@ -264,10 +264,15 @@ def test_every_mark_stands_above_a_block(path: Path) -> None:
     assert len(MARK.findall(path.read_text())) == sum(bool(block.reason) for block in blocks(path))
 
 
+def test_the_readme_is_short() -> None:
+    """At most 120 lines."""
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_links_lead_to_files(path: Path) -> None:
     """To pages, pictures and code; `make docs` checks the anchors too."""
-    for target in re.findall(r"\]\(([^)\s#]+)", re.sub(r"```.*?^```$", "", path.read_text(), flags=re.M | re.S)):
+    for target in re.findall(r"\]\(([^)\s#]+)", FENCED.sub("", path.read_text())):
         assert "://" in target or (path.parent / target).exists(), target
 
 
@@ -290,7 +295,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
 
 @pytest.mark.parametrize("block", RUN, ids=Block.place)
 def test_blocks_do_what_they_say(block: Block, address: str, folders: Mapping[str, Path]) -> None:
-    """As written, but for the port and the environment: no error, no refusal, and files that are what they are named."""
+    """As written, but for the port and the environment: no error, no refusal, and files are what they are named."""
     folder = folders[block.page]
     if " models/" in block.text and not (folder / "models").exists():
         shutil.copytree(ROOT / "models", folder / "models")
