@@ -66,7 +66,10 @@ PICTURE = {
     200: {
         "content": {
             **CARD[200]["content"],
-            PNG: {"schema": {"type": "string", "contentMediaType": PNG}},
+            PNG: {
+                "schema": {"type": "string", "contentMediaType": PNG},
+                "examples": {"sheet": {"externalValue": "v1/models/mnist/card/sheet.png"}},
+            },
         }
     },
     **documented(NotFound, UnknownModel, NotReady),
