@@ -150,7 +150,7 @@ def create_app(
     ):
         app.include_router(router)
     if settings.docs:
-        app.include_router(docs_router(app.openapi, OPERATIONS))
+        app.include_router(docs_router(app.openapi))
     add_access_control(app, settings, problems.respond, telemetry.refused, shared_folder)
     app.add_exception_handler(ServiceError, _service_problem)
     app.add_exception_handler(HTTPException, _http_problem)

@@ -1,12 +1,12 @@
-"""Examples of bodies that are not text. The OpenAPI document names them; the service has them at /docs/examples/."""
+"""Examples of bodies that are not text, for the OpenAPI document: those in JSON, written in every other format."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +18,6 @@ from service.codecs.payload import FLOAT, Answer
 from service.operations.examples import PICTURE, SMALL
 from service.operations.operation import Operation, Tensor
 
-PATH = "docs/examples/"
-"""Where the files are, relative to the document."""
 SUFFIXES = {"application/octet-stream": "raw", "application/x-npy": "npy"}
 """Of media types that do not end in one."""
 OPAQUE, PAGED = ("JPEG", "BMP", "HEIC"), ("TIFF", "GIF")
@@ -47,36 +45,26 @@ HEIC = {
 """Pictures as HEIC, all in base64, because no library of the service writes this format."""
 
 
-class File(NamedTuple):
-    """An example of a body."""
-
-    content: bytes
-    media_type: str
-
-
-def request_examples(operation: Operation, codec: Codec) -> dict[str, Any] | None:
-    """OpenAPI's `examples` of a request in this format; None where the format cannot hold one."""
-    return _named(operation, "request", codec) if _request(operation, codec) else None
-
-
-def answer_examples(operation: Operation, codec: Codec) -> dict[str, Any]:
-    """OpenAPI's `examples` of an answer in this format."""
-    return _named(operation, "answer", codec)
+def body_examples(operations: Iterable[Operation]) -> dict[str, Any]:
+    """OpenAPI's examples of all bodies that are not text, the components that `references` names."""
+    return {
+        name: {"summary": "The body in base64", "value": base64.b64encode(content).decode()}
+        for operation in operations
+        for kind in MAKERS
+        for codec in CODECS
+        for name, content in _example(operation, kind, codec).items()
+    }
 
 
-def _named(operation: Operation, kind: str, codec: Codec) -> dict[str, Any]:
-    return {kind: {"externalValue": f"{PATH}{operation.name}-{kind}.{_suffix(codec)}"}}
+def references(operation: Operation, kind: str, codec: Codec) -> dict[str, Any]:
+    """OpenAPI's `examples` of a `request` or an `answer` in this format; empty where it cannot hold one."""
+    return {name: {"$ref": f"#/components/examples/{name}"} for name in _example(operation, kind, codec)}
 
 
-def files(operations: tuple[Operation, ...]) -> dict[str, File]:
-    """The files of all operations by name."""
-    found = {}
-    for operation in operations:
-        for kind, make in (("request", _request), ("answer", _answer)):
-            for codec in CODECS:
-                if codec.schema and not codec.events and (content := make(operation, codec)):
-                    found[f"{operation.name}-{kind}.{_suffix(codec)}"] = File(content, codec.media_type)
-    return found
+def _example(operation: Operation, kind: str, codec: Codec) -> dict[str, bytes]:
+    """The example by its name."""
+    content = MAKERS[kind](operation, codec) if codec.schema and not codec.events else None
+    return {f"{operation.name}-{kind}-{_suffix(codec)}": content} if content else {}
 
 
 def _suffix(codec: Codec) -> str:
@@ -130,3 +118,6 @@ def _written(codec: Codec, arrays: dict[str, Any]) -> bytes | None:
     outputs: dict[str, NDArray[np.float32]] = {name: np.array(values, FLOAT) for name, values in arrays.items()}
     content = codec.write(Answer(outputs)) if codec.write else None
     return None if content is None else bytes(content)
+
+
+MAKERS: dict[str, Callable[[Operation, Codec], bytes | None]] = {"request": _request, "answer": _answer}

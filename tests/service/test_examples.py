@@ -37,7 +37,7 @@ class Body(NamedTuple):
 @pytest.fixture(scope="module")
 def client(serve: Callable[[FastAPI], AbstractContextManager[str]]) -> Iterator[httpx.Client]:
     """A client of a service of the included digits."""
-    app = create_app(Settings(models=MODELS, versions="mnist:latest", default_model="mnist", open_rate="", threads=1))
+    app = create_app(Settings(models=MODELS, versions="mnist:latest", default_model="mnist", threads=1))
     with serve(app) as url, httpx.Client(base_url=url, timeout=60.0) as client:
         yield client
 
@@ -62,7 +62,7 @@ def bodies(document: dict[str, Any]) -> Iterator[Body]:
 
 
 def examples(document: dict[str, Any], content: dict[str, Any]) -> list[dict[str, Any]]:
-    """The examples of a body, each with `value` or `externalValue`."""
+    """The examples of a body."""
     found = [{"value": content["example"]}] if "example" in content else []
     for one in content.get("examples", {}).values():
         name = one.get("$ref", "").rpartition("/")[2]
@@ -86,25 +86,9 @@ def test_every_example_fits_its_schema(document: dict[str, Any]) -> None:
         body[:2]
         for body in bodies(document)
         for one in examples(document, body.content)
-        if "value" in one and not fits(one["value"], body.content.get("schema", {}))
+        if not fits(one["value"], body.content.get("schema", {}))
     ] == []
     assert not fits({"images": 3}, {"$ref": "#/components/schemas/EncodeRequest"})
-
-
-def test_files_are_served(client: httpx.Client, document: dict[str, Any]) -> None:
-    """Every `externalValue`, relative to the document; others are 404."""
-    names = {
-        one["externalValue"]: body.media_type
-        for body in bodies(document)
-        for one in examples(document, body.content)
-        if "externalValue" in one
-    }
-    assert len(names) > 90
-    for name, media_type in names.items():
-        answer = client.get(f"/{name}")
-        assert (answer.status_code, answer.headers["content-type"]) == (200, media_type), name
-        assert answer.content
-    assert client.get("/docs/examples/nothing.png").status_code == 404
 
 
 def operation_at(document: dict[str, Any], name: str) -> dict[str, Any]:
@@ -112,33 +96,31 @@ def operation_at(document: dict[str, Any], name: str) -> dict[str, Any]:
     return found
 
 
-def request(client: httpx.Client, content: dict[str, Any], media_type: str) -> dict[str, Any]:
+def request(document: dict[str, Any], content: dict[str, Any], media_type: str) -> dict[str, Any]:
     """httpx's arguments for a request as the example shows it."""
     if media_type == JSON:
         return {"json": content["example"]}
     if media_type == FORM:
         fields = {name: value for name, value in content["example"].items() if name not in ("file", "mask")}
         files = [(name, file) for name in ("file", "mask") for file in content["example"].get(name, ())]
-        parts = [(name, (file, file_named(client, file))) for name, file in files]
+        parts = [(name, (file, file_named(document, file))) for name, file in files]
         return {"data": fields, "files": parts or None}
     if media_type == FIELDS:
         return {"data": content["example"]}
-    return {"content": file_of(client, content), "headers": {"content-type": media_type}}
+    return {"content": file_of(document, content), "headers": {"content-type": media_type}}
 
 
-def file_of(client: httpx.Client, content: dict[str, Any]) -> bytes:
-    """The file that is a body's example."""
-    (example,) = content["examples"].values()
-    return client.get(f"/{example['externalValue']}").raise_for_status().content
+def file_of(document: dict[str, Any], content: dict[str, Any]) -> bytes:
+    """The body that is an example in base64."""
+    (example,) = examples(document, content)
+    return base64.b64decode(example["value"], validate=True)
 
 
-def file_named(client: httpx.Client, name: str) -> bytes:
+def file_named(document: dict[str, Any], name: str) -> bytes:
     """What the example of a form calls so."""
     if name == "latents.npy":
-        return client.get("/docs/examples/decode-request.npy").raise_for_status().content
-    if name == "other.png":
-        return base64.b64decode(OTHER)
-    return (MODELS.parent / "examples" / name).read_bytes()
+        return file_of(document, operation_at(document, "decode")["requestBody"]["content"]["application/x-npy"])
+    return base64.b64decode(OTHER) if name == "other.png" else (MODELS.parent / "examples" / name).read_bytes()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -147,7 +129,7 @@ def test_requests_are_answered(client: httpx.Client, document: dict[str, Any], n
     operation = operation_at(document, name)
     expected = operation["responses"]["200"]["content"][JSON]["example"]
     for media_type, content in operation["requestBody"]["content"].items():
-        sent = request(client, content, media_type)
+        sent = request(document, content, media_type)
         headers = sent.pop("headers", {}) | {"accept": JSON}
         answer = client.post(f"/v1/models/mnist/{name}", headers=headers, **sent)
         assert answer.status_code == 200, (media_type, answer.text)
@@ -162,7 +144,7 @@ def test_answers_are_written(client: httpx.Client, document: dict[str, Any], nam
     asked = operation["requestBody"]["content"]
     media_type = next(one for one in ("application/x-npy", "image/png", FIELDS) if one in asked)
     for accepted, content in operation["responses"]["200"]["content"].items():
-        sent = request(client, asked[media_type], media_type)
+        sent = request(document, asked[media_type], media_type)
         headers = sent.pop("headers", {}) | {"accept": accepted}
         answer = client.post(f"/v1/models/mnist/{name}", headers=headers, **sent)
         assert answer.status_code == 200, (accepted, answer.text)
@@ -171,7 +153,7 @@ def test_answers_are_written(client: httpx.Client, document: dict[str, Any], nam
             written = [orjson.loads(line) for line in content["example"].splitlines()]
             assert orjson.loads(answer.content.splitlines()[-1])["event"] == written[-1]["event"]
         elif "examples" in content and accepted != "application/octet-stream":
-            assert answer.content[:4] == file_of(client, content)[:4]
+            assert answer.content[:4] == file_of(document, content)[:4]
 
 
 def test_models_are_described_as_the_examples_say(client: httpx.Client, document: dict[str, Any]) -> None:

@@ -16,8 +16,6 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.exceptions import HTTPException
 
 from service.api.admin.cached import Kept
-from service.api.examples import files as example_files
-from service.operations.operation import Operation
 
 ASSETS = {
     "swagger-ui-bundle.js": "text/javascript; charset=utf-8",
@@ -45,12 +43,11 @@ SCRIPT_HASHES = [
 """Hashes of the scripts in the page, for its Content-Security-Policy."""
 
 
-def docs_router(document: Callable[[], dict[str, Any]], operations: tuple[Operation, ...]) -> APIRouter:
+def docs_router(document: Callable[[], dict[str, Any]]) -> APIRouter:
     """Make the routes of the documentation.
 
     Args:
         document: Returns the application's OpenAPI document, the same at every call.
-        operations: The operations that the application has.
     """
     router = APIRouter(include_in_schema=False)
     page = Kept(PAGE, "text/html; charset=utf-8")
@@ -59,10 +56,6 @@ def docs_router(document: Callable[[], dict[str, Any]], operations: tuple[Operat
     def openapi(prefix: str) -> Kept:
         servers = {"servers": [{"url": prefix}]} if prefix else {}
         return Kept(orjson.dumps({**document(), **servers}), "application/json")
-
-    @cache
-    def examples() -> dict[str, Kept]:
-        return {name: Kept(*file, ASSET_AGE_S) for name, file in example_files(operations).items()}
 
     @router.get("/openapi.json")
     async def openapi_json(request: Request) -> Response:
@@ -77,12 +70,6 @@ def docs_router(document: Callable[[], dict[str, Any]], operations: tuple[Operat
         if name not in ASSETS:
             raise HTTPException(404)
         return _asset(name).answer(request)
-
-    @router.get("/docs/examples/{name}")
-    async def example(request: Request, name: str) -> Response:
-        if name not in examples():
-            raise HTTPException(404)
-        return examples()[name].answer(request)
 
     return router
 

@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 
 from service.api import problems
-from service.api.examples import answer_examples, request_examples
+from service.api.examples import body_examples, references
 from service.codecs import CODECS, JSON
 from service.codecs.codec import EventForm
 from service.operations.examples import OTHER, PICTURE, SMALL
@@ -108,7 +108,7 @@ def with_operations(document: dict[str, Any], operations: Iterable[Operation]) -
         for operation in operations
     }
     components = {**components, "schemas": {**components.get("schemas", {}), **schemas}}
-    components["examples"] = problems.examples()
+    components["examples"] = {**problems.examples(), **body_examples(operations)}
     return without_validation({**document, "paths": {**paths, **document["paths"]}, "components": components})
 
 
@@ -181,7 +181,7 @@ def _bodies(operation: Operation) -> dict[str, Any]:
             form: {"schema": _reference(name + FORM_NAMES[form]), "example": operation.example} for form in forms
         }
     for codec in CODECS:
-        if codec.read and codec.schema and (examples := request_examples(operation, codec)):
+        if codec.read and codec.schema and (examples := references(operation, "request", codec)):
             bodies[codec.media_type] = {"schema": codec.schema, "examples": examples}
     return bodies | {"multipart/form-data": {"schema": _reference(f"{name}Form"), "example": _form(operation)}}
 
@@ -205,7 +205,7 @@ def _answers(operation: Operation) -> dict[str, Any]:
             content[codec.media_type] = {"schema": codec.schema} | (
                 {"example": _stream(operation, codec.events)}
                 if codec.events
-                else {"examples": answer_examples(operation, codec)}
+                else {"examples": references(operation, "answer", codec)}
             )
     return content
 
