@@ -31,18 +31,19 @@ from service.api.admin.metrics import KEEP_S, RENDERS, Exposition
 from service.app import create_app
 from service.contract.manifest import Manifest
 from service.observability.metrics import Telemetry
+from service.operations.registry import OPERATIONS
 from service.repository.repository import Repository
 from service.settings import Settings, read_settings
 from tests.support.pages import FENCED, MARK, PAGES, ROOT, Block, blocks
 from training.__main__ import _parser
-from training.config import kind_of, load_as
+from training.config import RestoringRun, kind_of, load_as
 
 HOME = "http://localhost/"
 DOCUMENTED = "http://127.0.0.1:8000"
 OWN_TEST = ("extending.md", "importing.md")
 """Pages that tests/service/test_extending.py and test_imported.py carry out."""
 WALKS = ("tutorial.md", "own-vae.md")
-"""Pages that tests/site/test_walks.py carries out, because they train."""
+"""Pages that tests/site/test_walks.py carries out, because they train. Their files are checked here."""
 SIGNATURES = {".png": b"\x89PNG\r\n\x1a\n", ".npy": b"\x93NUMPY", ".json": b"{"}
 ASSIGNMENT = re.compile(r"([A-Z_]+)=(.*)", re.DOTALL)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -232,6 +233,12 @@ def check_openssl(words: list[str]) -> None:
     assert {word for word in words[2:] if word.startswith("-")} <= set((done.stdout + done.stderr).split())
 
 
+def check_curl(words: list[str]) -> None:
+    """An operation of the service."""
+    (url,) = (word for word in words if word.startswith(DOCUMENTED))
+    assert url.partition("?")[0].rpartition("/")[2] in {operation.name for operation in OPERATIONS}
+
+
 CHECKS: dict[str, Callable[[list[str]], None]] = {
     "make": check_make,
     "python": check_python,
@@ -241,6 +248,7 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
     "openssl": check_openssl,
     "docker": check_docker,
     "kubectl": check_files,
+    "curl": check_curl,
     "mkdir": lambda _: None,
     "for": lambda _: None,
     "openapi-python-client": lambda _: None,
@@ -344,7 +352,7 @@ def test_runs_are_complete(block: Block, tmp_path: Path) -> None:
     """A TOML can be trained as it stands."""
     path = tmp_path / "run.toml"
     path.write_text(block.text)
-    load_as(kind_of(path), path)
+    load_as(RestoringRun if "[imported]" in block.text else kind_of(path), path)
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language in ("json", "yaml")], ids=Block.place)
