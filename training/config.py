@@ -313,7 +313,7 @@ class LevelStage(LevelSettings):
         white=0.55, camera=0.2, jpeg=0.2, missing=0.05, shrunk=0.0, qualities=(10, 98)
     )
     """Corruptions that this stage simulates: also JPEG of which there is nothing to remove."""
-    clean: Annotated[float, Field(ge=0, le=1)] = 0.15
+    clean: Annotated[float, Field(ge=0, le=1)] = 0.35
     """Share of the images of Gaussian noise that are seen without it, so that clean images are known."""
     train: Optimisation
     """Training of this stage."""

@@ -15,7 +15,7 @@ from service.contract import manifest as manifests
 from service.contract.manifest import File, Manifest, ManifestError
 from training.__main__ import main
 from training.canvas import CAPTION, CELL, GAP
-from training.config import load
+from training.config import kind_of, load, load_as
 from training.errors import ConfigError
 from training.evaluation.card import NOT_STATED, text
 from training.export.card_sheet import MOST_BYTES, blocks
@@ -69,7 +69,8 @@ def test_the_shipped_cards_are_those_of_their_manifests(path: Path) -> None:
     manifest = manifests.read(path.parent)
     assert (path.parent / "README.md").read_text() == text(manifest, ["sheet.png"])
     assert all(manifests.has_digest(path.parent, entry, MOST_BYTES) for entry in manifest.card_files())
-    assert manifest.training["card"] == load(CONFIGS / f"{manifest.name}.toml").card.model_dump(exclude_none=True)
+    config = CONFIGS / f"{manifest.name}.toml"
+    assert manifest.training["card"] == load_as(kind_of(config), config).card.model_dump(exclude_none=True)
     assert NOT_STATED not in text(manifest)
 
 

@@ -31,6 +31,7 @@ from training.export.conditional import weights_of
 from training.export.session import opened
 from training.loop.conditional_stages import STAGES, Parts, build_parts, keep_weights, trained_parts
 from training.models.conditional import (
+    LEAST_LEVEL,
     Complete,
     EstimateLevels,
     EstimateNoise,
@@ -443,6 +444,19 @@ def test_a_clean_image_has_no_noise_of_any_family() -> None:
     assert processed[0] < true[0]
     assert gaussian[1] < true[1]
     assert processed[1] == true[1]
+
+
+def test_a_level_of_processed_noise_is_rather_too_low() -> None:
+    """A level a tenth too high costs three times what one a tenth too low costs."""
+    spoilt = spoil(uniform(1, 3, 16, 16), 3, only("jpeg"), torch.Generator().manual_seed(3))
+    level = (spoilt.y - spoilt.x).square().mean().sqrt()
+
+    def cost(log_ratio: float) -> float:
+        told = torch.stack([torch.zeros(()), ((level + LEAST_LEVEL) * math.exp(log_ratio) - LEAST_LEVEL).log()])
+        found = NoiseEstimate(*told[:, None], torch.full((1,), 30.0))
+        return -float(level_bound(lambda _y, _mask: found, spoilt, torch.zeros(1) > 0).log_likelihood)  # type: ignore[arg-type]
+
+    assert cost(0.1) == pytest.approx(3.0 * cost(-0.1), rel=1e-3)
 
 
 def test_a_level_network_ignores_missing_pixels() -> None:

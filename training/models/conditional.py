@@ -35,6 +35,8 @@ LEAST_LEVEL = 0.4 / 255.0
 """Added to levels whose ratio counts, so that those of clean images need not be exact."""
 LEAST_TOLD = 1.2 / 255.0
 """Level below which the kind of the noise does not count."""
+OVERESTIMATE = 3.0
+"""Weight of the error of a level of processed noise that is too high: it costs detail, one too low leaves noise."""
 BLOCKS = (4, 8)
 """Heights and widths of the blocks whose means train the latents too."""
 KIND_WEIGHT = 0.15
@@ -310,7 +312,9 @@ def level_bound(network: LevelNetwork, spoilt: Spoilt, clean: Tensor) -> Bound:
         functional.smooth_l1_loss((log.exp() + LEAST_LEVEL).log(), known, beta=0.1, reduction="none")
         for log in (found.log_gaussian, found.log_processed)
     )
-    error = torch.where(processed, as_processed, as_gaussian) + clean * as_processed
+    too_high = found.log_processed.exp() > level
+    weighted = as_processed * torch.where(processed & too_high, OVERESTIMATE, 1.0)
+    error = torch.where(processed, weighted, as_gaussian) + clean * as_processed
     kind = functional.binary_cross_entropy_with_logits(found.logit, processed.to(known.dtype), reduction="none")
     log_likelihood = -error - KIND_WEIGHT * kind * (level > LEAST_TOLD)
     return Bound(log_likelihood, torch.zeros_like(log_likelihood))
