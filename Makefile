@@ -4,8 +4,10 @@ PYTHON := $(VENV)/bin/python
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 DATA ?= data
 CONFIG ?= training/configs/mnist.toml
+DOCS := .venv-docs
+MERMAID := 12.3.0
 
-.PHONY: setup serve train test client-test container-test lint bench bench-against bench-sizes bench-photographs bench-training bench-beside house attack fuzz soak clean
+.PHONY: setup serve train test client-test container-test docs docs-test lint bench bench-against bench-sizes bench-photographs bench-training bench-beside house attack fuzz soak clean
 
 serve: $(VENV)/.serve
 	$(PYTHON) -m service
@@ -23,6 +25,13 @@ client-test: $(VENV)/.test
 
 container-test: $(VENV)/.test
 	$(PYTHON) -m pytest -m container tests/container
+
+# The documentation as one site, in .site/html; `python3 -m http.server -d .site/html` shows it.
+docs: $(DOCS)/.ready
+	$(DOCS)/bin/python docs/build.py
+
+docs-test: $(VENV)/.test
+	$(PYTHON) -m pytest -m site tests/site
 
 lint: $(VENV)/.test
 	$(PYTHON) -m ruff check .
@@ -72,7 +81,7 @@ soak: $(VENV)/.test
 	$(PYTHON) -m benchmarks.soak $(if $(MINUTES),--minutes $(MINUTES))
 
 clean:
-	rm -rf $(VENV) .fuzz .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(DOCS) .site .fuzz .mypy_cache .ruff_cache .pytest_cache
 
 # Make creates the environment once, and installs again only when pyproject.toml or constraints.txt changes.
 $(VENV)/bin/python:
@@ -85,3 +94,12 @@ $(VENV)/.serve: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) --editable '.[train,test]'
 	@touch $@ $(VENV)/.serve
+
+# What builds the site, and the script that draws its diagrams.
+$(DOCS)/.ready: docs/requirements.txt Makefile
+	python3 -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet --disable-pip-version-check --requirement docs/requirements.txt
+	npm pack --silent --pack-destination $(DOCS) mermaid@$(MERMAID) >/dev/null
+	tar -xzf $(DOCS)/mermaid-$(MERMAID).tgz -C $(DOCS) package/dist/mermaid.min.js
+	rm $(DOCS)/mermaid-$(MERMAID).tgz
+	@touch $@

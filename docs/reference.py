@@ -1,11 +1,14 @@
 """Writes the tables of the pages below from the code: python docs/reference.py.
 
-What lies between `<!-- name -->` and `<!-- end -->` is the table of that name.
+What lies between `<!-- name -->` and `<!-- end -->` is the table of that name. A link to a file of Python gets a line's
+number where its text is that line of the file, or the name of a class or function in it.
 """
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,17 +24,46 @@ from training.config import ConditionalRun, NoisyRun, RestoringRun, Run
 ROOT = Path(__file__).parents[1]
 PAGES = tuple(
     ROOT / "docs" / name
-    for name in ("operations.md", "configuration.md", "importing.md", "models.md", "noisy-images.md")
+    for name in ("operations.md", "configuration.md", "importing.md", "mathematics.md", "models.md", "noisy-images.md")
 )
 ALERTS = ROOT / "deploy" / "alerts.yml"
 BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
+CODE = re.compile(r"\[`([^`]+)`\]\(\.\./([\w/]+\.py)(?:#L\d+)?\)")
+"""A link to a line of code."""
 Schema = dict[str, Any]
 
 
 def main() -> None:
-    """Rewrite the tables of all pages."""
+    """Rewrite the tables and links of all pages."""
     for page in PAGES:
-        page.write_text(with_tables(page.read_text()))
+        page.write_text(with_lines(with_tables(page.read_text())))
+
+
+def with_lines(page: str) -> str:
+    """Give the links to lines of code their current numbers."""
+    return CODE.sub(lambda found: f"[`{found[1]}`](../{found[2]}#L{line_of(found[1], ROOT / found[2])})", page)
+
+
+def line_of(code: str, path: Path) -> int:
+    """Number of the one line of a file that is `code`, or on which the class or function of that name begins.
+
+    Raises:
+        ValueError: There is none, or there are several.
+    """
+    text = path.read_text()
+    found = [number for number, line in enumerate(text.splitlines(), 1) if line.strip() == code]
+    found += [number for name, number in _definitions(ast.parse(text), "") if name == code]
+    if len(found) != 1:
+        raise ValueError(f"{path.relative_to(ROOT)} has `{code}` {len(found)} times; change the link in docs/")
+    return found[0]
+
+
+def _definitions(node: ast.AST, above: str) -> Iterator[tuple[str, int]]:
+    """Dotted names of classes and functions, with their lines."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield f"{above}{child.name}", child.lineno
+            yield from _definitions(child, f"{above}{child.name}.")
 
 
 def with_tables(page: str) -> str:

@@ -184,14 +184,20 @@ def _workshop(
     return Workshop.open(settings, options.data, folder, device, processes, tensorboard=board)
 
 
+def _length(options: argparse.Namespace, name: str) -> dict[str, int | None]:
+    """Epochs of the command line in place of the TOML's length: its least number of steps gives way too."""
+    epochs = getattr(options, name, None)
+    return {"epochs": epochs, "least_steps": None if epochs is None else 0}
+
+
 def _changes(options: argparse.Namespace) -> dict[str, Any]:
     """What the command line changes in the TOML of a VAE."""
     if getattr(options, "start", None) is not None:
         raise ConfigError("--from is for conditional models, whose TOML has [trunk]")
     return {
         "evaluation": {"draws": options.draws, "images": options.images},
-        "train": {"epochs": getattr(options, "epochs", None)},
-        "restoration": {"train": {"epochs": getattr(options, "restoration_epochs", None)}},
+        "train": _length(options, "epochs"),
+        "restoration": {"train": _length(options, "restoration_epochs")},
     }
 
 
@@ -199,7 +205,7 @@ def _conditional_changes(options: argparse.Namespace) -> dict[str, Any]:
     """What the command line changes in the TOML of a conditional model."""
     if (options.draws, getattr(options, "restoration_epochs", None)) != (None, None):
         raise ConfigError("a conditional model has neither --draws nor --restoration-epochs")
-    start, epochs = getattr(options, "start", None), {"trunk": {"train": {"epochs": getattr(options, "epochs", None)}}}
+    start, epochs = getattr(options, "start", None), {"trunk": {"train": _length(options, "epochs")}}
     own = None if start is None else str(start)
     return {"test_images": options.images, "from": own, **epochs, "colour": epochs}
 
@@ -209,7 +215,7 @@ def _noisy_changes(options: argparse.Namespace) -> dict[str, Any]:
     given = (options.draws, options.images, *(getattr(options, name, None) for name in ("restoration_epochs", "start")))
     if any(value is not None for value in given):
         raise ConfigError("a model of noisy images has none of --draws, --images, --restoration-epochs and --from")
-    return {"train": {"epochs": getattr(options, "epochs", None)}}
+    return {"train": _length(options, "epochs")}
 
 
 def _fit(options: argparse.Namespace) -> None:
@@ -231,7 +237,7 @@ def _restore_only(options: argparse.Namespace, key: Ed25519PrivateKey | None) ->
     if (options.epochs, options.draws, options.images) != (None, None, None):
         raise ConfigError("--restore-only trains no VAE: of these it takes --restoration-epochs alone")
     pipeline.threads(options.threads)
-    epochs = {"restoration": {"train": {"epochs": options.restoration_epochs}}}
+    epochs = {"restoration": {"train": _length(options, "restoration_epochs")}}
     run = load_as(RestoringRun, options.config, epochs)
     folder = options.run or Path("runs") / run.name
     with pipeline.locked(folder):

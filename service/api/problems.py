@@ -73,6 +73,37 @@ TITLES = {
 }
 
 
+DETAILS = {
+    "malformed_request": "the header Content-Length is sent twice, with different values; send it once",
+    "unreadable_body": 'the body is not JSON: unexpected end of data; send an object such as {"images": ...}',
+    "unauthenticated": "there is no API key; send the header Authorization: Bearer <key>",
+    "forbidden": "the key alice lacks the right control",
+    "control_off": "loading and unloading models over HTTP is disabled; set VAE_MODEL_CONTROL=true to allow it",
+    "cross_site": "a page of another origin sent the request; list its origin in VAE_CORS_ORIGINS to allow it",
+    "not_found": 'the card has no file "photo.png"; its files are README.md, sheet.png',
+    "unknown_model": 'there is no model "minst"; there are mnist, mnist-2d, mnist-ladder',
+    "not_acceptable": "no form of this answer fits Accept: text/html; it can be application/json, application/x-npy",
+    "slow_request": "the body did not arrive within 120 s (VAE_BODY_TIMEOUT_S); send it faster, or less of it",
+    "load_refused": "mnist/4 does not match its manifest: decoder.onnx has another SHA-256; copy the version again",
+    "wrong_model": "the latents are of 0123456789abcdef, but model mnist is fedcba9876543210; encode the images anew",
+    "too_large": "the body is above 67108864 bytes (VAE_MAX_BODY_BYTES); send fewer rows",
+    "url_too_long": "path and query have more than 8192 bytes (VAE_MAX_URL_BYTES); send options in the body",
+    "unsupported_media_type": "no body of type text/plain is read; send application/json or application/x-npy",
+    "unknown_host": "this service is not evil.example; VAE_ALLOWED_HOSTS adds names",
+    "invalid_shape": "images are (1, 1, 28, 27), but model mnist takes (n, 1, 28, 28); fit=resize adapts them",
+    "invalid_value": "images hold 1.5; numbers lie in [0, 1]",
+    "invalid_option": "draws is -1; it must be 0 or more",
+    "unsupported_operation": "model sd-vae cannot sample: it has no prior p(z); served models that can: mnist",
+    "rate_limited": "the key alice allows 100 requests a minute; try again in 12 s",
+    "headers_too_large": "the headers have more than 32768 bytes (VAE_MAX_HEADER_BYTES); send fewer",
+    "inference_failed": "the batch failed; the service's log has the cause",
+    "overloaded": "4096 rows are queued (VAE_QUEUE_ROWS); try again in 2 s",
+    "not_ready": "version 2 is loading: trial: opening 3 of 6 graphs, 12 s so far",
+    "no_room": "the override cannot be written: no space left on device; free some, then ask again",
+    "too_many_connections": "4096 connections are open (VAE_MAX_CONNECTIONS); try again later",
+    "deadline_passed": str(errors.DeadlinePassed()),
+}
+"""An example of `detail` for every code."""
 SCHEMA = {
     "type": "object",
     "description": "A problem, as RFC 9457 defines it",
@@ -121,6 +152,15 @@ def describe(error: Exception) -> tuple[int, str, bytes, dict[str, str]]:
     return INTERNAL, "internal_error", problem(INTERNAL, "internal_error", detail), {}
 
 
+def examples() -> dict[str, Any]:
+    """OpenAPI's examples of problems, the components that `documented` refers to."""
+    return {
+        kind.code: {"value": orjson.loads(problem(status, kind.code, DETAILS[kind.code]))}
+        for kind, status in STATUS.items()
+        if kind.code in DETAILS
+    }
+
+
 def respond(error: Exception) -> Response:
     """Give the response for any error."""
     status, _, content, headers = describe(error)
@@ -136,6 +176,14 @@ def documented(*kinds: type[errors.ServiceError]) -> dict[int | str, dict[str, A
         codes.setdefault(STATUS[kind], []).append(kind.code)
     schema = {"$ref": "#/components/schemas/Problem"}
     return {
-        status: {"description": f"{TITLES[status]}: {', '.join(names)}", "content": {MEDIA_TYPE: {"schema": schema}}}
+        status: {
+            "description": f"{TITLES[status]}: {', '.join(names)}",
+            "content": {
+                MEDIA_TYPE: {
+                    "schema": schema,
+                    "examples": {name: {"$ref": f"#/components/examples/{name}"} for name in names},
+                }
+            },
+        }
         for status, names in sorted(codes.items())
     }

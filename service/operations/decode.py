@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from service.operations.examples import LATENT
 from service.operations.inference import vae
 from service.operations.inference.vae import Result
 from service.operations.operation import LATENTS, MEANS, Inputs, LatentOptions, Operation
@@ -23,6 +24,6 @@ decode = Operation(
     outputs=(MEANS,),
     row_wise=True,
     needs=("decoder",),
-    example={"latents": [[0.3, -0.8]]},
+    example={"latents": [LATENT]},
     answer={"images": [[[[0.0, 0.9], [0.1, 0.0]]]]},
 )

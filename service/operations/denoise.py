@@ -8,7 +8,7 @@ from pydantic import Field
 
 from service.contract.corruption import NoiseName
 from service.errors import InvalidOption
-from service.operations.examples import PROGRESS
+from service.operations.examples import PICTURE, PROGRESS
 from service.operations.inference.vae import Result
 from service.operations.operation import IMAGES, MASK, Inputs, Operation
 from service.operations.restoration import NEEDS, OUTPUTS, WARM_UP, TiledOptions, default_noise, observed, restored
@@ -76,7 +76,7 @@ denoise = Operation(
     inputs=(IMAGES, MASK),
     outputs=OUTPUTS,
     row_wise=True,
-    example={"images": ["<base64 of a PNG>"], "noise": "gaussian", "level": 0.25},
+    example={"images": [PICTURE], "noise": "gaussian", "level": 0.25},
     answer={"images": [[[[0.0, 0.9], [0.1, 0.0]]]], "level": [0.25]},
     progress=PROGRESS,
     needs=NEEDS,

@@ -10,6 +10,7 @@ from pydantic import Field
 from service.contract.corruption import NoiseName
 from service.errors import InvalidOption
 from service.operations.abilities import ENCODING
+from service.operations.examples import PICTURE
 from service.operations.inference import conditional, vae
 from service.operations.inference.latent import Noise
 from service.operations.inference.levels import of_one_level
@@ -63,12 +64,11 @@ encode = Operation(
     ),
     row_wise=True,
     needs=((*ENCODING, "completion"),),
-    example={"images": ["<base64 of a PNG>"], "draws": 1, "seed": 7},
+    example={"images": [PICTURE], "draws": 1, "seed": 7},
     answer={
         "mean": [[0.1, -1.2]],
         "log_var": [[-3.1, -2.7]],
         "latents": [[[0.2, -1.1]]],
         "seed": 7,
-        "fingerprint": "0123456789abcdef",
     },
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from service.operations.denoise import DenoiseOptions, NoiseKind, run
-from service.operations.examples import PROGRESS
+from service.operations.examples import HALF, PICTURE, PROGRESS
 from service.operations.operation import IMAGES, MASK, Operation
 from service.operations.restoration import NEEDS, OUTPUTS, WARM_UP
 
@@ -25,7 +25,7 @@ inpaint = Operation(
     inputs=(IMAGES, MASK),
     outputs=OUTPUTS,
     row_wise=True,
-    example={"images": ["<base64 of a PNG>"], "mask": [[[1, 1], [0, 0]]]},
+    example={"images": [PICTURE], "mask": HALF},
     answer={"images": [[[[0.0, 0.9], [0.1, 0.0]]]]},
     masked=True,
     progress=PROGRESS,

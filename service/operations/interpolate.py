@@ -9,6 +9,7 @@ from pydantic import Field
 
 from service.errors import InvalidShape, UnsupportedOperation
 from service.operations.abilities import ENCODING, lacking
+from service.operations.examples import OTHER, PICTURE
 from service.operations.inference import vae
 from service.operations.inference.vae import Result
 from service.operations.operation import IMAGES, LATENTS, PIXELS, ImageOptions, Inputs, LatentOptions, Operation, Tensor
@@ -75,6 +76,6 @@ interpolate = Operation(
     row_wise=False,
     needs=("decoder", ONE_GROUP),
     check=_check,
-    example={"images": ["<base64 of a PNG>", "<base64 of another>"], "steps": 8},
-    answer={"images": [[[[0.0, 0.9], [0.1, 0.0]]]], "latents": [[0.3, -0.8]]},
+    example={"images": [PICTURE, OTHER], "steps": 8},
+    answer={"images": [[[[0.0, 0.9], [0.1, 0.0]]]]},
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from service.operations.abilities import ENCODING
+from service.operations.examples import PICTURE
 from service.operations.inference import vae
 from service.operations.inference.latent import Noise
 from service.operations.inference.vae import Result
@@ -29,6 +30,6 @@ reconstruct = Operation(
     outputs=(MEANS, replace(SEED, required=False)),
     row_wise=True,
     needs=(ENCODING, "decoder"),
-    example={"images": ["<base64 of a PNG>"]},
+    example={"images": [PICTURE]},
     answer={"images": [[[[0.0, 0.9], [0.1, 0.0]]]]},
 )

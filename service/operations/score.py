@@ -11,7 +11,7 @@ from pydantic import Field
 from service.contract.manifest import Scoring
 from service.errors import InvalidOption, InvalidShape
 from service.operations.abilities import ENCODING, Need
-from service.operations.examples import PROGRESS
+from service.operations.examples import PICTURE, PROGRESS
 from service.operations.inference.latent import MAX_SEED, Noise
 from service.operations.inference.refinement import STEPS
 from service.operations.inference.scoring import DRAWS, ScoreChoices
@@ -144,7 +144,7 @@ score = Operation(
         Tensor("binarisation", (), "How grey levels were made black and white", "string"),
     ),
     row_wise=True,
-    example={"images": ["<base64 of a PNG>"], "seed": 7},
+    example={"images": [PICTURE], "seed": 7},
     answer={
         "elbo": [-84.1],
         "log_likelihood": [-59.3],

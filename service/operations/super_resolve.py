@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from service.errors import InvalidOption
-from service.operations.examples import PROGRESS
+from service.operations.examples import PROGRESS, SMALL
 from service.operations.inference.vae import Result
 from service.operations.operation import IMAGES, MASK, Inputs, Operation
 from service.operations.restoration import NEEDS, OUTPUTS, WARM_UP, RestoreOptions, observed, restored
@@ -74,7 +74,7 @@ super_resolve = Operation(
     inputs=(IMAGES, MASK),
     outputs=OUTPUTS,
     row_wise=True,
-    example={"images": ["<base64 of a PNG>"], "factor": 2},
+    example={"images": [SMALL], "factor": 2},
     answer={"images": [[[[0.0, 0.9], [0.1, 0.0]]]]},
     progress=PROGRESS,
     needs=NEEDS,

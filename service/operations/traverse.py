@@ -94,6 +94,6 @@ traverse = Operation(
     row_wise=True,
     needs=("decoder", PRIOR),
     example={"axes": "0,1", "size": 10},
-    answer={"images": [[[[0.0, 0.9], [0.1, 0.0]]]], "latents": [[-1.6, 1.6]]},
+    answer={"images": [[[[0.0, 0.9], [0.1, 0.0]]]]},
     warm_up=({"axes": "0", "size": 2},),
 )

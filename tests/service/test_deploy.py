@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from docs.reference import PAGES, TABLES, with_tables
+from docs.reference import PAGES, TABLES, with_lines, with_tables
 from service.errors import ReaderFault, ServiceError
 from service.observability.metrics import Telemetry
 from service.security.hosts import Hosts
@@ -43,9 +43,9 @@ def codes(kind: type[ServiceError] = ServiceError) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_generated_tables_are_current(path: Path) -> None:
-    """The tables in docs/ equal the code's: `python docs/reference.py` writes them."""
+    """The tables in docs/ equal the code's, and links lead to the line: `python docs/reference.py` writes them."""
     page = path.read_text()
-    assert with_tables(page) == page
+    assert with_lines(with_tables(page)) == page
 
 
 def test_every_table_is_in_a_page() -> None:

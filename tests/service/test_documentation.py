@@ -1,21 +1,23 @@
-"""The documentation: /docs needs no network, every command in the pages runs; what is kept of it and of the metrics."""
+"""The documentation: /docs needs no network, code blocks of the pages run; what is kept of it and of the metrics."""
 
 from __future__ import annotations
 
 import asyncio
 import gzip
+import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
 from base64 import b64encode
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import AbstractContextManager
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urljoin
 
 import httpx
@@ -27,74 +29,30 @@ from torch.distributed.run import get_args_parser
 from experiments.__main__ import _parser as experiments_parser
 from service.api.admin.metrics import KEEP_S, RENDERS, Exposition
 from service.app import create_app
+from service.contract.manifest import Manifest
 from service.observability.metrics import Telemetry
+from service.operations.registry import OPERATIONS
 from service.repository.repository import Repository
 from service.settings import Settings, read_settings
+from tests.support.pages import FENCED, MARK, PAGES, ROOT, Block, blocks
 from training.__main__ import _parser
-from training.config import Run, kind_of, load_as
+from training.config import RestoringRun, kind_of, load_as
 
 HOME = "http://localhost/"
-ROOT = Path(__file__).parents[2]
 DOCUMENTED = "http://127.0.0.1:8000"
 OWN_TEST = ("extending.md", "importing.md")
 """Pages that tests/service/test_extending.py and test_imported.py carry out."""
-READERS = {"/models/faces/": "/models/mnist/", "@noisy-face.png": "@examples/noisy.png"}
-"""What only the reader of the tutorial has, and what takes its place here."""
+WALKS = ("tutorial.md", "own-vae.md")
+"""Pages that tests/site/test_walks.py carries out, because they train. Their files are checked here."""
 SIGNATURES = {".png": b"\x89PNG\r\n\x1a\n", ".npy": b"\x93NUMPY", ".json": b"{"}
-FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-INDENTED = re.compile(r"(?<=\n\n)(?: {4,}\S.*\n)+")
 ASSIGNMENT = re.compile(r"([A-Z_]+)=(.*)", re.DOTALL)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
 
 
-class Block(NamedTuple):
-    """A block of code in a page; an indented one is of commands."""
-
-    page: str
-    line: int
-    language: str
-    text: str
-
-    def place(self) -> str:
-        """Where it stands."""
-        return f"{self.page}:{self.line}"
-
-    @property
-    def runs(self) -> bool:
-        """Whether it asks a service, and takes no longer than that."""
-        return self.language == "python" or bool(re.search(r"^(?:.* \| )?curl ", self.text, re.MULTILINE))
-
-    @property
-    def commands(self) -> list[str]:
-        """Continued lines are one command, and so is a loop, which is a block of its own."""
-        return [self.text] if self.text.startswith("for ") else self.text.replace("\\\n", " ").splitlines()
-
-
-def runnable(text: str) -> str:
-    """With the project's own model and pictures in place of the reader's."""
-    for readers, ours in READERS.items():
-        text = text.replace(readers, ours)
-    return text
-
-
-def blocks() -> Iterator[Block]:
-    """Those of all pages."""
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
-        if path.name in OWN_TEST:
-            continue
-        page = path.read_text()
-        for found in FENCED.finditer(page):
-            yield Block(path.name, page.count("\n", 0, found.start()) + 1, found[1], runnable(found[2]))
-        blank = FENCED.sub(lambda found: "\n" * found.group().count("\n"), page)
-        for found in INDENTED.finditer(blank):
-            text = re.sub(r"^ {4,6}", "", found.group(), flags=re.MULTILINE)
-            yield Block(path.name, blank.count("\n", 0, found.start()) + 1, "sh", text)
-
-
-BLOCKS = list(blocks())
-RUN = [block for block in BLOCKS if block.runs]
-NOT_RUN = [command for block in BLOCKS if block.language == "sh" and not block.runs for command in block.commands]
+BLOCKS = [block for path in PAGES if path.name not in OWN_TEST for block in blocks(path)]
+RUN = [block for block in BLOCKS if block.language in ("sh", "python") and not block.reason and block.page not in WALKS]
+NOT_RUN = [command for block in BLOCKS if block.language == "sh" and block.reason for command in block.commands]
 
 
 def asked(scenario: Callable[[httpx.AsyncClient], Coroutine[Any, Any, None]], **settings: Any) -> FastAPI:
@@ -275,6 +233,12 @@ def check_openssl(words: list[str]) -> None:
     assert {word for word in words[2:] if word.startswith("-")} <= set((done.stdout + done.stderr).split())
 
 
+def check_curl(words: list[str]) -> None:
+    """An operation of the service."""
+    (url,) = (word for word in words if word.startswith(DOCUMENTED))
+    assert url.partition("?")[0].rpartition("/")[2] in {operation.name for operation in OPERATIONS}
+
+
 CHECKS: dict[str, Callable[[list[str]], None]] = {
     "make": check_make,
     "python": check_python,
@@ -284,16 +248,40 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
     "openssl": check_openssl,
     "docker": check_docker,
     "kubectl": check_files,
+    "curl": check_curl,
     "mkdir": lambda _: None,
     "for": lambda _: None,
+    "openapi-python-client": lambda _: None,
+    "npx": lambda _: None,
 }
 """How commands that take hours, a container engine or the network are checked without running them, by program."""
 
 
 def test_every_block_says_what_it_is() -> None:
-    """So that no command hides from the tests below."""
-    assert {block.language for block in BLOCKS} <= {"sh", "python", "toml", "text", "yaml", "mermaid"}
+    """So that no command hides from the tests below: `text` is what a program prints, or a form."""
+    languages = {"sh", "python", "toml", "json", "yaml", "text", "mermaid"}
+    assert {block.place() for block in BLOCKS if block.language not in languages} == set()
+    programs = re.compile(rf"^(?:\.venv/bin/)?({'|'.join(CHECKS)}|curl|npx|import|from|def|class) ", re.MULTILINE)
+    assert {block.place() for block in BLOCKS if block.language == "text" and programs.search(block.text)} == set()
     assert {block.page for block in RUN} >= {"README.md", "api.md", "deployment.md"}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_every_mark_stands_above_a_block(path: Path) -> None:
+    """A mark that no block follows would hide that its block is gone."""
+    assert len(MARK.findall(path.read_text())) == sum(bool(block.reason) for block in blocks(path))
+
+
+def test_the_readme_is_short() -> None:
+    """At most 120 lines."""
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_lead_to_files(path: Path) -> None:
+    """To pages, pictures and code; `make docs` checks the anchors too."""
+    for target in re.findall(r"\]\(([^)\s#]+)", FENCED.sub("", path.read_text())):
+        assert "://" in target or (path.parent / target).exists(), target
 
 
 @pytest.fixture(scope="module")
@@ -303,21 +291,33 @@ def address(serve: Callable[[FastAPI], AbstractContextManager[str]]) -> Iterator
         yield url
 
 
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    """A folder for the blocks of each page, which has the project's models and examples."""
+    found = {page: tmp_path_factory.mktemp(page.replace(".", "-")) for page in dict.fromkeys(b.page for b in RUN)}
+    for folder in found.values():
+        (folder / "examples").symlink_to(ROOT / "examples")
+        (folder / ".curlrc").write_text('write-out = "%{stderr}status %{http_code}\\n"\n')
+    return found
+
+
 @pytest.mark.parametrize("block", RUN, ids=Block.place)
-def test_commands_that_ask_a_service_do_what_they_say(block: Block, address: str, tmp_path: Path) -> None:
-    """As written, but for the port and what is the reader's: no refusal, and files that are what they are named."""
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
-    (tmp_path / ".curlrc").write_text('write-out = "%{stderr}status %{http_code}\\n"\n')
-    assert DOCUMENTED in block.text
+def test_blocks_do_what_they_say(block: Block, address: str, folders: Mapping[str, Path]) -> None:
+    """As written, but for the port and the environment: no error, no refusal, and files are what they are named."""
+    folder = folders[block.page]
+    if " models/" in block.text and not (folder / "models").exists():
+        shutil.copytree(ROOT / "models", folder / "models")
+    text = block.text.replace(DOCUMENTED, address).replace(".venv/bin/python", sys.executable)
     program = [sys.executable, "-c"] if block.language == "python" else ["bash", "-euo", "pipefail", "-c"]
     done = subprocess.run(
-        [*program, block.text.replace(DOCUMENTED, address)], env=os.environ | {"CURL_HOME": str(tmp_path), "KEY": "x"},
-        cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
+        [*program, text],
+        env=os.environ | {"CURL_HOME": str(folder), "KEY": "x", "PYTHONPATH": str(ROOT)},
+        cwd=folder, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout, done.stderr)
     statuses = re.findall(r"status (\d+)", done.stderr)
     assert statuses == ["200"] * len(re.findall(r"\bcurl ", block.text)), done.stdout
-    for path in tmp_path.glob("*.*"):
+    for path in folder.glob("*.*"):
         assert path.read_bytes().startswith(SIGNATURES.get(path.suffix, b"")), path.name
     if "/unload" in block.text:
         for path in ("/v1/models/mnist/versions/3/load", "/v1/models/mnist/load"):
@@ -325,15 +325,17 @@ def test_commands_that_ask_a_service_do_what_they_say(block: Block, address: str
 
 
 @pytest.mark.parametrize("block", [block for block in RUN if " -o " in block.text], ids=Block.place)
-def test_a_refusal_leaves_no_file(block: Block, address: str, tmp_path: Path) -> None:
-    """What is named a picture is one."""
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
+def test_a_refusal_leaves_no_file(block: Block, address: str, folders: Mapping[str, Path]) -> None:
+    """What is named a picture is one. What the block sends is there, from the blocks before it."""
+    folder = folders[block.page]
     for command in block.commands:
-        if " -o " in command:
+        if " -o " in command and DOCUMENTED in command:
+            target = folder / re.findall(r" -o (\S+)", command)[0]
+            target.unlink(missing_ok=True)
             refused = command.replace(f"{DOCUMENTED}/v1", f"{address}/v0")
-            done = subprocess.run(["bash", "-c", refused], cwd=tmp_path, capture_output=True, check=False)
+            done = subprocess.run(["bash", "-c", refused], cwd=folder, capture_output=True, check=False)
             assert done.returncode == 22, done.stderr
-            assert [path.name for path in tmp_path.glob("*.*")] == []
+            assert not target.exists()
 
 
 @pytest.mark.parametrize("command", NOT_RUN)
@@ -348,6 +350,17 @@ def test_other_commands_are_well_formed(command: str, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "toml"], ids=Block.place)
-def test_runs_are_complete(block: Block) -> None:
+def test_runs_are_complete(block: Block, tmp_path: Path) -> None:
     """A TOML can be trained as it stands."""
-    Run.model_validate(tomllib.loads(block.text))
+    path = tmp_path / "run.toml"
+    path.write_text(block.text)
+    load_as(RestoringRun if "[imported]" in block.text else kind_of(path), path)
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.language in ("json", "yaml")], ids=Block.place)
+def test_other_files_are_valid(block: Block) -> None:
+    """A manifest is one, and what is for compose names its services."""
+    if block.language == "json":
+        Manifest.model_validate(json.loads(block.text))
+    else:
+        assert yaml.safe_load(block.text)["services"].keys() <= COMPOSE.keys()

@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from service.contract import manifest
 from service.contract.cores import cpu_count
 from tests.faults.conftest import eventually
-from training.__main__ import main
+from training.__main__ import _changes, _parser, main
 from training.config import load
 from training.loop.stages import vae_stage
 from training.loop.trainer import AVERAGED_STEPS, train
@@ -256,6 +256,14 @@ def test_epochs_are_checked_as_in_the_toml(config: Path, capsys: pytest.CaptureF
     assert "train.epochs" in capsys.readouterr().err
     assert main([*arguments(config), "--restoration-epochs", "3"]) == 1
     assert "restoration.network" in capsys.readouterr().err
+
+
+def test_epochs_of_the_command_line_are_all_that_is_trained(config: Path) -> None:
+    """They replace the TOML's least number of steps as well as its epochs, in each stage."""
+    config.write_text(TOML.replace("epochs = 40", "epochs = 40\nleast_steps = 5000"))
+    for options, expected in (([], (40, 5000)), (["--epochs", "2"], (2, 0))):
+        settings = load(config, _changes(_parser().parse_args([*arguments(config), *options]))).train
+        assert (settings.epochs, settings.least_steps) == expected
 
 
 def test_busy_cores_are_left_alone() -> None:

@@ -389,5 +389,5 @@ def test_r_hat_is_the_published_one() -> None:
 def test_the_page_shows_the_example() -> None:
     """The model in docs/training.md is examples/regression.py."""
     page = (ROOT / "docs" / "training.md").read_text()
-    shown = re.findall(r"^```text\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    shown = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     assert EXAMPLE[0].read_text() in shown

@@ -11,6 +11,7 @@ from service.api.admin.cached import Kept
 from service.api.problems import documented
 from service.contract.manifest import CARD_FILE
 from service.errors import NotFound, NotReady, UnknownModel, quoted
+from service.operations.examples import PICTURE as DIGIT
 from service.operations.examples import example
 from service.operations.operation import Operation
 from service.repository.repository import Condition, Repository
@@ -66,7 +67,10 @@ PICTURE = {
     200: {
         "content": {
             **CARD[200]["content"],
-            PNG: {"schema": {"type": "string", "contentMediaType": PNG}},
+            PNG: {
+                "schema": {"type": "string", "contentMediaType": PNG},
+                "examples": {"picture": {"summary": "The picture in base64", "value": DIGIT}},
+            },
         }
     },
     **documented(NotFound, UnknownModel, NotReady),

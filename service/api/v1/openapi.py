@@ -8,8 +8,10 @@ from typing import Any
 import orjson
 
 from service.api import problems
+from service.api.examples import body_examples, references
 from service.codecs import CODECS, JSON
 from service.codecs.codec import EventForm
+from service.operations.examples import OTHER, PICTURE, SMALL
 from service.operations.operation import Operation, Tensor
 
 Schema = dict[str, Any]
@@ -37,6 +39,8 @@ FILES: dict[str, Schema] = {
     )
 }
 """Fields of a form that hold files."""
+FILE_NAMES = {PICTURE: "digit.png", OTHER: "other.png", SMALL: "small.png"}
+"""What examples of forms call the pictures of those in JSON."""
 
 
 def _nested(axes: int, of: str = "number") -> Schema:
@@ -104,7 +108,23 @@ def with_operations(document: dict[str, Any], operations: Iterable[Operation]) -
         for operation in operations
     }
     components = {**components, "schemas": {**components.get("schemas", {}), **schemas}}
-    return {**document, "paths": {**paths, **document["paths"]}, "components": components}
+    components["examples"] = {**problems.examples(), **body_examples(operations)}
+    return without_validation({**document, "paths": {**paths, **document["paths"]}, "components": components})
+
+
+def without_validation(document: dict[str, Any]) -> dict[str, Any]:
+    """Remove the answer that FastAPI documents for every path with parameters.
+
+    These are strings, so nothing can be wrong with them, and all refusals are problems.
+    """
+    for methods in document["paths"].values():
+        for operation in methods.values():
+            refused = operation["responses"].get("422", {}).get("content", {})
+            if "HTTPValidationError" in str(refused):
+                del operation["responses"]["422"]
+    for name in ("HTTPValidationError", "ValidationError"):
+        document["components"]["schemas"].pop(name, None)
+    return document
 
 
 def _post(operation: Operation, names: tuple[str, ...]) -> dict[str, Any]:
@@ -157,29 +177,47 @@ def _bodies(operation: Operation) -> dict[str, Any]:
     }
     if not operation.inputs:
         forms = [codec.media_type for codec in CODECS if codec.options and codec is not JSON]
-        return bodies | {form: {"schema": _reference(name + FORM_NAMES[form])} for form in forms}
+        return bodies | {
+            form: {"schema": _reference(name + FORM_NAMES[form]), "example": operation.example} for form in forms
+        }
     for codec in CODECS:
-        fits = operation.takes == "images" or not codec.media_type.startswith("image/")
-        if codec.read and codec.schema and fits:
-            bodies[codec.media_type] = {"schema": codec.schema}
-    return bodies | {"multipart/form-data": {"schema": _reference(f"{name}Form")}}
+        if codec.read and codec.schema and (examples := references(operation, "request", codec)):
+            bodies[codec.media_type] = {"schema": codec.schema, "examples": examples}
+    return bodies | {"multipart/form-data": {"schema": _reference(f"{name}Form"), "example": _form(operation)}}
+
+
+def _form(operation: Operation) -> dict[str, Any]:
+    """An example of a form: names in place of its files, and the options of the example in JSON."""
+    first, *_ = operation.inputs
+    rows = operation.example[first.name]
+    names = [FILE_NAMES.get(row, "picture.png") if isinstance(row, str) else "latents.npy" for row in rows]
+    files = {"file": names} | ({"mask": ["mask.png"]} if operation.masked else {})
+    return files | {key: value for key, value in operation.example.items() if key in operation.options.model_fields}
 
 
 def _answers(operation: Operation) -> dict[str, Any]:
     """The answer by media type, for every format that can hold it."""
     answer = _reference(f"{_title(operation.name)}Answer")
-    content: dict[str, Any] = {"application/json": {"schema": answer, "example": operation.answer}}
+    content: dict[str, Any] = {"application/json": {"schema": answer, "example": _answer(operation)}}
     pictures = "images" in (tensor.name for tensor in operation.outputs)
     for codec in CODECS:
         if codec.write and codec.schema and (pictures or not codec.media_type.startswith("image/")):
-            example = {"example": _stream(operation, codec.events)} if codec.events else {}
-            content[codec.media_type] = {"schema": codec.schema, **example}
+            content[codec.media_type] = {"schema": codec.schema} | (
+                {"example": _stream(operation, codec.events)}
+                if codec.events
+                else {"examples": references(operation, "answer", codec)}
+            )
     return content
+
+
+def _answer(operation: Operation) -> Schema:
+    """An example of an answer in JSON, with the fields that every answer has."""
+    return {"model": "mnist", "version": "3", "fingerprint": "0123456789abcdef", **operation.answer}
 
 
 def _stream(operation: Operation, form: EventForm) -> str:
     """An example of a stream of events."""
-    events = [*([("progress", operation.progress)] if operation.progress else []), ("answer", operation.answer)]
+    events = [*([("progress", operation.progress)] if operation.progress else []), ("answer", _answer(operation))]
     return b"".join(form.frame(kind, orjson.dumps(content)) for kind, content in events).decode()
 
 
