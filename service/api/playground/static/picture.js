@@ -20,35 +20,41 @@ export async function decoded(blob) {
   }
 }
 
-/** Images of JSON, (c, h, w) with numbers in [0, 1], as a bitmap. */
-export function bitmapOf(image) {
-  const [height, width] = [image[0].length, image[0][0].length];
-  const data = new ImageData(width, height);
-  const colours = image.length >= 3 ? [0, 1, 2] : [0, 0, 0];
-  for (let y = 0, k = 0; y < height; y++) {
-    for (let x = 0; x < width; x++, k += 4) {
-      for (let c = 0; c < 3; c++) data.data[k + c] = Math.round(255 * image[colours[c]][y][x]); // clamps
-      data.data[k + 3] = 255;
-    }
+/** The first image of JSON, numbers in [0, 1]: { channels, height, width, values }, channel by channel. */
+export function ofJson([image]) {
+  return { channels: image.length, height: image[0].length, width: image[0][0].length, values: image.flat(2) };
+}
+
+/** The first image of an .npy of float32 images (n, c, h, w), likewise. */
+export function ofNpy(buffer) {
+  const start = 10 + new DataView(buffer).getUint16(8, true); // a multiple of 64
+  const head = new TextDecoder("latin1").decode(new Uint8Array(buffer, 10, start - 10));
+  const [, channels, height, width] = head.match(/\(([\d, ]+)\)/)[1].split(",").map(Number);
+  return { channels, height, width, values: new Float32Array(buffer, start, channels * height * width) };
+}
+
+/** An image as a bitmap. */
+export function bitmapOf({ channels, height, width, values }) {
+  const { data } = new ImageData(width, height);
+  const plane = height * width;
+  for (let k = 0; k < plane; k++) {
+    for (let c = 0; c < 3; c++) data[4 * k + c] = Math.round(255 * values[k + (channels > 1 ? c * plane : 0)]); // clamps
+    data[4 * k + 3] = 255;
   }
-  return createImageBitmap(data);
+  return createImageBitmap(new ImageData(data, width, height));
 }
 
 export const blobOf = (canvas) => new Promise((done) => { canvas.toBlob(done, "image/png"); });
 export const base64Of = (canvas) => canvas.toDataURL("image/png").split(",")[1];
 
-/** The first image of an .npy of float32 images (n, c, h, w), as a PNG with 16 bits. */
-export async function deepPng(npy) {
-  const view = new DataView(npy);
-  const start = 10 + view.getUint16(8, true);
-  const head = new TextDecoder("latin1").decode(new Uint8Array(npy, 10, start - 10));
-  const [, channels, height, width] = head.match(/\(([\d, ]+)\)/)[1].split(",").map(Number);
+/** An image as a PNG with 16 bits. */
+export async function deepPng({ channels, height, width, values }) {
   const line = 1 + 2 * channels * width; // each line begins with its filter, 0
   const raw = new DataView(new ArrayBuffer(line * height));
-  for (let c = 0, from = start; c < channels; c++) {
+  for (let c = 0, k = 0; c < channels; c++) {
     for (let y = 0; y < height; y++) {
-      for (let x = 0; x < width; x++, from += 4) {
-        const level = Math.round(65535 * Math.min(1, Math.max(0, view.getFloat32(from, true))));
+      for (let x = 0; x < width; x++, k++) {
+        const level = Math.round(65535 * Math.min(1, Math.max(0, values[k])));
         raw.setUint16(y * line + 1 + 2 * (x * channels + c), level);
       }
     }

@@ -2,7 +2,7 @@
 
 import { Problem, able, events, send, sizeOf } from "./api.js";
 import { $, $$, digits, fill, h, later, save, showProblem } from "./dom.js";
-import { bitmapOf, blobOf, decoded, deepPng, kindOf } from "./picture.js";
+import { bitmapOf, blobOf, decoded, deepPng, kindOf, ofJson, ofNpy } from "./picture.js";
 import { callPanel } from "./snippets.js";
 import { Viewer } from "./viewer.js";
 
@@ -11,6 +11,7 @@ const DONE = { denoise: "restored", inpaint: "filled", "super-resolve": "enlarge
 const MOST_STREAMED = 2 ** 18; // pixels: the images of larger pictures are too much JSON
 const SAMPLES = 4;
 const FACTOR = 2;
+const NPY = "application/x-npy";
 
 const form = $("#restore-form");
 const status = $("#restore-status");
@@ -99,7 +100,7 @@ async function show() {
     const scale = $("#scale").value.trim();
     const seen = picture.tiff || picture.deep || scale ? null : await decoded(picture.blob);
     suit();
-    const bitmap = seen ?? (await createImageBitmap(await (await send(previewCall(scale))).blob()));
+    const bitmap = seen ?? (await answered(previewCall(scale))).bitmap;
     if (picture !== mine) return false;
     Object.assign(picture, { width: bitmap.width, height: bitmap.height, natural: Boolean(seen) });
     viewer.setBefore(bitmap);
@@ -171,14 +172,24 @@ async function run() {
   enable();
 }
 
-/** An answer as a picture. */
-async function whole(call, signal) {
+/** The picture that answers a call: { response, blob, bitmap }. One with a scale of its own is too dark as a PNG. */
+async function answered(call, signal) {
+  if (call.query.scale) {
+    const response = await send({ ...call, accept: NPY }, signal);
+    return { response, blob: null, bitmap: await bitmapOf(ofNpy(await response.arrayBuffer())) };
+  }
   const response = await send(call, signal);
-  const header = (name) => response.headers.get(name) ?? "";
   const blob = await response.blob();
+  return { response, blob, bitmap: await createImageBitmap(blob) };
+}
+
+/** An answer, and what it says of itself. */
+async function whole(call, signal) {
+  const { response, blob, bitmap } = await answered(call, signal);
+  const header = (name) => response.headers.get(name) ?? "";
   const notes = [...header("X-Note").matchAll(/detail="((?:[^"\\]|\\.)*)"/g)].map((found) => found[1]).join(" · ");
   return {
-    call, blob, bitmap: await createImageBitmap(blob), notes, model: `${header("X-Model")} ${header("X-Model-Version")}`,
+    call, blob, bitmap, notes, model: `${header("X-Model")} ${header("X-Model-Version")}`,
     level: header("X-Level"), noise: header("X-Noise"), seed: header("X-Seed"),
   };
 }
@@ -187,7 +198,7 @@ async function whole(call, signal) {
 async function stream(call, signal) {
   const asked = { ...call, query: { ...call.query, preview: true } };
   for await (const event of events(asked, signal)) {
-    const bitmap = event.images && (await bitmapOf(event.images[0]));
+    const bitmap = event.images && (await bitmapOf(ofJson(event.images)));
     if (event.event === "answer") {
       const notes = (event.notes ?? []).map((note) => note.detail).join(" · ");
       const [found, noise] = [event.level?.[0], event.noise?.[0] ?? ""];
@@ -286,7 +297,7 @@ async function drawSamples() {
     for (let seed = 1; seed <= SAMPLES; seed++) {
       const call = await callOf({ draws: 1, seed, quality: "" });
       call.out = `sample-${seed}.png`;
-      const bitmap = await createImageBitmap(await (await send(call, signal)).blob());
+      const { bitmap } = await answered(call, signal);
       const canvas = h("canvas", { role: "img", "aria-label": `Sample ${seed}` });
       const button = h("button", { type: "button", "aria-pressed": "false" }, canvas, h("span", {}, `seed ${seed}`));
       button.addEventListener("click", () => showSample(samples.find((one) => one.button === button)));
@@ -318,8 +329,8 @@ async function download(deep) {
     else if (picture.tiff) save(await (await send({ ...asked, accept: "image/tiff" }, signal)).blob(), `${name}.tiff`);
     else if (picture.deep) save(await (await send(asked, signal)).blob(), `${name}.png`);
     else {
-      const numbers = await send({ ...asked, accept: "application/x-npy" }, signal);
-      save(await deepPng(await numbers.arrayBuffer()), `${name}-16.png`);
+      const numbers = await send({ ...asked, accept: NPY }, signal);
+      save(await deepPng(ofNpy(await numbers.arrayBuffer())), `${name}-16.png`);
     }
     status.textContent = "saved";
   });
