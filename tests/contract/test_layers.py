@@ -30,7 +30,7 @@ EXTRAS = {
     "docs": ["train", "test"],
 }
 """The extras that a file or package may import, besides the dependencies that are always installed."""
-ELSEWHERE = {"benchmarks/peers", "benchmarks/trainers", "tests/clients/python"}
+ELSEWHERE = {"benchmarks/peers", "benchmarks/trainers", "tests/browser", "tests/clients/python"}
 """Folders whose files run in environments of their own."""
 KNOWS = {
     "contract": set(),
