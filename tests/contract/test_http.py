@@ -172,6 +172,7 @@ def test_what_is_not_served_is_a_problem(url: str, method: bytes, target: bytes,
 PAGES = [
     "/health/live", "/health/ready", "/v1/models", "/v1/models/mnist-2d", "/v1/models/mnist-2d/versions/1",
     "/v1/models/mnist-2d/ready", "/metrics", "/openapi.json", "/docs", "/docs/swagger-ui.css",
+    "/", "/page/access",
 ]  # fmt: skip
 
 

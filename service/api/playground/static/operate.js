@@ -1,7 +1,7 @@
 // Operate: what the key may do, load and rates from /metrics, refusals, models with their cards, loading and unloading.
 
 import { MODELS, Problem, json, models, send } from "./api.js";
-import { $, digits, h, paint, showProblem } from "./dom.js";
+import { $, h, paint, showProblem } from "./dom.js";
 import { rendered } from "./markdown.js";
 import { callPanel } from "./snippets.js";
 
@@ -160,8 +160,13 @@ function showRates(operations) {
   const asked = all.filter((one) => one.requests)
     .map((one) => [one.model, one.operation, one.requests, one.requests - one.ok, one.rows, one.rate.toFixed(1)]);
   table($("#rates"), ["Model", "Operation", "Requests", "Refused", "Rows", "Per second"], asked, "No request yet.", 2);
-  const mean = (one, name, unit) => digits((unit * one[`vae_${name}_sum`]) / one[`vae_${name}_count`]);
-  const run = all.filter((one) => one.vae_inference_seconds_count).map((one) => [
+  const mean = (one, name, unit) => {
+    const value = (unit * one[`vae_${name}_sum`]) / one[`vae_${name}_count`];
+    return value < 10 ? value.toFixed(2) : value.toFixed(0);
+  };
+  const busiest = all.filter((one) => one.vae_inference_seconds_count)
+    .sort((a, b) => b.vae_inference_seconds_count - a.vae_inference_seconds_count);
+  const run = busiest.map((one) => [
     one.model, one.operation, one.vae_inference_seconds_count,
     mean(one, "batch_rows", 1), mean(one, "queue_seconds", 1000), mean(one, "inference_seconds", 1000),
   ]);
