@@ -23,7 +23,7 @@ from training.evaluation.served import started
 
 ROOT = Path(__file__).parents[2]
 MODELS = Path(os.environ.get("BROWSER_MODELS", ROOT / "models"))
-WAIT_MS = 60_000
+WAIT_MS = int(os.environ.get("BROWSER_WAIT_MS", "60000"))
 INFER, CONTROL = "infer-0123456789abcdef", "control-0123456789abcdef"
 
 

@@ -680,9 +680,13 @@ def test_the_keyboard_is_enough(room: Room, expect: Expect) -> None:
     assert radio(page, "Fill in").is_checked()
     page.keyboard.press("Shift+Tab")
     tab_to("view")
-    page.keyboard.press("Space")
-    page.keyboard.press("ArrowRight")
-    page.keyboard.press("Space")
+    page.keyboard.down("Space")
+    for _ in range(8):
+        page.keyboard.press("ArrowRight")
+    page.keyboard.up("Space")
+    mask = picture(saved_by(page, "#mask-save")[1])[..., 0]
+    painted = np.flatnonzero((mask == 0).any(0))
+    assert len(painted) > 2 * np.flatnonzero((mask == 0).any(1)).size, "a line to the right"
     expect(page.locator("#run")).to_be_enabled()
     tab_to("run")
     with page.expect_response(lambda answer: "/inpaint" in answer.url):

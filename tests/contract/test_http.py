@@ -155,7 +155,7 @@ NOT_SERVED = {
     "two slashes at the end": (b"GET", b"/v1/models//", 404),
     "a long path": (b"GET", b"/" + b"x" * 8000, 404),
     "a long path to post to": (b"POST", b"/v1/models/" + b"x" * 8000 + b"/encode", 404),
-    "a URL without a path": (b"GET", b"http://x", 404),
+    "a URL without a path": (b"POST", b"http://x", 405),
     "TRACE": (b"TRACE", b"/v1/models", 405),
     "PROPFIND": (b"PROPFIND", b"/v1/models", 405),
 }

@@ -67,4 +67,5 @@ $(".skip").addEventListener("click", (event) => {
   $("#main").focus();
 });
 addEventListener("hashchange", show);
+$("#loading").remove();
 show();

@@ -69,6 +69,14 @@ function chooseNoise() {
   showLevel();
 }
 
+/** Let the model find the level. */
+function findLevel() {
+  level = null;
+  $("#level-auto").hidden = true;
+  $("#level-text").textContent = "auto";
+  $("#level-hint").textContent = "The model finds the level; the slider changes it.";
+}
+
 /** Pixels that are filled in may be without noise, and so without its level. */
 function showLevel() {
   $("#level-group").hidden = picked("task") === "inpaint" && !$("#noise").value;
@@ -87,7 +95,7 @@ async function take(blob, name) {
   showProblem($("#restore-problem"), null);
   const mine = (picture = { blob, name });
   Object.assign(mine, await kindOf(blob));
-  level = null;
+  findLevel();
   if (!(await show()) || picture !== mine) return;
   if (picked("task") !== "inpaint") await run();
   else status.textContent = "Brush over what is missing.";
@@ -363,7 +371,7 @@ form.addEventListener("change", async ({ target }) => {
   } else if (target.id === "restore-model") {
     byHand = true;
     chooseNoise();
-    level = null;
+    findLevel();
     if (picture && (picture.natural || (await show()))) again();
   } else if (target.name === "quality" || target.id === "noise") {
     showLevel();
@@ -388,8 +396,7 @@ $("#level").addEventListener("input", ({ target }) => {
   againSoon();
 });
 $("#level-auto").addEventListener("click", () => {
-  level = null;
-  $("#level-auto").hidden = true;
+  findLevel();
   $("#level").focus();
   again();
 });

@@ -21,6 +21,7 @@ export class Viewer {
     for (const end of ["pointerup", "pointercancel"]) canvas.addEventListener(end, (event) => this.up(event));
     canvas.addEventListener("wheel", (event) => this.wheel(event), { passive: false });
     canvas.addEventListener("keydown", (event) => this.key(event));
+    for (const end of ["keyup", "blur"]) canvas.addEventListener(end, ({ key = " " }) => { if (key === " ") this.pressed = false; });
   }
 
   /** Show another picture, without an answer and without a mask. */
@@ -210,6 +211,7 @@ export class Viewer {
       const step = 0.1 / this.zoom;
       this.pan(way[0] * step * this.before.width, way[1] * step * this.before.height);
     } else if (event.key === " " && painting) {
+      this.pressed = true; // arrows draw while it is held
       this.cursor ??= [this.mask.width / 2, this.mask.height / 2];
       this.stroke(this.cursor, this.cursor);
     } else if (event.key === "+" || event.key === "=") this.zoomBy(STEP);
