@@ -740,6 +740,10 @@ def test_axe_finds_nothing(room: Room, expect: Expect, name: str, scheme: str) -
         take(page, expect, "noisy.png")
         page.click("#uncertainty")
         expect(page.locator("#legend")).to_be_visible()
+        page.click("details.more summary")
+        assert findings(page) == []
+        radio(page, "Fill in").check()
+        expect(page.locator("#brush-group")).to_be_visible()
     if name == "explore":
         expect(page.locator("#walk .strip")).to_have_attribute("width", "448")
         page.click("#draw [data-do=example]")
