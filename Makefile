@@ -7,7 +7,7 @@ CONFIG ?= training/configs/mnist.toml
 DOCS := .venv-docs
 MERMAID := 12.3.0
 
-.PHONY: setup serve train test client-test container-test docs docs-test lint bench bench-against bench-sizes bench-photographs bench-training bench-beside house attack fuzz soak clean
+.PHONY: setup serve train test client-test browser-test container-test docs docs-test lint bench bench-against bench-sizes bench-photographs bench-training bench-beside house attack fuzz soak clean
 
 serve: $(VENV)/.serve
 	$(PYTHON) -m service
@@ -22,6 +22,10 @@ test: lint
 
 client-test: $(VENV)/.test
 	$(PYTHON) -m pytest -m clients tests/clients
+
+# The page in Chromium; PICTURES=docs/pictures draws those of the documentation anew.
+browser-test: $(VENV)/.test
+	BROWSER_PICTURES=$(PICTURES) $(PYTHON) -m pytest -m browser tests/browser
 
 container-test: $(VENV)/.test
 	$(PYTHON) -m pytest -m container tests/container

@@ -24,6 +24,8 @@ from service.api.admin.models import card_router, models_router, readiness_route
 from service.api.invoke import Context
 from service.api.memory import Memory
 from service.api.offload import Offload
+from service.api.playground.page import page_router
+from service.api.playground.preview import preview
 from service.api.v1.endpoint import OperationApp
 from service.api.v1.openapi import PATHS, with_operations
 from service.contract.cores import cpu_count
@@ -151,6 +153,9 @@ def create_app(
         app.include_router(router)
     if settings.docs:
         app.include_router(docs_router(app.openapi))
+    if settings.page:
+        app.include_router(page_router(settings))
+        app.add_direct_route("/page/models/{model}/preview", OperationApp(preview, context))
     add_access_control(app, settings, problems.respond, telemetry.refused, shared_folder)
     app.add_exception_handler(ServiceError, _service_problem)
     app.add_exception_handler(HTTPException, _http_problem)

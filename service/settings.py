@@ -37,7 +37,7 @@ KUBERNETES = tuple(
 
 PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9_~-][A-Za-z0-9_.~-]*){1,8}", re.ASCII).fullmatch
 HOST_PATTERN = re.compile(r"\*|(\*\.)?[\w-]+(\.[\w-]+)*", re.ASCII).fullmatch
-OWN_PATHS = {"docs", "health", "metrics", "openapi.json", "v1"}
+OWN_PATHS = {"docs", "health", "metrics", "openapi.json", "page", "v1"}
 """First parts of the service's own paths."""
 
 
@@ -206,14 +206,16 @@ class Settings(BaseSettings):
     anonymous_concurrency: Annotated[int, Field(ge=0)] = 0
     """Without API keys, maximum concurrent calls of each client address; 0 is any number."""
     open_rate: Rate = "30/second"
-    """Without a known API key, the rate limit of each client address for /docs, /openapi.json and /metrics, and for
-    answers that refuse a key; empty is no limit."""
+    """Without a known API key, the rate limit of each client address for /, /docs, /openapi.json and /metrics, and
+    for answers that refuse a key; empty is no limit."""
     allowed_hosts: Hosts = ""
     """Accepted names in the Host header, separated by commas, besides localhost, IP addresses and this machine's name:
     `vae.example`, `*.example`, or `*` for any. Requests with a known API key or from a trusted proxy may use any
     name."""
     docs: bool = True
     """Whether to serve /docs and /openapi.json, which need no key."""
+    page: bool = True
+    """Whether to serve the page for people at /, which needs no key; what it asks for does."""
     ops_port: Annotated[int, Field(ge=0, le=65535)] | None = None
     """Separate port for /health and /metrics, which are then absent from the main port; 0 takes a free one."""
     trusted_proxies: Proxies = ""

@@ -27,7 +27,7 @@ Respond = Callable[[ServiceError], ASGIApp]
 """Gives the response for an error."""
 
 OPS = re.compile(r"/health(/.*)?|/metrics")
-OPEN = re.compile(r"/health(/.*)?|(?P<counted>/docs(/.*)?|/openapi\.json|/metrics)")
+OPEN = re.compile(r"/health(/.*)?|(?P<counted>/|/page/[0-9a-f]+/[a-z.-]+|/docs(/.*)?|/openapi\.json|/metrics)")
 """Paths that need no key; `counted` are those with a rate limit."""
 CONTROLS = re.compile(r".*/(un)?load[\s/]*", re.DOTALL)
 """Paths that need the right `control`. Wider than the routes, so that no spelling of a path evades the check."""
@@ -177,7 +177,7 @@ class AccessControl:
             token = _token(scope)
             key = self._keys.find(token) if token else None
             if key is not None:
-                scope["key"] = key.name
+                scope["key"], scope["rights"] = key.name, key.rights
                 return None if found else self._admit_key(key, needed_right(scope["method"], path))
             if not found:
                 self._count(f"the address {address_of(scope)}, without a known API key,", self._unknown)
@@ -189,7 +189,7 @@ class AccessControl:
         if found is None:
             return self._count(f"the address {address_of(scope)}", self._anonymous) if self._anonymous else None
         if found["counted"]:
-            self._count(f"the address {address_of(scope)}, asking for documentation or metrics,", self._unknown)
+            self._count(f"the address {address_of(scope)}, asking for pages or metrics,", self._unknown)
         return None
 
     def _admit_key(self, key: Key, needed: str | None) -> str | None:

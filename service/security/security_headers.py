@@ -37,8 +37,10 @@ class SecurityHeaders:
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                page = dict(message["headers"]).get(b"content-type", b"").startswith(b"text/html")
-                message["headers"] = [*message["headers"], *EVERYWHERE, *(self._page if page else [])]
+                told = dict(message["headers"])
+                page = self._page if told.get(b"content-type", b"").startswith(b"text/html") else []
+                further = [header for header in page if header[0] not in told]  # a page may have its own policy
+                message["headers"] = [*message["headers"], *EVERYWHERE, *further]
             await send(message)
 
         await self._app(scope, receive, send_with_headers)

@@ -53,6 +53,11 @@ class RootPath:
         """Handle one request, or the lifespan of the application."""
         if scope["type"] == "http":
             prefix = scope["prefix"] = self._forwarded(scope) or self._root_path
+            if prefix and scope["path"] == prefix:  # links of the page at / are relative, and need the slash
+                await Response(status_code=307, headers={"location": f"{prefix[prefix.rfind('/') + 1 :]}/"})(
+                    scope, receive, send
+                )
+                return
             if prefix and f"{scope['path']}/".startswith(f"{prefix}/"):
                 scope["path"] = scope["path"].removeprefix(prefix) or "/"
                 scope["raw_path"] = scope.get("raw_path", b"").removeprefix(prefix.encode()) or b"/"

@@ -155,7 +155,7 @@ NOT_SERVED = {
     "two slashes at the end": (b"GET", b"/v1/models//", 404),
     "a long path": (b"GET", b"/" + b"x" * 8000, 404),
     "a long path to post to": (b"POST", b"/v1/models/" + b"x" * 8000 + b"/encode", 404),
-    "a URL without a path": (b"GET", b"http://x", 404),
+    "a URL without a path": (b"POST", b"http://x", 405),
     "TRACE": (b"TRACE", b"/v1/models", 405),
     "PROPFIND": (b"PROPFIND", b"/v1/models", 405),
 }
@@ -172,6 +172,7 @@ def test_what_is_not_served_is_a_problem(url: str, method: bytes, target: bytes,
 PAGES = [
     "/health/live", "/health/ready", "/v1/models", "/v1/models/mnist-2d", "/v1/models/mnist-2d/versions/1",
     "/v1/models/mnist-2d/ready", "/metrics", "/openapi.json", "/docs", "/docs/swagger-ui.css",
+    "/", "/page/access",
 ]  # fmt: skip
 
 

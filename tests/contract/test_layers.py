@@ -30,7 +30,7 @@ EXTRAS = {
     "docs": ["train", "test"],
 }
 """The extras that a file or package may import, besides the dependencies that are always installed."""
-ELSEWHERE = {"benchmarks/peers", "benchmarks/trainers", "tests/clients/python", "docs/build.py"}
+ELSEWHERE = {"benchmarks/peers", "benchmarks/trainers", "docs/build.py", "tests/browser", "tests/clients/python"}
 """Files, and folders with them, that run in environments of their own."""
 KNOWS = {
     "contract": set(),

@@ -123,6 +123,18 @@ def test_the_documentation_works_below_a_path(proxies: dict[str, str], proxy: st
 
 
 @pytest.mark.parametrize("proxy", ["set, removed", "set, kept", "told, removed", "told, kept"])
+def test_the_page_for_people_works_below_a_path(proxies: dict[str, str], proxy: str) -> None:
+    """Its files and its calls are found below the path, which the proxy or the service gives its slash."""
+    home = proxies[proxy] + "/vae"
+    page = httpx.get(home, follow_redirects=True)
+    assert (page.status_code, str(page.url)) == (200, f"{home}/")
+    named = re.findall(r'(?:src|href)="(page/[^"]+)"', page.text)
+    assert named
+    for name in [*named, "page/access", "v1/models"]:
+        assert httpx.get(urljoin(str(page.url), name)).status_code == 200
+
+
+@pytest.mark.parametrize("proxy", ["set, removed", "set, kept", "told, removed", "told, kept"])
 def test_redirects_stay_below_the_path(proxies: dict[str, str], proxy: str) -> None:
     """A redirect keeps the path and the host."""
     home = proxies[proxy] + "/vae"
