@@ -26,6 +26,8 @@ from service.api.memory import Memory
 from service.api.offload import Offload
 from service.api.v1.endpoint import OperationApp
 from service.api.v1.openapi import PATHS, with_operations
+from service.api.v2 import router as v2
+from service.api.v2.endpoint import INFER_PATHS, InferApp
 from service.contract.cores import cpu_count
 from service.errors import ServiceError
 from service.observability.access_log import AccessLog
@@ -140,7 +142,13 @@ def create_app(
     for operation in OPERATIONS:
         for prefix, _ in PATHS:
             app.add_direct_route(f"{prefix}/{operation.name}", OperationApp(operation, context))
+    by_name = {operation.name: operation for operation in OPERATIONS}
+    for path in INFER_PATHS:
+        app.add_direct_route(path, InferApp(by_name, context))
     for router in (
+        v2.server_router(repository, engine),
+        v2.models_router(context, engine, by_name),
+        v2.repository_router(context, control, by_name),
         models_router(repository, OPERATIONS),
         readiness_router(repository, engine),
         card_router(repository),
@@ -178,8 +186,8 @@ def settle() -> None:
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1, "beside"))
 
 
-async def _service_problem(_request: Request, error: Exception) -> Response:
-    return problems.respond(error)
+async def _service_problem(request: Request, error: Exception) -> Response:
+    return problems.respond(error, request.scope["path"])
 
 
 async def _http_problem(request: Request, error: Exception) -> Response:
@@ -195,8 +203,8 @@ async def _http_problem(request: Request, error: Exception) -> Response:
         405: ("method_not_allowed", f"{path[:MAX_QUOTED]} takes {headers.get('Allow')}; see /docs"),
     }
     code, detail = codes.get(error.status_code, ("http_error", str(error.detail)))
-    content = problems.problem(error.status_code, code, detail)
-    return Response(content, error.status_code, headers, problems.MEDIA_TYPE)
+    content, media_type = problems.problem(error.status_code, code, detail, path)
+    return Response(content, error.status_code, headers, media_type)
 
 
 def _without_slash(request: Request) -> str:
