@@ -21,6 +21,7 @@ from service.api.admin.docs import SCRIPT_HASHES, docs_router
 from service.api.admin.health import health_router
 from service.api.admin.metrics import metrics_router
 from service.api.admin.models import card_router, models_router, readiness_router
+from service.api.diffusers.endpoint import FUNCTIONS
 from service.api.invoke import Context
 from service.api.memory import Memory
 from service.api.offload import Offload
@@ -145,6 +146,8 @@ def create_app(
     by_name = {operation.name: operation for operation in OPERATIONS}
     for path in INFER_PATHS:
         app.add_direct_route(path, InferApp(by_name, context))
+    for name, function in FUNCTIONS.items():
+        app.add_direct_route(f"/diffusers/{{model}}/{name}", function(context))
     for router in (
         v2.server_router(repository, engine),
         v2.models_router(context, engine, by_name),

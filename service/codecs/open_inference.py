@@ -234,18 +234,18 @@ def _of_json(name: str, data: Any, shape: tuple[int, ...], kind: np.dtype[Any], 
 
 
 def _truths(data: Any, name: str) -> NDArray[Any]:
-    """Booleans, or 0 and 1, of any nesting."""
-    flat: list[Any] = []
-    stack = [data]
-    while stack:
-        value = stack.pop()
-        if isinstance(value, simdjson.Array):
-            stack.extend(reversed([*value]))
-        elif value in (0, 1) and isinstance(value, bool | int):
-            flat.append(bool(value))
-        else:
-            raise InvalidShape(f"{name} is BOOL; its data must be lists of true and false, or of 1 and 0")
-    return np.array(flat, np.bool_)
+    """Booleans, or 0 and 1, of any nesting, without objects that are kept meanwhile."""
+    return np.fromiter(_each_truth(data, name, MOST_AXES), np.bool_)
+
+
+def _each_truth(value: Any, name: str, axes: int) -> Iterator[bool]:
+    if isinstance(value, simdjson.Array) and axes:
+        for entry in value:
+            yield from _each_truth(entry, name, axes - 1)
+    elif isinstance(value, bool | int) and value in (0, 1):
+        yield bool(value)
+    else:
+        raise InvalidShape(f"{name} is BOOL; its data must be lists of true and false, or of 1 and 0")
 
 
 def write(answer: Answer, model: str, identity: str, request: Request) -> tuple[Body, int | None]:
