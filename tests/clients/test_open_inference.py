@@ -17,9 +17,9 @@ import httpx
 import numpy as np
 import pytest
 
-from benchmarks.environments import InstallFailed, ignored_home, prepare
 from service.app import create_app
 from service.settings import Settings
+from tests.clients.conftest import python_of
 from tests.service.conftest import serving
 from tests.support.versions import conditional_version
 
@@ -56,18 +56,9 @@ def expected(url: str) -> dict[str, Any]:
     }
 
 
-def python_of(name: str) -> str:
-    """The interpreter with a client; without the client the test is skipped."""
-    ignored_home()
-    try:
-        return prepare(f"client-{name}", HERE / name / "requirements.txt")
-    except InstallFailed as error:
-        pytest.skip(f"the client of {name} cannot be installed here: {error}")
-
-
 def answers_of(name: str, url: str) -> dict[str, Any]:
     """What the program of a client prints."""
-    command = [python_of(name), HERE / name / "client.py", url]
+    command = [python_of(f"client-{name}", name), HERE / name / "client.py", url]
     done = subprocess.run(
         command, input=json.dumps(IMAGES.tolist()), capture_output=True, text=True, check=False, timeout=300
     )
@@ -168,7 +159,7 @@ def perf_analyzer() -> str:
     """The program, from the path or from its wheel; the test is skipped where neither runs."""
     found = shutil.which("perf_analyzer")
     if found is None:
-        packages = Path(python_of("perf")).parents[1] / "lib"
+        packages = Path(python_of("client-perf", "perf")).parents[1] / "lib"
         found = str(next(packages.glob("*/site-packages/perf_analyzer/bin/perf_analyzer")))
         Path(found).chmod(0o755)
     done = subprocess.run([found, "--version"], capture_output=True, text=True, check=False)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
@@ -176,6 +178,14 @@ def test_a_refusal_is_raised_by_the_client(served: Served, latents: torch.Tensor
         served.decode(latents[:, :, :1, :1], output_type="pt", return_type="pt")
     with pytest.raises(RuntimeError, match="no model"):
         remote.remote_decode(served.url.replace("sd-vae", "none") + "/decode", latents, **FACTORS)
+
+
+def test_the_program_of_the_page_runs(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/clients.md, with the address of this service."""
+    page = (Path(__file__).parents[2] / "docs" / "clients.md").read_text()
+    (program,) = re.findall(r"^```python\n(import torch\n.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    exec(program.replace("http://127.0.0.1:8000/diffusers/sd-vae", served.url), {})  # noqa: S102  # our own page
+    assert capsys.readouterr().out == "(512, 512) torch.Size([1, 4, 64, 64])\n"
 
 
 def test_bfloat16_is_rounded_as_torch_does() -> None:
