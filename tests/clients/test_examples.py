@@ -14,16 +14,15 @@ import httpx
 import numpy as np
 import pytest
 
-from service.app import create_app
-from service.settings import Settings
 from tests.clients.conftest import python_of
-from tests.service.conftest import serving
+from training.evaluation.served import started
 
 pytestmark = pytest.mark.clients
 ROOT = Path(__file__).parents[2]
 PROGRAMS, NOISY = ROOT / "examples" / "clients", ROOT / "examples" / "noisy.png"
 PAGE = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "clients.md").read_text(), re.MULTILINE | re.DOTALL)
 COMMANDS = {"denoise.mjs": ["node"], "Denoise.java": ["java"], "denoise.go": ["go", "run"]}
+SETTINGS = {"VAE_MODELS": str(ROOT / "models"), "VAE_DEFAULT_MODEL": "mnist", "VAE_THREADS": "1"}
 KEY = "alice-0123456789abcdef"
 
 
@@ -32,15 +31,14 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The shipped models, served to who has a key."""
     keys = tmp_path_factory.mktemp("keys") / "keys"
     keys.write_text(f"alice {KEY} infer\n")
-    settings = Settings(models=ROOT / "models", default_model="mnist", api_keys=str(keys), threads=1)
-    with serving(create_app(settings)) as url:
+    with started(VAE_API_KEYS=str(keys), **SETTINGS) as (_, url):
         yield url
 
 
 @pytest.fixture(scope="module")
 def open_url() -> Iterator[str]:
     """The same without keys."""
-    with serving(create_app(Settings(models=ROOT / "models", default_model="mnist", threads=1))) as url:
+    with started(**SETTINGS) as (_, url):
         yield url
 
 

@@ -17,11 +17,10 @@ import httpx
 import numpy as np
 import pytest
 
-from service.app import create_app
 from service.settings import Settings
 from tests.clients.conftest import python_of
-from tests.service.conftest import serving
 from tests.support.versions import conditional_version
+from training.evaluation.served import started
 
 pytestmark = pytest.mark.clients
 HERE = Path(__file__).parent
@@ -36,8 +35,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     for name in ("mnist", "mnist-2d"):
         (models / name).symlink_to(MODELS / name)
     conditional_version(models / "photo" / "1")
-    settings = Settings(models=models, default_model="mnist", model_control="anonymous", threads=1)
-    with serving(create_app(settings)) as url:
+    settings = {"VAE_DEFAULT_MODEL": "mnist", "VAE_MODEL_CONTROL": "anonymous", "VAE_THREADS": "1"}
+    with started(VAE_MODELS=str(models), **settings) as (_, url):
         yield url
 
 
