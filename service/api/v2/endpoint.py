@@ -50,7 +50,6 @@ HEAD = "inference-header-content-length"
 """Header with the length of the JSON object in a body that has binary tensors too."""
 LONGEST_HEAD = 12
 """Most digits of it."""
-IGNORED = ("priority", "binary_data_output")
 SEQUENCE = ("sequence_id", "sequence_start", "sequence_end")
 LEAST_COMPRESSED = 1024
 """Bytes below which an answer is not compressed: it fits into one packet all the same."""
@@ -134,7 +133,8 @@ class InferApp(Face):
             raise self._json_limit.exceeded()
         intake = intake_of(operation, model, operation.options(), meter, settings.tile_pixels)
         request = open_inference.read(body, head, intake)
-        parameters = {name: value for name, value in request.parameters.items() if name not in IGNORED}
+        parameters = dict(request.parameters)
+        parameters.pop("priority", None)  # requests are served in their order
         if any(parameters.pop(name, None) for name in SEQUENCE):
             raise InvalidOption("requests are independent of each other; leave sequence_id out")
         caller = caller._replace(deadline=min(caller.deadline, begun + _timeout_s(parameters.pop("timeout", 0))))
