@@ -108,7 +108,8 @@ class InferApp(Face):
         fingerprint, begun = headers.get(b"x-fingerprint"), time.monotonic()
         received = Received(model, operation, body, coding, head, fingerprint, begun, caller)
         read = partial(self._invocation, received)
-        small = coding == IDENTITY and len(body) <= (LOOP_BYTES if head is None else LOOP_BINARY_BYTES)
+        binary = head is not None and head <= LOOP_BYTES and model.manifest.size is None
+        small = coding == IDENTITY and len(body) <= (LOOP_BINARY_BYTES if binary else LOOP_BYTES)
         invocation, request = await prepare(context, read, caller, "an inference request", in_loop=small)
         answer = await invoke(context.submit, invocation)
         codings = accepted_codings(headers.get(b"accept-encoding", b"").decode("latin-1"))
