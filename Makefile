@@ -74,7 +74,7 @@ attack: $(VENV)/.test
 # Fuzzes every reader for FUZZ_S seconds, then sends generated requests from the OpenAPI document; a new seed each time.
 FUZZ_S ?= 300
 fuzz: $(VENV)/.test
-	@for target in json npy raw image multipart urlencoded query manifest; do \
+	@for target in json npy raw image multipart urlencoded inference query manifest; do \
 	  mkdir -p .fuzz/$$target && \
 	  $(PYTHON) -m tests.fuzz.harness $$target .fuzz/$$target -max_total_time=$(FUZZ_S) -max_len=8192 -timeout=30 \
 	    -rss_limit_mb=1024 -artifact_prefix=.fuzz/$$target- || exit 1; \

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,6 +21,7 @@ from service.api.admin.docs import SCRIPT_HASHES, docs_router
 from service.api.admin.health import health_router
 from service.api.admin.metrics import metrics_router
 from service.api.admin.models import card_router, models_router, readiness_router
+from service.api.diffusers.endpoint import FUNCTIONS
 from service.api.invoke import Context
 from service.api.memory import Memory
 from service.api.offload import Offload
@@ -28,12 +29,15 @@ from service.api.playground.page import page_router
 from service.api.playground.preview import preview
 from service.api.v1.endpoint import OperationApp
 from service.api.v1.openapi import PATHS, with_operations
+from service.api.v2 import router as v2
+from service.api.v2.endpoint import INFER_PATHS, InferApp
 from service.contract.cores import cpu_count
 from service.errors import ServiceError
 from service.observability.access_log import AccessLog
 from service.observability.metrics import Telemetry
 from service.observability.request_ids import RequestIds
 from service.observability.tracing import Named, finish, traced, tracer_provider
+from service.operations.operation import Operation
 from service.operations.registry import OPERATIONS
 from service.repository.overrides import Overrides, SharedState
 from service.repository.reload import Control
@@ -139,10 +143,12 @@ def create_app(
     app.state.repository, app.state.stopping = repository, False
     offload = Offload(cpu_count())
     context = Context(settings, repository, submit, telemetry, Memory(settings.memory_bytes), offload)
-    for operation in OPERATIONS:
-        for prefix, _ in PATHS:
-            app.add_direct_route(f"{prefix}/{operation.name}", OperationApp(operation, context))
+    by_name = {operation.name: operation for operation in OPERATIONS}
+    add_direct_routes(app, by_name, context)
     for router in (
+        v2.server_router(repository, engine),
+        v2.models_router(context, engine, by_name),
+        v2.repository_router(context, control, by_name),
         models_router(repository, OPERATIONS),
         readiness_router(repository, engine),
         card_router(repository),
@@ -155,13 +161,25 @@ def create_app(
         app.include_router(docs_router(app.openapi))
     if settings.page:
         app.include_router(page_router(settings))
-        app.add_direct_route("/page/models/{model}/preview", OperationApp(preview, context))
     add_access_control(app, settings, problems.respond, telemetry.refused, shared_folder)
     app.add_exception_handler(ServiceError, _service_problem)
     app.add_exception_handler(HTTPException, _http_problem)
     app.add_exception_handler(Exception, _service_problem)
     add_middleware(app, settings)
     return app
+
+
+def add_direct_routes(app: Application, operations: Mapping[str, Operation], context: Context) -> None:
+    """Add what runs operations, without FastAPI's dependencies, at the paths of every face."""
+    for operation in operations.values():
+        for prefix, _ in PATHS:
+            app.add_direct_route(f"{prefix}/{operation.name}", OperationApp(operation, context))
+    for path in INFER_PATHS:
+        app.add_direct_route(path, InferApp(operations, context))
+    for name, function in FUNCTIONS.items():
+        app.add_direct_route(f"/diffusers/{{model}}/{name}", function(context))
+    if context.settings.page:
+        app.add_direct_route("/page/models/{model}/preview", OperationApp(preview, context))
 
 
 def add_middleware(app: FastAPI, settings: Settings) -> None:
@@ -183,8 +201,8 @@ def settle() -> None:
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1, "beside"))
 
 
-async def _service_problem(_request: Request, error: Exception) -> Response:
-    return problems.respond(error)
+async def _service_problem(request: Request, error: Exception) -> Response:
+    return problems.respond(error, request.scope["path"])
 
 
 async def _http_problem(request: Request, error: Exception) -> Response:
@@ -200,8 +218,8 @@ async def _http_problem(request: Request, error: Exception) -> Response:
         405: ("method_not_allowed", f"{path[:MAX_QUOTED]} takes {headers.get('Allow')}; see /docs"),
     }
     code, detail = codes.get(error.status_code, ("http_error", str(error.detail)))
-    content = problems.problem(error.status_code, code, detail)
-    return Response(content, error.status_code, headers, problems.MEDIA_TYPE)
+    content, media_type = problems.problem(error.status_code, code, detail, path)
+    return Response(content, error.status_code, headers, media_type)
 
 
 def _without_slash(request: Request) -> str:

@@ -228,8 +228,8 @@ class DeadlinePassed(ServiceError):
 
     def __init__(self) -> None:
         super().__init__(
-            "the deadline passed; raise X-Timeout-Ms or VAE_TIMEOUT_S, or VAE_LONG_TIMEOUT_S if the answer streams its "
-            "progress"
+            "the deadline passed; raise X-Timeout-Ms, timeout on /v2, or VAE_TIMEOUT_S, or VAE_LONG_TIMEOUT_S if the "
+            "answer streams its progress"
         )
 
 

@@ -12,24 +12,41 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from service.api.memory import Memory, Share
+from service.api.memory import Memory, Share, answer_bytes
 from service.api.offload import Offload
 from service.api.progress import Event, watched
-from service.codecs.payload import Answer, Meter
+from service.api.validation import admit, check_fingerprint, variant_of
+from service.codecs.payload import Answer, Intake, Meter, Payload, scaled
 from service.codecs.source import Source
 from service.errors import CallerGone, DeadlinePassed, Deferred, ReaderFault, ServiceError
 from service.observability.metrics import Telemetry
 from service.observability.request_ids import request_id
+from service.operations.inference.latent import BLOCK_ROWS
 from service.operations.inference.vae import Result
 from service.operations.operation import Inputs, Operation
 from service.repository.repository import Repository
 from service.runtime.model import Model
 from service.runtime.program import Submit
+from service.runtime.tiling import Levels
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
+
+PART_ROWS = 4 * BLOCK_ROWS
+"""Rows of a part. A larger answer of which a format can send parts is sent so, which bounds its memory."""
+
+LOOP_BYTES = 2**16
+"""Largest body that the event loop decodes; a larger one is decoded in a thread."""
+LOOP_BINARY_BYTES = 2**20
+"""The same for binary arrays, which are not parsed."""
+LOOP_NUMBERS = 2**16
+"""Most numbers of an answer that the event loop writes; a larger one is written in a thread."""
+
+Further = TypeVar("Further")
+LevelsOf = Callable[[Model, Source | None, tuple[int, int]], Levels | None]
+"""(model, what is kept of pictures, height and width) -> the type of levels that images of the answer may be."""
 
 
 @dataclass(frozen=True)
@@ -151,17 +168,81 @@ def _answer(model: Model, result: Result, source: Source | None = None) -> Answe
     return Answer(result.outputs, about, trip.queue_s, trip.inference_s, source or Source())
 
 
-async def prepare(
-    context: Context, read: Callable[[Meter], Invocation], caller: Caller, what: str, *, in_loop: bool
+def admitted(
+    context: Context,
+    operation: Operation,
+    model: Model,
+    payload: Payload,
+    options: Any,
+    caller: Caller,
+    intake: Intake,
+    fingerprint: bytes | None = None,
+    *,
+    in_parts: bool = False,
+    levels_of: LevelsOf | None = None,
 ) -> Invocation:
+    """Check what a codec has read, adapt it to the model, and take the memory of the answer.
+
+    Args:
+        context: The application.
+        operation: The operation.
+        model: The first variant of the model; the payload and the options choose the variant.
+        payload: The arrays, as they were sent.
+        options: Of the operation's own class.
+        caller: Who waits.
+        intake: What the codec was told.
+        fingerprint: That of the model that the request is for; None for any.
+        in_parts: Whether an answer of many rows is sent in parts, of which two are in memory at a time.
+        levels_of: Chooses the type of levels of images that are written as pictures; None for floats.
+
+    Raises:
+        ServiceError: A check refuses the request.
+    """
+    payload = scaled(payload, options.scaling, intake.meter)
+    model = variant_of(operation, model, payload, options)
+    operation.check_offered(model, context.repository.models, options)
+    check_fingerprint(model, fingerprint, options)
+    share, source = caller.share, payload.source
+    if intake.float_pixels is not None and payload.array is not None and intake.keeps_levels(payload.array):
+        kept = 2 * (payload.array.nbytes + (0 if payload.mask is None else payload.mask.nbytes))  # padded too
+        share.keep(kept + (source.nbytes if source else 0))
+    row_bytes, levels = 0, None
+
+    def room(rows: int, size: tuple[int, int] | None) -> None:
+        nonlocal row_bytes, levels
+        levels = None if size is None or levels_of is None else levels_of(model, source, size)
+        row_bytes = answer_bytes(model, options, 1, size, levels=levels)
+        share.need((min(rows, 2 * PART_ROWS) if in_parts else rows) * row_bytes)
+
+    most = context.settings.max_request_rows
+    inputs = admit(operation, model, payload, options, most, room, intake.float_pixels)._replace(levels=levels)
+    if operation.check is not None:
+        operation.check(model, inputs, options)
+    if source is not None and options.resizing in ("pad", "crop"):
+        source = source._replace(how=options.resizing)
+    return Invocation(model, operation, inputs, options, caller, row_bytes=row_bytes, source=source)
+
+
+async def prepare(
+    context: Context,
+    read: Callable[[Meter], tuple[Invocation, Further]],
+    caller: Caller,
+    what: str,
+    *,
+    in_loop: bool,
+) -> tuple[Invocation, Further]:
     """Read a request into an invocation: in the event loop where that is quick, else in a thread.
 
     Args:
         context: The application.
-        read: Reads and checks the body, within the limits of the meter that it is given.
+        read: Reads and checks the body, within the limits of the meter that it is given; gives the invocation, and
+            what else its face needs of the body.
         caller: Whose deadline and memory bound the reading.
         what: Name of the format, for messages.
         in_loop: Whether to try the event loop first. `read` raises Deferred where that would take too long.
+
+    Returns:
+        What `read` gives.
 
     Raises:
         ReaderFault: `read` raised an error that is no ServiceError: a bug, logged with its traceback.
@@ -175,11 +256,35 @@ async def prepare(
                 return read(Meter(*limits, in_loop=True))
             except Deferred:
                 pass  # it is read again, in a thread
-        invocation = await context.offload.run(partial(read, Meter(*limits)), share, caller.deadline, caller.gone)
+        found = await context.offload.run(partial(read, Meter(*limits)), share, caller.deadline, caller.gone)
     except (ServiceError, MemoryError):
         raise
     except Exception as error:
         log.exception("request %s: reading %s failed", request_id(), what)
         raise ReaderFault(f"the body cannot be read as {what}") from error
+    invocation, _ = found
     share.keep(invocation.inputs.nbytes + (invocation.source.nbytes if invocation.source else 0))
-    return invocation
+    return found
+
+
+async def written_by(
+    context: Context, work: Callable[[], Further], answer: Answer, caller: Caller, *, in_loop: bool = True
+) -> Further:
+    """Write an answer: in the event loop where that is quick, else in a thread.
+
+    Args:
+        context: The application.
+        work: Writes it.
+        answer: The answer.
+        caller: Whose deadline and memory bound the writing.
+        in_loop: Whether the event loop may write a small answer.
+
+    Returns:
+        What `work` gives.
+
+    Raises:
+        ServiceError: What `work` raises.
+    """
+    if in_loop and sum([array.size for array in answer.outputs.values()]) <= LOOP_NUMBERS:
+        return work()
+    return await context.offload.run(work, caller.share, caller.deadline, caller.gone)

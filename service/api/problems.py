@@ -1,4 +1,4 @@
-"""Errors to RFC 9457 problem+json: the only file that knows status codes."""
+"""Errors as bodies: RFC 9457 problem+json, or what the Open Inference Protocol has; alone in knowing status codes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from service.observability.request_ids import request_id
 
 log = logging.getLogger(__name__)
 
-MEDIA_TYPE = "application/problem+json"
+MEDIA_TYPE, PLAIN_TYPE = "application/problem+json", "application/json"
+PLAIN_PATHS = ("/v2", "/v2/")
+"""The path, and beginning of paths, whose errors are `{"error": ...}`, as the Open Inference Protocol has them."""
 INTERNAL = 500
 CLIENT_CLOSED_REQUEST = 499  # nginx's; only the log sees it
 CONTROL = (errors.ControlOff, errors.LoadRefused, errors.NoRoom)
@@ -119,24 +121,28 @@ SCHEMA = {
 """OpenAPI schema of a problem, the component `Problem`."""
 
 
-def problem(status: int, code: str, detail: str) -> bytes:
-    """The body of a problem, as RFC 9457 has it."""
+def problem(status: int, code: str, detail: str, path: str = "") -> tuple[bytes, str]:
+    """(body, media type) of an error in the form that belongs to a path: a problem, as RFC 9457 has it, by default."""
+    whole, below = PLAIN_PATHS
+    if path == whole or path.startswith(below):
+        return orjson.dumps({"error": detail}), PLAIN_TYPE
     title = TITLES.get(status, "Error")
-    return orjson.dumps({"type": "about:blank", "title": title, "status": status, "code": code, "detail": detail})
+    content = {"type": "about:blank", "title": title, "status": status, "code": code, "detail": detail}
+    return orjson.dumps(content), MEDIA_TYPE
 
 
-def describe(error: Exception) -> tuple[int, str, bytes, dict[str, str]]:
-    """(status, code, body, headers) of the answer to any error.
+def describe(error: Exception, path: str = "") -> tuple[int, str, bytes, dict[str, str]]:
+    """(status, code, body, headers) of the answer to any error in a request for a path.
 
     An error of status 500 is logged under the id of the request. One that is no ServiceError is a bug: its message
     stays in the log.
     """
+    headers = {}
     if isinstance(error, MemoryError):
         log.error("request %s: no memory", request_id(), exc_info=error)
         error = errors.Overloaded("there is not enough memory for this request now; send fewer rows, or later", 1.0)
     if isinstance(error, errors.ServiceError):
-        status = STATUS.get(type(error), INTERNAL)
-        headers = {}
+        status, code, detail = STATUS.get(type(error), INTERNAL), error.code, str(error)
         if status == INTERNAL:
             log.error("request %s: %s", request_id(), error)
         if isinstance(error, errors.Unauthenticated):
@@ -145,26 +151,28 @@ def describe(error: Exception) -> tuple[int, str, bytes, dict[str, str]]:
             headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
         elif status == STATUS[errors.NotReady]:
             headers["retry-after"] = "1"
-        return status, error.code, problem(status, error.code, str(error)), headers
-    identity = request_id()
-    log.error("internal error %s", identity, exc_info=error)
-    detail = f"an error of the service itself; its log has the cause under {identity}"
-    return INTERNAL, "internal_error", problem(INTERNAL, "internal_error", detail), {}
+    else:
+        identity = request_id()
+        log.error("internal error %s", identity, exc_info=error)
+        status, code = INTERNAL, "internal_error"
+        detail = f"an error of the service itself; its log has the cause under {identity}"
+    content, headers["content-type"] = problem(status, code, detail, path)
+    return status, code, content, headers
 
 
 def examples() -> dict[str, Any]:
     """OpenAPI's examples of problems, the components that `documented` refers to."""
     return {
-        kind.code: {"value": orjson.loads(problem(status, kind.code, DETAILS[kind.code]))}
+        kind.code: {"value": orjson.loads(problem(status, kind.code, DETAILS[kind.code])[0])}
         for kind, status in STATUS.items()
         if kind.code in DETAILS
     }
 
 
-def respond(error: Exception) -> Response:
-    """Give the response for any error."""
-    status, _, content, headers = describe(error)
-    return Response(content, status, headers, MEDIA_TYPE)
+def respond(error: Exception, path: str = "") -> Response:
+    """Give the response for any error in a request for a path."""
+    status, _, content, headers = describe(error, path)
+    return Response(content, status, headers)
 
 
 def documented(*kinds: type[errors.ServiceError]) -> dict[int | str, dict[str, Any]]:

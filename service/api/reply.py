@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from functools import lru_cache
 from traceback import clear_frames
@@ -29,7 +29,8 @@ HEADER_NUMBERS = 16
 NAMED = ("seed", "binarisation", "std_scale")
 """Fields of an answer that have a header of their own."""
 
-Headers = list[tuple[bytes, bytes]]
+Header = tuple[bytes, bytes]
+Headers = list[Header]
 
 UNBUFFERED: Headers = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 """Make proxies pass each event on at once."""
@@ -47,6 +48,8 @@ class Reply(NamedTuple):
         length: Bytes of the body where parts follow; None where that is unknown.
         parts: The rest of the body.
         events: Set where the parts are events, so that a late error can be sent as one.
+        queue_s: Seconds in the queue, where all of the answer has been computed.
+        inference_s: Seconds in the model likewise.
     """
 
     status: int
@@ -57,6 +60,8 @@ class Reply(NamedTuple):
     length: int | None = None
     parts: AsyncGenerator[bytes | memoryview, None] | None = None
     events: EventForm | None = None
+    queue_s: float = 0.0
+    inference_s: float = 0.0
 
     async def send(self, send: Send, *, whole: bool) -> str:
         """Send the response. One that breaks off leaves its connection closed, except that events end with an error.
@@ -93,11 +98,24 @@ class Reply(NamedTuple):
         return outcome
 
 
-def refusal(error: Exception) -> Reply:
-    """An error as a problem. Its traceback is cleared: it holds the body, in a reference cycle with the error."""
-    status, code, content, extra = problems.describe(error)
-    head = [(b"content-type", problems.MEDIA_TYPE.encode())]
-    head += [(name.encode(), value.encode()) for name, value in extra.items()]
+def whole_reply(media_type: str, answer: Answer, content: Body, rows: int, further: Sequence[Header] = ()) -> Reply:
+    """A whole answer.
+
+    Args:
+        media_type: That of the body.
+        answer: What the body holds.
+        content: The body.
+        rows: Rows of the request.
+        further: Headers beside those that describe every answer.
+    """
+    head = [*headers_of(media_type, answer, answer.inference_s), *further]
+    return Reply(200, head, content, "ok", rows, queue_s=answer.queue_s, inference_s=answer.inference_s)
+
+
+def refusal(error: Exception, path: str) -> Reply:
+    """An error in a request for a path. Its traceback is cleared: it holds the body and refers back to the error."""
+    status, code, content, headers = problems.describe(error, path)
+    head = [(name.encode(), value.encode()) for name, value in headers.items()]
     outcome = error.outcome if isinstance(error, ServiceError) else ""
     clear_frames(error.__traceback__)
     return Reply(status, head, content, outcome or code, 0)
@@ -123,7 +141,7 @@ async def parts_reply(codec: Codec, parts: AsyncGenerator[Answer, None], rows: i
     head = codec.header((rows, *array.shape[1:]))
     length = len(head) + rows * array[0].nbytes
     sent = _arrays(array.data.cast("B"), parts)
-    return Reply(200, headers_of(codec, first, None), head, "ok", rows, length, sent)
+    return Reply(200, headers_of(codec.media_type, first, None), head, "ok", rows, length, sent)
 
 
 async def _arrays(first: memoryview, parts: AsyncGenerator[Answer, None]) -> AsyncGenerator[memoryview, None]:
@@ -138,7 +156,7 @@ async def _arrays(first: memoryview, parts: AsyncGenerator[Answer, None]) -> Asy
 async def events_reply(codec: Codec, model: Model, events: AsyncGenerator[Event | None, None], rows: int) -> Reply:
     """Events, sent one by one. The first is awaited here, so that errors before it are problems."""
     manifest = model.manifest
-    head = [*_described(codec, manifest.name, manifest.version, manifest.fingerprint), *UNBUFFERED]
+    head = [*_described(codec.media_type, manifest.name, manifest.version, manifest.fingerprint), *UNBUFFERED]
     assert codec.events is not None
     parts = _framed(codec.events, await anext(events), events)
     return Reply(200, head, b"", "ok", rows, parts=parts, events=codec.events)
@@ -158,16 +176,16 @@ async def _framed(
                 return
 
 
-def headers_of(codec: Codec, answer: Answer, inference_s: float | None) -> Headers:
+def headers_of(media_type: str, answer: Answer, inference_s: float | None) -> Headers:
     """The headers that describe an answer.
 
     Args:
-        codec: Writes it.
+        media_type: That of the body.
         answer: Its fields have the names of the JSON answer.
         inference_s: Seconds in the model, where all of it has run.
     """
     about = answer.about
-    named = _described(codec, about["model"], about["version"], about["fingerprint"], *answer.outputs)
+    named = _described(media_type, about["model"], about["version"], about["fingerprint"], *answer.outputs)
     head = [*named, (b"server-timing", server_timing(answer.queue_s, inference_s).encode())]
     head += [(b"x-" + name.replace("_", "-").encode(), str(about[name]).encode()) for name in NAMED if name in about]
     if "notes" in about:
@@ -187,10 +205,10 @@ def _noted(note: Mapping[str, Any]) -> str:
 
 
 @lru_cache(1024)
-def _described(codec: Codec, model: str, version: str, fingerprint: str, *outputs: str) -> Headers:
+def _described(media_type: str, model: str, version: str, fingerprint: str, *outputs: str) -> Headers:
     """The headers that many answers share."""
     return [
-        (b"content-type", codec.media_type.encode()),
+        (b"content-type", media_type.encode()),
         (b"x-model", model.encode()),
         (b"x-model-version", version.encode()),
         (b"x-fingerprint", fingerprint.encode()),

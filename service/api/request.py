@@ -7,12 +7,16 @@ import zlib
 from typing import Any, NamedTuple
 
 from starlette.types import Receive
+from werkzeug.http import parse_accept_header
 
 from service.api.memory import Share
 from service.codecs.payload import Body, Meter
 from service.errors import InvalidOption, Malformed, TooLarge, Unreadable, UnsupportedMediaType
+from service.settings import Settings
 
-SINGLE = {b"content-type", b"content-encoding", b"x-timeout-ms", b"x-fingerprint"}
+SINGLE = {
+    b"content-type", b"content-encoding", b"x-timeout-ms", b"x-fingerprint", b"inference-header-content-length",
+}  # fmt: skip
 """Header fields that must not be repeated: two readers might use different ones."""
 LONGEST_TIMEOUT = 12
 """Most digits of X-Timeout-Ms."""
@@ -24,6 +28,8 @@ WINDOW_BITS = {b"gzip": 31, b"x-gzip": 31, b"deflate": 15}
 RAW_DEFLATE = -15
 PIECE = 2**20
 """Bytes that are decompressed between two checks."""
+LONGEST_LIST = 512
+"""Characters of an Accept-Encoding header that are read."""
 MOST_MEMBERS = 256
 """Most gzip streams, one after the other, in one body."""
 
@@ -38,6 +44,14 @@ class Limit(NamedTuple):
     def exceeded(self) -> TooLarge:
         """The error for a larger body."""
         return TooLarge(f"the body is above {self.setting} ({self.size}); {self.advice}")
+
+
+def body_limits(settings: Settings) -> tuple[Limit, Limit]:
+    """The limit of bodies in general, and that of JSON, whose parsing delays every other request."""
+    advice = "send arrays as application/x-npy or application/octet-stream and pictures as files, or raise it"
+    most, most_json = settings.max_body_bytes, settings.max_json_bytes
+    limit = Limit(most, "VAE_MAX_BODY_BYTES", "send fewer rows, or raise it")
+    return limit, min(limit, Limit(most_json, "VAE_MAX_JSON_BYTES", advice), key=lambda one: one.size)
 
 
 def fields(headers: list[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
@@ -126,6 +140,23 @@ def coding_of(headers: dict[bytes, bytes]) -> bytes:
     if coding != IDENTITY and coding not in WINDOW_BITS:
         raise UnsupportedMediaType("Content-Encoding must be gzip, deflate or identity, one of them alone")
     return coding
+
+
+def accepted_codings(header: str) -> list[str]:
+    """The content codings `gzip` and `deflate` that an Accept-Encoding header names, best first.
+
+    A header longer than `LONGEST_LIST` counts as one without.
+    """
+    if len(header) > LONGEST_LIST or not any(name in header for name in ("gzip", "deflate")):
+        return []
+    known = parse_accept_header(header)
+    return sorted((name for name in ("gzip", "deflate") if known[name] > 0), key=lambda name: -known[name])
+
+
+def deflated(content: Body, coding: str) -> bytes:
+    """Compress a body, with little effort: arrays of floats hardly shrink with more."""
+    stream = zlib.compressobj(1, wbits=WINDOW_BITS[coding.encode()])
+    return stream.compress(content) + stream.flush()
 
 
 def inflated(body: Body, coding: bytes, limit: Limit, meter: Meter) -> bytearray:

@@ -1,19 +1,20 @@
-"""Validation of inputs: shape, number and range of rows, compared with the manifest before anything is computed."""
+"""Validation of a request: its options, and the shape, number and range of its rows, before anything is computed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
-from service.codecs.payload import Payload, as_images, as_rows, channels_of, fits, viewed, within
+from service.codecs.payload import Intake, Meter, Payload, as_images, as_rows, channels_of, fits, viewed, within
 from service.contract.graphs import fraction_of
 from service.contract.images import FIT_ADVICE, fit
-from service.errors import InvalidOption, InvalidShape, InvalidValue, TooLarge
+from service.errors import InvalidOption, InvalidShape, InvalidValue, TooLarge, WrongModel, quoted
 from service.operations.inference.tiling import Tiling, tiling
-from service.operations.operation import Inputs, Operation, Rows
+from service.operations.operation import Inputs, LatentOptions, Operation, Rows
 from service.runtime.model import Model
 
 ROUNDING = 1e-6
@@ -24,6 +25,68 @@ OBSERVED_MARGIN = 10.0
 
 Room = Callable[[int, tuple[int, int] | None], None]
 """Reserves memory for a number of rows, of the height and width of the graphs' images where they are free."""
+
+
+def options_of(operation: Operation, named: Mapping[str, Any], max_draws: int) -> Any:
+    """Read the options of an operation.
+
+    Args:
+        operation: The operation.
+        named: Options by name, as text or as JSON values.
+        max_draws: Most rows that one row becomes (VAE_MAX_DRAWS).
+
+    Raises:
+        InvalidOption: One is unknown or invalid.
+    """
+    try:
+        options = operation.options.model_validate(named)
+    except ValidationError as error:
+        known = ", ".join(operation.options.model_fields) or "none"
+        wrong = error.errors()[:3]
+        problem = "; ".join(f"{quoted('.'.join(map(str, one['loc'])))}: {one['msg']}" for one in wrong)
+        raise InvalidOption(f"{problem} (options of {operation.name}: {known})") from error
+    if options.multiplicity > max_draws:
+        raise InvalidOption(f"draws is {options.multiplicity}, VAE_MAX_DRAWS is {max_draws}")
+    return options
+
+
+def intake_of(operation: Operation, model: Model, options: Any, meter: Meter, tile_pixels: int) -> Intake:
+    """What a codec reads for an operation of a model.
+
+    Args:
+        operation: The operation.
+        model: The first variant of the model.
+        options: The options.
+        meter: Limits on reading.
+        tile_pixels: Pixels above which images of free size keep integer levels (VAE_TILE_PIXELS).
+    """
+    variants = model.variants
+    shape = operation.row_shape(model, options)
+    keeps_alpha = operation.observed and not operation.masked
+    intake = Intake(operation.takes or "", shape, meter, operation.masked, operation.or_latents)
+    intake = intake._replace(keeps_alpha=keeps_alpha)
+    if model.free is None and len(variants) == 1:
+        return intake
+    float_pixels = None if model.free is None else tile_pixels
+    return intake._replace(variants=tuple(variants) if len(variants) > 1 else (), float_pixels=float_pixels)
+
+
+def check_fingerprint(model: Model, header: bytes | None, options: Any) -> None:
+    """Refuse a request for the fingerprint of another model.
+
+    Raises:
+        WrongModel: The header X-Fingerprint or the option `fingerprint` names another one.
+    """
+    option = options.fingerprint if isinstance(options, LatentOptions) else None
+    if header is None and option is None:
+        return
+    manifest = model.manifest
+    for fingerprint in (None if header is None else header.decode("latin-1"), option):
+        if fingerprint is not None and fingerprint != manifest.fingerprint:
+            raise WrongModel(
+                f"the request is for the model with fingerprint {quoted(fingerprint)}, but {manifest.name} version "
+                f"{manifest.version} has {manifest.fingerprint}; ask the model that gave the latents, or encode again"
+            )
 
 
 def variant_of(operation: Operation, model: Model, payload: Payload, options: Any) -> Model:
@@ -98,14 +161,14 @@ def admit(
     count = tiles.rows if tiles else len(rows)
     check_count(count * options.multiplicity, max_rows)
     room(count, None)
-    rows = in_range(rows, *_bounds(operation, name), name)
+    rows = in_range(rows, *_bounds(operation, name, payload), name)
     mask = None
     if operation.masked or payload.mask is not None:
         mask = _mask(operation, payload, shape, options, len(rows), room).astype(np.float32)
         mask = np.broadcast_to(mask, (len(rows), *shape))
     if tiles is not None:
         rows, mask = tiles.cut(rows), None if mask is None else tiles.cut(mask)
-    return Inputs(rows, mask, latents=payload.latents, tiling=tiles)
+    return Inputs(rows, mask, latents=payload.latents, tiling=tiles, raw=payload.raw)
 
 
 def _admit_count(model: Model, options: Any, max_rows: int, room: Room) -> Inputs:
@@ -135,7 +198,8 @@ def _admit_free(
         rows = as_rows(payload.array, model.latent_shape, "latents")
         check_count(len(rows) * options.multiplicity, max_rows)
         room(len(rows), _size_of_latents(model, rows.shape[1:]))
-        return Inputs(in_range(rows, -np.inf, np.inf, "latents"), latents=payload.latents)
+        rows = in_range(rows, -np.inf, np.inf, "latents")
+        return Inputs(rows, latents=payload.latents, raw=payload.raw)
     images = as_images(payload.array, model.input_shape, "images", float_pixels)
     shape = images.shape[1:]
     size = shape[1] * options.enlargement, shape[2] * options.enlargement
@@ -143,13 +207,13 @@ def _admit_free(
     check_count(len(images) * options.multiplicity, max_rows)
     room(len(images), (height, width))
     if images.dtype.kind == "f":  # levels are in the range
-        images = in_range(images, *_bounds(operation, "images"), "images")
+        images = in_range(images, *_bounds(operation, "images", payload), "images")
     rows, mask = _reflected(images, height // options.enlargement, width // options.enlargement), None
     if operation.masked or payload.mask is not None:
         mask = _mask(operation, payload, shape, options, len(images), room)
         mask = mask if rows.dtype.kind == "u" else mask.astype(np.float32)
         mask = np.broadcast_to(_reflected(mask, *rows.shape[2:]), rows.shape)
-    return Inputs(rows, mask, size=size)
+    return Inputs(rows, mask, size=size, raw=payload.raw)
 
 
 def padded(model: Model, size: tuple[int, int], scale: int = 1) -> tuple[int, int]:
@@ -258,8 +322,8 @@ def _mask(
     return found
 
 
-def _bounds(operation: Operation, name: str) -> tuple[float, float]:
-    if name == "latents":
+def _bounds(operation: Operation, name: str, payload: Payload) -> tuple[float, float]:
+    if name == "latents" or payload.raw:
         return -np.inf, np.inf
     margin = OBSERVED_MARGIN if operation.observed else 0.0
     return 0.0 - margin, 1.0 + margin

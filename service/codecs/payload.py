@@ -140,6 +140,8 @@ class Payload(NamedTuple):
     """Whether the array holds latents, sent in place of images."""
     source: Source | None = None
     """What an answer keeps of pictures. Images of a type without a known white are not scaled yet."""
+    raw: bool = False
+    """Whether images may lie beyond black and white, which are 0 and 1, in the request and in the answer."""
 
 
 class Answer(NamedTuple):
@@ -446,6 +448,17 @@ def as_floats(array: NDArray[Any], name: str) -> NDArray[np.float32]:
     if not deep:
         check_scale(array, name)
     return np.divide(array, np.float32(WHITE if deep else 255.0), dtype=np.float32, order="C")
+
+
+def from_bfloat16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """The numbers whose upper halves these are."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def to_bfloat16(array: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """The upper halves of the nearest numbers that have no lower ones; of two, the even one."""
+    bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
+    return ((bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16).astype(np.uint16)
 
 
 def check_scale(array: NDArray[Any], name: str) -> None:

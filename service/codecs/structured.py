@@ -7,9 +7,9 @@ import math
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import orjson
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from service.codecs import image
 from service.codecs.codec import Codec
-from service.codecs.payload import Answer, Body, Intake, Payload, check_pictures, of_one_type
+from service.codecs.payload import Answer, Body, Intake, Meter, Payload, check_pictures, of_one_type
 from service.codecs.source import Source, joined
 from service.errors import InvalidOption, InvalidShape, Unreadable, quoted
 
@@ -39,6 +39,7 @@ MOST_PLACES = 16
 TURN_S = 0.001
 """Pause between two large texts, in which the event loop may take the interpreter's lock."""
 URL_SAFE = str.maketrans("-_", "+/")
+Found = TypeVar("Found")
 NUMBERS = "{} must be nested lists of numbers, without text, null, true or false"
 
 
@@ -87,31 +88,52 @@ def read(body: Body, _content_type: str, intake: Intake) -> Payload:
         InvalidOption: A field is there twice, or there are too many.
         TooLarge: It needs too much memory.
     """
+    return with_object(body, intake.meter, '{"images": [...]}', lambda content: _read(content, intake))
+
+
+def with_object(body: Body, meter: Meter, like: str, read: Callable[[simdjson.Object], Found]) -> Found:
+    """What a function makes of the JSON object in a body, while its parser keeps the object.
+
+    Args:
+        body: The text; empty is an object without fields.
+        meter: Limits on reading.
+        like: An example of the object, for messages.
+        read: Must not keep the object or parts of it.
+
+    Raises:
+        Unreadable: The body is not a JSON object.
+        TooLarge: It needs too much memory.
+        Overloaded: Other requests leave too little memory.
+    """
     if len(body) <= LARGE:
-        return _read(simdjson.Parser(), body, intake)
-    intake.meter.reserve(2 * len(body) + body.count(b",") * NUMBER_BYTES)
+        return read(_object(simdjson.Parser(), body, like))
+    meter.reserve(2 * len(body) + body.count(b",") * NUMBER_BYTES)
     with PARSERS.one() as parser:
-        return _read(parser, body, intake)
+        return read(_object(parser, body, like))
 
 
-def _read(parser: simdjson.Parser, body: Body, intake: Intake) -> Payload:
+def _object(parser: simdjson.Parser, body: Body, like: str) -> simdjson.Object:
     try:
         content = parser.parse(bytes(body) or b"{}")
     except (ValueError, RuntimeError) as error:
         raise Unreadable(_not_json(body, error)) from error
     if not isinstance(content, simdjson.Object):
-        raise Unreadable('the body must be a JSON object such as {"images": [...]}')
-    named = _named(content)
+        raise Unreadable(f"the body must be a JSON object such as {like}")
+    return content
+
+
+def _read(content: simdjson.Object, intake: Intake) -> Payload:
+    named = fields_of(content)
     array, mask, source = _arrays(named.pop(intake.name), intake) if intake.name in named else (None, None, None)
     latents = intake.or_latents and array is None and "latents" in named
     if latents:
-        array = _numbers(named.pop("latents"), "latents")
+        array = numbers_of(named.pop("latents"), "latents")
     if "mask" in named:
-        mask = _numbers(named.pop("mask"), "mask")
-    return Payload(array, mask, {name: _plain(value) for name, value in named.items()}, latents, source)
+        mask = numbers_of(named.pop("mask"), "mask")
+    return Payload(array, mask, {name: plain(value) for name, value in named.items()}, latents, source)
 
 
-def _named(content: simdjson.Object) -> dict[str, Any]:
+def fields_of(content: simdjson.Object) -> dict[str, Any]:
     """The fields of an object, each once.
 
     Raises:
@@ -145,12 +167,12 @@ def slices(answer: Answer) -> Iterator[bytes]:
         return
     for k, (name, array) in enumerate(arrays.items()):
         yield b"%b%b:" % (b"," if k else b"{", orjson.dumps(name))
-        yield from _array_slices(array)
+        yield from array_slices(array)
     about = orjson.dumps(dict(answer.about), option=orjson.OPT_SERIALIZE_NUMPY)
     yield b"," + about[1:] if answer.about else b"}"
 
 
-def _array_slices(array: NDArray[np.float32]) -> Iterator[bytes]:
+def array_slices(array: NDArray[np.float32]) -> Iterator[bytes]:
     """Nested lists of the array's numbers, SLICE_NUMBERS at a time."""
     if array.size <= SLICE_NUMBERS:
         yield orjson.dumps(array, option=orjson.OPT_SERIALIZE_NUMPY)
@@ -159,7 +181,7 @@ def _array_slices(array: NDArray[np.float32]) -> Iterator[bytes]:
     for start in range(0, len(array), rows):
         yield b"," if start else b"["
         if array.ndim > 1 and array[0].size > SLICE_NUMBERS:
-            yield from _array_slices(array[start])
+            yield from array_slices(array[start])
         else:
             yield orjson.dumps(array[start : start + rows], option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
     yield b"]"
@@ -189,7 +211,7 @@ def _arrays(value: Any, intake: Intake) -> tuple[NDArray[Any], NDArray[Any] | No
     """(rows, mask, what an answer keeps of pictures): the mask is there where every picture has one."""
     texts = [value] if isinstance(value, str) else value
     if not (isinstance(texts, list | simdjson.Array) and len(texts) and isinstance(texts[0], str)):
-        return _numbers(value, intake.name), None, None
+        return numbers_of(value, intake.name), None, None
     check_pictures(len(texts), intake.meter)
     found = [image.read(_base64(text), "", intake) for text in texts]
     pictures = [one.array for one in found if one.array is not None]
@@ -222,7 +244,7 @@ def _base64(text: Any) -> bytes:
         raise Unreadable("a string in images is not base64; encode the bytes of a picture file as base64") from error
 
 
-def _numbers(value: Any, name: str) -> NDArray[np.float64]:
+def numbers_of(value: Any, name: str) -> NDArray[np.float64]:
     """Rectangular nested lists of numbers as an array.
 
     Raises:
@@ -258,7 +280,7 @@ def _is_rectangular(value: Any, shape: tuple[int, ...]) -> bool:
     return all(_is_rectangular(entry, shape[1:]) for entry in value)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """One value as a Python object; a list or an object, which no option takes, as an empty one."""
     if isinstance(value, simdjson.Object):
         return {}

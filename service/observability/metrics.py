@@ -47,6 +47,12 @@ class Telemetry:
             registry=self.registry,
         )
         self._rows = Counter("vae_rows", "Rows by outcome", (*labels, "outcome"), registry=self.registry)
+        self._waited, self._computed = (
+            Counter(
+                f"vae_request_{what}_seconds", f"Seconds of answered requests {where}", labels, registry=self.registry
+            )
+            for what, where in (("queue", "in the queue"), ("inference", "in the model"))
+        )
         self._refused = Counter(
             "vae_refused", "Calls refused by access control, by the problem's code", ("code",), registry=self.registry
         )
@@ -73,24 +79,29 @@ class Telemetry:
             ProcessCollector(registry=self.registry)  # memory, descriptors, processor time
         self._request_child = cache(self._requests.labels)
         self._rows_child = cache(self._rows.labels)
+        self._seconds_children = cache(lambda *values: (self._waited.labels(*values), self._computed.labels(*values)))
         self._batch_children = cache(
             lambda *values: [metric.labels(*values) for metric in (self._queue, self._inference, self._batch_rows)]
         )
         self.changes = 0  # counts the flushes that changed a metric
         self._load = load
         self._noted: list[Callable[[], None]] = []
-        self._counted: dict[tuple[str, str, str], list[int]] = {}
+        self._counted: dict[tuple[str, str, str], list[float]] = {}
         self._flushing = False
 
-    def request(self, model: str, operation: str, outcome: str, rows: int) -> None:
-        """Count one request."""
+    def request(
+        self, model: str, operation: str, outcome: str, rows: int, queue_s: float = 0.0, inference_s: float = 0.0
+    ) -> None:
+        """Count one request, and the time that it spent in the queue and in the model."""
         counted = self._counted.get((model, operation, outcome))
         if counted is None:
-            self._counted[model, operation, outcome] = [1, rows]
+            self._counted[model, operation, outcome] = [1, rows, queue_s, inference_s]
             self._flush_soon()
         else:
             counted[0] += 1
             counted[1] += rows
+            counted[2] += queue_s
+            counted[3] += inference_s
 
     def refused(self, code: str) -> None:
         """Count one call that access control refused."""
@@ -113,10 +124,13 @@ class Telemetry:
         for add in noted:
             add()
         counted, self._counted = self._counted, {}
-        for labels, (requests, rows) in counted.items():
+        for labels, (requests, rows, queue_s, inference_s) in counted.items():
             self._request_child(*labels).inc(requests)
             if rows:
                 self._rows_child(*labels).inc(rows)
+            if inference_s:
+                for child, seconds in zip(self._seconds_children(*labels[:2]), (queue_s, inference_s), strict=True):
+                    child.inc(seconds)
         queued_rows, running = self._load()
         self._queued.set(queued_rows)
         self._running.set(running)
@@ -140,14 +154,32 @@ class Telemetry:
 
     def exposition(self) -> bytes:
         """Return all metrics in Prometheus' text format, summed over the workers."""
+        return generate_latest(self._whole())
+
+    def totals(self) -> dict[tuple[str, str, str, str], float]:
+        """Return the value of each metric of operations, summed over the workers.
+
+        Returns:
+            Values by name of the sample, model, operation and outcome; the last is empty where it has none.
+        """
+        return {
+            (sample.name, sample.labels["model"], sample.labels["operation"], sample.labels.get("outcome", "")):
+                sample.value
+            for metric in self._whole().collect()
+            for sample in metric.samples
+            if "operation" in sample.labels and "le" not in sample.labels
+        }  # fmt: skip
+
+    def _whole(self) -> CollectorRegistry:
+        """The metrics of all workers, up to date."""
         self.flush()
         if _shared is None:
-            return generate_latest(self.registry)
+            return self.registry
         registry = CollectorRegistry()
         registry.register(_shared)
         if not _several:
             ProcessCollector(registry=registry)
-        return generate_latest(registry)
+        return registry
 
 
 def server_timing(queue_s: float, inference_s: float | None) -> str:

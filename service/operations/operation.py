@@ -250,6 +250,7 @@ class Inputs(NamedTuple):
             right; None for a model of one size.
         observe: Called with intermediate results of iterative work; None if the caller wants none.
         levels: Type of the levels that images of the answer may be, because a picture is written of them.
+        raw: Whether images of the answer may lie beyond [0, 1], where a decoder of [-1, 1] goes beyond.
     """
 
     rows: Rows
@@ -260,6 +261,7 @@ class Inputs(NamedTuple):
     size: tuple[int, int] | None = None
     observe: Observe | None = None
     levels: Levels | None = None
+    raw: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -283,7 +285,7 @@ class Tensor:
     Attributes:
         name: Its name in JSON.
         shape: One symbol an axis, such as `n`, `draws`, `channels`, `height`, `width`; `latent` stands for all axes of
-            a latent. A scalar has none.
+            a latent, and a number for itself. A scalar has none.
         meaning: Its content, for the documentation.
         dtype: Type of its elements.
         required: Whether every JSON request, or every answer, contains it.
@@ -299,7 +301,7 @@ class Tensor:
 PIXELS = ("channels", "height", "width")
 IMAGES = Tensor("images", ("n", *PIXELS), "Images; numbers lie in [0, 1]")
 LATENTS = Tensor("latents", ("n", "latent"), "Latents, of the model's latent shape")
-MASK = Tensor("mask", ("n", *PIXELS), "1 where a pixel is seen, 0 where it is missing", required=False)
+MASK = Tensor("mask", ("n", "1", *PIXELS[1:]), "1 where a pixel is seen, 0 where it is missing", required=False)
 MEANS = Tensor("images", ("n", *PIXELS), "Mean images")
 SEED = Tensor("seed", (), "Seed of the request's noise; the same request with it has the same answer", "int64")
 GIVEN = {"model", "version", "fingerprint", "notes"}
@@ -415,7 +417,8 @@ class Operation:
             }
             result = result._replace(outputs=cut)
         images = result.outputs.get("images")
-        if model.manifest.value_range[0] < 0.0 and images is not None and images.dtype.kind == "f":
+        beyond = model.manifest.value_range[0] < 0.0 and not inputs.raw
+        if beyond and images is not None and images.dtype.kind == "f":
             result = result._replace(outputs={**result.outputs, "images": np.clip(images, 0, 1)})
         return self._finite(result, model, inputs)
 

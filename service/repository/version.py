@@ -14,6 +14,7 @@ from service.contract.files import OpenFiles, opened
 from service.contract.golden import read_golden
 from service.contract.manifest import Graph, Manifest, ManifestError
 from service.errors import StartError, one_line
+from service.operations.registry import OPERATIONS
 from service.repository.confined import Killed, TookTooLong, run_module
 from service.repository.progress import Tell, counted, tell_nobody
 from service.repository.signatures import check_signature, read_signature
@@ -27,6 +28,7 @@ OWN_THREAD = ("refinement", "elbo_gradient", "log_joint")
 """Graphs of iterative work. They run on the caller's nice-19 thread; onnxruntime's own threads are not nice."""
 
 
+OPERATION_NAMES = frozenset(operation.name for operation in OPERATIONS)
 LARGE_BYTES = 2**26
 """Above this size of its files, the graphs of a version are opened one after the other.
 
@@ -149,6 +151,12 @@ def read_manifest(folder: Path, public_keys: str) -> tuple[bytes, Manifest]:
         manifest = manifests.parse_file(folder, text)
     if (manifest.name, manifest.version) != (folder.parent.name, folder.name):
         raise StartError(f"{folder} holds version {manifest.version} of {manifest.name}; name the folders after them")
+    ending = manifest.name.rpartition(".")[2]
+    if ending != manifest.name and ending in OPERATION_NAMES:
+        raise StartError(
+            f"{folder}: the name {manifest.name} ends in .{ending}, which /v2 would read as the operation {ending} of "
+            "another model; give the model another name, in its folder and its manifest"
+        )
     return text, manifest
 
 

@@ -23,20 +23,25 @@ from service.settings import Settings, split
 
 log = logging.getLogger(__name__)
 
-Respond = Callable[[ServiceError], ASGIApp]
-"""Gives the response for an error."""
+Respond = Callable[[ServiceError, str], ASGIApp]
+"""Gives the response for an error in a request for a path."""
 
 OPS = re.compile(r"/health(/.*)?|/metrics")
-OPEN = re.compile(r"/health(/.*)?|(?P<counted>/|/page/[0-9a-f]+/[a-z.-]+|/docs(/.*)?|/openapi\.json|/metrics)")
+OPEN = re.compile(r"(/v2)?/health(/.*)?|(?P<counted>/|/page/[0-9a-f]+/[a-z.-]+|/docs(/.*)?|/openapi\.json|/metrics)")
 """Paths that need no key; `counted` are those with a rate limit."""
+OPERATIONS = ("/v1/", "/v2/models/", "/diffusers/")
+"""Beginnings of paths that are never open, which saves most requests the pattern above."""
+INDEX = "/v2/repository/index"
+"""A list that is asked for with POST; any key will do, as for the list of `/v1/models`."""
 CONTROLS = re.compile(r".*/(un)?load[\s/]*", re.DOTALL)
 """Paths that need the right `control`. Wider than the routes, so that no spelling of a path evades the check."""
 NETWORK_BITS = 64
 """Length of the prefix of an IPv6 address that one client owns; it can choose the other bits freely."""
 MAX_QUOTED = 100
 EXPOSED = [
-    "Retry-After", "Server-Timing", "WWW-Authenticate", "X-Binarisation", "X-Fingerprint", "X-Level", "X-Model",
-    "X-Model-Version", "X-Note", "X-Outputs", "X-Request-Id", "X-Seed",
+    "Dtype", "Inference-Header-Content-Length", "Retry-After", "Server-Timing", "Shape", "WWW-Authenticate",
+    "X-Binarisation", "X-Fingerprint", "X-Level", "X-Model", "X-Model-Version", "X-Note", "X-Outputs", "X-Request-Id",
+    "X-Seed",
 ]  # fmt: skip
 """Response headers that scripts of other origins may read."""
 
@@ -132,7 +137,7 @@ class AccessControl:
             caller = self._admit(scope)
         except ServiceError as error:
             self._refused(error.code)
-            return self._respond(error)(scope, receive, send)
+            return self._respond(error, route_path(scope))(scope, receive, send)
         if caller is None:
             return self._app(scope, receive, send)
         return self._run(caller, scope, receive, send)
@@ -172,7 +177,7 @@ class AccessControl:
         if (ORIGIN in headers or SITE in headers) and scope["method"] not in SAFE_METHODS:
             self._origins.check(scope, headers, self._proxies)
         path = route_path(scope) if scope.get("root_path") else scope["path"]
-        found = None if path.startswith("/v1/") else OPEN.fullmatch(path)
+        found = None if path.startswith(OPERATIONS) else OPEN.fullmatch(path)
         if self._keys is not None:
             token = _token(scope)
             key = self._keys.find(token) if token else None
@@ -237,7 +242,8 @@ class OpsPort:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request by the port that it came to."""
         if scope["type"] == "http" and (scope["server"][1] == self._port) != bool(OPS.fullmatch(route_path(scope))):
-            await self._respond(NotFound(f"nothing is at {scope['path']} on this port"))(scope, receive, send)
+            error = NotFound(f"nothing is at {scope['path']} on this port")
+            await self._respond(error, route_path(scope))(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
@@ -251,7 +257,7 @@ def route_path(scope: Scope) -> str:
 
 def needed_right(method: str, path: str) -> str | None:
     """Return the right that a call needs; None where any key will do."""
-    if method in ("GET", "HEAD"):
+    if method in ("GET", "HEAD") or path == INDEX:
         return None
     return INFER if method == "POST" and not CONTROLS.fullmatch(path) else CONTROL
 

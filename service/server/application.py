@@ -20,7 +20,7 @@ class Application(FastAPI):
     Middleware from `add_middleware` runs around every route, direct or not.
 
     Args:
-        respond: Gives the response for an error that is raised outside of any route.
+        respond: Gives the response for an error that is raised outside of any route, by the path of the request.
         wrap: Puts middleware around everything but the direct routes.
         document: Completes the OpenAPI document of FastAPI's routes with the direct ones.
         **options: Options of FastAPI.
@@ -28,7 +28,7 @@ class Application(FastAPI):
 
     def __init__(
         self,
-        respond: Callable[[Exception], Response],
+        respond: Callable[[Exception, str], Response],
         wrap: Callable[[ASGIApp], ASGIApp],
         document: Callable[[dict[str, Any]], dict[str, Any]],
         **options: Any,

@@ -26,7 +26,7 @@ from service.security.proxies import PEER
 from service.server.connections import Connections
 from service.settings import Settings
 
-Respond = Callable[[ServiceError], Response]
+Respond = Callable[[ServiceError, str], Response]
 """Gives the response for an error."""
 WHOLE_ANSWER = "vae.whole_answer"
 """ASGI extension: `http.response.start` may hold the whole body as `content`, which ends the answer. Head and body are
@@ -100,7 +100,7 @@ class Protocol(HttpToolsProtocol):
 
     Args:
         settings: The settings of the service.
-        respond: Gives the response for an error.
+        respond: Gives the response for an error in a request for a path.
         connections: Limits on connections, of the whole worker.
         **parts: What uvicorn passes to a protocol.
     """
@@ -110,6 +110,7 @@ class Protocol(HttpToolsProtocol):
         self.settings = settings
         self.timeout_keep_alive = settings.keep_alive_s  # type: ignore[assignment]  # a loop takes parts of seconds
         self._respond = respond
+        self.url = b""  # until a request begins
         self._limits = connections
         self._excess: ServiceError | None = None  # the reason, for a connection above the limits
         self._counted = False
@@ -252,8 +253,7 @@ class Protocol(HttpToolsProtocol):
     def _check_excess(self) -> None:
         """Raise TooManyConnections, except for a health check."""
         assert self._excess is not None
-        path = self.url.removeprefix(self.settings.root_path.encode())
-        if self.parser.get_method() not in (b"GET", b"HEAD") or not path.startswith(b"/health/"):
+        if self.parser.get_method() not in (b"GET", b"HEAD") or not self._path().startswith("/health/"):
             raise self._excess
         self._limits.release(self)
 
@@ -376,9 +376,14 @@ class Protocol(HttpToolsProtocol):
         self._close()
 
     def _answer(self, error: ServiceError) -> bytes:
-        response = self._respond(error)
+        response = self._respond(error, self._path())
         headers = [*self.server_state.default_headers, *response.raw_headers, (b"connection", b"close")]
         return b"%b\r\n%b" % (head_of(response.status_code, headers), bytes(response.body))
+
+    def _path(self) -> str:
+        """The path of the request, without the proxy's prefix; empty before it has arrived."""
+        path: bytes = self.url.partition(b"?")[0]
+        return path.decode("latin-1").removeprefix(self.settings.root_path)
 
     def _turn_away(self) -> None:
         """Close a connection above the limits that sent no health check."""

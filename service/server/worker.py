@@ -110,7 +110,7 @@ def server_config(
     Args:
         settings: The settings of the service.
         app: Any ASGI application.
-        respond: Gives the response for an error in what a connection sends.
+        respond: Gives the response for an error in what a connection sends, by the path of the request.
         connections: Limits on connections; None makes those of the settings, for one worker.
         **options: Further options of uvicorn.
     """

@@ -17,9 +17,10 @@ import httpx
 import numpy as np
 import pytest
 
-from benchmarks.environments import InstallFailed, ignored_home, prepare
+from benchmarks.environments import ignored_home
 from service.app import create_app
 from service.settings import Settings
+from tests.clients.conftest import python_of
 from tests.service.conftest import serving
 
 pytestmark = pytest.mark.clients
@@ -65,11 +66,7 @@ def ran(*command: str | Path, **options: Any) -> str:
 
 def test_a_generated_python_client_works(url: str, document: bytes, expected: dict[str, Any], tmp_path: Path) -> None:
     """openapi-python-client drops no answer, and its client encodes, denoises, samples and reads a problem."""
-    ignored_home()
-    try:
-        python = prepare("openapi-python-client", HERE / "python" / "requirements.txt")
-    except InstallFailed as error:
-        pytest.skip(f"openapi-python-client cannot be installed here: {error}")
+    python = python_of("openapi-python-client", "python")
     (tmp_path / "openapi.json").write_bytes(document)
     generator = Path(python).with_name("openapi-python-client")
     told = ran(generator, "generate", "--path", "openapi.json", "--output-path", "client", cwd=tmp_path)

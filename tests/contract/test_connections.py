@@ -175,6 +175,16 @@ def test_what_is_too_large_names_the_setting(url: str, request_bytes: bytes, set
     assert setting in detail
 
 
+@pytest.mark.parametrize("path", [b"/v2/models/m.encode/infer", b"/v2"])
+def test_what_the_server_refuses_below_v2_has_its_form(url: str, path: bytes) -> None:
+    """`{"error": ...}`, before any application sees the request."""
+    answer = said(url, b"POST %b HTTP/1.1\r\na: %b\r\n\r\n" % (path, b"b" * 33000))
+    head, _, content = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 431 ")
+    assert b"content-type: application/json" in head
+    assert json.loads(content).keys() == {"error"}
+
+
 def test_trailers_are_no_headers(url: str) -> None:
     """Trailers never act as headers, because a proxy has not checked them."""
     trailer = b"\r\n8\r\n" + ROW + b"\r\n0\r\naccept: image/png\r\nx-timeout-ms: nonsense\r\n\r\n"

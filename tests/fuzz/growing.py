@@ -48,7 +48,20 @@ _FLOATS = _NPY + b"{'descr': '<f4', 'fortran_order': False, 'shape': ("
 _FIELD = b'--x\r\nContent-Disposition: form-data; name="%s"\r\n\r\n1\r\n'
 _FILE = b'--x\r\nContent-Disposition: form-data; name="file"'
 
+_WHOLE = b"\xff\xff"
+_TENSOR = b'{"inputs":[{"name":"x","shape":[1],"datatype":"%b","data":['
+
 GROWING = {
+    "inference": [
+        growing(_WHOLE + _TENSOR % b"FP32", b"0,", b"0]}]}"),
+        growing(_WHOLE + _TENSOR % b"BOOL", b"true,", b"1]}]}"),
+        growing(_WHOLE + _TENSOR % b"BOOL", b"[0],", b"1]}]}"),
+        growing(_WHOLE + _TENSOR % b"BOOL", b"["),
+        growing(_WHOLE + b'{"inputs":[', b"{},", b"{}]}"),
+        growing(_WHOLE + b'{"outputs":[', b'{"name":"k#"},', b"{}]}"),
+        growing(_WHOLE + b'{"parameters":{', b'"k#":0,', b'"z":0}}'),
+        growing(_WHOLE + b'{"inputs":[{"name":"x","shape":[', b"1,", b"1]}]}"),
+    ],
     "json": [
         growing(b"{", b'"k#":0,', b'"z":0}'),
         growing(b"{", b'"k":0,', b'"z":0}'),

@@ -32,8 +32,9 @@ with atheris.instrument_imports(include=["service", "python_multipart"]):
     from service.api.offload import Offload
     from service.api.v1.endpoint import OperationApp
     from service.api.validation import in_range
+    from service.codecs import open_inference
     from service.codecs.negotiation import READ, acceptable
-    from service.codecs.payload import Intake, as_images, as_rows, channels_of
+    from service.codecs.payload import Answer, Intake, Payload, as_images, as_rows, channels_of
     from service.contract import manifest
     from service.errors import ServiceError
     from service.observability.metrics import Telemetry
@@ -55,6 +56,11 @@ INTAKES: tuple[dict[str, Any], ...] = (
     {"name": "latents", "shape": (4, 0, 0)},
     {"name": "", "shape": ()},
 )
+INFERENCES = (
+    b'{"id":"a","inputs":[{"name":"latents","shape":[1,2],"datatype":"FP64","data":[0,1]}],"parameters":{"draws":2}}',
+    b'{"inputs":[{"name":"mask","shape":[2],"datatype":"BOOL","data":[true,0]}],"outputs":[{"name":"mean"}]}',
+    b'{"inputs":[{"name":"images","shape":[1,1,1,2],"datatype":"UINT8","data":[[[[0,255]]]]}]}',
+)
 CONTENT_TYPES = {"multipart/form-data": "multipart/form-data; boundary=x"}
 MANIFEST = Path(__file__).parents[2] / "models" / "mnist-2d" / "1" / manifest.FILE_NAME
 SETTINGS = Settings()
@@ -62,6 +68,9 @@ ENGINE = Engine(max_rows=SETTINGS.max_rows, queue_rows=SETTINGS.queue_rows)
 CONTEXT = Context(
     SETTINGS, Repository({}, ""), ENGINE.submit, Telemetry(lambda: (0, 0)), Memory(SETTINGS.memory_bytes), Offload()
 )
+NO_HEAD = 2**16 - 1
+"""In place of the length of a JSON object: the whole body is one."""
+ANSWER = Answer({"mean": np.zeros((1, 2), np.float32)}, {"version": "1"})
 APPS = [OperationApp(operation, CONTEXT) for operation in OPERATIONS]
 
 
@@ -90,6 +99,16 @@ def body(form: str) -> Target:
     return read
 
 
+def inference(data: bytes, ledger: Ledger) -> None:
+    """A request of the Open Inference Protocol: what is wanted, the length of its JSON object, and the body."""
+    intake = Intake(meter=ledger, **INTAKES[data[0] % len(INTAKES) if data else 0])
+    head = int.from_bytes(data[1:3], "big")
+    request = open_inference.read(data[3:], None if head == NO_HEAD else head, intake)
+    for array in request.arrays.values():
+        check_result(Payload(array), ledger, len(data))
+    json.loads(open_inference.write(ANSWER, "m.encode", "", request._replace(binary=False, outputs={}))[0])
+
+
 def query(data: bytes, _: Ledger) -> None:
     """Options in a query string, of the operation that the first byte says, and an Accept header of the same bytes."""
     if data:
@@ -110,6 +129,7 @@ TARGETS: dict[str, Target] = {
     "image": body("image/png"),
     "multipart": body("multipart/form-data"),
     "urlencoded": body("application/x-www-form-urlencoded"),
+    "inference": inference,
     "query": query,
     "manifest": read_manifest,
 }
@@ -175,6 +195,14 @@ def seeds(name: str) -> list[bytes]:
             part % (b"file", png) * 2 + part % (b"mask", picture("RGBA", "PNG")) * 2 + b"--x--\r\n",
         ],
         "urlencoded": [b"count=3&seed=7", b"draws=%32&level="],
+        "inference": [
+            *(framed(text, b"") for text in INFERENCES),
+            framed(
+                b'{"inputs":[{"name":"images","shape":[1,1,8,8],"datatype":"FP32","parameters":{"binary_data_size":256}}]}',
+                rows.tobytes(),
+            ),
+            bytes(2) + rows.tobytes(),
+        ],
         "query": [
             b"draws=2&seed=7&fit=pad",
             b"noise=gaussian&level=0.2&quality=refined",
@@ -185,6 +213,11 @@ def seeds(name: str) -> list[bytes]:
     if name == "manifest":
         return [MANIFEST.read_bytes()]
     return [bytes([k]) + one for one in bodies[name] for k in (0, 1, 2, 3, 4, 128)]
+
+
+def framed(text: bytes, tail: bytes) -> bytes:
+    """A request of the Open Inference Protocol with the length of its JSON object before it."""
+    return (len(text) if tail else NO_HEAD).to_bytes(2, "big") + text + tail
 
 
 def large_seeds(name: str) -> list[bytes]:

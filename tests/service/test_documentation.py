@@ -227,6 +227,11 @@ def check_files(words: list[str]) -> None:
     assert (ROOT / words[-1]).is_file()
 
 
+def check_program(words: list[str]) -> None:
+    """A program of ours, and a picture that it reads; tests/clients/ runs it."""
+    assert next(word for word in words if (ROOT / word).is_file()).startswith("examples/clients/")
+
+
 def check_openssl(words: list[str]) -> None:
     """Its help has the options."""
     done = subprocess.run([*words[:2], "-help"], check=True, capture_output=True, text=True)

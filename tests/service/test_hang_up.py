@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import httpx
+import pytest
 from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -34,11 +35,22 @@ def queued(client: httpx.Client) -> float:
     return sample.value
 
 
+HEADS = {
+    "v1": b"/v1/decode HTTP/1.1\r\ncontent-type: application/octet-stream",
+    "v2": b"/v2/models/digits.decode/infer HTTP/1.1\r\ninference-header-content-length: 0",
+    "diffusers": b"/diffusers/digits/decode?shape=8&shape=8&dtype=float32&output_type=pt HTTP/1.1",
+}
+"""A request of each face for the same rows."""
+
+
+@pytest.mark.parametrize("face", HEADS)
 def test_requests_of_callers_that_left_are_dropped(
-    slow: Callable[[Callable[[], object]], Repository], serve: Callable[[FastAPI], AbstractContextManager[str]]
+    face: str,
+    slow: Callable[[Callable[[], object]], Repository],
+    serve: Callable[[FastAPI], AbstractContextManager[str]],
 ) -> None:
     """Behind a batch, ten callers hang up; their rows are not computed, and the next caller is served."""
-    head = b"POST /v1/decode HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/octet-stream\r\n"
+    head = b"POST %b\r\nhost: localhost\r\n" % HEADS[face]
     body = bytes(ROWS * 8 * 4)
     request = head + b"content-length: %d\r\n\r\n" % len(body) + body
     entered, gate = threading.Event(), threading.Event()

@@ -23,14 +23,14 @@ from fastapi import FastAPI
 from starlette.types import Message, Scope
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
+from service.api.face import Face
 from service.api.problems import respond
-from service.api.v1.endpoint import OperationApp
 from service.app import create_app
 from service.errors import StartError
 from service.observability.request_ids import RequestIds
 from service.repository.repository import Repository
 from service.security.keys import CONTROL, INFER, Limits, limits_of
-from service.security.middleware import AccessControl, address_of, needed_right
+from service.security.middleware import INDEX, AccessControl, address_of, needed_right
 from service.security.proxies import Proxies
 from service.security.startup_checks import check
 from service.server.listeners import bind
@@ -152,7 +152,8 @@ def test_whatever_is_no_operation_wants_the_right_to_control(unlocked: FastAPI) 
     assert posts
     for route in posts:
         path = re.sub(r"\{\w+\}", "m", route.path)  # type: ignore[attr-defined]
-        assert needed_right("POST", path) == (INFER if isinstance(route.app, OperationApp) else CONTROL)
+        right = INFER if isinstance(route.app, Face) else None if path == INDEX else CONTROL
+        assert needed_right("POST", path) == right
     spelled = ["\n", "/", "//", " ", "\r\n/"]
     for path in [*(path + end for path in CONTROL_PATHS for end in ("", *spelled)), "/v1/models/a\nb/load"]:
         assert needed_right("POST", path) == CONTROL

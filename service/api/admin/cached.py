@@ -7,10 +7,11 @@ from functools import cached_property
 from hashlib import blake2b
 
 from fastapi import Request, Response
-from werkzeug.http import parse_accept_header
+
+from service.api.request import accepted_codings
 
 LONGEST_LIST = 512
-"""Characters of If-None-Match that are read. A longer Accept-Encoding header counts as one without gzip."""
+"""Characters of If-None-Match that are read."""
 
 
 class Kept:
@@ -37,7 +38,7 @@ class Kept:
         """The response: 304 if If-None-Match names the ETag, else the bytes, with gzip if the client accepts it."""
         if _has(self.etag, request.headers.get("if-none-match", "")):
             return Response(status_code=304, headers=self._headers)
-        if _takes_gzip(request.headers.get("accept-encoding", "")):
+        if "gzip" in accepted_codings(request.headers.get("accept-encoding", "")):
             headers = {**self._headers, "content-encoding": "gzip", "content-type": self.media_type}
             return Response(self._gzip, headers=headers)
         return Response(self.content, headers={**self._headers, "content-type": self.media_type})
@@ -50,7 +51,3 @@ class Kept:
 def _has(etag: str, known: str) -> bool:
     tags = {tag.strip().removeprefix("W/") for tag in known[:LONGEST_LIST].split(",")}
     return "*" in tags or etag.removeprefix("W/") in tags
-
-
-def _takes_gzip(accepted: str) -> bool:
-    return "gzip" in accepted and len(accepted) <= LONGEST_LIST and parse_accept_header(accepted)["gzip"] > 0

@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
+from starlette.types import Scope
 
 from service.api.admin.models import states
 from service.api.problems import documented
@@ -13,7 +14,7 @@ from service.errors import ControlOff, LoadRefused, NoRoom, ServiceError, Unknow
 from service.observability.audit import record
 from service.operations.examples import example
 from service.repository.overrides import WHOLE
-from service.repository.reload import Control
+from service.repository.reload import Control, Outcome
 from service.repository.repository import Repository
 from service.settings import Settings
 
@@ -41,16 +42,7 @@ def control_router(repository: Repository, control: Control, settings: Settings)
     router = APIRouter(prefix="/v1/models/{model}", tags=["control"])
 
     async def change(request: Request, model: str, version: str, *, loaded: bool) -> JSONResponse:
-        outcome = "internal_error"
-        try:
-            check_allowed(settings)
-            workers, followed = await control.change(model, version, loaded=loaded)
-            outcome = "ok" if followed == workers else "partial"
-        except ServiceError as error:
-            outcome = error.code
-            raise
-        finally:
-            record(request.scope, "load" if loaded else "unload", model, version, outcome)
+        workers, followed = await changed(control, settings, request.scope, model, version, loaded=loaded)
         content: dict[str, Any] = {"model": model, "states": states(repository, model)}
         content |= {"workers": workers, "followed": followed}
         return JSONResponse(content, 200 if followed == workers else 202)
@@ -72,6 +64,36 @@ def control_router(repository: Repository, control: Control, settings: Settings)
         return await change(request, model, version, loaded=False)
 
     return router
+
+
+async def changed(
+    control: Control, settings: Settings, scope: Scope, model: str, version: str, *, loaded: bool
+) -> Outcome:
+    """Load or unload a version, if the settings allow it, and record it for the audit.
+
+    Args:
+        control: Carries it out in every worker.
+        settings: The settings.
+        scope: Of the request.
+        model: Name of the model.
+        version: Its version; `WHOLE` is the whole model.
+        loaded: Whether to load it.
+
+    Raises:
+        ControlOff: The settings do not allow it.
+        ServiceError: As `Control.change`.
+    """
+    outcome = "internal_error"
+    try:
+        check_allowed(settings)
+        done = await control.change(model, version, loaded=loaded)
+        outcome = "ok" if done.followed == done.workers else "partial"
+    except ServiceError as error:
+        outcome = error.code
+        raise
+    finally:
+        record(scope, "load" if loaded else "unload", model, version, outcome)
+    return done
 
 
 def check_allowed(settings: Settings) -> None:

@@ -23,28 +23,43 @@ def health_router(repository: Repository, engine: Engine) -> APIRouter:
     """
     router = APIRouter(prefix="/health", tags=["health"])
 
-    def refused(name: str) -> list[str]:
-        return [f"{name}:{version}: {reason}" for version, reason in repository.refused(name).items()]
-
     @router.get("/live", summary="Whether the process answers", responses=example({"live": True}))
     async def live() -> dict[str, bool]:
         return {"live": True}
 
     @router.get("/ready", summary="Whether the default models are served and the engine runs", responses=READY)
     async def ready(request: Request) -> Response:
-        if request.app.state.stopping:
-            raise NotReady("the service is stopping; ask another replica")
-        if not engine.healthy:
-            raise NotReady("the engine has stopped")
-        for name in repository.defaults.models:
-            if name not in repository.models:
-                loading = repository.loading(name).items()
-                why = "".join(f"; {line}" for line in refused(name))
-                why += "".join(f"; version {version} is loading: {step}" for version, step in loading)
-                raise NotReady(f"no version of the default model {name} is served{why}")
-        failed = [line for name in repository.conditions for line in refused(name)]
+        check_ready(repository, engine, stopping=request.app.state.stopping)
+        failed = [line for name in repository.conditions for line in _refused(repository, name)]
         return JSONResponse(
             {"ready": True, "models": list(repository.models), **({"failed": failed} if failed else {})}
         )
 
     return router
+
+
+def check_ready(repository: Repository, engine: Engine, *, stopping: bool) -> None:
+    """Check that the service should get requests.
+
+    Args:
+        repository: The models of this worker.
+        engine: Its batchers.
+        stopping: Whether the process is about to end.
+
+    Raises:
+        NotReady: It should not; the message has the reason.
+    """
+    if stopping:
+        raise NotReady("the service is stopping; ask another replica")
+    if not engine.healthy:
+        raise NotReady("the engine has stopped")
+    for name in repository.defaults.models:
+        if name not in repository.models:
+            loading = repository.loading(name).items()
+            why = "".join(f"; {line}" for line in _refused(repository, name))
+            why += "".join(f"; version {version} is loading: {step}" for version, step in loading)
+            raise NotReady(f"no version of the default model {name} is served{why}")
+
+
+def _refused(repository: Repository, name: str) -> list[str]:
+    return [f"{name}:{version}: {reason}" for version, reason in repository.refused(name).items()]

@@ -3,43 +3,54 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
-from pydantic import ValidationError
-from starlette.types import Receive, Scope, Send
+from starlette.types import Receive, Scope
 
-from service.api.invoke import Caller, Context, Invocation, invoke, invoke_events, invoke_parts, prepare
-from service.api.memory import Share, answer_bytes
-from service.api.reply import WHOLE, Reply, events_reply, headers_of, parts_reply, refusal
-from service.api.request import IDENTITY, Limit, coding_of, deadline_of, disconnected, fields, inflated, read_body
-from service.api.validation import admit, variant_of
+from service.api.face import Face
+from service.api.invoke import (
+    LOOP_BINARY_BYTES,
+    LOOP_BYTES,
+    PART_ROWS,
+    Caller,
+    Context,
+    Invocation,
+    admitted,
+    invoke,
+    invoke_events,
+    invoke_parts,
+    prepare,
+    written_by,
+)
+from service.api.memory import Share
+from service.api.reply import Reply, events_reply, parts_reply, whole_reply
+from service.api.request import (
+    IDENTITY,
+    body_limits,
+    coding_of,
+    deadline_of,
+    disconnected,
+    fields,
+    inflated,
+    read_body,
+)
+from service.api.validation import intake_of, options_of
 from service.codecs import JSON
 from service.codecs.codec import Codec
 from service.codecs.image import PNG, TIFF
 from service.codecs.negotiation import acceptable, named, reader, write
-from service.codecs.payload import Body, Intake, Meter, Payload, scaled
+from service.codecs.payload import Body, Meter, Payload
 from service.codecs.source import LEVELS, Source
 from service.contract.images import MODES
-from service.errors import InvalidOption, WrongModel, quoted
-from service.operations.inference.latent import BLOCK_ROWS
-from service.operations.operation import LatentOptions, Operation
+from service.errors import InvalidOption
+from service.operations.operation import Operation
 from service.runtime.model import Model
 from service.runtime.tiling import Levels
-from service.settings import Settings
 
 REMEMBERED = 256
 """Longest query string, in bytes, whose options are cached."""
-PART_ROWS = 4 * BLOCK_ROWS
-"""Rows of a part. A larger binary answer is sent in parts, which bounds its memory."""
-LOOP_BYTES = 2**16
-"""Largest body that the event loop decodes; a larger one is decoded in a thread."""
-LOOP_BINARY_BYTES = 2**20
-"""The same for binary arrays, which are not parsed."""
-LOOP_NUMBERS = 2**16
-"""Most numbers of an answer that the event loop writes; a larger one is written in a thread."""
 
 
 class Request(NamedTuple):
@@ -86,8 +97,8 @@ class Request(NamedTuple):
         return self._replace(accepted=acceptable(self.accept, named(source.media_type)))
 
 
-class OperationApp:
-    """Serves one operation as an ASGI application.
+class OperationApp(Face):
+    """Serves one operation below `/v1`.
 
     Args:
         operation: The operation.
@@ -95,40 +106,17 @@ class OperationApp:
     """
 
     def __init__(self, operation: Operation, context: Context) -> None:
+        super().__init__(context)
         self.operation = operation
-        self.context = context
         self._remembered = lru_cache(1024)(lambda query: self._options(_pairs(query)))
         self._limit, self._json_limit = body_limits(context.settings)
-        self._whole = not context.settings.tracing  # tracing ends a span at the message with the body
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request. Errors become problems (RFC 9457)."""
-        share = Share(self.context.memory)
-        path, label = scope["path_params"], "unknown"
-        try:
-            try:
-                model = self.context.repository.find(path.get("model"), path.get("version"), self.operation.name)
-                label = model.manifest.name
-                if not model.others:
-                    self.operation.check_offered(model, self.context.repository.models)
-                request = await self._received(model, scope, receive, share)
-                if request is None:
-                    return
-                reply = await self._reply(request)
-            except Exception as error:  # noqa: BLE001  # every error becomes an answer, and only here
-                reply = refusal(error)
-            served: dict[str, Any] = {
-                "model": label,
-                "operation": self.operation.name,
-                "outcome": reply.outcome,
-                "rows": reply.rows,
-            }
-            scope["served"] = served  # for the access log and the trace
-            whole = self._whole and WHOLE in scope.get("extensions", ())
-            served["outcome"] = await reply.send(send, whole=whole)
-            self.context.telemetry.request(**served)
-        finally:
-            share.give_back()
+    async def reply(self, scope: Scope, receive: Receive, share: Share, served: dict[str, Any]) -> Reply | None:
+        """As in `Face`."""
+        path = scope["path_params"]
+        model = self.find(self.operation, path.get("model"), path.get("version"), served)
+        request = await self._received(model, scope, receive, share)
+        return None if request is None else await self._reply(request)
 
     async def _received(self, model: Model, scope: Scope, receive: Receive, share: Share) -> Request | None:
         """Receive the whole request; None if the caller disconnects first."""
@@ -168,8 +156,8 @@ class OperationApp:
         binary = request.model.manifest.size is None and _is_array(codec, request.options)
         small = size <= LOOP_BYTES or (size <= LOOP_BINARY_BYTES and binary)
         read, what = partial(self._invocation, request), (codec or JSON).media_type
-        invocation = await prepare(context, read, caller, what, in_loop=small and request.coding == IDENTITY)
-        request = request.answered_as(invocation.source)
+        in_loop = small and request.coding == IDENTITY
+        invocation, request = await prepare(context, read, caller, what, in_loop=in_loop)
         rows, best = len(invocation.inputs.rows), request.best
         if best.events is not None:
             return await events_reply(best, request.model, invoke_events(context.submit, invocation), rows)
@@ -180,68 +168,35 @@ class OperationApp:
                 return reply
             caller.share.need(rows * invocation.row_bytes)
         answer = await invoke(context.submit, invocation)
-        if best is TIFF or sum([array.size for array in answer.outputs.values()]) > LOOP_NUMBERS:
-            work = partial(write, answer, request.accepted, request.accept)
-            written, content = await context.offload.run(work, caller.share, caller.deadline, caller.gone)
-        else:
-            written, content = write(answer, request.accepted, request.accept)
-        return Reply(200, headers_of(written, answer, answer.inference_s), content, "ok", rows)
+        work = partial(write, answer, request.accepted, request.accept)
+        written, content = await written_by(context, work, answer, caller, in_loop=best is not TIFF)
+        return whole_reply(written.media_type, answer, content, rows)
 
-    def _invocation(self, request: Request, meter: Meter) -> Invocation:
+    def _invocation(self, request: Request, meter: Meter) -> tuple[Invocation, Request]:
         """Decompress, decode and check the body. Runs in the event loop or in a thread.
 
         Raises:
             ServiceError: The codec or a check refuses the body.
         """
         model, operation, codec, options = request.model, self.operation, request.codec, request.options
-        body, share = request.body, request.caller.share
+        body, context = request.body, self.context
         if request.coding != IDENTITY:
             body = inflated(body, request.coding, self._json_limit if codec is JSON else self._limit, meter)
-        intake = self._intake(model, options, meter)
+        intake = intake_of(operation, model, options, meter, context.settings.tile_pixels)
         payload = codec.read(body, request.content_type, intake) if codec and codec.read else Payload(None)
         if payload.options:
             options = self._options({**_pairs(request.query), **payload.options})
-        payload = scaled(payload, options.scaling, meter)
-        model = variant_of(operation, model, payload, options)
-        operation.check_offered(model, self.context.repository.models, options)
-        _check_fingerprint(model, request.fingerprint, options)
-        if intake.float_pixels is not None and payload.array is not None and intake.keeps_levels(payload.array):
-            kept = 2 * (payload.array.nbytes + (0 if payload.mask is None else payload.mask.nbytes))  # padded too
-            share.keep(kept + (payload.source.nbytes if payload.source else 0))
-        row_bytes, levels, best = 0, None, request.answered_as(payload.source).best
-
-        def room(rows: int, size: tuple[int, int] | None) -> None:
-            nonlocal row_bytes, levels
-            levels = None if size is None else self._levels(best, payload.source, model, options, size)
-            row_bytes = answer_bytes(model, options, 1, size, levels=levels)
-            if rows > 2 * PART_ROWS and operation.row_wise and _is_array(best, options):  # two parts at a time
-                rows = 2 * PART_ROWS
-            share.need(rows * row_bytes)
-
-        most = self.context.settings.max_request_rows
-        inputs = admit(operation, model, payload, options, most, room, intake.float_pixels)
-        inputs = inputs._replace(levels=levels)
-        if operation.check is not None:
-            operation.check(model, inputs, options)
-        source = payload.source
-        if source is not None and options.resizing in ("pad", "crop"):
-            source = source._replace(how=options.resizing)
-        return Invocation(model, operation, inputs, options, request.caller, row_bytes=row_bytes, source=source)
-
-    def _intake(self, model: Model, options: Any, meter: Meter) -> Intake:
-        """What the codec reads for a model."""
-        operation, variants = self.operation, model.variants
-        shape = operation.row_shape(model, options)
-        keeps_alpha = operation.observed and not operation.masked
-        intake = Intake(operation.takes or "", shape, meter, operation.masked, operation.or_latents)
-        intake = intake._replace(keeps_alpha=keeps_alpha)
-        if model.free is None and len(variants) == 1:
-            return intake
-        float_pixels = None if model.free is None else self.context.settings.tile_pixels
-        return intake._replace(variants=tuple(variants) if len(variants) > 1 else (), float_pixels=float_pixels)
+        request = request.answered_as(payload.source)
+        in_parts = operation.row_wise and _is_array(request.best, options)
+        levels = partial(self._levels, request.best, options)
+        invocation = admitted(
+            context, operation, model, payload, options, request.caller, intake, request.fingerprint,
+            in_parts=in_parts, levels_of=levels,
+        )  # fmt: skip
+        return invocation, request
 
     def _levels(
-        self, best: Codec, source: Source | None, model: Model, options: Any, size: tuple[int, int]
+        self, best: Codec, options: Any, model: Model, source: Source | None, size: tuple[int, int]
     ) -> Levels | None:
         """Type of levels in which images are computed, because a large picture is written of them; None for floats."""
         alone = options.images_alone and any(tensor.name == "images" for tensor in self.operation.outputs)
@@ -260,49 +215,13 @@ class OperationApp:
         """
         return self._remembered(query) if len(query) <= REMEMBERED else self._options(_pairs(query))
 
-    def _options(self, pairs: Mapping[str, Any]) -> Any:
-        try:
-            options = self.operation.options.model_validate(pairs)
-        except ValidationError as error:
-            known = ", ".join(self.operation.options.model_fields) or "none"
-            wrong = error.errors()[:3]
-            problem = "; ".join(f"{quoted('.'.join(map(str, one['loc'])))}: {one['msg']}" for one in wrong)
-            raise InvalidOption(f"{problem} (options of {self.operation.name}: {known})") from error
-        limit = self.context.settings.max_draws
-        if options.multiplicity > limit:
-            raise InvalidOption(f"draws is {options.multiplicity}, VAE_MAX_DRAWS is {limit}")
-        return options
+    def _options(self, named: Any) -> Any:
+        return options_of(self.operation, named, self.context.settings.max_draws)
 
 
 def _is_array(codec: Codec | None, options: Any) -> bool:
     """Whether a body is one binary array of the model's shape, which needs no parsing and no resizing."""
     return codec is not None and codec.header is not None and options.resizing is None
-
-
-def body_limits(settings: Settings) -> tuple[Limit, Limit]:
-    """The limit of bodies in general, and that of JSON, whose parsing delays every other request."""
-    advice = "send arrays as application/x-npy or application/octet-stream and pictures as files, or raise it"
-    most, most_json = settings.max_body_bytes, settings.max_json_bytes
-    limit = Limit(most, "VAE_MAX_BODY_BYTES", "send fewer rows, or raise it")
-    return limit, min(limit, Limit(most_json, "VAE_MAX_JSON_BYTES", advice), key=lambda one: one.size)
-
-
-def _check_fingerprint(model: Model, header: bytes | None, options: Any) -> None:
-    """Refuse a request for the fingerprint of another model.
-
-    Raises:
-        WrongModel: The header X-Fingerprint or the option `fingerprint` names another one.
-    """
-    option = options.fingerprint if isinstance(options, LatentOptions) else None
-    if header is None and option is None:
-        return
-    manifest = model.manifest
-    for fingerprint in (None if header is None else header.decode("latin-1"), option):
-        if fingerprint is not None and fingerprint != manifest.fingerprint:
-            raise WrongModel(
-                f"the request is for the model with fingerprint {quoted(fingerprint)}, but {manifest.name} version "
-                f"{manifest.version} has {manifest.fingerprint}; ask the model that gave the latents, or encode again"
-            )
 
 
 def _pairs(query: bytes) -> dict[str, str]:
