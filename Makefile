@@ -82,6 +82,6 @@ $(VENV)/.serve: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) --editable .
 	@touch $@
 
-$(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) --editable '.[train,test]'
+$(VENV)/.test: pyproject.toml client/pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable '.[train,test]' --editable './client[all]'
 	@touch $@ $(VENV)/.serve
