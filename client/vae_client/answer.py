@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from vae_client.errors import ClientError, needed
+from vae_client.errors import ClientError, missing
 from vae_client.files import write
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class Answer:
         try:
             from PIL import Image, ImageSequence  # noqa: PLC0415  # an extra
         except ImportError as error:
-            raise needed("pictures", "Pillow", "Answer.pictures()") from error
+            raise missing("pictures", "Pillow", "Answer.pictures()") from error
         if self.content:
             return [frame.copy() for frame in ImageSequence.Iterator(Image.open(io.BytesIO(self.content)))]
         levels = np.rint(np.clip(self.images, 0, 1) * 255).astype(np.uint8)

@@ -467,7 +467,7 @@ def bar(total: int, before: int, operation: str, wanted: bool | None) -> Abstrac
         from tqdm import tqdm  # noqa: PLC0415  # an extra
     except ImportError as error:
         if wanted:
-            raise errors.needed("progress", "tqdm", "a progress bar") from error
+            raise errors.missing("progress", "tqdm", "a progress bar") from error
         return nullcontext(lambda: None)
     shown = sys.stderr.isatty() if wanted is None else wanted
     progress = tqdm(total=total, initial=before, desc=operation, unit="item", disable=not shown, file=sys.stderr)

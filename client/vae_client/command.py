@@ -22,7 +22,7 @@ from vae_client.batch import MAPPED, Report
 from vae_client.call import Accept, Common
 from vae_client.client import KEY_VARIABLE, URL_VARIABLE, Client
 from vae_client.comparison import compare
-from vae_client.errors import ClientError, InvalidRequest, NoAddress, Problem, needed
+from vae_client.errors import ClientError, InvalidRequest, NoAddress, Problem, missing
 from vae_client.operations import NAMES, method_of, options_of
 from vae_client.version import VERSION
 
@@ -240,7 +240,7 @@ class Completion(argparse.Action):
         try:
             import shtab  # noqa: PLC0415  # an extra
         except ImportError:
-            parser.exit(REFUSED, f"vae: {needed('completion', 'shtab', 'shell completion')}\n")
+            parser.exit(REFUSED, f"vae: {missing('completion', 'shtab', 'shell completion')}\n")
         print(shtab.complete(parser, shell=values))
         parser.exit()
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from vae_client.errors import InvalidRequest, needed
+from vae_client.errors import InvalidRequest, missing
 
 Pixels = NDArray[np.float64]
 RADIUS, SIGMA = 5, 1.5
@@ -99,7 +99,7 @@ def _decoded(path: Path) -> NDArray[np.number]:
     try:
         from PIL import Image, ImageSequence, UnidentifiedImageError  # noqa: PLC0415  # an extra
     except ImportError as error:
-        raise needed("pictures", "Pillow", "comparing picture files") from error
+        raise missing("pictures", "Pillow", "comparing picture files") from error
     head = path.read_bytes()[:26]
     if head.startswith(PNG) and head[24] == DEEP and head[25] in PNG_COLOURS:
         raise InvalidRequest(f"{path} has 16 bits a colour, of which Pillow reads 8; compare .npy files instead")

@@ -282,7 +282,7 @@ def seconds_of(retry_after: str | None) -> float | None:
     return float(retry_after) if retry_after is not None and retry_after.strip().isdigit() else None
 
 
-def needed(extra: str, package: str, purpose: str) -> MissingExtra:
+def missing(extra: str, package: str, purpose: str) -> MissingExtra:
     """Make the error of a missing package.
 
     Args:

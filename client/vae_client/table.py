@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vae_client.answer import Answer
-from vae_client.errors import InvalidRequest, needed
+from vae_client.errors import InvalidRequest, missing
 from vae_client.files import replacing, write
 
 Columns = dict[str, NDArray[Any]]
@@ -38,7 +38,7 @@ def _pyarrow() -> tuple[Any, Any]:
         import pyarrow as pa  # noqa: PLC0415  # an extra
         from pyarrow import parquet  # noqa: PLC0415
     except ImportError as error:
-        raise needed("parquet", "pyarrow", "a table in Parquet") from error
+        raise missing("parquet", "pyarrow", "a table in Parquet") from error
     return pa, parquet
 
 
