@@ -19,7 +19,7 @@ test: lint
 	$(PYTHON) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 client-test: $(VENV)/.test
-	$(PYTHON) -m pytest -m clients tests/clients
+	$(PYTHON) -m pytest -m clients tests/clients tests/client
 
 container-test: $(VENV)/.test
 	$(PYTHON) -m pytest -m container tests/container

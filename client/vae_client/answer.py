@@ -193,7 +193,7 @@ def answer_of(headers: Mapping[str, str], content: bytes) -> Answer:
         "request_id": headers.get("x-request-id", ""),
     }
     if media_type == "application/json":
-        return json_answer(json.loads(content), **about)
+        return json_answer(json_of(content), **about)
     if "x-model" not in headers:
         raise ClientError(f"the answer of type {media_type!r} is none of the VAE service; check the address")
     seed, scale, level = headers.get("x-seed"), headers.get("x-std-scale"), headers.get("x-level")
@@ -214,6 +214,21 @@ def answer_of(headers: Mapping[str, str], content: bytes) -> Answer:
     names = headers["x-outputs"].split(",")
     planes = [array] if len(names) == 1 else [array[:, k] for k in range(len(names))]
     return Answer({**dict(zip(names, planes, strict=True)), **levels}, **about)
+
+
+def json_of(content: bytes) -> dict[str, Any]:
+    """The object of a JSON body.
+
+    Raises:
+        ClientError: It is none.
+    """
+    try:
+        told = json.loads(content)
+    except ValueError:
+        told = None
+    if not isinstance(told, dict):
+        raise ClientError("the answer is none of the VAE service; check the address")
+    return told
 
 
 def json_answer(told: Mapping[str, Any], **about: Any) -> Answer:

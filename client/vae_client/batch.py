@@ -51,6 +51,8 @@ HOPELESS = (
     errors.Unreachable,
 )
 """Errors that every further item would meet too."""
+CHOSEN = (errors.InvalidOption, errors.NotAcceptable)
+"""Errors that every item meets if the first one does, because they are of the options."""
 MAPPED = tuple(name for name in NAMES if name not in ("sample", "interpolate", "traverse"))
 """Operations that `map` runs: those on rows."""
 
@@ -108,6 +110,20 @@ class Item(NamedTuple):
     source: Path | Array
     first: int = 0
 
+    def digest(self) -> str:
+        """A digest of name and content; of a file, its size and the time of its last change stand for the content."""
+        if isinstance(self.source, Path):
+            state = self.source.stat()
+            return _digest(self.name, str(state.st_size), str(state.st_mtime_ns))
+        return _digest(self.name, np.ascontiguousarray(self.source).data)
+
+
+def _digest(*parts: str | bytes | memoryview) -> str:
+    found = blake2b(digest_size=16)
+    for part in parts:
+        found.update(f"{part}\n".encode() if isinstance(part, str) else part)
+    return found.hexdigest()
+
 
 class Asynchronous(Protocol):
     """What a run needs of a client."""
@@ -157,16 +173,16 @@ class Folder:
 
     Args:
         out: The folder.
-        operation: Name of the operation.
         accept: Form of the files; None is that of each item.
+        pictures: Whether the answers are images alone, so that a picture holds them.
+        items: All items.
 
     Raises:
         InvalidRequest: Two items would have the same file.
     """
 
-    def __init__(self, out: Path, operation: str, accept: Accept | None, items: Sequence[Item]) -> None:
-        self.out, self._accept = out, accept
-        self._pictures = operation not in ("encode", "score")
+    def __init__(self, out: Path, accept: Accept | None, pictures: bool, items: Sequence[Item]) -> None:
+        self.out, self._accept, self._pictures = out, accept, pictures
         self.record = out / RECORD
         places: dict[Path, str] = {}
         for item in items:
@@ -189,8 +205,10 @@ class Folder:
         return self._accept or usual
 
     def holds(self, item: Item) -> bool:
-        """Whether the file is there; it is there whole or not at all."""
-        return self._place(item).exists()
+        """Whether the file is there, and no older than what it was made of. It is there whole or not at all."""
+        assert isinstance(item.source, Path)
+        place = self._place(item)
+        return place.exists() and place.stat().st_mtime_ns >= item.source.stat().st_mtime_ns
 
     def keep(self, item: Item, answer: Answer) -> None:
         """Write the file."""
@@ -205,17 +223,17 @@ class Folder:
 class Table:
     """One file of all items. Until the run is over each item has a file of its own in a folder beside it."""
 
-    def __init__(self, out: Path, digest: str) -> None:
+    def __init__(self, out: Path, items: Sequence[Item]) -> None:
         self.out, self.record = out, out.with_name(f"{out.name}.{RECORD}")
         self._parts = out.with_name(f"{out.name}.parts")
         self._whole = out.exists() and not self._parts.exists()
         known = json.loads(self.record.read_text()) if self.record.exists() else {}
-        if out.exists() and known.get("items") != digest and self._whole:
+        if out.exists() and known.get("items") != digest_of(items) and self._whole:
             raise OtherRun(f"{out} is there and of other items; remove it, or choose another name")
-        table.check(out)
+        table.check_packages(out)
 
     def _part(self, item: Item) -> Path:
-        return self._parts / f"{blake2b(item.name.encode(), digest_size=16).hexdigest()}.npz"
+        return self._parts / f"{item.digest()}.npz"
 
     def accept(self, _item: Item) -> Accept:
         """Numbers."""
@@ -227,9 +245,10 @@ class Table:
 
     def keep(self, item: Item, answer: Answer) -> None:
         """Write the part."""
+        columns = table.columns(answer, item.name if isinstance(item.source, Path) else None, item.first)
+        table.check_columns(columns, self.out)
         self._parts.mkdir(parents=True, exist_ok=True)
-        named = item.name if isinstance(item.source, Path) else None
-        table.write_part(self._part(item), table.columns(answer, named, item.first))
+        table.write_part(self._part(item), columns)
 
     def finish(self, items: Sequence[Item], about: Mapping[str, str], failed: bool) -> None:
         """Join the parts, and remove them unless an item failed, which the next run may mend."""
@@ -254,8 +273,10 @@ async def run_batch(
     rows, progress = options.pop("rows", ROWS), options.pop("progress", None)
     items, ignored = items_of(source, out, rows)
     accept: Accept | None = options.pop("accept", None)
+    pictures = operation not in ("encode", "score") and options.get("uncertainty") is not True
+    pictures = pictures and not options.get("completions")
     tabled = out.suffix.lower() in table.SUFFIXES
-    store: Store = Table(out, digest_of(items)) if tabled else Folder(out, operation, accept, items)
+    store: Store = Table(out, items) if tabled else Folder(out, accept, pictures, items)
     told = await pinned(client, operation, options.pop("model", None), options.pop("version", None))
     run = Run(operation, store, items, told, options, rows if isinstance(source, np.ndarray) else None)
     with bar(len(items), run.before, operation, progress) as advance:
@@ -300,7 +321,7 @@ class Run:
         record = {
             "operation": operation,
             "options": {name: chosen[name] for name in sorted(chosen) if name != "seed"},
-            "mask": None if mask is None else blake2b(b"".join(options["mask"]), digest_size=16).hexdigest(),
+            "mask": None if mask is None else _digest(*options["mask"]),
             "rows": rows,
             **{name: told[name] for name in MODEL},
         }
@@ -320,7 +341,7 @@ class Run:
             try:
                 answer = await client.perform(await asyncio.to_thread(self.call, item))
             except (ClientError, OSError, ValueError) as error:
-                if isinstance(error, HOPELESS) or (isinstance(error, errors.InvalidOption) and not self.done):
+                if isinstance(error, HOPELESS) or (isinstance(error, CHOSEN) and not self.done):
                     raise
                 self.failed.append(Failure(item.name, error))
             else:
@@ -442,8 +463,8 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def digest_of(items: Sequence[Item]) -> str:
-    """A digest of the names of items."""
-    return blake2b("\n".join(item.name for item in items).encode(), digest_size=16).hexdigest()
+    """A digest of all items."""
+    return _digest(*(item.digest() for item in items))
 
 
 def seed_of(seed: int, name: str) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import ssl
 import time
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple, Self, TypeAlias, TypeVar
 
 import httpx
 
-from vae_client.answer import Answer, answer_of
+from vae_client.answer import Answer, answer_of, json_of
 from vae_client.batch import Report, Source, run_batch
 from vae_client.call import Call
 from vae_client.errors import InvalidRequest, NoAddress
@@ -146,7 +145,7 @@ class Client(Operations[Answer], Administration[dict[str, Any], str]):
         return answer_of(received.headers, received.content)
 
     def _json(self, call: Call) -> dict[str, Any]:
-        return dict(json.loads(self._drive(self._access.exchange(call), self._attempt).content))
+        return json_of(self._drive(self._access.exchange(call), self._attempt).content)
 
     def _text(self, call: Call) -> str:
         return self._drive(self._access.exchange(call), self._attempt).content.decode()
@@ -235,8 +234,9 @@ class AsyncClient(Operations[Later[Answer]], Administration[Later[dict[str, Any]
     ) -> Report:
         """Run an operation on many images, a few at a time, and write what comes of each.
 
-        What is written is not computed again: the same call continues where the last one ended, however it ended. The
-        model is looked up once; a version that takes its place meanwhile is refused.
+        What is written is not computed again, unless the file that it was made of is newer: the same call continues
+        where the last one ended, however it ended. The model is looked up once; a version that takes its place
+        meanwhile is refused.
 
         Args:
             operation: Name of the operation.
@@ -245,7 +245,7 @@ class AsyncClient(Operations[Later[Answer]], Administration[Later[dict[str, Any]
             concurrency: Most requests at a time.
             **options: Options of the operation, with `seed` for all items together: each has one of its own, made of
                 it and the item's name. Also `model`, `version`, `timeout_s`, `accept` of the files in a folder,
-                `rows` of an array in one request (64), and `progress`: whether to show a bar, by default on a terminal.
+                `rows` of an array in one request (16), and `progress`: whether to show a bar, by default on a terminal.
 
         Returns:
             What was done, what was done before, and what failed.
@@ -272,7 +272,7 @@ class AsyncClient(Operations[Later[Answer]], Administration[Later[dict[str, Any]
         return answer_of(received.headers, received.content)
 
     async def _json(self, call: Call) -> dict[str, Any]:
-        return dict(json.loads((await self._drive(self._access.exchange(call), self._attempt)).content))
+        return json_of((await self._drive(self._access.exchange(call), self._attempt)).content)
 
     async def _text(self, call: Call) -> str:
         return (await self._drive(self._access.exchange(call), self._attempt)).content.decode()

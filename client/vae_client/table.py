@@ -23,7 +23,7 @@ ABOUT = ("path", "row", "seed", "level", "noise")
 """Columns beside the arrays that the operation is about."""
 
 
-def check(path: Path) -> None:
+def check_packages(path: Path) -> None:
     """Check that the packages that write a table are there, before anything is computed.
 
     Raises:
@@ -61,6 +61,20 @@ def columns(answer: Answer, name: str | None, first: int) -> Columns:
     return found
 
 
+def check_columns(table: Columns, out: Path) -> None:
+    """Check that a table holds such columns.
+
+    Raises:
+        InvalidRequest: It does not; the message names one that does.
+    """
+    arrays = [name for name in table if name not in ABOUT]
+    deep = [name for name in arrays if table[name].ndim > 1]
+    if out.suffix.lower() == ".npy" and len(arrays) > 1:
+        raise InvalidRequest(f"{out.name} holds one array, and there are {', '.join(arrays)}; use .npz or .parquet")
+    if out.suffix.lower() == ".csv" and deep:
+        raise InvalidRequest(f"{', '.join(deep)} are arrays, which {out.name} does not hold; use .npz or .parquet")
+
+
 def write_part(path: Path, part: Columns) -> None:
     """Write the rows of one item."""
     file = io.BytesIO()
@@ -77,7 +91,7 @@ def join(parts: Sequence[Path], about: Mapping[str, str], out: Path) -> None:
         out: The table; its ending says of what kind it is.
 
     Raises:
-        InvalidRequest: Their arrays do not go together, or not into such a table.
+        InvalidRequest: Their arrays do not go together.
     """
     rows: dict[str, list[NDArray[Any]]] = {}
     loaded = [_loaded(part) for part in parts]
@@ -105,17 +119,12 @@ def _write_npz(table: Columns, about: Mapping[str, str], out: Path) -> None:
 
 
 def _write_npy(table: Columns, _about: Mapping[str, str], out: Path) -> None:
-    arrays = {name: array for name, array in table.items() if name not in ABOUT}
-    if len(arrays) != 1:
-        raise InvalidRequest(f"{out.name} holds one array, and there are {', '.join(arrays)}; use .npz or .parquet")
+    (array,) = (array for name, array in table.items() if name not in ABOUT)
     with replacing(out) as unfinished, unfinished.open("wb") as file:
-        np.save(file, next(iter(arrays.values())), allow_pickle=False)
+        np.save(file, array, allow_pickle=False)
 
 
 def _write_csv(table: Columns, _about: Mapping[str, str], out: Path) -> None:
-    deep = [name for name, array in table.items() if array.ndim > 1]
-    if deep:
-        raise InvalidRequest(f"{', '.join(deep)} are arrays, which {out.name} does not hold; use .npz or .parquet")
     with replacing(out) as unfinished, unfinished.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(table)

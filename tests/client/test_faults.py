@@ -140,8 +140,9 @@ def test_no_service_is_an_error_of_connections(kind: str) -> None:
 )
 def test_a_page_that_is_no_answer_is_refused(page: Any, says: str) -> None:
     """A web server that answers 200 to everything, and one that redirects."""
-    with answering([page]) as server, Client(server.url) as client, pytest.raises(errors.ClientError, match=says):
-        client.sample()
+    for method in (Client.sample, Client.models):
+        with answering([page]) as server, Client(server.url) as client, pytest.raises(errors.ClientError, match=says):
+            method(client)
 
 
 @given(st.integers(0, 20), st.none() | st.floats(0, 60), st.floats(0, 1, exclude_max=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import csv
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,6 +103,32 @@ def test_a_killed_run_is_continued(counted: tuple[Counted, str], folder: Path, t
     assert whole.keys() == found.keys()
     assert all(np.array_equal(whole[name], found[name]) for name in whole)
     assert [path.name for path in out.rglob(".*")] == []
+
+
+def test_what_changed_is_done_again(
+    counted: tuple[Counted, str], folder: Path, noisy: np.ndarray, tmp_path: Path
+) -> None:
+    """A file that is newer than its result, and other rows of an array: nothing stale is left."""
+    app, url = counted
+    with Client(url) as client:
+        client.map("denoise", folder, tmp_path / "out", **OPTIONS)
+        shutil.copy(folder / "1.png", folder / "0.png")
+        assert client.map("denoise", folder, tmp_path / "out", **OPTIONS).done == 1
+        one = client.map("score", noisy, tmp_path / "scores.npz", seed=1, rows=1)
+        with pytest.raises(errors.OtherRun, match="other items"):
+            client.map("score", noisy[::-1], tmp_path / "scores.npz", seed=1, rows=1)
+    assert (one.done, app.total) == (3, 14)
+
+
+def test_answers_that_no_picture_holds_are_arrays(client: Client, folder: Path, tmp_path: Path) -> None:
+    """A file of arrays for each picture, and a heat map as a picture; what is asked for in vain ends the run."""
+    client.map("denoise", folder, tmp_path / "std", uncertainty=True)
+    with np.load(tmp_path / "std" / "0.npz") as file:
+        assert {"images", "std", "fingerprint"} <= {*file}
+    assert client.map("denoise", folder, tmp_path / "heat", uncertainty="map").done == 10
+    assert len(images_in(tmp_path / "heat")) == 10
+    with pytest.raises(errors.NotAcceptable):
+        client.map("denoise", folder, tmp_path / "no", uncertainty=True, accept="png")
 
 
 def test_bad_files_are_listed_at_the_end(client: Client, folder: Path, tmp_path: Path) -> None:

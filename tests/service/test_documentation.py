@@ -32,6 +32,7 @@ from service.repository.repository import Repository
 from service.settings import Settings, read_settings
 from training.__main__ import _parser
 from training.config import Run, kind_of, load_as
+from vae_client.command import make_parser
 
 HOME = "http://localhost/"
 ROOT = Path(__file__).parents[2]
@@ -41,6 +42,8 @@ OWN_TEST = ("extending.md", "importing.md")
 READERS = {"/models/faces/": "/models/mnist/", "@noisy-face.png": "@examples/noisy.png"}
 """What only the reader of the tutorial has, and what takes its place here."""
 SIGNATURES = {".png": b"\x89PNG\r\n\x1a\n", ".npy": b"\x93NUMPY", ".json": b"{"}
+VAE = f'vae() {{ {sys.executable} -m vae_client "$@"; }}'
+"""The client's command, where it is not on the path."""
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r"(?<=\n\n)(?: {4,}\S.*\n)+")
 ASSIGNMENT = re.compile(r"([A-Z_]+)=(.*)", re.DOTALL)
@@ -63,7 +66,8 @@ class Block(NamedTuple):
     @property
     def runs(self) -> bool:
         """Whether it asks a service, and takes no longer than that."""
-        return self.language == "python" or bool(re.search(r"^(?:.* \| )?curl ", self.text, re.MULTILINE))
+        asks = re.search(r"^(?:.* \| )?curl |^vae ", self.text, re.MULTILINE)
+        return self.language == "python" or (asks is not None and "--local" not in self.text)
 
     @property
     def commands(self) -> list[str]:
@@ -248,8 +252,17 @@ def check_torchrun(words: list[str]) -> None:
 
 
 def check_pip(words: list[str]) -> None:
-    (extras,) = re.findall(r"^\.\[(.+)\]$", words[-1])
-    assert set(extras.split(",")) <= PROJECT["optional-dependencies"].keys()
+    """Of this project or its client, or of both."""
+    for word in words[2:]:
+        found = re.fullmatch(r"(\.(?:/client)?)(?:\[(.+)\])?", word)
+        assert found or word.startswith("-")
+        if found and found[2]:
+            extras = PROJECT["optional-dependencies"].keys() if found[1] == "." else set[str]()
+            assert set(found[2].split(",")) <= extras
+
+
+def check_vae(words: list[str]) -> None:
+    make_parser().parse_args(words[1:])
 
 
 def check_serve(words: list[str]) -> None:
@@ -280,6 +293,7 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
     "python": check_python,
     "torchrun": check_torchrun,
     "pip": check_pip,
+    "vae": check_vae,
     "vae-serve": check_serve,
     "openssl": check_openssl,
     "docker": check_docker,
@@ -308,10 +322,12 @@ def test_commands_that_ask_a_service_do_what_they_say(block: Block, address: str
     """As written, but for the port and what is the reader's: no refusal, and files that are what they are named."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     (tmp_path / ".curlrc").write_text('write-out = "%{stderr}status %{http_code}\\n"\n')
-    assert DOCUMENTED in block.text
+    assert DOCUMENTED in block.text or block.text.startswith("vae ")
     program = [sys.executable, "-c"] if block.language == "python" else ["bash", "-euo", "pipefail", "-c"]
+    text = block.text if block.language == "python" else f"{VAE}\n{block.text}"
+    own = {"CURL_HOME": str(tmp_path), "KEY": "x", "VAE_CLIENT_URL": address, "PYTHONPATH": str(ROOT / "client")}
     done = subprocess.run(
-        [*program, block.text.replace(DOCUMENTED, address)], env=os.environ | {"CURL_HOME": str(tmp_path), "KEY": "x"},
+        [*program, text.replace(DOCUMENTED, address)], env=os.environ | own,
         cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout, done.stderr)
@@ -324,7 +340,7 @@ def test_commands_that_ask_a_service_do_what_they_say(block: Block, address: str
             assert httpx.post(f"{address}{path}", timeout=60).status_code == 200
 
 
-@pytest.mark.parametrize("block", [block for block in RUN if " -o " in block.text], ids=Block.place)
+@pytest.mark.parametrize("block", [block for block in RUN if re.search("curl .* -o ", block.text)], ids=Block.place)
 def test_a_refusal_leaves_no_file(block: Block, address: str, tmp_path: Path) -> None:
     """What is named a picture is one."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
