@@ -29,6 +29,8 @@ STREAM_TIMEOUT_S = 600.0
 """The same for a stream of events."""
 KEEP_ALIVE_S = 4.0
 """How long a connection is kept for the next call: less than the service's own `VAE_KEEP_ALIVE_S` of 5."""
+LOOPBACK = ("all://127.0.0.1", "all://localhost", "all://[::1]")
+"""Addresses that no proxy of the environment is asked for."""
 Verify = ssl.SSLContext | bool
 T = TypeVar("T")
 Later: TypeAlias = Coroutine[Any, Any, T]
@@ -80,8 +82,8 @@ class Access(NamedTuple):
         if self.key:
             headers["authorization"] = f"Bearer {self.key}"
         limits = httpx.Limits(keepalive_expiry=KEEP_ALIVE_S)
-        url = f"{self.url.rstrip('/')}/"
-        return {"base_url": url, "headers": headers, "verify": self.verify, "limits": limits}
+        url, direct = f"{self.url.rstrip('/')}/", dict.fromkeys(LOOPBACK)
+        return {"base_url": url, "headers": headers, "verify": self.verify, "limits": limits, "mounts": direct}
 
     def exchange(self, call: Call, usual_s: float = TIMEOUT_S) -> Steps:
         """The steps of a call."""

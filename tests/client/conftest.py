@@ -28,6 +28,8 @@ from vae_client.client import KEY_VARIABLE, URL_VARIABLE
 
 ROOT = Path(__file__).parents[2]
 DIGIT, NOISY = ROOT / "examples" / "digit.png", ROOT / "examples" / "noisy.png"
+SHIPPED = {path.parent.parent.name for path in (ROOT / "models").glob("*/*/manifest.json")}
+"""Names of the models that come with the project."""
 KINDS = ("sync", "async")
 
 

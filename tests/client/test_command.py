@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import termios
@@ -20,7 +21,7 @@ from PIL import Image
 from pyarrow import parquet
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from tests.client.conftest import DIGIT, NOISY, ROOT, Counted, answer, answering, drop, environment, vae
+from tests.client.conftest import DIGIT, NOISY, ROOT, SHIPPED, Counted, answer, answering, drop, environment, vae
 from vae_client import Client, command, compare, errors, local
 from vae_client.operations import NAMES, options_of
 
@@ -37,7 +38,7 @@ def test_a_file_is_denoised(address: str, client: Client, tmp_path: Path) -> Non
     """The file holds what the service answers; standard output stays empty, the error stream names the model."""
     done = vae("denoise", NOISY, "-o", "clean.png", url=address, cwd=tmp_path)
     assert (done.status, done.out) == (0, "")
-    assert "mnist version 3" in done.err
+    assert "mnist version" in done.err
     assert (tmp_path / "clean.png").read_bytes() == client.denoise(NOISY, accept="png").content
 
 
@@ -109,10 +110,13 @@ def test_pipes_carry_pictures(address: str, client: Client) -> None:
 def test_models_are_listed(address: str, client: Client) -> None:
     """In a table, in full, and as a card."""
     lines = vae("models", url=address).out.splitlines()
-    assert [line.split()[0] for line in lines] == ["model", "mnist", "mnist-2d", "mnist-ladder"]
-    assert json.loads(vae("models", "mnist:3", url=address).out)["fingerprint"] == client.model("mnist")["fingerprint"]
+    assert {line.split()[0] for line in lines} == SHIPPED | {"model"}
+    assert (
+        json.loads(vae("models", "mnist-2d:1", url=address).out)["fingerprint"]
+        == client.model("mnist-2d")["fingerprint"]
+    )
     assert vae("models", "mnist", "--card", url=address).out.startswith("# mnist")
-    assert len(json.loads(vae("models", "--json", url=address).out)) == 3
+    assert len(json.loads(vae("models", "--json", url=address).out)) == len(SHIPPED)
 
 
 def test_many_files_are_reported(address: str, folder: Path, tmp_path: Path) -> None:
@@ -286,29 +290,31 @@ def services_of(models: Path) -> list[int]:
 
 
 def test_a_service_is_started_for_one_command(own_models: Path, tmp_path: Path) -> None:
-    """On loopback, with the models that are named, whatever the environment says; it ends with the command."""
+    """On a free port of loopback, with the models that are named, whatever the environment says; it ends then."""
     words = ["denoise", NOISY, "-o", "clean.png", "--local", "--models", own_models]
-    elsewhere = {
-        "VAE_PORT": "1",
-        "VAE_API_KEYS": "/nowhere",
-        "VAE_THREADS": "1",
-        "VAE_CLIENT_URL": "http://127.0.0.1:1",
-    }
-    done = vae(*words, cwd=tmp_path, **elsewhere)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = vae(
+            *words, url="http://127.0.0.1:1", cwd=tmp_path, VAE_PORT=port, VAE_API_KEYS="/nowhere", VAE_THREADS="1"
+        )
     assert done.status == 0, done.err
     assert form_of(tmp_path / "clean.png") == ("PNG", (28, 28))
     assert services_of(own_models) == []
 
 
-def test_a_killed_command_leaves_no_service(own_models: Path, tmp_path: Path) -> None:
+def test_a_killed_command_leaves_no_service(own_models: Path) -> None:
     """The kernel ends it."""
-    words = ["-m", "vae_client", "sample", "-n", "4096", "-o", "x.npy", "--local", "--models", str(own_models)]
-    process = subprocess.Popen([sys.executable, *words], env=environment(), cwd=tmp_path)
-    while not services_of(own_models):
-        assert process.poll() is None
-        time.sleep(0.01)
+    script = (
+        "import sys, time\nfrom vae_client import local\n"
+        "with local.started(sys.argv[1]) as url:\n    print(url, flush=True)\n    time.sleep(60)"
+    )
+    words = [sys.executable, "-c", script, str(own_models)]
+    process = subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith(b"http://127.0.0.1:")
+    assert len(services_of(own_models)) == 1
     process.kill()
-    process.wait()
+    process.communicate()
     end = time.monotonic() + 20
     while services_of(own_models) and time.monotonic() < end:
         time.sleep(0.05)

@@ -24,6 +24,7 @@ from service.settings import Settings
 from tests.client.conftest import KINDS, Counted, answer, answering, ask, drop, environment
 from tests.service.conftest import serving
 from vae_client import AsyncClient, Client, Retries, errors
+from vae_client.files import replacing, write
 
 OPTIONS: dict[str, Any] = {"noise": "gaussian", "level": 0.25, "draws": 2, "seed": 5}
 
@@ -103,6 +104,27 @@ def test_a_killed_run_is_continued(counted: tuple[Counted, str], folder: Path, t
     assert whole.keys() == found.keys()
     assert all(np.array_equal(whole[name], found[name]) for name in whole)
     assert [path.name for path in out.rglob(".*")] == []
+
+
+def begun(path: Path) -> None:
+    """Begin to write a file, and be interrupted."""
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(b"ne")
+        raise KeyboardInterrupt
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    """Until it is written its name has the old content, or none; an error changes nothing and leaves nothing."""
+    path = tmp_path / "x.png"
+    for before in (None, b"old"):
+        with pytest.raises(KeyboardInterrupt):
+            begun(path)
+        with replacing(path) as unfinished:
+            unfinished.write_bytes(b"new")
+            assert (path.read_bytes() if path.exists() else None) == before
+        assert path.read_bytes() == b"new"
+        assert list(tmp_path.iterdir()) == [path]
+        write(path, b"old")
 
 
 def test_what_changed_is_done_again(

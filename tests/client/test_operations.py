@@ -17,10 +17,11 @@ from PIL import Image
 
 from service.app import create_app
 from service.settings import Settings
-from tests.client.conftest import DIGIT, KINDS, NOISY, ROOT, ask, events_of
+from tests.client.conftest import DIGIT, KINDS, NOISY, ROOT, SHIPPED, ask, events_of
 from tests.service.conftest import serving
 from vae_client import Answer, AsyncClient, Client, Progress, errors
 from vae_client.client import KEY_VARIABLE, URL_VARIABLE
+from vae_client.images import files_of
 
 KEY = "alice-0123456789abcdef"
 
@@ -75,6 +76,8 @@ def test_one_array_is_binary_on_the_wire(client: Client, noisy: np.ndarray) -> N
     assert client.encode(noisy).media_type == "application/x-npy"
     assert client.encode(noisy, draws=1).media_type == "application/json"
     assert client.denoise(noisy, accept="json").media_type == "application/json"
+    (sent,) = files_of(noisy.astype(np.float64))
+    assert len(sent.content) < 4.5 * noisy.size
 
 
 def test_images_may_be_anything_that_holds_them(client: Client, noisy: np.ndarray, tmp_path: Path) -> None:
@@ -283,11 +286,14 @@ def test_a_stream_may_be_left(address: str, noisy: np.ndarray) -> None:
 def test_models_are_described_loaded_and_unloaded(address: str) -> None:
     """As the service describes them; a load that is refused is an exception."""
     with Client(address) as client:
-        assert [one["model"] for one in client.models()["models"]] == ["mnist", "mnist-2d", "mnist-ladder"]
-        assert client.model("mnist")["fingerprint"] == client.model("mnist", "3")["fingerprint"]
+        assert {one["model"] for one in client.models()["models"]} == SHIPPED
+        assert (
+            client.model("mnist")["fingerprint"]
+            == client.model("mnist", client.model("mnist")["version"])["fingerprint"]
+        )
         assert client.card("mnist").startswith("# mnist")
         assert client.ready()["ready"]
-        assert client.ready("mnist", "3")["ready"]
+        assert client.ready("mnist", client.model("mnist")["version"])["ready"]
         client.unload("mnist-ladder")
         with pytest.raises(errors.NotReady):
             client.ready("mnist-ladder", timeout_s=0.5)
@@ -358,3 +364,14 @@ def test_what_is_told_of_an_answer_is_json(client: Client) -> None:
     assert json.loads(json.dumps(told)) == told
     assert told["seed"] == 2
     assert client.denoise(NOISY).about()["timing_ms"].keys() == {"queue", "inference"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loopback_needs_no_proxy(kind: str, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the environment names for other addresses."""
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    assert ask(kind, address, lambda client: client.live()) == {"live": True}
+    assert ask(kind, address.replace("127.0.0.1", "localhost"), lambda client: client.live()) == {"live": True}
