@@ -21,7 +21,7 @@ test: lint
 	$(PYTHON) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 client-test: $(VENV)/.test
-	$(PYTHON) -m pytest -m clients tests/clients
+	$(PYTHON) -m pytest -m clients tests/clients tests/client
 
 # The page in Chromium; PICTURES=docs/pictures draws those of the documentation anew.
 browser-test: $(VENV)/.test
@@ -95,8 +95,8 @@ $(VENV)/.serve: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) --editable .
 	@touch $@
 
-$(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) --editable '.[train,test]'
+$(VENV)/.test: pyproject.toml client/pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable '.[train,test]' --editable './client[all]'
 	@touch $@ $(VENV)/.serve
 
 # What builds the site, and the script that draws its diagrams.

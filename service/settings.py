@@ -18,6 +18,8 @@ from service.errors import StartError
 
 PREFIX = "VAE_"
 OTHER_VARIABLES = {"VAE_DATA"}  # the tests' data folder, often set in the same shell
+CLIENT_PREFIX = "VAE_CLIENT_"
+"""Beginning of the variables of the client, which may be set in the same shell."""
 _NUMBER = r"\d{1,5}"
 _ADDRESS = r"[\d.]+|[\da-f:]+"
 _URL = r"(?:tcp|udp|sctp)://(?:[\d.]+|\[[\da-f:]+\]):\d{1,5}"
@@ -259,7 +261,7 @@ def read_settings(arguments: list[str] | None = None) -> Settings:
     forget_kubernetes()
     known = {PREFIX + name.upper() for name in Settings.model_fields}
     for name in sorted(os.environ.keys() - known - OTHER_VARIABLES):
-        if name.startswith(PREFIX):
+        if name.startswith(PREFIX) and not name.startswith(CLIENT_PREFIX):
             near = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]}?" if near else f"; the settings are {', '.join(sorted(known))}"
             raise StartError(f"unknown setting {name}{hint}")

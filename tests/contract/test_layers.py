@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 BY_NAME = {"import_module", "__import__", "find_spec", "run_module", "needed"}
-OURS = {"service", "training", "experiments", "benchmarks", "tests", "docs"}
+OURS = {"service", "training", "experiments", "benchmarks", "tests", "docs", "vae_client"}
 ABSENT = "no_such_package"
 """A package that a test imports because it does not exist."""
 EXTRAS = {
@@ -52,6 +52,9 @@ BASE = {path.stem for path in (ROOT / "service").glob("*.py")} - {"__init__", "_
 FEW = {"contract": set(), "runtime": {"errors", "process"}, "operations": {"errors"}, "codecs": {"errors"}}
 """The modules beside the rooms that these rooms may import: they take numbers and callbacks, not settings."""
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+CLIENT = tomllib.loads((ROOT / "client" / "pyproject.toml").read_text())["project"]
+CLIENT_EXTRAS = {"PIL": "pictures", "tqdm": "progress", "pyarrow": "parquet", "shtab": "completion"}
+"""What the client imports where it is needed, and the extra that brings it."""
 PROVIDERS = packages_distributions()
 
 
@@ -145,6 +148,28 @@ def test_the_contract_needs_numpy_and_pydantic_alone(path: Path) -> None:
     further = {"images.py": {"PIL"}, "signature.py": {"cryptography"}}
     allowed = {"numpy", "pydantic"} | further.get(path.name, set())
     assert {name.split(".")[0] for name in needed} <= allowed
+
+
+@pytest.mark.parametrize("path", sources("client/vae_client"), ids=name_of)
+def test_the_client_knows_neither_service_nor_trainer(path: Path) -> None:
+    """It imports itself, httpx, numpy, and the packages of its extras."""
+    foreign = {name for name in roots(path) if name not in sys.stdlib_module_names}
+    assert foreign <= {"vae_client", "httpx", "numpy", *CLIENT_EXTRAS}
+
+
+def test_the_client_needs_httpx_and_numpy_alone() -> None:
+    """They are its dependencies; importing it, and its command line, loads no package of an extra."""
+    assert [normal(re.split(r"[<>=]", line)[0]) for line in CLIENT["dependencies"]] == ["httpx", "numpy"]
+    extras = CLIENT["optional-dependencies"]
+    assert extras.keys() == {*CLIENT_EXTRAS.values(), "all"}
+    assert extras["all"] == [f"vae-client[{','.join(name for name in extras if name != 'all')}]"]
+    script = "import sys, vae_client.command; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT / "client", capture_output=True, text=True, check=True
+    )
+    loaded = set(done.stdout.split())
+    assert "vae_client" in loaded
+    assert not loaded & {"service", "training", *CLIENT_EXTRAS}
 
 
 @pytest.mark.parametrize("room", ["contract", "runtime", "operations", "errors.py", "invoke.py", "progress.py"])
@@ -253,6 +278,9 @@ def test_what_is_declared_is_pinned() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pinned = {normal(line.split("==")[0]) for line in lines if "==" in line and not line.startswith("#")}
     assert declared(list(PROJECT["optional-dependencies"])) - pinned <= {"onnxruntime-gpu"}
+    of_client = [line for lines in CLIENT["optional-dependencies"].values() for line in lines] + CLIENT["dependencies"]
+    names = {normal(re.split(r"[\[<>=]", line)[0]) for line in of_client} - {CLIENT["name"]}
+    assert names <= pinned
 
 
 def test_importing_the_service_brings_nothing_heavy() -> None:

@@ -9,7 +9,7 @@ import pytest
 from service.contract.cores import cpu_count
 from service.errors import StartError
 from service.runtime.session import execution_provider
-from service.settings import read_settings
+from service.settings import Settings, read_settings
 
 
 def test_the_environment_and_flags_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,3 +67,11 @@ def test_no_quota_is_the_hosts_cpus(tmp_path: Path) -> None:
     """`max`, -1 and no file at all."""
     (tmp_path / "cpu.max").write_text("max 100000")
     assert cpu_count(tmp_path) == cpu_count(tmp_path / "none") >= 1
+
+
+def test_the_variables_of_the_client_are_none_of_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both may be set in one shell; no setting of the service has such a name."""
+    monkeypatch.setenv("VAE_CLIENT_URL", "http://127.0.0.1:8000")
+    monkeypatch.setenv("VAE_CLIENT_KEY", "secret")
+    assert read_settings().port == 8000
+    assert not any(name.startswith("client_") for name in Settings.model_fields)

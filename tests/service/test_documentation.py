@@ -37,6 +37,7 @@ from service.settings import Settings, read_settings
 from tests.support.pages import FENCED, MARK, PAGES, ROOT, Block, blocks
 from training.__main__ import _parser
 from training.config import RestoringRun, kind_of, load_as
+from vae_client.command import make_parser
 
 HOME = "http://localhost/"
 DOCUMENTED = "http://127.0.0.1:8000"
@@ -48,8 +49,8 @@ SIGNATURES = {".png": b"\x89PNG\r\n\x1a\n", ".npy": b"\x93NUMPY", ".json": b"{"}
 ASSIGNMENT = re.compile(r"([A-Z_]+)=(.*)", re.DOTALL)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
-
-
+VAE = f'vae() {{ {sys.executable} -m vae_client "$@"; }}'
+"""The client's command, where it is not on the path."""
 BLOCKS = [block for path in PAGES if path.name not in OWN_TEST for block in blocks(path)]
 RUN = [block for block in BLOCKS if block.language in ("sh", "python") and not block.reason and block.page not in WALKS]
 NOT_RUN = [command for block in BLOCKS if block.language == "sh" and block.reason for command in block.commands]
@@ -206,8 +207,17 @@ def check_torchrun(words: list[str]) -> None:
 
 
 def check_pip(words: list[str]) -> None:
-    (extras,) = re.findall(r"^\.\[(.+)\]$", words[-1])
-    assert set(extras.split(",")) <= PROJECT["optional-dependencies"].keys()
+    """Of this project or its client, or of both."""
+    for word in words[2:]:
+        found = re.fullmatch(r"(\.(?:/client)?)(?:\[(.+)\])?", word)
+        assert found or word.startswith("-")
+        if found and found[2]:
+            extras = PROJECT["optional-dependencies"].keys() if found[1] == "." else set[str]()
+            assert set(found[2].split(",")) <= extras
+
+
+def check_vae(words: list[str]) -> None:
+    make_parser().parse_args(words[1:])
 
 
 def check_serve(words: list[str]) -> None:
@@ -249,11 +259,13 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
     "python": check_python,
     "torchrun": check_torchrun,
     "pip": check_pip,
+    "vae": check_vae,
     "vae-serve": check_serve,
     "openssl": check_openssl,
     "docker": check_docker,
     "kubectl": check_files,
     "curl": check_curl,
+    **dict.fromkeys(("node", "java", "go"), check_program),
     "mkdir": lambda _: None,
     "for": lambda _: None,
     "openapi-python-client": lambda _: None,
@@ -314,10 +326,10 @@ def test_blocks_do_what_they_say(block: Block, address: str, folders: Mapping[st
         shutil.copytree(ROOT / "models", folder / "models")
     text = block.text.replace(DOCUMENTED, address).replace(".venv/bin/python", sys.executable)
     program = [sys.executable, "-c"] if block.language == "python" else ["bash", "-euo", "pipefail", "-c"]
+    own = {"CURL_HOME": str(folder), "KEY": "x", "VAE_CLIENT_URL": address, "PYTHONPATH": f"{ROOT}:{ROOT / 'client'}"}
     done = subprocess.run(
-        [*program, text],
-        env=os.environ | {"CURL_HOME": str(folder), "KEY": "x", "PYTHONPATH": str(ROOT)},
-        cwd=folder, capture_output=True, text=True, timeout=120, check=False,
+        [*program, text if block.language == "python" else f"{VAE}\n{text}"],
+        env=os.environ | own, cwd=folder, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout, done.stderr)
     statuses = re.findall(r"status (\d+)", done.stderr)
@@ -329,7 +341,7 @@ def test_blocks_do_what_they_say(block: Block, address: str, folders: Mapping[st
             assert httpx.post(f"{address}{path}", timeout=60).status_code == 200
 
 
-@pytest.mark.parametrize("block", [block for block in RUN if " -o " in block.text], ids=Block.place)
+@pytest.mark.parametrize("block", [block for block in RUN if re.search("curl .* -o ", block.text)], ids=Block.place)
 def test_a_refusal_leaves_no_file(block: Block, address: str, folders: Mapping[str, Path]) -> None:
     """What is named a picture is one. What the block sends is there, from the blocks before it."""
     folder = folders[block.page]
