@@ -26,7 +26,7 @@ SSE = "text/event-stream"
 
 def refusal(status: int, code: str, **headers: str) -> Any:
     """A behaviour: a problem of the service."""
-    return answer(status, problems.problem(status, code, "why"), problems.MEDIA_TYPE, **headers)
+    return answer(status, problems.problem(status, code, "why")[0], problems.MEDIA_TYPE, **headers)
 
 
 def drip(handler: BaseHTTPRequestHandler) -> None:

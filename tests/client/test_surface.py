@@ -120,13 +120,13 @@ def test_every_problem_has_its_exception() -> None:
     sent |= {"internal_error": 500, "method_not_allowed": 405, "http_error": 418}
     assert sent.keys() - internal == BY_CODE.keys()
     for code, status in sent.items():
-        error = problem_of(status, {"content-type": problems.MEDIA_TYPE}, problems.problem(status, code, "why"))
+        error = problem_of(status, {"content-type": problems.MEDIA_TYPE}, problems.problem(status, code, "why")[0])
         assert (type(error), error.code, error.status, str(error)) == (BY_CODE[code], code, status, "why")
 
 
 def test_an_unknown_code_is_a_problem_too() -> None:
     """A newer service, or a proxy that knows nothing of problems."""
-    newer = problem_of(422, {"content-type": problems.MEDIA_TYPE}, problems.problem(422, "brand_new", "why"))
+    newer = problem_of(422, {"content-type": problems.MEDIA_TYPE}, problems.problem(422, "brand_new", "why")[0])
     proxy = problem_of(502, {"content-type": "text/html"}, b"<html>Bad Gateway</html>")
     assert type(newer) is type(proxy) is OtherProblem
     assert str(newer) == "why"
