@@ -109,22 +109,22 @@ def png_form(path: str, name: str) -> Form:
     return Form(ask, _pixels, GREY)
 
 
-def oip(path: str) -> Form:
-    """Open Inference Protocol, numbers in JSON."""
+def oip(path: str, given: str = "x") -> Form:
+    """Open Inference Protocol, numbers in JSON; `given` is the name of the input."""
 
     def ask(rows: Images) -> Body:
-        entry = {**_tensor(rows), "data": _numbers(rows.ravel())}
+        entry = {**_tensor(rows, given), "data": _numbers(rows.ravel())}
         return Body(path, {"content-type": JSON}, orjson.dumps({"inputs": [entry]}))
 
     return Form(ask, lambda content: _array(orjson.loads(content)["outputs"][0]["data"]))
 
 
-def oip_binary(path: str) -> Form:
-    """Open Inference Protocol, binary tensor data both ways."""
+def oip_binary(path: str, given: str = "x", made: str = "x_mean") -> Form:
+    """Open Inference Protocol, binary tensor data both ways; `given` and `made` are the names of the tensors."""
 
     def ask(rows: Images) -> Body:
-        entry = {**_tensor(rows), "parameters": {"binary_data_size": rows.nbytes}}
-        output = {"name": "x_mean", "parameters": {"binary_data": True}}
+        entry = {**_tensor(rows, given), "parameters": {"binary_data_size": rows.nbytes}}
+        output = {"name": made, "parameters": {"binary_data": True}}
         head = orjson.dumps({"inputs": [entry], "outputs": [output]})
         headers = {"content-type": RAW, "inference-header-content-length": str(len(head))}
         return Body(path, headers, head + rows.astype("<f4").tobytes())
@@ -136,8 +136,8 @@ def oip_binary(path: str) -> Form:
     return Form(ask, read)
 
 
-def _tensor(rows: Images) -> dict[str, Any]:
-    return {"name": "x", "shape": list(rows.shape), "datatype": "FP32"}
+def _tensor(rows: Images, name: str) -> dict[str, Any]:
+    return {"name": name, "shape": list(rows.shape), "datatype": "FP32"}
 
 
 def _numbers(array: Images) -> Any:

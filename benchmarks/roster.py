@@ -42,7 +42,7 @@ def many(one: Form) -> dict[str, Form]:
     return {"binary": one, "rows32": one, "rows256": one}
 
 
-OIP = "/v2/models/vae/infer"
+OIP, OUR_OIP = "/v2/models/vae/infer", "/v2/models/mlp.reconstruct/infer"
 OURS = {
     "json": bodies.json("/v1/reconstruct"),
     **many(bodies.raw("/v1/reconstruct")),
@@ -53,6 +53,13 @@ OURS = {
 PEERS = {
     "ours": Peer("this service", None, OURS),
     "ours2": Peer("this service, two workers", None, OURS, program="ours", workers=2, only="*-binary-64"),
+    "oip": Peer(
+        "this service, Open Inference Protocol",
+        None,
+        {"json": bodies.oip(OUR_OIP, "images"), **many(bodies.oip_binary(OUR_OIP, "images", "images"))},
+        program="ours",
+        only="mlp-*",
+    ),
     "bare": Peer(
         "bare ASGI, no batching",
         None,

@@ -27,6 +27,8 @@ GOLDEN = Corruptions(white=0.25, camera=0.0, jpeg=0.25, missing=0.25, shrunk=0.2
 """Corruptions of golden rows."""
 A_LEVEL = 0.1
 """How far answers may differ where activations have eight bits: the last digit of a float may move one by a level."""
+UNFELT = 0.25 / 255.0
+"""Difference that tiles of photographs may make: a hundredth of noise of 25/255. A smaller one costs wide margins."""
 WHERE = {"trunk.": "trunk", "head.": "latents", "ladder.": "latents", "network.": "level"}
 """Stage of a weight by the beginning of its name in the graphs; the names of the stage's own follow it."""
 
@@ -99,7 +101,7 @@ def _margin(run: ConditionalRun, parts: Parts) -> int:
         seen = estimated(parts.trunk, y, torch.ones_like(y), level)
         return seen.restored + seen.sigma * ladder(seen.features, noise_in(y, ladder.depth, ladder.multiple_of)).mean
 
-    return felt_margin(drawn, parts.channels, run.multiple_of)
+    return felt_margin(drawn, parts.channels, run.multiple_of, UNFELT)
 
 
 def weights_of(folder: Path, variant: VariantName) -> dict[str, dict[str, Tensor]]:

@@ -16,6 +16,8 @@ from training.export.tiling import FELT_STD, felt_margin, noise_in
 from training.loop.noisy_stages import NoisyParts
 from training.models.noisy import CompleteNoisy, EstimateNoisy, RestoreNoisy
 
+UNFELT = 1.0 / 65535.0
+"""Difference that tiles may make: a level of 16 bits, because micrographs may fill a small part of the range."""
 FIT_PARITY = 1e-3
 """As `MODULE_PARITY`, of the fitted noise: weights of blocks near the limit pass a rounding on, enlarged."""
 
@@ -102,4 +104,4 @@ def _margin(run: NoisyRun, parts: NoisyParts) -> int:
         mean, _ = model.restored(y, torch.ones_like(y), noise, seen)
         return mean + noise.unbiased(model.likelihood.mean(found))
 
-    return felt_margin(drawn, 1, run.multiple_of)
+    return felt_margin(drawn, 1, run.multiple_of, UNFELT)

@@ -24,8 +24,6 @@ FELT = 320
 """Height and width of the image that `felt_margin` cuts, in pixels."""
 FELT_STD = 0.2
 """Standard deviation of its pixels around 0.5."""
-UNFELT = 1.0 / 65535.0
-"""Largest difference that tiles may make: a level of 16 bits."""
 
 
 @torch.no_grad()
@@ -92,8 +90,8 @@ def tiles(
 
 
 @torch.no_grad()
-def felt_margin(networks: Callable[[Tensor], Tensor], channels: int, multiple_of: int) -> int:
-    """Measure from how far away the answer of trained networks changes by more than `UNFELT`.
+def felt_margin(networks: Callable[[Tensor], Tensor], channels: int, multiple_of: int, unfelt: float) -> int:
+    """Measure from how far away the answer of trained networks changes.
 
     The receptive field of a deep network is far wider than that, and what lies in margins is computed several times.
 
@@ -101,6 +99,7 @@ def felt_margin(networks: Callable[[Tensor], Tensor], channels: int, multiple_of
         networks: Maps an image of noise (1, c, h, w) to an image of that size.
         channels: c.
         multiple_of: What divides height and width of the images.
+        unfelt: Largest root mean square difference, over all pixels of one distance from an edge, that is none.
 
     Returns:
         The number of pixels beside an edge beyond which the answer for a part of the image is that for the whole.
@@ -109,9 +108,9 @@ def felt_margin(networks: Callable[[Tensor], Tensor], channels: int, multiple_of
     x = 0.5 + FELT_STD * torch.randn(1, channels, 2 * edge, 2 * edge, generator=torch.Generator().manual_seed(0))
     whole, found = networks(x), 0
     for axis, start in product((2, 3), (0, edge)):
-        difference = (networks(x.narrow(axis, start, edge)) - whole.narrow(axis, start, edge)).abs()
-        by_place = difference.movedim(axis, 0).flatten(1).amax(1)
-        felt = (by_place if start else by_place.flip(0)) > UNFELT
+        difference = networks(x.narrow(axis, start, edge)) - whole.narrow(axis, start, edge)
+        by_place = difference.movedim(axis, 0).flatten(1).square().mean(1).sqrt()
+        felt = (by_place if start else by_place.flip(0)) > unfelt
         found = max(found, int(felt.nonzero().max()) + 1 if bool(felt.any()) else 0)
     return found
 
