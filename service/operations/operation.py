@@ -362,6 +362,11 @@ class Operation:
             raise ValueError(f"examples of {self.name} hold {', '.join(sorted(unknown))}; declare inputs and outputs")
 
     @cached_property
+    def defaults(self) -> Options:
+        """The options of a request that names none."""
+        return self.options()
+
+    @cached_property
     def takes(self) -> str | None:
         """Name of its first input; None without inputs."""
         return self.inputs[0].name if self.inputs else None

@@ -119,7 +119,7 @@ class RemoteVAE(Face):
         model, options, body, coding, fingerprint, caller = received
         if coding != IDENTITY:
             body = inflated(body, coding, self._limit, meter)
-        chosen = self.operation.options()
+        chosen = self.operation.defaults
         intake = intake_of(self.operation, model, chosen, meter, self.context.settings.tile_pixels)
         payload = self.payload(model, options, body, intake)
         return admitted(self.context, self.operation, model, payload, chosen, caller, intake, fingerprint), None

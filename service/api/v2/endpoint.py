@@ -132,7 +132,7 @@ class InferApp(Face):
             body = inflated(body, coding, self._json_limit if head is None else self._limit, meter)
         if head is not None and head > self._json_limit.size:
             raise self._json_limit.exceeded()
-        intake = intake_of(operation, model, operation.options(), meter, settings.tile_pixels)
+        intake = intake_of(operation, model, operation.defaults, meter, settings.tile_pixels)
         request = open_inference.read(body, head, intake)
         parameters = dict(request.parameters)
         parameters.pop("priority", None)  # requests are served in their order
@@ -140,7 +140,7 @@ class InferApp(Face):
             raise InvalidOption("requests are independent of each other; leave sequence_id out")
         caller = caller._replace(deadline=min(caller.deadline, begun + _timeout_s(parameters.pop("timeout", 0))))
         caller.check_time()
-        options = options_of(operation, parameters, settings.max_draws)
+        options = options_of(operation, parameters, settings.max_draws) if parameters else operation.defaults
         payload = _payload(operation, request, options)
         known = {tensor.name for tensor in operation.outputs if tensor.shape}
         if unknown := request.outputs.keys() - known:

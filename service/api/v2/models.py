@@ -171,7 +171,7 @@ def _axes(tensor: Tensor, model: Model, operation: Operation, *, sent: bool) -> 
 
 def _axes_of(tensor: Tensor, variant: Model, operation: Operation, *, sent: bool) -> list[int]:
     sizes = dict(zip(PIXELS, variant.input_shape, strict=True))
-    if sent and operation.options().enlargement > 1:
+    if sent and operation.defaults.enlargement > 1:
         sizes |= dict.fromkeys(PIXELS[1:], FREE)
     found: list[int] = []
     for axis in tensor.shape:
