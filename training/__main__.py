@@ -185,7 +185,7 @@ def _workshop(
 
 
 def _length(options: argparse.Namespace, name: str) -> dict[str, int | None]:
-    """Epochs of the command line in place of the TOML's length: its least number of steps gives way too."""
+    """Epochs of the command line, which replace the TOML's `epochs` and set its `least_steps` to 0."""
     epochs = getattr(options, name, None)
     return {"epochs": epochs, "least_steps": None if epochs is None else 0}
 

@@ -97,7 +97,7 @@ def _file(image: Any) -> File:
 
 
 def is_pillow(image: object) -> TypeGuard[PillowImage]:
-    """Whether an object is a PIL image. Nobody has one before Pillow is imported."""
+    """Whether an object is a PIL image. Where Pillow is not imported, it is none."""
     module = sys.modules.get("PIL.Image")
     return module is not None and isinstance(image, module.Image)
 

@@ -21,7 +21,7 @@ MODELS = "share/vae-service/models/"
 """Where the models of the wheel are installed, below the environment's folder."""
 INSTALL = "pip install . ./client in the project's folder"
 OWN = ("--host=127.0.0.1", "--port=0", "--unix-socket=", "--api-keys=", "--tls-certificate=", "--tls-key=")
-"""Settings of a service that nobody else asks; all others are taken from the environment."""
+"""Settings of the local service; all others come from the environment."""
 FURTHER = ("--root-path=", "--workers=1", "--drain-s=0", "--log-format=text")
 STOP_S = 10.0
 DEATH_SIGNAL = 1
