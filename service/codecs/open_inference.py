@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -35,28 +36,53 @@ WRITTEN_TYPES = {"f": "FP32", "i": "INT64", "U": "BYTES", "O": "BYTES"}
 MOST_TENSORS = 16
 MOST_AXES = 8
 LIKE = '{"inputs": [{"name": ..., "shape": [...], "datatype": "FP32", "data": [...]}]}'
+REMEMBERED = 1024
+"""Longest JSON object before bytes, in bytes, that is cached."""
 HEAD = {"model", "version"}
 """Fields of an answer that the response has under other names."""
 SIZE = struct.Struct("<I")
 """What precedes each text in bytes."""
 
 
-class Request(NamedTuple):
-    """An inference request.
+class Described(NamedTuple):
+    """An input, as the JSON object describes it.
 
     Attributes:
-        arrays: Inputs by name, of their shapes.
+        name: Its name.
+        shape: Its shape.
+        datatype: One of `READ_TYPES`.
+        size: Its bytes behind the JSON object; None where its numbers are in the object.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    datatype: str
+    size: int | None
+
+
+class Head(NamedTuple):
+    """The JSON object of an inference request, without the numbers of its inputs.
+
+    Attributes:
+        inputs: The inputs, in their order.
         parameters: Of the request, by name.
         identity: The caller's id; None without one.
         outputs: Names of the outputs to send, each with whether it is sent as bytes; empty sends all.
         binary: Whether outputs are sent as bytes where `outputs` is empty.
     """
 
-    arrays: Mapping[str, NDArray[Any]]
+    inputs: tuple[Described, ...] = ()
     parameters: Mapping[str, Any] = MappingProxyType({})
     identity: str | None = None
     outputs: Mapping[str, bool] = MappingProxyType({})
     binary: bool = False
+
+
+class Request(NamedTuple):
+    """An inference request: the JSON object, and the inputs by name, of their shapes."""
+
+    head: Head
+    arrays: Mapping[str, NDArray[Any]]
 
 
 def read(body: Body, head: int | None, intake: Intake) -> Request:
@@ -81,9 +107,11 @@ def read(body: Body, head: int | None, intake: Intake) -> Request:
     if not 0 <= head <= len(body):
         raise Unreadable(f"Inference-Header-Content-Length is {head}; it must be in the range (0, {len(body)})")
     if head == 0:
-        return Request({intake.name: _raw(body, intake)}, binary=True)
-    rest = memoryview(body)[head:]
-    return with_object(body[:head], intake.meter, LIKE, lambda content: _request(content, rest, intake))
+        return Request(Head(binary=True), {intake.name: _raw(body, intake)})
+    text, rest = bytes(body[:head]), memoryview(body)[head:]
+    if head <= REMEMBERED and (known := _remembered(text)) is not None:
+        return _filled(known, {}, rest, intake)
+    return with_object(text, intake.meter, LIKE, lambda content: _request(content, rest, intake))
 
 
 def read_fields(body: Body, meter: Meter) -> dict[str, Any]:
@@ -117,27 +145,51 @@ def _raw(body: Body, intake: Intake) -> NDArray[Any]:
     return np.frombuffer(body, FLOAT).reshape(-1, *intake.shape)
 
 
+@lru_cache(1024)
+def _remembered(text: bytes) -> Head | None:
+    """The head of a request whose inputs are all bytes, else None: a client repeats it, and only the bytes change."""
+    head = with_object(text, Meter(), LIKE, lambda content: _described(content)[0])
+    return None if any(one.size is None for one in head.inputs) else head
+
+
 def _request(content: simdjson.Object, rest: memoryview, intake: Intake) -> Request:
+    return _filled(*_described(content), rest, intake)
+
+
+def _described(content: simdjson.Object) -> tuple[Head, dict[str, Any]]:
+    """The head, and what is not yet read of the JSON object: the data of inputs by name."""
     named = fields_of(content)
     identity, parameters = named.get("id"), _parameters(named.get("parameters"))
     if not (identity is None or isinstance(identity, str)):
         raise Unreadable("id must be a string")
     binary = parameters.pop("binary_data_output", False)
-    arrays: dict[str, NDArray[Any]] = {}
-    place = 0
+    inputs: list[Described] = []
+    data: dict[str, Any] = {}
     for entry in _entries(named.get("inputs"), "inputs"):
-        name = _name(entry, arrays)
-        array, size = _tensor(name, entry, rest[place:], intake)
-        arrays[name], place = array, place + size
-    if place < len(rest):
-        raise Unreadable(f"{len(rest) - place} bytes follow the tensors that the JSON object names; name them too")
+        name = _name(entry, data)
+        inputs.append(_input(name, entry))
+        data[name] = entry.get("data")
     outputs: dict[str, bool] = {}
     for entry in _entries(named.get("outputs"), "outputs"):
         known = _parameters(entry.get("parameters"))
         if known.get("classification"):
             raise InvalidOption("outputs are no scores of classes; leave classification out")
         outputs[_name(entry, outputs)] = bool(known.get("binary_data", False))
-    return Request(arrays, parameters, identity, outputs, bool(binary))
+    return Head(tuple(inputs), parameters, identity, outputs, bool(binary)), data
+
+
+def _filled(head: Head, data: Mapping[str, Any], rest: memoryview, intake: Intake) -> Request:
+    """The request, its inputs read of the JSON object's `data` and of the bytes behind it."""
+    arrays: dict[str, NDArray[Any]] = {}
+    place = 0
+    for one in head.inputs:
+        if one.size is None:
+            arrays[one.name] = _of_json(one, data[one.name])
+        else:
+            arrays[one.name], place = _of_bytes(one, rest[place:], intake), place + one.size
+    if place < len(rest):
+        raise Unreadable(f"{len(rest) - place} bytes follow the tensors that the JSON object names; name them too")
+    return Request(head, arrays)
 
 
 def _entries(value: Any, what: str) -> list[dict[str, Any]]:
@@ -171,40 +223,42 @@ def _parameters(value: Any) -> dict[str, Any]:
     return {name: plain(one) for name, one in fields_of(value).items()}
 
 
-def _tensor(name: str, entry: Mapping[str, Any], rest: memoryview, intake: Intake) -> tuple[NDArray[Any], int]:
-    """(an input, how many of the bytes it took)."""
+def _input(name: str, entry: Mapping[str, Any]) -> Described:
+    """What an entry of `inputs` says of its tensor."""
     shape, datatype, parameters = _shape(name, entry), entry.get("datatype"), _parameters(entry.get("parameters"))
     if not (isinstance(datatype, str) and datatype in READ_TYPES):
         raise InvalidShape(
             f"the datatype of {quoted(name)} is {quoted(str(datatype))}; {', '.join(READ_TYPES)} are read: send FP32, "
             "or levels of 0 to 255 as UINT8"
         )
-    kind = READ_TYPES[datatype]
     if any(key.startswith("shared_memory") for key in parameters):
         raise InvalidOption("shared memory is not read; send the tensor as binary data")
-    size, count = parameters.get("binary_data_size"), math.prod(shape)
+    size, whole = parameters.get("binary_data_size"), math.prod(shape) * READ_TYPES[datatype].itemsize
     if (size is None) == ("data" not in entry):
         raise Unreadable(f"the tensor {quoted(name)} needs either data or the parameter binary_data_size, and not both")
-    if size is None:
-        return _of_json(name, entry["data"], shape, kind, datatype), 0
-    if type(size) is not int or size != count * kind.itemsize:
+    if size is not None and (type(size) is not int or size != whole):
         raise InvalidShape(
             f"the binary_data_size of {quoted(name)} is {quoted(str(size))[1:-1]}; {datatype} of shape {[*shape]} has "
-            f"{count * kind.itemsize} bytes"
+            f"{whole} bytes"
         )
+    return Described(name, shape, datatype, size)
+
+
+def _of_bytes(one: Described, rest: memoryview, intake: Intake) -> NDArray[Any]:
+    """An input from the first of the bytes that follow the JSON object and the inputs before it."""
+    name, shape, datatype, size = one
+    assert size is not None
     if size > len(rest):
         raise Unreadable(f"unexpected size for input {quoted(name)}, expecting {size - len(rest)} additional bytes")
-    array = np.frombuffer(rest[:size], kind).reshape(shape)
-    if intake.keeps_levels(array):
+    array = np.frombuffer(rest[:size], READ_TYPES[datatype]).reshape(shape)
+    if array.dtype == FLOAT and array.flags.aligned:
+        return array
+    if datatype != "BF16" and intake.keeps_levels(array):
         check_scale(array, intake.name)
         intake.meter.reserve(array.nbytes)
-        return array, size
-    if kind == FLOAT and array.flags.aligned:
-        return array, size
+        return array
     intake.meter.reserve(array.size * FLOAT.itemsize)
-    if datatype == "BF16":
-        return from_bfloat16(array), size
-    return array.copy(), size
+    return from_bfloat16(array) if datatype == "BF16" else array.copy()
 
 
 def _shape(name: str, entry: Mapping[str, Any]) -> tuple[int, ...]:
@@ -215,9 +269,10 @@ def _shape(name: str, entry: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(axes)
 
 
-def _of_json(name: str, data: Any, shape: tuple[int, ...], kind: np.dtype[Any], datatype: str) -> NDArray[Any]:
-    """The numbers in `data`, nested or flat."""
-    told = quoted(name)[1:-1]
+def _of_json(one: Described, data: Any) -> NDArray[Any]:
+    """An input from its numbers in the JSON object, nested or flat."""
+    name, shape, datatype, _ = one
+    kind, told = READ_TYPES[datatype], quoted(name)[1:-1]
     numbers = _truths(data, told) if datatype == "BOOL" else numbers_of(data, told)
     if numbers.size != math.prod(shape) or (numbers.ndim > 1 and numbers.shape != shape):
         raise InvalidShape(
@@ -248,7 +303,7 @@ def _each_truth(value: Any, name: str, axes: int) -> Iterator[bool]:
         raise InvalidShape(f"{name} is BOOL; its data must be lists of true and false, or of 1 and 0")
 
 
-def write(answer: Answer, model: str, identity: str, request: Request) -> tuple[Body, int | None]:
+def write(answer: Answer, model: str, identity: str, asked: Head) -> tuple[Body, int | None]:
     """Write a response.
 
     Lists and arrays of the answer are its outputs, all else are parameters of the response.
@@ -257,14 +312,14 @@ def write(answer: Answer, model: str, identity: str, request: Request) -> tuple[
         answer: The answer.
         model: Name of the model, as the protocol has it.
         identity: Id of the response.
-        request: What was asked for.
+        asked: What was asked for.
 
     Returns:
         (body, bytes of the JSON object; None where it is the whole body).
     """
     described = {name: value for name, value in answer.about.items() if _is_tensor(name, value)}
     arrays = {name: np.asarray(value) for name, value in {**answer.outputs, **described}.items()}
-    wanted = {name: request.outputs.get(name, request.binary) for name in request.outputs or arrays if name in arrays}
+    wanted = {name: asked.outputs.get(name, asked.binary) for name in asked.outputs or arrays if name in arrays}
     about = {name: value for name, value in answer.about.items() if name not in described and name not in HEAD}
     if "notes" in about:
         about["notes"] = orjson.dumps(about["notes"]).decode()

@@ -106,7 +106,7 @@ def inference(data: bytes, ledger: Ledger) -> None:
     request = open_inference.read(data[3:], None if head == NO_HEAD else head, intake)
     for array in request.arrays.values():
         check_result(Payload(array), ledger, len(data))
-    json.loads(open_inference.write(ANSWER, "m.encode", "", request._replace(binary=False, outputs={}))[0])
+    json.loads(open_inference.write(ANSWER, "m.encode", "", open_inference.Head())[0])
 
 
 def query(data: bytes, _: Ledger) -> None:

@@ -188,6 +188,27 @@ def test_other_types_are_read_as_v1_reads_them(app: FastAPI, kind: str, dtype: s
     np.testing.assert_allclose(outputs(of_json)["mean"], mean, rtol=1e-6, atol=1e-6)
 
 
+def test_bfloat16_of_a_large_picture_is_no_16_bit_level(repository: Repository) -> None:
+    """Pictures above VAE_TILE_PIXELS keep integer levels, and BF16 lies in 16-bit words."""
+    x = (np.random.default_rng(4).random((1, 3, 96, 96), dtype="<f4").view("<u4") >> 16).astype("<u2")
+    plain = (x.astype("<u4") << 16).view("<f4")
+    path = "/v2/models/free.encode/infer"
+    app = create_app(Settings(tile_pixels=64 * 64), repository)
+    one, other = asked(app, (path, binary(("images", x, "BF16"))), (path, binary(("images", plain, "FP32"))))
+    np.testing.assert_array_equal(outputs(one)["mean"], outputs(other)["mean"])
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+def test_a_repeated_head_is_read_with_the_bytes_behind_it(app: FastAPI, repeated: bool) -> None:
+    """What is cached of a request is its JSON object alone, and none that holds numbers."""
+    for rows in (Z, Z[::-1]):
+        request = binary(("latents", rows, "FP32"), outputs=[{"name": "images"}])
+        if not repeated:
+            request = {"json": {"inputs": [tensor("latents", rows, data=rows.tolist())]}}
+        ours, known = asked(app, (DECODE, request), ("/v1/decode", npy(rows)))
+        np.testing.assert_array_equal(outputs(ours)["images"].astype("<f4"), loaded(known))
+
+
 def test_one_input_may_be_bytes_and_another_json(app: FastAPI) -> None:
     """Bytes belong to the inputs that name a size, in their order."""
     x, mask = np.random.default_rng(2).random((1, 1, 16, 16)).astype("<f4"), np.ones((1, 1, 16, 16), "<f4")

@@ -38,7 +38,7 @@ from service.api.request import (
 from service.api.v2.models import parted
 from service.api.validation import intake_of, options_of
 from service.codecs import open_inference
-from service.codecs.open_inference import Request
+from service.codecs.open_inference import Head, Request
 from service.codecs.payload import Answer, Body, Meter, Payload
 from service.errors import InvalidOption, InvalidShape, Unreadable, quoted
 from service.observability.request_ids import request_id
@@ -110,17 +110,17 @@ class InferApp(Face):
         read = partial(self._invocation, received)
         binary = head is not None and head <= LOOP_BYTES and model.manifest.size is None
         small = coding == IDENTITY and len(body) <= (LOOP_BINARY_BYTES if binary else LOOP_BYTES)
-        invocation, request = await prepare(context, read, caller, "an inference request", in_loop=small)
+        invocation, asked = await prepare(context, read, caller, "an inference request", in_loop=small)
         answer = await invoke(context.submit, invocation)
         codings = accepted_codings(headers.get(b"accept-encoding", b"").decode("latin-1"))
-        work = partial(_written, answer, path["model"], request, codings[0] if codings else "")
+        work = partial(_written, answer, path["model"], asked, codings[0] if codings else "")
         content, size, coded = await written_by(context, work, answer, invocation.caller)
         media_type = "application/json" if size is None else "application/octet-stream"
         further = [] if size is None else [(HEAD.encode(), b"%d" % size)]
         further += [(b"content-encoding", coded.encode())] if coded else []
         return whole_reply(media_type, answer, content, len(invocation.inputs.rows), further)
 
-    def _invocation(self, received: Received, meter: Meter) -> tuple[Invocation, Request]:
+    def _invocation(self, received: Received, meter: Meter) -> tuple[Invocation, Head]:
         """Decompress, decode and check a request. Runs in the event loop or in a thread.
 
         Raises:
@@ -134,18 +134,19 @@ class InferApp(Face):
             raise self._json_limit.exceeded()
         intake = intake_of(operation, model, operation.defaults, meter, settings.tile_pixels)
         request = open_inference.read(body, head, intake)
-        parameters = dict(request.parameters)
+        parameters = dict(request.head.parameters)
         parameters.pop("priority", None)  # requests are served in their order
         if any(parameters.pop(name, None) for name in SEQUENCE):
             raise InvalidOption("requests are independent of each other; leave sequence_id out")
-        caller = caller._replace(deadline=min(caller.deadline, begun + _timeout_s(parameters.pop("timeout", 0))))
-        caller.check_time()
+        if timeout_s := _timeout_s(parameters.pop("timeout", 0)):
+            caller = caller._replace(deadline=min(caller.deadline, begun + timeout_s))
+            caller.check_time()
         options = options_of(operation, parameters, settings.max_draws) if parameters else operation.defaults
         payload = _payload(operation, request, options)
         known = {tensor.name for tensor in operation.outputs if tensor.shape}
-        if unknown := request.outputs.keys() - known:
+        if unknown := request.head.outputs.keys() - known:
             raise InvalidOption(f"no output {quoted(min(unknown))}; {operation.name} has {', '.join(sorted(known))}")
-        return admitted(self.context, operation, model, payload, options, caller, intake, fingerprint), request
+        return admitted(self.context, operation, model, payload, options, caller, intake, fingerprint), request.head
 
 
 def _payload(operation: Operation, request: Request, options: Any) -> Payload:
@@ -165,10 +166,10 @@ def _payload(operation: Operation, request: Request, options: Any) -> Payload:
     return Payload(array, mask, options, latents)
 
 
-def _written(answer: Answer, name: str, request: Request, coding: str) -> tuple[Body, int | None, str]:
+def _written(answer: Answer, name: str, asked: Head, coding: str) -> tuple[Body, int | None, str]:
     """(body, length of its JSON object before compression or None, content coding or nothing)."""
-    identity = request_id() if request.identity is None else request.identity
-    content, size = open_inference.write(answer, name, identity, request)
+    identity = request_id() if asked.identity is None else asked.identity
+    content, size = open_inference.write(answer, name, identity, asked)
     if not coding or len(content) < LEAST_COMPRESSED:
         return content, size, ""
     return deflated(content, coding), size, coding
@@ -196,4 +197,4 @@ def _timeout_s(value: Any) -> float:
     """
     if type(value) is not int or value < 0:
         raise InvalidOption("timeout must be a whole number of microseconds, 0 for none")
-    return value / 1e6 if value else float("inf")
+    return value / 1e6
