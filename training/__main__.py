@@ -31,6 +31,9 @@ from training.noisy import NoisyWorkshop
 from training.pipeline import Workshop
 from training.signing import private_key, sign
 
+MODELS = Path("models")
+"""Default of --out."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command.
@@ -55,9 +58,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--version", help="name of the version in int8 (that of the other with -int8)")
     for command in (fit, export):
-        command.add_argument("--out", type=Path, default=Path("models"), help="model repository (%(default)s)")
         command.add_argument("--replace", action="store_true", help="overwrite the version if it exists")
         _key_option(command)
+    fit.add_argument("--out", type=Path, default=MODELS, help="model repository (%(default)s)")
+    export.add_argument("--out", type=Path, help=f"model repository ({MODELS}; with --quantise, that of the version)")
     fit.add_argument("--epochs", type=int, help="epochs, instead of the TOML's; with more, a finished run continues")
     fit.add_argument("--restoration-epochs", type=int, help="the same for the recognition model of corrupted images")
     fit.add_argument(
@@ -265,11 +269,11 @@ def _export(options: argparse.Namespace) -> None:
         raise ConfigError("export takes the TOML of a run, or --quantise and the folder of a version")
     if options.quantise is not None:
         pipeline.threads(options.threads)
-        plan = QuantiseOptions(options.quantise, options.data, options.version, replace=options.replace)
+        plan = QuantiseOptions(options.quantise, options.data, options.version, options.out, replace=options.replace)
         images = plan.images if options.images is None else options.images
         print(f"wrote {quantise(replace(plan, images=images), key=key)}")
         return
-    print(f"wrote {_workshop(options).export(options.out, replace=options.replace, key=key)}")
+    print(f"wrote {_workshop(options).export(options.out or MODELS, replace=options.replace, key=key)}")
 
 
 if __name__ == "__main__":

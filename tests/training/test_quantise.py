@@ -112,6 +112,14 @@ def test_a_quantised_version_is_served(pair: Callable[..., Path], pictures: Path
         quantise(QuantiseOptions(folder, pictures), ANY)
 
 
+def test_the_version_is_written_where_out_names(pair: Callable[..., Path], pictures: Path, tmp_path: Path) -> None:
+    """Without --out it lies beside the other."""
+    source = pair((28, 28))
+    folder = quantise(QuantiseOptions(source, pictures, models=tmp_path / "other", images=8), ANY)
+    assert folder == tmp_path / "other" / source.parent.name / "1-int8"
+    assert [path.name for path in source.parent.iterdir()] == ["1"]
+
+
 def test_a_version_that_scores_and_restores_is_quantised(tmp_path: Path, pictures: Path) -> None:
     """Gradients, densities and the prior stay as they are; percentiles move as the ELBO does; factors are left out."""
     shutil.copytree(MNIST, source := tmp_path / "models" / "mnist" / "3")

@@ -318,7 +318,6 @@ def export(
     """
     target = version_folder(models, name, version, replace=replace)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         with staged(target) as folder:
             first, rounding = _write_variant(graphs, about, folder)
             others, further = _write_others(variants, about, folder)
@@ -424,6 +423,7 @@ def version_folder(models: Path, name: str, version: str, *, replace: bool) -> P
 @contextmanager
 def staged(target: Path) -> Iterator[Path]:
     """Make a hidden folder beside `target`. It replaces `target` if the block succeeds, and is removed otherwise."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield folder

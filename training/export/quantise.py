@@ -49,6 +49,7 @@ class QuantiseOptions:
         folder: Folder of the version, models/<name>/<version>.
         data: Folder of its data set; of pictures, if its manifest names none.
         version: Name of the new version; None appends `-int8`.
+        models: Model repository of the new version; None is that of the other.
         images: Held-out images. Half of them give the activations' ranges, the loss is measured on the others.
         seed: Seed of the choice of images and of what is done to them.
         replace: Whether an existing version is replaced.
@@ -57,6 +58,7 @@ class QuantiseOptions:
     folder: Path
     data: Path
     version: str | None = None
+    models: Path | None = None
     images: int = 400
     seed: int = 0
     replace: bool = False
@@ -127,7 +129,8 @@ def quantise(plan: QuantiseOptions, least_gain: float = LEAST_GAIN, key: Ed25519
     source = _source(plan.folder)
     manifest = source.manifest
     version = plan.version or f"{manifest.version}-int8"
-    target = version_folder(plan.folder.absolute().parents[1], manifest.name, version, replace=plan.replace)
+    models = plan.models or plan.folder.absolute().parents[1]
+    target = version_folder(models, manifest.name, version, replace=plan.replace)
     x = _held_out(manifest, plan)
     found = _quantised(source, x, plan.seed, least_gain)
     taken = {name: graph for name, graph in found.items() if graph.gain >= least_gain}
