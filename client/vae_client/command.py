@@ -144,7 +144,7 @@ def _add(commands: Any, name: str, about: str, run: Any, asks: bool = True) -> a
             "--local", action="store_true", help="start the service that is installed beside this command"
         )
         _completed(group.add_argument("--models", metavar="FOLDER", help="with --local, its model repository"))
-        group.add_argument("--timeout", type=float, metavar="SECONDS", help="longest time for an answer, by default 60")
+        group.add_argument("--timeout", type=float, metavar="SECONDS", help="longest time for an answer, by default 120")
     return parser
 
 
