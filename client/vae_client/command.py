@@ -50,6 +50,11 @@ FILES = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
 """How shells complete the name of a file."""
 SHORT = {"count": ("-n",)}
 """Short names of options."""
+FIXES = {
+    errors.Unauthenticated: f"the variable is {KEY_VARIABLE}",
+    (errors.TimedOut, errors.DeadlinePassed): "the option is --timeout",
+}
+"""What a command has in place of the argument or the header that an error names."""
 OF_STREAMS = ("preview",)
 """Options that change streams alone, which commands do not ask for."""
 
@@ -103,6 +108,7 @@ def told(options: argparse.Namespace, error: Exception | str, status: int) -> in
         if isinstance(error, Problem)
         else {}
     )
+    detail += next((f"; {fix}" for kind, fix in FIXES.items() if isinstance(error, kind)), "")
     if options.json:
         print(json.dumps({"error": {"detail": detail, **about}}), file=sys.stderr)
     else:
@@ -416,7 +422,7 @@ def list_models(options: argparse.Namespace) -> int:
         (
             one["model"],
             one.get("version", "not served"),
-            " x ".join(map(str, one.get("input_shape", ()))),
+            images_of(one),
             ", ".join(one.get("operations", ())),
             "all" if set(one["default_for"]) == set(NAMES) else ", ".join(one["default_for"]) or "-",
         )
@@ -424,6 +430,14 @@ def list_models(options: argparse.Namespace) -> int:
     ]
     print_table(["model", "version", "images", "operations", "default for"], rows)
     return 0
+
+
+def images_of(described: dict[str, Any]) -> str:
+    """Shape of a model's images, with the channels of every variant: "1 or 3 x height x width"."""
+    shapes = [one["input_shape"] for one in (described, *described.get("variants", ())) if "input_shape" in one]
+    if not shapes:
+        return ""
+    return " x ".join([" or ".join(str(shape[0]) for shape in shapes), *map(str, shapes[0][1:])])
 
 
 def compare_files(options: argparse.Namespace) -> int:
