@@ -24,7 +24,7 @@ from vae_client.version import VERSION
 
 URL_VARIABLE, KEY_VARIABLE = "VAE_CLIENT_URL", "VAE_CLIENT_KEY"
 TIMEOUT_S = 120.0
-"""Seconds for an answer, unless the caller says otherwise: the service's own default, enough for a photograph of 24 megapixels."""
+"""Seconds for an answer, unless the caller says otherwise: the service's own default."""
 STREAM_TIMEOUT_S = 600.0
 """The same for a stream of events."""
 KEEP_ALIVE_S = 4.0

@@ -50,9 +50,9 @@ FILES = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
 """How shells complete the name of a file."""
 SHORT = {"count": ("-n",)}
 """Short names of options."""
-FIXES = {
+FIXES: dict[type[ClientError], str] = {
     errors.Unauthenticated: f"the variable is {KEY_VARIABLE}",
-    (errors.TimedOut, errors.DeadlinePassed): "the option is --timeout",
+    **dict.fromkeys((errors.TimedOut, errors.DeadlinePassed), "the option is --timeout"),
 }
 """What a command has in place of the argument or the header that an error names."""
 OF_STREAMS = ("preview",)
@@ -150,7 +150,9 @@ def _add(commands: Any, name: str, about: str, run: Any, asks: bool = True) -> a
             "--local", action="store_true", help="start the service that is installed beside this command"
         )
         _completed(group.add_argument("--models", metavar="FOLDER", help="with --local, its model repository"))
-        group.add_argument("--timeout", type=float, metavar="SECONDS", help="longest time for an answer, by default 120")
+        group.add_argument(
+            "--timeout", type=float, metavar="SECONDS", help="longest time for an answer, by default 120"
+        )
     return parser
 
 
@@ -299,7 +301,7 @@ def run_operation(options: argparse.Namespace) -> int:
             raise InvalidRequest("the results of a folder go into a folder or a table; name it with --out")
         accept = accept_for(options.out)
         call = getattr(client, operation.replace("-", "_"))
-        given = () if not inputs else (sent(operation, inputs, chosen),)
+        given = () if not inputs else (sent(operation, inputs, chosen, common),)
         answer: Answer = call(*given, **chosen, **common, accept=accept)
     return written(options, answer)
 
@@ -326,20 +328,20 @@ def accept_for(out: str | None) -> Accept:
     return PICTURES.get(suffix, "arrays")
 
 
-def sent(operation: str, inputs: Sequence[Path], chosen: dict[str, Any]) -> Any:
-    """What is sent of the files of a command.
+def sent(operation: str, inputs: Sequence[Path], chosen: dict[str, Any], common: Common) -> Any:
+    """What is sent of the files of a command; latents that name their model go to it if the command names none.
 
     Raises:
         InvalidRequest: They hold no latents.
     """
     if operation == "decode":
-        return latents_in(inputs[0], chosen)
+        return latents_in(inputs[0], chosen, common)
     files: list[Any] = [sys.stdin.buffer.read() if str(path) == STANDARD else path for path in inputs]
     return files if len(files) > 1 else files[0]
 
 
-def latents_in(path: Path, chosen: dict[str, Any]) -> Any:
-    """The latents of an .npy file, or those of an .npz that `encode` wrote, with their fingerprint."""
+def latents_in(path: Path, chosen: dict[str, Any], common: Common) -> Any:
+    """The latents of an .npy file, or those of an .npz that `encode` wrote, with their fingerprint and model."""
     if path.suffix.lower() not in ARRAYS:
         raise InvalidRequest(f"{path} holds no latents; decode reads .npy, and .npz of vae encode")
     loaded = np.load(path, allow_pickle=False)
@@ -350,6 +352,8 @@ def latents_in(path: Path, chosen: dict[str, Any]) -> Any:
             raise InvalidRequest(f"{path} holds {', '.join(file)}, and no mean; decode reads .npz of vae encode")
         if "fingerprint" in file:
             chosen.setdefault("fingerprint", str(file["fingerprint"]))
+        if common["model"] is None and {"model", "version"} <= {*file}:
+            common["model"], common["version"] = str(file["model"]), str(file["version"])
         return file["mean"]
 
 

@@ -90,6 +90,8 @@ def test_latents_go_round(address: str, client: Client, tmp_path: Path) -> None:
     refused = vae("decode", "z.npz", "-o", "no.png", "--model", "mnist-2d", url=address, cwd=tmp_path)
     assert (refused.status, "(wrong_model)" in refused.err) == (command.REFUSED, True)
     assert not (tmp_path / "no.png").exists()
+    assert vae("encode", DIGIT, "-o", "z2.npz", "--model", "mnist-2d", url=address, cwd=tmp_path).status == 0
+    assert "mnist-2d version" in vae("decode", "z2.npz", "-o", "back2.png", url=address, cwd=tmp_path).err
 
 
 def test_scores_are_printed(address: str, client: Client) -> None:
