@@ -1,7 +1,7 @@
 # The project's commands; continuous integration uses the same.
 VENV := .venv
 PYTHON := $(VENV)/bin/python
-PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(VENV)/bin/pip install --disable-pip-version-check --constraint constraints.txt
 DATA ?= data
 CONFIG ?= training/configs/mnist.toml
 DOCS := .venv-docs
@@ -102,7 +102,7 @@ $(VENV)/.test: pyproject.toml client/pyproject.toml constraints.txt | $(VENV)/bi
 # What builds the site, and the script that draws its diagrams.
 $(DOCS)/.ready: docs/requirements.txt Makefile
 	python3 -m venv $(DOCS)
-	$(DOCS)/bin/pip install --quiet --disable-pip-version-check --requirement docs/requirements.txt
+	$(DOCS)/bin/pip install --disable-pip-version-check --requirement docs/requirements.txt
 	npm pack --silent --pack-destination $(DOCS) mermaid@$(MERMAID) >/dev/null
 	tar -xzf $(DOCS)/mermaid-$(MERMAID).tgz -C $(DOCS) package/dist/mermaid.min.js
 	rm $(DOCS)/mermaid-$(MERMAID).tgz

@@ -146,9 +146,10 @@ def welcome(models: list[str], settings: Settings, listeners: list[Listener]) ->
     curl, url, documentation = "curl -sSf", first.url, f"   (documentation: {first.url}/docs)"
     if first.file is not None:
         curl, url, documentation = f"curl -sSf --unix-socket {first.name}", "http://localhost", ""
+    key = ' -H "Authorization: Bearer $KEY"' if settings.api_keys else ""
     lines = [
         f"serving {', '.join(models)} on {first.url or first.name}{documentation}",
-        f"try: {curl} -X POST '{url}/v1/sample?count=16&seed=7' -H 'Accept: image/png' -o digits.png",
+        f"try: {curl} -X POST '{url}/v1/sample?count=16&seed=7'{key} -H 'Accept: image/png' -o digits.png",
     ]
     if settings.ops_port is not None:
         lines.append(f"health and metrics on {others.pop().url}")

@@ -153,7 +153,8 @@ class Settings(BaseSettings):
     """How long the first row of a batch waits for further rows; 0 is usually best."""
     inline_us: Annotated[float, Field(ge=0)] = 2000.0
     """Batches that take less than this many microseconds run in the event loop, others in a thread."""
-    timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    # On one CPU a photograph of 24 megapixels takes 45 to 100 s.
+    timeout_s: Annotated[float, Field(gt=0)] = 120.0
     """Longest time to answer a request, after which it gets 504; X-Timeout-Ms can only shorten it."""
     long_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """The same for a request whose answer streams its progress (text/event-stream, application/x-ndjson)."""

@@ -23,8 +23,8 @@ from vae_client.operations import Administration, Operations
 from vae_client.version import VERSION
 
 URL_VARIABLE, KEY_VARIABLE = "VAE_CLIENT_URL", "VAE_CLIENT_KEY"
-TIMEOUT_S = 60.0
-"""Seconds for an answer, unless the caller says otherwise. The service itself gives up after 30 by default."""
+TIMEOUT_S = 120.0
+"""Seconds for an answer, unless the caller says otherwise: the service's own default."""
 STREAM_TIMEOUT_S = 600.0
 """The same for a stream of events."""
 KEEP_ALIVE_S = 4.0
@@ -96,7 +96,7 @@ class Client(Operations[Answer], Administration[dict[str, Any], str]):
     Args:
         url: Address of the service; by default VAE_CLIENT_URL.
         key: API key; by default VAE_CLIENT_KEY, if that is set.
-        timeout_s: Seconds for an answer, retries included; by default 60, and 600 for a stream. The service is told.
+        timeout_s: Seconds for an answer, retries included; by default 120, and 600 for a stream. The service is told.
         retries: When a call that failed is made again.
         verify: Certificates to trust, as an `ssl.SSLContext`; False trusts all.
 

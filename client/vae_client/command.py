@@ -50,6 +50,11 @@ FILES = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
 """How shells complete the name of a file."""
 SHORT = {"count": ("-n",)}
 """Short names of options."""
+FIXES: dict[type[ClientError], str] = {
+    errors.Unauthenticated: f"the variable is {KEY_VARIABLE}",
+    **dict.fromkeys((errors.TimedOut, errors.DeadlinePassed), "the option is --timeout"),
+}
+"""What a command has in place of the argument or the header that an error names."""
 OF_STREAMS = ("preview",)
 """Options that change streams alone, which commands do not ask for."""
 
@@ -103,6 +108,7 @@ def told(options: argparse.Namespace, error: Exception | str, status: int) -> in
         if isinstance(error, Problem)
         else {}
     )
+    detail += next((f"; {fix}" for kind, fix in FIXES.items() if isinstance(error, kind)), "")
     if options.json:
         print(json.dumps({"error": {"detail": detail, **about}}), file=sys.stderr)
     else:
@@ -144,7 +150,9 @@ def _add(commands: Any, name: str, about: str, run: Any, asks: bool = True) -> a
             "--local", action="store_true", help="start the service that is installed beside this command"
         )
         _completed(group.add_argument("--models", metavar="FOLDER", help="with --local, its model repository"))
-        group.add_argument("--timeout", type=float, metavar="SECONDS", help="longest time for an answer, by default 60")
+        group.add_argument(
+            "--timeout", type=float, metavar="SECONDS", help="longest time for an answer, by default 120"
+        )
     return parser
 
 
@@ -293,7 +301,7 @@ def run_operation(options: argparse.Namespace) -> int:
             raise InvalidRequest("the results of a folder go into a folder or a table; name it with --out")
         accept = accept_for(options.out)
         call = getattr(client, operation.replace("-", "_"))
-        given = () if not inputs else (sent(operation, inputs, chosen),)
+        given = () if not inputs else (sent(operation, inputs, chosen, common),)
         answer: Answer = call(*given, **chosen, **common, accept=accept)
     return written(options, answer)
 
@@ -320,20 +328,20 @@ def accept_for(out: str | None) -> Accept:
     return PICTURES.get(suffix, "arrays")
 
 
-def sent(operation: str, inputs: Sequence[Path], chosen: dict[str, Any]) -> Any:
-    """What is sent of the files of a command.
+def sent(operation: str, inputs: Sequence[Path], chosen: dict[str, Any], common: Common) -> Any:
+    """What is sent of the files of a command; latents that name their model go to it if the command names none.
 
     Raises:
         InvalidRequest: They hold no latents.
     """
     if operation == "decode":
-        return latents_in(inputs[0], chosen)
+        return latents_in(inputs[0], chosen, common)
     files: list[Any] = [sys.stdin.buffer.read() if str(path) == STANDARD else path for path in inputs]
     return files if len(files) > 1 else files[0]
 
 
-def latents_in(path: Path, chosen: dict[str, Any]) -> Any:
-    """The latents of an .npy file, or those of an .npz that `encode` wrote, with their fingerprint."""
+def latents_in(path: Path, chosen: dict[str, Any], common: Common) -> Any:
+    """The latents of an .npy file, or those of an .npz that `encode` wrote, with their fingerprint and model."""
     if path.suffix.lower() not in ARRAYS:
         raise InvalidRequest(f"{path} holds no latents; decode reads .npy, and .npz of vae encode")
     loaded = np.load(path, allow_pickle=False)
@@ -344,6 +352,8 @@ def latents_in(path: Path, chosen: dict[str, Any]) -> Any:
             raise InvalidRequest(f"{path} holds {', '.join(file)}, and no mean; decode reads .npz of vae encode")
         if "fingerprint" in file:
             chosen.setdefault("fingerprint", str(file["fingerprint"]))
+        if common["model"] is None and {"model", "version"} <= {*file}:
+            common["model"], common["version"] = str(file["model"]), str(file["version"])
         return file["mean"]
 
 
@@ -416,7 +426,7 @@ def list_models(options: argparse.Namespace) -> int:
         (
             one["model"],
             one.get("version", "not served"),
-            " x ".join(map(str, one.get("input_shape", ()))),
+            images_of(one),
             ", ".join(one.get("operations", ())),
             "all" if set(one["default_for"]) == set(NAMES) else ", ".join(one["default_for"]) or "-",
         )
@@ -424,6 +434,14 @@ def list_models(options: argparse.Namespace) -> int:
     ]
     print_table(["model", "version", "images", "operations", "default for"], rows)
     return 0
+
+
+def images_of(described: dict[str, Any]) -> str:
+    """Shape of a model's images, with the channels of every variant: "1 or 3 x height x width"."""
+    shapes = [one["input_shape"] for one in (described, *described.get("variants", ())) if "input_shape" in one]
+    if not shapes:
+        return ""
+    return " x ".join([" or ".join(str(shape[0]) for shape in shapes), *map(str, shapes[0][1:])])
 
 
 def compare_files(options: argparse.Namespace) -> int:

@@ -164,6 +164,8 @@ def _failure(outcome: Outcome, timeout_s: float, url: str) -> tuple[ClientError,
     if isinstance(outcome, TimedOut | httpx.TimeoutException):
         return TimedOut(f"no answer within {timeout_s:g} seconds; raise timeout_s, or send less"), False, None
     why = " ".join(str(outcome).split()) or type(outcome).__name__
+    if "CERTIFICATE_VERIFY_FAILED" in why:
+        return Unreachable(f"{url} is not trusted: {why}; name a certificate of your own in SSL_CERT_FILE"), False, None
     if isinstance(outcome, httpx.NetworkError | httpx.RemoteProtocolError):
         return Unreachable(f"no connection to {url}: {why}"), True, None
     return Unreachable(f"{url} cannot be asked: {why}; check the address"), False, None

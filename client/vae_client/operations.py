@@ -28,7 +28,7 @@ TileFit = Literal["resize", "pad", "crop", "tile"]
 Noise = Literal["gaussian", "poisson", "salt-and-pepper", "masking", "processed", "none", "auto"]
 Quality = Literal["fast", "refined"]
 Latents: TypeAlias = Array | Answer
-"""Latents, (n, *latent); or an answer of `encode`, whose means and fingerprint are sent."""
+"""Latents, (n, *latent); or an answer of `encode`, whose means and fingerprint go to its model."""
 
 NAMES = (
     "encode",
@@ -426,8 +426,10 @@ class Operations(ABC, Generic[T]):
         array = None
         if latents is not None:
             array = latents.mean if isinstance(latents, Answer) else np.asarray(latents)
-            if isinstance(latents, Answer) and options["fingerprint"] is None:
-                options["fingerprint"] = latents.fingerprint
+            if isinstance(latents, Answer):
+                options["fingerprint"] = options["fingerprint"] or latents.fingerprint
+                if common.get("model") is None:
+                    common = {**common, "model": latents.model, "version": latents.version}
         usual = options_of(operation)
         chosen = {name: value for name, value in options.items() if value != usual[name].default}
         files, masks = ([] if given is None else files_of(given) for given in (images, mask))

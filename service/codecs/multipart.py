@@ -73,7 +73,9 @@ def read(body: Body, content_type: str, intake: Intake) -> Payload:
         return Payload(None, None, options)
     if not files["file"]:
         instead = f", only in {quoted(unknown[0])}" if unknown else ""
-        raise Unreadable(f"the form has no file in the field `file`{instead}; with curl: -F file=@digit.png")
+        raise Unreadable(
+            f"the form has no file in the field `file`, or an empty one{instead}; with curl: -F file=@picture.png"
+        )
     if unknown:
         raise InvalidOption(f"the form has a file in the field {quoted(unknown[0])}; files go in `file` and `mask`")
     found = _rows(files["file"], intake)

@@ -313,5 +313,6 @@ class Repository:
 
     def _missing(self, name: str) -> UnknownModel | NotReady:
         if name not in self.conditions:
-            return UnknownModel(f"no model {quoted(name)}; the models are {', '.join(self.models)}")
+            known = ", ".join(self.models)
+            return UnknownModel(f"no model {quoted(name)}; the models are {known}; one that was added needs a restart")
         return NotReady(f"no version of model {name} is served; /v1/models/{name} says why")

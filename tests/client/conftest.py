@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socketserver
+import ssl
 import subprocess
 import sys
 import threading
@@ -187,8 +188,8 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def answering(behaviours: Sequence[Behaviour]) -> Iterator[Answering]:
-    """Serve on loopback: each request meets the next of the behaviours, and the last one stays."""
+def answering(behaviours: Sequence[Behaviour], context: ssl.SSLContext | None = None) -> Iterator[Answering]:
+    """Serve on loopback: each request meets the next of the behaviours, and the last one stays; with a context TLS."""
     seen: list[tuple[float, str, dict[str, str]]] = []
     lock = threading.Lock()
 
@@ -207,11 +208,13 @@ def answering(behaviours: Sequence[Behaviour]) -> Iterator[Answering]:
         def log_message(self, *_: object) -> None:
             """Say nothing."""
 
-    server: socketserver.BaseServer = _Server(("127.0.0.1", 0), Handler)
+    server: socketserver.TCPServer = _Server(("127.0.0.1", 0), Handler)
+    if context is not None:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     try:
-        yield Answering(f"http://127.0.0.1:{server.server_address[1]}", seen)  # type: ignore[str-bytes-safe]
+        yield Answering(f"{'http' if context is None else 'https'}://127.0.0.1:{server.server_address[1]}", seen)  # type: ignore[str-bytes-safe]
     finally:
         server.shutdown()
         server.server_close()

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import termios
@@ -22,6 +23,7 @@ from pyarrow import parquet
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from tests.client.conftest import DIGIT, NOISY, ROOT, SHIPPED, Counted, answer, answering, drop, environment, vae
+from tests.service.test_security import Certificate
 from vae_client import Client, command, compare, errors, local
 from vae_client.operations import NAMES, options_of
 
@@ -88,6 +90,8 @@ def test_latents_go_round(address: str, client: Client, tmp_path: Path) -> None:
     refused = vae("decode", "z.npz", "-o", "no.png", "--model", "mnist-2d", url=address, cwd=tmp_path)
     assert (refused.status, "(wrong_model)" in refused.err) == (command.REFUSED, True)
     assert not (tmp_path / "no.png").exists()
+    assert vae("encode", DIGIT, "-o", "z2.npz", "--model", "mnist-2d", url=address, cwd=tmp_path).status == 0
+    assert "mnist-2d version" in vae("decode", "z2.npz", "-o", "back2.png", url=address, cwd=tmp_path).err
 
 
 def test_scores_are_printed(address: str, client: Client) -> None:
@@ -117,6 +121,8 @@ def test_models_are_listed(address: str, client: Client) -> None:
     )
     assert vae("models", "mnist", "--card", url=address).out.startswith("# mnist")
     assert len(json.loads(vae("models", "--json", url=address).out)) == len(SHIPPED)
+    (photo,) = [line for line in lines if line.startswith("photo ")]
+    assert "1 or 3 x height x width" in photo
 
 
 def test_many_files_are_reported(address: str, folder: Path, tmp_path: Path) -> None:
@@ -204,7 +210,7 @@ def test_an_error_is_one_line_that_names_the_fix(words: list[str], status: int, 
         (["denoise", NOISY, "-o", "no/where/x.png"], command.REFUSED, "No such file"),
         (["denoise", NOISY, "-o", "x.png", "--level", "7"], command.REFUSED, "level.*invalid_option"),
         (["denoise", NOISY, "-o", "x.png", "--uncertainty"], command.REFUSED, "not_acceptable"),
-        (["denoise", NOISY, "-o", "x.png", "--timeout", "0.001"], command.TIMED_OUT, "timeout|deadline"),
+        (["denoise", NOISY, "-o", "x.png", "--timeout", "0.001"], command.TIMED_OUT, "the option is --timeout"),
         (["sample", "--model", "nobody", "-o", "x.png"], command.REFUSED, "unknown_model"),
         (["decode", NOISY, "-o", "x.png"], command.USAGE, "holds no latents"),
         (["score", ROOT / "examples"], command.USAGE, "--out"),
@@ -237,6 +243,22 @@ def test_the_key_comes_from_the_environment() -> None:
         vae("models", url=server.url, VAE_CLIENT_KEY="secret")
         assert server.seen[0][2]["authorization"] == "Bearer secret"
     assert "--key" not in vae("models", "--help").out
+    problem = b'{"status": 401, "code": "unauthenticated", "detail": "an API key is needed"}'
+    with answering([answer(401, problem, "application/problem+json")]) as server:
+        assert "VAE_CLIENT_KEY" in vae("models", url=server.url).err
+
+
+def test_a_certificate_of_ones_own_is_named_by_the_error(tmp_path: Path) -> None:
+    """At once, with the variable that trusts it; with that variable the command works."""
+    certificate = Certificate(tmp_path)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate.path, certificate.key)
+    with answering([answer(200, b'{"models": []}')], context) as server:
+        done = vae("models", url=server.url)
+        assert done.status == command.UNAVAILABLE
+        assert "SSL_CERT_FILE" in done.err
+        assert server.seen == []
+        assert vae("models", url=server.url, SSL_CERT_FILE=str(certificate.path)).status == 0
 
 
 def help_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:

@@ -165,6 +165,8 @@ def test_latents_carry_their_fingerprint(client: Client, noisy: np.ndarray) -> N
     )
     with pytest.raises(errors.WrongModel, match=posterior.fingerprint):
         client.decode(posterior, model="mnist-2d")
+    other = client.encode(noisy, model="mnist-2d")
+    assert client.decode(other).model == "mnist-2d"  # not the default model
 
 
 def test_seeds_repeat_an_answer(client: Client, noisy: np.ndarray) -> None:

@@ -16,6 +16,7 @@ from service.errors import ReaderFault, ServiceError
 from service.observability.metrics import Telemetry
 from service.security.hosts import Hosts
 from service.settings import Settings, split
+from vae_client.client import TIMEOUT_S as CLIENT_TIMEOUT_S
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 COMPOSE = yaml.safe_load((DEPLOY.parent / "docker-compose.yml").read_text())["services"]
@@ -128,15 +129,20 @@ def test_what_is_deployed_answers_to_its_names() -> None:
     assert not hosts.allow(b"vae.theirs")
 
 
-def compose_timeout_s() -> float:
-    """VAE_TIMEOUT_S of the compose file, where the environment does not set it."""
-    (line,) = [line for line in COMPOSE["vae"]["environment"] if line.startswith("VAE_TIMEOUT_S=")]
-    return float(re.findall(r":-([^}]+)", line)[0])
+TIMEOUT_S = Settings.model_fields["timeout_s"].default
+"""What compose and Kubernetes leave as it is."""
+
+
+def test_a_request_has_the_services_own_time_everywhere() -> None:
+    """Compose passes on what the environment sets, Kubernetes nothing, and the client waits as long as the service."""
+    assert "VAE_TIMEOUT_S" in COMPOSE["vae"]["environment"]
+    assert "VAE_TIMEOUT_S" not in {one["name"] for one in POD["containers"][0]["env"]}
+    assert TIMEOUT_S == CLIENT_TIMEOUT_S
 
 
 def test_compose_stops_no_service_that_may_still_answer() -> None:
     """The grace period is above the drain and the time of a request; the balancer's is above that."""
-    least = Settings.model_fields["drain_s"].default + compose_timeout_s()
+    least = Settings.model_fields["drain_s"].default + TIMEOUT_S
     grace = [float(COMPOSE[name]["stop_grace_period"].rstrip("s")) for name in ("vae", "balancer")]
     assert least < grace[0] < grace[1]
 
@@ -147,10 +153,7 @@ def test_kubernetes_loses_no_request() -> None:
     probes = {name: container[name]["httpGet"]["path"] for name in ("startupProbe", "readinessProbe", "livenessProbe")}
     ready, live = "/health/ready", "/health/live"
     assert probes == {"startupProbe": ready, "readinessProbe": ready, "livenessProbe": live}
-    variables = {one["name"]: one for one in container["env"]}
-    timeout_s = float(variables["VAE_TIMEOUT_S"]["value"])
-    assert timeout_s == compose_timeout_s()
-    assert POD["terminationGracePeriodSeconds"] > timeout_s + Settings.model_fields["drain_s"].default + 5
+    assert POD["terminationGracePeriodSeconds"] > TIMEOUT_S + Settings.model_fields["drain_s"].default + 5
     assert MANIFEST["Deployment"]["spec"]["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
 
 
@@ -158,4 +161,4 @@ def test_the_balancer_gives_the_service_its_time_and_its_bodies() -> None:
     """nginx's limits match the settings, so that the service's own answers come through."""
     said: dict[str, Any] = dict(re.findall(r"^\s*(\w+) ([^;]+);", (DEPLOY / "nginx.conf").read_text(), re.MULTILINE))
     assert int(said["client_max_body_size"].rstrip("m")) * 2**20 == Settings.model_fields["max_body_bytes"].default
-    assert float(said["proxy_read_timeout"].rstrip("s")) > compose_timeout_s()
+    assert float(said["proxy_read_timeout"].rstrip("s")) > TIMEOUT_S

@@ -23,6 +23,7 @@ from fastapi import FastAPI
 from starlette.types import Message, Scope
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
+from service.__main__ import welcome
 from service.api.face import Face
 from service.api.problems import respond
 from service.app import create_app
@@ -415,6 +416,17 @@ def test_it_speaks_tls(tmp_path: Path) -> None:
             httpx.get(url.replace("https", "http"))
         with pytest.raises(httpx.ConnectError):
             httpx.get(url)
+
+
+@pytest.mark.parametrize(("keys", "sent"), [("", False), ("api_keys", True)])
+def test_the_command_to_try_first_sends_a_key_where_one_is_needed(keys: str, sent: bool) -> None:
+    """From the variable of the documentation; otherwise the service would refuse its own advice."""
+    settings = Settings(api_keys=keys, port=0)
+    listeners = bind(settings)
+    said = welcome(["mnist"], settings, listeners)
+    for listener in listeners:
+        listener.socket.close()
+    assert ('-H "Authorization: Bearer $KEY"' in said) is sent
 
 
 @pytest.mark.parametrize("broken", ["certificate", "key", "no certificate"])

@@ -166,6 +166,17 @@ def test_curves_of_any_log(tmp_path: Path) -> None:
             assert picture.format == "PNG"
 
 
+def test_a_single_value_is_seen(tmp_path: Path) -> None:
+    """A trial of one line in the log: its value is a point in the curves' colour, not an empty pair of axes."""
+    log, path = tmp_path / "log.jsonl", tmp_path / "curves.png"
+    log.write_text(json.dumps({"stage": "a", "step": 2, "kl": 0.5}) + "\n")
+    draw_curves(log, path)
+    with Image.open(path) as picture:
+        colours = picture.convert("RGB").getcolors(1 << 20)
+    assert colours is not None
+    assert any(max(colour) - min(colour) > 100 for _, colour in colours)
+
+
 def numbered(stage: Stage, seconds: float) -> Stage:
     """The stage with steps that take a while, and whose logged bound is their number."""
     steps = iter(range(1, 10**6))

@@ -591,7 +591,10 @@ def test_held_out_bounds_are_logged_and_their_end_is_told(
     assert sorted(held_out) == list(range(1, 61))
     best = max(held_out, key=held_out.__getitem__)
     said = capsys.readouterr().err
-    assert f"vae: the bound on held-out images has not risen since epoch {best} ({held_out[best]:.2f} nats)" in said
+    assert (
+        f"vae: the bound on held-out images has not risen since epoch {best} ({held_out[best]:.2f} nats); "
+        f"if it stays so, lower --epochs to {best} and add --fresh"
+    ) in said
     assert "vae: bound on 20 held-out images" in said
 
 

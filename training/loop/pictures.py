@@ -153,7 +153,9 @@ def _plot(axis: Any, curves: dict[str, dict[int, float]]) -> None:
     for name, points in curves.items():
         steps, values = zip(*sorted(points.items()), strict=True)
         held_out = name.startswith(HELD_OUT)
-        axis.plot(steps, values, linewidth=1.0, label="held out" if held_out else "training", zorder=2 + held_out)
+        marker = "o" if len(steps) == 1 else None  # a line of one point is invisible
+        label, colour = ("held out", "C0") if held_out else ("training", "C1")
+        axis.plot(steps, values, colour, linewidth=1.0, marker=marker, markersize=4.0, label=label, zorder=2 + held_out)
         settled += filter(math.isfinite, values[int(BEGINNING * len(values)) :])
     low, high = min(settled, default=0.0), max(settled, default=0.0)
     if high > low:

@@ -72,8 +72,11 @@ class HeldOut:
         waited = epoch - self.best_epoch
         if waited >= max(LEAST_PATIENCE, PATIENCE * epochs) and self._told_epoch < self.best_epoch:
             self._told_epoch = self.best_epoch
-            since = f"epoch {self.best_epoch} ({self.best:.2f} nats)"
-            tell(f"{self._stage.name}: the bound on held-out images has not risen since {since}")
+            tell(
+                f"{self._stage.name}: the bound on held-out images has not risen since epoch {self.best_epoch} "
+                f"({self.best:.2f} nats); if it stays so, lower {self._stage.lengthening} to {self.best_epoch} and add "
+                "--fresh"
+            )
         return self.elbo
 
     def choose(self, averaged: nn.Module, last: nn.Module, trained: float) -> str:
