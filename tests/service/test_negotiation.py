@@ -51,7 +51,7 @@ CASES = {
 
 
 def acceptable(accept: str, form: str) -> tuple[str, ...]:
-    """The forms that answer a request of this form; none where the header is refused, as naming none that is written."""
+    """The forms that answer a request of this form; none where the header names none that is written."""
     try:
         return tuple(codec.media_type for codec in negotiation.acceptable(accept, READ[form]))
     except NotAcceptable as error:
@@ -111,7 +111,8 @@ def test_the_answer_is_in_the_form_that_was_wished_for(client: httpx.Client) -> 
 def test_a_form_that_is_not_written_is_refused_as_such(client: httpx.Client) -> None:
     """Before the rows are: their memory would be that of an answer in JSON, which nobody has asked for."""
     rows = np.zeros((4096, 8, 8), "<f4").tobytes()
-    refused = client.post("/v1/reconstruct?draws=64", headers={"content-type": RAW, "accept": "image/jpeg"}, content=rows)
+    head = {"content-type": RAW, "accept": "image/jpeg"}
+    refused = client.post("/v1/reconstruct?draws=64", headers=head, content=rows)
     assert (refused.status_code, refused.json()["code"]) == (406, "not_acceptable")
     assert "image/jpeg" in refused.json()["detail"]
     assert all(form in refused.json()["detail"] for form in WRITTEN)
