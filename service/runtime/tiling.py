@@ -22,6 +22,9 @@ from service.runtime.program import Arrays, ModelProgram, Submit, Trip
 
 BLEND = 16
 """Pixels over which tiles are blended where their answers are equal."""
+EXACT_SIDE = 816
+"""Height and width at most of tiles whose answers are equal to those for the whole image. Larger ones save little of
+what margins cost, and a run needs memory in proportion to its pixels."""
 OVERLAP = 4
 """Tiles whose answers differ overlap by this part of their side, as diffusers' tiled AutoencoderKL does."""
 WHITE = {np.dtype(np.bool_): 1.0, np.dtype(np.uint8): 255.0, np.dtype(np.uint16): 65535.0}
@@ -87,7 +90,8 @@ def spans(length: int, side: int, tiles: Tiles, multiple: int) -> list[Span]:
 def tile_side(size: Size, tiles: Tiles | None, tile_pixels: int, multiple: int = 1) -> int:
     """Height and width of the largest tile, a multiple of the model's number and of `multiple`."""
     step = math.lcm(size.multiple_of, multiple)
-    side = min(math.isqrt(tile_pixels), size.max, tiles.side if tiles and tiles.side else size.max)
+    most = tiles.side if tiles and tiles.side else size.max
+    side = min(math.isqrt(tile_pixels), most, EXACT_SIDE if tiles and tiles.exact else most)
     return max(size.padded(size.min, multiple), side // step * step)
 
 
