@@ -329,7 +329,7 @@ def test_latents_are_decoded_in_parts(client: Client, noisy: np.ndarray, tmp_pat
         ("sample", "pictures", "out", "map runs"),
         ("denoise", "pictures", "pictures", "holds the images themselves"),
         ("denoise", "nowhere", "out", "is no folder"),
-        ("denoise", "empty", "out", "no images"),
+        ("denoise", "empty", "out", "holds none of the files that this reads: .avif"),
         ("denoise", "twins", "out", "would both become"),
         ("denoise", np.zeros((3, 28, 28)), "out", "one file"),
     ],
