@@ -409,12 +409,14 @@ def items_of(source: Source, out: Path, rows: int, suffixes: Collection[str]) ->
         InvalidRequest: There are none, or the results would stand among them.
     """
     if isinstance(source, np.ndarray):
-        if rows < 1:
-            raise InvalidRequest(f"rows is {rows}; name at least 1")
+        if rows < 1 or not len(source):
+            raise InvalidRequest(f"the array has {len(source)} rows, and rows is {rows}; both must be at least 1")
         starts = range(0, len(source), rows)
         return [Item(f"{start:09d}", source[start : start + rows], start) for start in starts], ()
     if not isinstance(source, str | os.PathLike):
         paths = [Path(path) for path in source]
+        if not paths:
+            raise InvalidRequest("the list of files is empty; name at least one")
         names = [path.name for path in paths]
         if len(set(names)) < len(names):
             raise InvalidRequest("two files have the same name; put them into a folder, and name that")

@@ -112,8 +112,11 @@ def acceptable(accept: str, request: Codec | None) -> tuple[Codec, ...]:
         accept: The header Accept.
         request: The codec of the request's body; None where it has none.
 
+    Returns:
+        At least one.
+
     Raises:
-        NotAcceptable: The header has more than MAX_RANGES relevant ranges.
+        NotAcceptable: No format that it accepts is written, or it has more than MAX_RANGES relevant ranges.
     """
     return _remembered(accept, request) if len(accept) <= SHORT else _remembered_long(accept, request)
 
@@ -125,6 +128,8 @@ def _acceptable(accept: str, request: Codec | None) -> tuple[Codec, ...]:
     order = dict.fromkeys((*([like_request] if like_request else []), *WRITTEN.values()))
     ranked = [(one, *ranges.rank(one)) for one in order]
     wanted = sorted((one for one in ranked if one[1] > 0.0), key=lambda one: (-one[1], one[2]))
+    if not wanted:
+        raise NotAcceptable(f"no answer is written as {accept[:100]}; accept one of {', '.join(WRITTEN)}")
     return tuple(one for one, *_ in wanted)
 
 

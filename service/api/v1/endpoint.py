@@ -84,8 +84,8 @@ class Request(NamedTuple):
 
     @property
     def best(self) -> Codec:
-        """The first of the accepted codecs. JSON if there is none; `write` then refuses, once the outputs are known."""
-        return self.accepted[0] if self.accepted else JSON
+        """The first of the accepted codecs."""
+        return self.accepted[0]
 
     def answered_as(self, source: Source | None) -> Request:
         """The request with the codecs for a picture file that was sent by itself or in a form.
@@ -133,8 +133,8 @@ class OperationApp(Face):
         coding = coding_of(headers) if b"content-encoding" in headers else IDENTITY
         fingerprint, accept = headers.get(b"x-fingerprint"), headers.get(b"accept", b"*/*").decode("latin-1")
         accepted = acceptable(accept, codec)
-        best, settings = accepted[0] if accepted else JSON, self.context.settings
-        timeout_s = settings.timeout_s if best.events is None else settings.long_timeout_s
+        settings = self.context.settings
+        timeout_s = settings.timeout_s if accepted[0].events is None else settings.long_timeout_s
         caller = Caller(deadline_of(headers, timeout_s), partial(disconnected, receive), share)
         return Request(model, query, options, fingerprint, content_type, codec, coding, body, accept, accepted, caller)
 
