@@ -396,6 +396,11 @@ def test_the_index_lists_whole_models_and_their_operations(app: FastAPI) -> None
     assert found["free.encode"] == {"name": "free.encode", "version": "2", "state": "READY", "reason": ""}
     assert "photo.sample" not in found
     assert "ladder.interpolate" not in found
+    compressed = {"content": gzip.compress(b'{"ready": 1}'), "headers": {"content-encoding": "gzip"}}
+    other = {"content": b"{}", "headers": {"content-encoding": "br"}}
+    read, refused = asked(app, ("/v2/repository/index", compressed), ("/v2/repository/index", other))
+    assert "ready must be true or false" in told(read, 422)
+    assert "gzip, deflate" in told(refused, 415)
 
 
 def test_models_are_loaded_and_unloaded_as_a_whole(flat_models: Path) -> None:
