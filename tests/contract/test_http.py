@@ -342,7 +342,7 @@ def test_health_is_answered_when_the_service_is_full(start_service: Start, small
     }  # fmt: skip
     with start_service(**settings) as (_, url), ExitStack() as stack:
         held = [stack.enter_context(socket.create_connection(address(url), timeout=10)) for _ in range(5)]
-        for path in ("/health/live", "/health/ready"):
+        for path in ("/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready"):
             assert httpx.get(url + path).status_code == httpx.head(url + path).status_code == 200
         refused = httpx.post(f"{url}/v1/sample")
         assert (refused.status_code, refused.json()["code"]) == (503, "too_many_connections")
