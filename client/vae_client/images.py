@@ -87,15 +87,21 @@ def _file(image: Any) -> File:
         path = Path(image)
         return File(path.name, read(path))
     if isinstance(image, bytes | bytearray | memoryview):
-        return File("image", bytes(image))
+        return _held("image", bytes(image))
     if hasattr(image, "read"):
         content = image.read()
         if not isinstance(content, bytes):
             raise InvalidRequest("the file is open as text; open it with mode 'rb'")
-        return File(Path(str(getattr(image, "name", "image"))).name, content)
+        return _held(Path(str(getattr(image, "name", "image"))).name, content)
     if is_pillow(image):
         return _pillow_file(image)
     return _array_file(np.asarray(image))
+
+
+def _held(name: str, content: bytes) -> File:
+    if not content:
+        raise InvalidRequest(f"{name} holds no bytes; was the file read to its end before, or never written?")
+    return File(name, content)
 
 
 def is_pillow(image: object) -> TypeGuard[PillowImage]:

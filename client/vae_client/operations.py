@@ -343,8 +343,15 @@ class Operations(ABC, Generic[T]):
         Args:
             operation: Name of the operation.
             given: All arguments of its method, as `locals()` has them.
+
+        Raises:
+            InvalidRequest: One of them is neither an option nor in `Common`.
         """
-        usual = options_of(operation)
+        usual, common = options_of(operation), given["common"]
+        unknown = common.keys() - Common.__annotations__
+        if unknown:
+            known = ", ".join([*usual, *Common.__annotations__])
+            raise InvalidRequest(f"{operation} has no option {', '.join(sorted(unknown))}; it has {known}")
         chosen = {name: given[name] for name, option in usual.items() if given[name] != option.default}
         inputs = {name: value for name, value in given.items() if name not in usual and value is not None}
         array = latents = inputs.get("latents", inputs.get("between"))
@@ -354,7 +361,7 @@ class Operations(ABC, Generic[T]):
         elif latents is not None:
             array = np.asarray(latents)
         files, masks = (files_of(inputs[name]) if name in inputs else [] for name in ("images", "mask"))
-        return self.perform(operation_call(operation, chosen, given["common"], files, masks, array))
+        return self.perform(operation_call(operation, chosen, common, files, masks, array))
 
 
 INPUTS = {"self", "images", "mask", "latents", "between", "common"}
