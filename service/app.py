@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from fastapi import Depends, FastAPI, Request, Response
@@ -54,7 +55,17 @@ from service.server.application import Application
 from service.server.methods import Methods, RootPath
 from service.settings import Settings
 
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
+
 NOT_FOUND = 404
+OTHER_FACES = (
+    "Two more interfaces are served, for the clients of other projects: `/v2` speaks the Open Inference "
+    "Protocol with the extensions of Triton, and `/diffusers/{model}/decode` and `/encode` are the remote VAE of "
+    "diffusers. They are not listed here, because their clients bring their own descriptions; the project's page "
+    "`docs/clients.md` has both."
+)
+"""What the OpenAPI document says of paths that it leaves out."""
 MAX_QUOTED = 100
 """Characters of a path that an error repeats."""
 
@@ -95,31 +106,11 @@ def create_app(
     repository = repository or open_repository(settings, shared.overrides())
     provider = tracer_provider() if settings.tracing else None
     telemetry = Telemetry(lambda: (engine.queued_rows, engine.running))
-    engine = Engine(
-        max_rows=settings.max_rows,
-        queue_rows=settings.queue_rows,
-        linger_ms=settings.linger_ms,
-        inline_s=settings.inline_us / 1e6,
-        tile_pixels=settings.tile_pixels,
-        batch_limit_s=settings.batch_limit_s,
-        observe=telemetry.batch,
-        on_failure=on_failure,
-    )
+    engine = make_engine(settings, telemetry, on_failure)
     submit = traced(engine.submit, provider) if provider else engine.submit
+    offload = Offload(cpu_count())
+    context = Context(settings, repository, submit, telemetry, Memory(settings.memory_bytes), offload)
     control = Control(repository, shared, settings, telemetry.ready)
-
-    @asynccontextmanager
-    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        if settings.docs:
-            app.openapi()  # takes a quarter of a second, which should delay no request
-        settle()
-        async with control.running():
-            yield
-        await engine.close()
-        offload.close()
-        if provider:
-            await asyncio.to_thread(finish, provider)
-
     app = Application(
         problems.respond,
         lambda app: SecurityHeaders(Methods(app), SCRIPT_HASHES),
@@ -127,7 +118,8 @@ def create_app(
         title="VAE service",
         version=__version__,
         summary="Variational auto-encoders over HTTP: encode, decode, reconstruct, restore, sample.",
-        lifespan=lifespan,
+        description=OTHER_FACES,
+        lifespan=lifespan_of(settings, engine, control, offload, provider),
         openapi_url=None,  # ours is in api/admin/docs.py
         redirect_slashes=False,  # FastAPI's redirects go to the host that the Host header names
         dependencies=[Depends(HTTPBearer(auto_error=False))] if settings.api_keys else [],  # for OpenAPI
@@ -141,32 +133,61 @@ def create_app(
         },
     )
     app.state.repository, app.state.stopping = repository, False
-    offload = Offload(cpu_count())
-    context = Context(settings, repository, submit, telemetry, Memory(settings.memory_bytes), offload)
     by_name = {operation.name: operation for operation in OPERATIONS}
     add_direct_routes(app, by_name, context)
-    for router in (
-        v2.server_router(repository, engine),
-        v2.models_router(context, engine, by_name),
-        v2.repository_router(context, control, by_name),
-        models_router(repository, OPERATIONS),
-        readiness_router(repository, engine),
-        card_router(repository),
-        control_router(repository, control, settings),
-        health_router(repository, engine),
-        metrics_router(telemetry),
-    ):
-        app.include_router(router)
-    if settings.docs:
-        app.include_router(docs_router(app.openapi))
-    if settings.page:
-        app.include_router(page_router(settings))
+    add_routers(app, by_name, context, engine, control)
     add_access_control(app, settings, problems.respond, telemetry.refused, shared_folder)
-    app.add_exception_handler(ServiceError, _service_problem)
-    app.add_exception_handler(HTTPException, _http_problem)
-    app.add_exception_handler(Exception, _service_problem)
+    add_error_handlers(app)
     add_middleware(app, settings)
     return app
+
+
+def make_engine(settings: Settings, telemetry: Telemetry, on_failure: Callable[[], None] | None) -> Engine:
+    """Make the batchers, as the settings want them.
+
+    Args:
+        settings: The settings of the service.
+        telemetry: Counts batches.
+        on_failure: Called when the engine accepts no more work.
+    """
+    return Engine(
+        max_rows=settings.max_rows,
+        queue_rows=settings.queue_rows,
+        linger_ms=settings.linger_ms,
+        inline_s=settings.inline_us / 1e6,
+        tile_pixels=settings.tile_pixels,
+        batch_limit_s=settings.batch_limit_s,
+        observe=telemetry.batch,
+        on_failure=on_failure,
+    )
+
+
+def lifespan_of(
+    settings: Settings, engine: Engine, control: Control, offload: Offload, provider: TracerProvider | None
+) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    """Make what surrounds the time in which an application serves: preparations before it, and an end of all work.
+
+    Args:
+        settings: The settings of the service.
+        engine: Its batchers.
+        control: Follows orders to load and unload.
+        offload: Its threads.
+        provider: Its tracing; None without.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        if settings.docs:
+            app.openapi()  # takes a quarter of a second, which should delay no request
+        settle()
+        async with control.running():
+            yield
+        await engine.close()
+        offload.close()
+        if provider:
+            await asyncio.to_thread(finish, provider)
+
+    return lifespan
 
 
 def add_direct_routes(app: Application, operations: Mapping[str, Operation], context: Context) -> None:
@@ -180,6 +201,36 @@ def add_direct_routes(app: Application, operations: Mapping[str, Operation], con
         app.add_direct_route(f"/diffusers/{{model}}/{name}", function(context))
     if context.settings.page:
         app.add_direct_route("/page/models/{model}/preview", OperationApp(preview, context))
+
+
+def add_routers(
+    app: FastAPI, operations: Mapping[str, Operation], context: Context, engine: Engine, control: Control
+) -> None:
+    """Add what is asked for rarely, as plain FastAPI."""
+    repository, settings = context.repository, context.settings
+    for router in (
+        v2.server_router(repository, engine),
+        v2.models_router(context, engine, operations),
+        v2.repository_router(context, control, operations),
+        models_router(repository, OPERATIONS),
+        readiness_router(repository, engine),
+        card_router(repository),
+        control_router(repository, control, settings),
+        health_router(repository, engine),
+        metrics_router(context.telemetry),
+    ):
+        app.include_router(router)
+    if settings.docs:
+        app.include_router(docs_router(app.openapi))
+    if settings.page:
+        app.include_router(page_router(settings))
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Answer errors of routes as problems."""
+    app.add_exception_handler(ServiceError, _service_problem)
+    app.add_exception_handler(HTTPException, _http_problem)
+    app.add_exception_handler(Exception, _service_problem)
 
 
 def add_middleware(app: FastAPI, settings: Settings) -> None:

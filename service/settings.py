@@ -39,7 +39,7 @@ KUBERNETES = tuple(
 
 PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9_~-][A-Za-z0-9_.~-]*){1,8}", re.ASCII).fullmatch
 HOST_PATTERN = re.compile(r"\*|(\*\.)?[\w-]+(\.[\w-]+)*", re.ASCII).fullmatch
-OWN_PATHS = {"docs", "health", "metrics", "openapi.json", "page", "v1"}
+OWN_PATHS = {"diffusers", "docs", "health", "metrics", "openapi.json", "page", "v1", "v2"}
 """First parts of the service's own paths."""
 
 

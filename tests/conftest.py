@@ -100,6 +100,14 @@ def make_digits(folder: Path) -> None:
     Workshop.open(run, folder, folder / "run", torch.device("cpu")).fit(folder / "models")
 
 
+@pytest.fixture(scope="session")
+def small_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model repository of `mnist-2d` alone, which opens quickly; to be read alone: its folder is the project's."""
+    folder = tmp_path_factory.mktemp("small")
+    (folder / "mnist-2d").symlink_to(MODELS / "mnist-2d")
+    return folder
+
+
 @pytest.fixture
 def flat_models(tmp_path: Path) -> Path:
     """A model repository that a test may spoil: the shipped `mnist-2d`, small and quick to open, as version 1."""

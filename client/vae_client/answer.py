@@ -139,15 +139,16 @@ class Answer:
             ClientError: The arrays do not go into that kind of file.
         """
         path = Path(path)
+        suffix = path.suffix.lower()
         if self.content:
             write(path, self.content)
-        elif path.suffix == ".npz":
+        elif suffix == ".npz":
             about = ("model", "version", "fingerprint", "seed", "noise", "binarisation")
             known = {name: np.array(value) for name in about if (value := getattr(self, name)) not in (None, "", ())}
             file = io.BytesIO()
             np.savez(file, allow_pickle=False, **{**self.outputs, **known})
             write(path, file.getvalue())
-        elif path.suffix == ".npy" and len(shown := self.rows_alone()) == 1:
+        elif suffix == ".npy" and len(shown := self.rows_alone()) == 1:
             file = io.BytesIO()
             np.save(file, next(iter(shown.values())), allow_pickle=False)
             write(path, file.getvalue())

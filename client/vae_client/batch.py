@@ -7,7 +7,7 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -20,7 +20,7 @@ from vae_client import errors, table
 from vae_client.answer import Answer
 from vae_client.call import Accept, Call
 from vae_client.errors import ClientError, InvalidRequest, OtherRun
-from vae_client.files import below, write
+from vae_client.files import below, load, write
 from vae_client.images import Array, files_of
 from vae_client.operations import NAMES, Operations, options_of
 
@@ -31,6 +31,8 @@ SUFFIXES = {
     ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif", ".npy"
 }  # fmt: skip
 """Endings of files that are images."""
+LATENTS = {".npy", ".npz"}
+"""Endings of files that are latents: arrays, and what `encode` of a file wrote."""
 ROWS = 16
 """Rows of an array in one request: a binary answer tells the level of as many."""
 RECORD = "vae-run.json"
@@ -73,7 +75,7 @@ class Report:
         done: Items computed in this run.
         before: Items that an earlier run had computed.
         failed: Items that failed.
-        ignored: Files of the folder whose endings are not those of images.
+        ignored: Files of the folder whose endings are none that the operation reads.
         model: The model that computed.
         version: Its version.
         fingerprint: Its fingerprint.
@@ -201,7 +203,7 @@ class Folder:
     def accept(self, item: Item) -> Accept:
         """Pictures of pictures, and arrays of arrays, unless the run says otherwise."""
         suffix = Path(item.name).suffix.lower()
-        usual: Accept = "arrays" if suffix == ".npy" or not self._pictures else PICTURES.get(suffix, "png")
+        usual: Accept = "arrays" if suffix in LATENTS or not self._pictures else PICTURES.get(suffix, "png")
         return self._accept or usual
 
     def holds(self, item: Item) -> bool:
@@ -271,7 +273,7 @@ async def run_batch(
     if concurrency < 1:
         raise InvalidRequest(f"concurrency is {concurrency}; name at least 1")
     rows, progress = options.pop("rows", ROWS), options.pop("progress", None)
-    items, ignored = items_of(source, out, rows)
+    items, ignored = items_of(source, out, rows, LATENTS if operation == "decode" else SUFFIXES)
     accept: Accept | None = options.pop("accept", None)
     pictures = operation not in ("encode", "score") and options.get("uncertainty") is not True
     pictures = pictures and not options.get("completions")
@@ -351,12 +353,13 @@ class Run:
 
     def call(self, item: Item) -> Call:
         """The request of an item, which any other model refuses."""
-        given = item.source
+        given, options = item.source, self._options
         if self._operation == "decode" and isinstance(given, Path):
-            given = np.load(given, allow_pickle=False)
+            given, origin = latents_in(given)
+            options = {"fingerprint": origin.get("fingerprint"), **options}
         call: Call = getattr(Calls(), self._operation.replace("-", "_"))(
             given,
-            **self._options,
+            **options,
             **({} if self._seed is None else {"seed": seed_of(self._seed, item.name)}),
             model=self._told["model"],
             version=self._told["version"],
@@ -382,19 +385,41 @@ async def together(work: Sequence[Coroutine[Any, Any, None]]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def items_of(source: Source, out: Path, rows: int) -> tuple[list[Item], tuple[str, ...]]:
-    """(items, names of files that are no images).
+def latents_in(path: Path) -> tuple[Array, dict[str, str]]:
+    """The latents of an .npy file, or those of an .npz that `encode` wrote, with the model that gave them.
+
+    Returns:
+        (latents, `fingerprint`, `model` and `version` as far as the file has them).
+
+    Raises:
+        InvalidRequest: It is another file, or holds none.
+        UnreadableFile: It is broken.
+    """
+    if path.suffix.lower() not in LATENTS:
+        raise InvalidRequest(f"{path} holds no latents; decode reads .npy, and .npz of vae encode")
+    loaded = load(path)
+    if not isinstance(loaded, dict):
+        return loaded, {}
+    if "mean" not in loaded:
+        raise InvalidRequest(f"{path} holds {', '.join(loaded)}, and no mean; decode reads .npz of vae encode")
+    return loaded["mean"], {name: str(loaded[name]) for name in MODEL if name in loaded}
+
+
+def items_of(source: Source, out: Path, rows: int, suffixes: Collection[str]) -> tuple[list[Item], tuple[str, ...]]:
+    """(items, names of files of a folder that have none of the suffixes).
 
     Raises:
         InvalidRequest: There are none, or the results would stand among them.
     """
     if isinstance(source, np.ndarray):
-        if rows < 1:
-            raise InvalidRequest(f"rows is {rows}; name at least 1")
+        if rows < 1 or not len(source):
+            raise InvalidRequest(f"the array has {len(source)} rows, and rows is {rows}; both must be at least 1")
         starts = range(0, len(source), rows)
         return [Item(f"{start:09d}", source[start : start + rows], start) for start in starts], ()
     if not isinstance(source, str | os.PathLike):
         paths = [Path(path) for path in source]
+        if not paths:
+            raise InvalidRequest("the list of files is empty; name at least one")
         names = [path.name for path in paths]
         if len(set(names)) < len(names):
             raise InvalidRequest("two files have the same name; put them into a folder, and name that")
@@ -408,11 +433,11 @@ def items_of(source: Source, out: Path, rows: int) -> tuple[list[Item], tuple[st
         raise InvalidRequest(f"{out} holds the images themselves; choose another folder for the results")
     inside = [path for path in below(folder) if not path.resolve().is_relative_to(out.resolve())]
     inside = [path for path in inside if not path.name.endswith(RECORD) and path.parent.suffix != ".parts"]
-    images = [path for path in inside if path.suffix.lower() in SUFFIXES]
-    if not images:
-        raise InvalidRequest(f"{folder} holds no images; their endings are {', '.join(sorted(SUFFIXES))}")
-    ignored = tuple(str(path.relative_to(folder)) for path in inside if path.suffix.lower() not in SUFFIXES)
-    return [Item(path.relative_to(folder).as_posix(), path) for path in images], ignored
+    found = [path for path in inside if path.suffix.lower() in suffixes]
+    if not found:
+        raise InvalidRequest(f"{folder} holds none of the files that this reads: {', '.join(sorted(suffixes))}")
+    ignored = tuple(str(path.relative_to(folder)) for path in inside if path.suffix.lower() not in suffixes)
+    return [Item(path.relative_to(folder).as_posix(), path) for path in found], ignored
 
 
 async def pinned(client: Asynchronous, operation: str, model: str | None, version: str | None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import ssl
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -60,7 +61,7 @@ class Access(NamedTuple):
 
         Raises:
             NoAddress: No address is named.
-            InvalidRequest: It is no address.
+            InvalidRequest: It is no address, or the key is none.
         """
         url = url or os.environ.get(URL_VARIABLE, "")
         if not url:
@@ -74,13 +75,16 @@ class Access(NamedTuple):
             httpx.URL(url)
         except httpx.InvalidURL as error:
             raise InvalidRequest(f"{url!r} is no address ({error}); write one such as http://127.0.0.1:8000") from error
-        return cls(url, os.environ.get(KEY_VARIABLE, "") if key is None else key, *further)
+        key = os.environ.get(KEY_VARIABLE, "") if key is None else key
+        if not key.isprintable():
+            raise InvalidRequest(f"the API key has a line break or the like; write it into {KEY_VARIABLE} (key=) alone")
+        return cls(url, key, *further)
 
     def options(self) -> dict[str, Any]:
         """Arguments of httpx's clients."""
-        headers = {"user-agent": f"vae-client/{VERSION}"}
+        headers = {b"user-agent": f"vae-client/{VERSION}".encode()}
         if self.key:
-            headers["authorization"] = f"Bearer {self.key}"
+            headers[b"authorization"] = f"Bearer {self.key}".encode()
         limits = httpx.Limits(keepalive_expiry=KEEP_ALIVE_S)
         url, direct = f"{self.url.rstrip('/')}/", dict.fromkeys(LOOPBACK)
         return {"base_url": url, "headers": headers, "verify": self.verify, "limits": limits, "mounts": direct}
@@ -90,19 +94,8 @@ class Access(NamedTuple):
         return exchange(call, self.retries, usual_s if self.timeout_s is None else self.timeout_s, self.url)
 
 
-class Client(Operations[Answer], Administration[dict[str, Any], str]):
-    """A client whose calls return when their answer is there. Threads may share it.
-
-    Args:
-        url: Address of the service; by default VAE_CLIENT_URL.
-        key: API key; by default VAE_CLIENT_KEY, if that is set.
-        timeout_s: Seconds for an answer, retries included; by default 120, and 600 for a stream. The service is told.
-        retries: When a call that failed is made again.
-        verify: Certificates to trust, as an `ssl.SSLContext`; False trusts all.
-
-    Raises:
-        NoAddress: No address is named.
-    """
+class Asking(ABC):
+    """What both clients are made with; its arguments are described at `Client`."""
 
     def __init__(
         self,
@@ -114,7 +107,30 @@ class Client(Operations[Answer], Administration[dict[str, Any], str]):
         verify: Verify = True,
     ) -> None:
         self._access = Access.of(url, key, timeout_s, retries, verify)
-        self._http = httpx.Client(**self._access.options())
+        self._open(self._access.options())
+
+    @abstractmethod
+    def _open(self, options: dict[str, Any]) -> None:
+        """Make the connections, with arguments of httpx's clients."""
+
+
+class Client(Asking, Operations[Answer], Administration[dict[str, Any], str]):
+    """A client whose calls return when their answer is there. Threads may share it.
+
+    Args:
+        url: Address of the service; by default VAE_CLIENT_URL.
+        key: API key; by default VAE_CLIENT_KEY, if that is set.
+        timeout_s: Seconds for an answer, retries included; by default 120, and 600 for a stream. The service is told.
+        retries: When a call that failed is made again.
+        verify: Certificates to trust, as an `ssl.SSLContext`; False trusts all.
+
+    Raises:
+        NoAddress: No address is named.
+        InvalidRequest: The address or the key is none.
+    """
+
+    def _open(self, options: dict[str, Any]) -> None:
+        self._http = httpx.Client(**options)
         self.stream = Stream(self._events)
 
     def map(
@@ -123,10 +139,7 @@ class Client(Operations[Answer], Administration[dict[str, Any], str]):
         """Run an operation on many images; see `AsyncClient.map`."""
 
         async def run() -> Report:
-            access = self._access
-            async with AsyncClient(
-                access.url, access.key, timeout_s=access.timeout_s, retries=access.retries, verify=access.verify
-            ) as client:
+            async with AsyncClient(**self._access._asdict()) as client:
                 return await client.map(operation, source, out, concurrency=concurrency, **options)
 
         return run_to_end(run())
@@ -215,20 +228,11 @@ class Client(Operations[Answer], Administration[dict[str, Any], str]):
         reader.finish()
 
 
-class AsyncClient(Operations[Later[Answer]], Administration[Later[dict[str, Any]], Later[str]]):
+class AsyncClient(Asking, Operations[Later[Answer]], Administration[Later[dict[str, Any]], Later[str]]):
     """A client whose calls are awaited. It takes the arguments of `Client`."""
 
-    def __init__(
-        self,
-        url: str | None = None,
-        key: str | None = None,
-        *,
-        timeout_s: float | None = None,
-        retries: Retries = Retries(),  # noqa: B008  # frozen
-        verify: Verify = True,
-    ) -> None:
-        self._access = Access.of(url, key, timeout_s, retries, verify)
-        self._http = httpx.AsyncClient(**self._access.options())
+    def _open(self, options: dict[str, Any]) -> None:
+        self._http = httpx.AsyncClient(**options)
         self.stream = AsyncStream(self._events)
 
     async def map(

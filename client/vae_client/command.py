@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import inspect
 import json
 import os
@@ -18,7 +19,7 @@ import numpy as np
 
 from vae_client import errors, local, table
 from vae_client.answer import Answer
-from vae_client.batch import MAPPED, Report
+from vae_client.batch import MAPPED, Report, latents_in
 from vae_client.call import Accept, Common
 from vae_client.client import KEY_VARIABLE, URL_VARIABLE, Client
 from vae_client.comparison import compare
@@ -294,8 +295,10 @@ def run_operation(options: argparse.Namespace) -> int:
     common: Common = {"model": name or None, "version": version or None}
     inputs = [Path(one) for one in getattr(options, "inputs", ())]
     many = len(inputs) > 1 or (inputs and inputs[0].is_dir()) or table_asked(options.out)
+    mapped = operation in MAPPED and many and options.out is not None
+    check_places(inputs, None if mapped else options.out)
     with asking(options) as client:
-        if operation in MAPPED and many and options.out is not None:
+        if mapped:
             return run_many(client, options, inputs, {**chosen, **common})
         if inputs and inputs[0].is_dir():
             raise InvalidRequest("the results of a folder go into a folder or a table; name it with --out")
@@ -304,6 +307,25 @@ def run_operation(options: argparse.Namespace) -> int:
         given = () if not inputs else (sent(operation, inputs, chosen, common),)
         answer: Answer = call(*given, **chosen, **common, accept=accept)
     return written(options, answer)
+
+
+def check_places(inputs: Sequence[Path], out: str | None) -> None:
+    """Check before anything is computed that the files are there, and the folder of the result.
+
+    Args:
+        inputs: The files.
+        out: The result; None where there is none, or its folder will be made.
+
+    Raises:
+        FileNotFoundError: A file is not there.
+        InvalidRequest: The folder of the result is not there.
+    """
+    for path in inputs:
+        if str(path) != STANDARD and not path.exists():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    folder = Path(out or STANDARD).parent
+    if not folder.is_dir():
+        raise InvalidRequest(f"{out} is to be in {folder}, which is no folder; create it")
 
 
 def table_asked(out: str | None) -> bool:
@@ -333,28 +355,17 @@ def sent(operation: str, inputs: Sequence[Path], chosen: dict[str, Any], common:
 
     Raises:
         InvalidRequest: They hold no latents.
+        UnreadableFile: They are broken.
     """
     if operation == "decode":
-        return latents_in(inputs[0], chosen, common)
+        latents, origin = latents_in(inputs[0])
+        if "fingerprint" in origin:
+            chosen.setdefault("fingerprint", origin["fingerprint"])
+        if common["model"] is None and {"model", "version"} <= origin.keys():
+            common["model"], common["version"] = origin["model"], origin["version"]
+        return latents
     files: list[Any] = [sys.stdin.buffer.read() if str(path) == STANDARD else path for path in inputs]
     return files if len(files) > 1 else files[0]
-
-
-def latents_in(path: Path, chosen: dict[str, Any], common: Common) -> Any:
-    """The latents of an .npy file, or those of an .npz that `encode` wrote, with their fingerprint and model."""
-    if path.suffix.lower() not in ARRAYS:
-        raise InvalidRequest(f"{path} holds no latents; decode reads .npy, and .npz of vae encode")
-    loaded = np.load(path, allow_pickle=False)
-    if isinstance(loaded, np.ndarray):
-        return loaded
-    with loaded as file:
-        if "mean" not in file:
-            raise InvalidRequest(f"{path} holds {', '.join(file)}, and no mean; decode reads .npz of vae encode")
-        if "fingerprint" in file:
-            chosen.setdefault("fingerprint", str(file["fingerprint"]))
-        if common["model"] is None and {"model", "version"} <= {*file}:
-            common["model"], common["version"] = str(file["model"]), str(file["version"])
-        return file["mean"]
 
 
 def written(options: argparse.Namespace, answer: Answer) -> int:
@@ -384,6 +395,8 @@ def run_many(client: Client, options: argparse.Namespace, inputs: Sequence[Path]
     """Run an operation on many files; list those that failed at the end."""
     if len(inputs) > 1 and any(path.is_dir() for path in inputs):
         raise InvalidRequest("name one folder, or several files")
+    if any(str(path) == STANDARD for path in inputs):
+        raise InvalidRequest("standard input is one picture; leave - out, or name it alone with a picture as --out")
     source = inputs[0] if inputs[0].is_dir() else list(inputs)
     out = Path(options.out)
     if out.suffix.lower() not in table.SUFFIXES and out.suffix and not out.is_dir():
@@ -399,7 +412,7 @@ def reported(options: argparse.Namespace, report: Report) -> int:
         print(json.dumps(report.about()))
     else:
         before = f", {report.before} were done before" if report.before else ""
-        ignored = f", {len(report.ignored)} are no images" if report.ignored else ""
+        ignored = f", {len(report.ignored)} are of other kinds" if report.ignored else ""
         print(f"{report.out}: {report.done} done{before}{ignored}", file=sys.stderr)
         for name, error in report.failed:
             print(f"vae: {name}: {' '.join(str(error).split())}", file=sys.stderr)

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from vae_client.errors import InvalidRequest, missing
+from vae_client.errors import InvalidRequest, UnreadableFile, missing
+from vae_client.files import load, read
 
 Pixels = NDArray[np.float64]
 RADIUS, SIGMA = 5, 1.5
@@ -41,6 +42,7 @@ def compare(one: str | Path | NDArray[np.number], other: str | Path | NDArray[np
 
     Raises:
         InvalidRequest: They are of different shapes.
+        UnreadableFile: A file is broken, or neither a picture nor .npy.
         MissingExtra: Pillow is not installed.
     """
     first, second = (_planes(image) for image in (one, other))
@@ -81,7 +83,9 @@ def _planes(image: str | Path | NDArray[np.number]) -> Pixels:
     """An image as (planes, h, w) in [0, 1]."""
     if isinstance(image, str | Path):
         path = Path(image)
-        array = np.load(path, allow_pickle=False) if path.suffix == ".npy" else _decoded(path)
+        array = load(path) if path.suffix.lower() in (".npy", ".npz") else _decoded(path)
+        if isinstance(array, dict):
+            raise InvalidRequest(f"{path} holds {', '.join(array)}; compare .npy files, or picture files")
     else:
         array = image
     if array.ndim < 2 or array.dtype.kind not in "biuf":
@@ -95,19 +99,22 @@ def _decoded(path: Path) -> NDArray[np.number]:
 
     Raises:
         InvalidRequest: Pillow would drop some of its bits.
+        UnreadableFile: It is broken, or no picture.
     """
     try:
         from PIL import Image, ImageSequence, UnidentifiedImageError  # noqa: PLC0415  # an extra
     except ImportError as error:
         raise missing("pictures", "Pillow", "comparing picture files") from error
-    head = path.read_bytes()[:26]
+    head = read(path)[:26]
     if head.startswith(PNG) and head[24] == DEEP and head[25] in PNG_COLOURS:
         raise InvalidRequest(f"{path} has 16 bits a colour, of which Pillow reads 8; compare .npy files instead")
     try:
         with Image.open(path) as file:
             pages = [_levels(frame) for frame in ImageSequence.Iterator(file)]
     except UnidentifiedImageError as error:
-        raise InvalidRequest(f"{path} is no picture that Pillow reads") from error
+        raise UnreadableFile(f"{path} is no picture that Pillow reads") from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow raises for broken files
+        raise UnreadableFile(f"{path} is broken or cut short: {error}") from error
     return np.concatenate(pages)
 
 

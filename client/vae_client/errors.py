@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
+from email.utils import parsedate_to_datetime
 from typing import Any, ClassVar
 
 MOST_QUOTED = 200
@@ -36,6 +38,10 @@ class TimedOut(ClientError, TimeoutError):
 
 class StartFailed(ClientError):
     """A service on this machine did not start."""
+
+
+class UnreadableFile(ClientError):
+    """A file of this machine is empty, broken or of another kind; the message names it."""
 
 
 class OtherRun(ClientError):
@@ -278,8 +284,14 @@ def event_problem(told: Mapping[str, Any]) -> Problem:
 
 
 def seconds_of(retry_after: str | None) -> float | None:
-    """Seconds that a header Retry-After names; None without one, or where it names a date."""
-    return float(retry_after) if retry_after is not None and retry_after.strip().isdigit() else None
+    """Seconds that a header Retry-After names, as a number or as a date; None without one."""
+    told = (retry_after or "").strip()
+    if told.isdecimal():
+        return float(told)
+    try:
+        return max(0.0, parsedate_to_datetime(told).timestamp() - time.time())
+    except ValueError:
+        return None
 
 
 def missing(extra: str, package: str, purpose: str) -> MissingExtra:

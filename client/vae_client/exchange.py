@@ -14,6 +14,8 @@ import httpx
 from vae_client.call import Call
 from vae_client.errors import ClientError, InvalidRequest, TimedOut, Unreachable, problem_of
 
+LONGEST_S = 999_999_999.0
+"""Longest deadline, in seconds: X-Timeout-Ms has at most 12 digits."""
 AGAIN = {429, 503}
 """Statuses after which a call is made again. Operations change nothing, so that repeating one is safe."""
 
@@ -129,11 +131,11 @@ def exchange(call: Call, retries: Retries, timeout_s: float, url: str) -> Steps:
         Problem: The service refused.
         Unreachable: There is no connection.
         TimedOut: The deadline passed.
-        InvalidRequest: The deadline is not in the future.
+        InvalidRequest: The deadline is not in the future, or too far in it.
     """
     timeout_s = timeout_s if call.timeout_s is None else call.timeout_s
-    if not timeout_s > 0:
-        raise InvalidRequest(f"timeout_s is {timeout_s}; name seconds above 0")
+    if not 0 < timeout_s <= LONGEST_S:
+        raise InvalidRequest(f"timeout_s is {timeout_s}; name seconds above 0, and at most {LONGEST_S:.0f}")
     deadline, made = time.monotonic() + timeout_s, 0
     left_s = timeout_s
     while True:

@@ -1,12 +1,50 @@
-"""Files that appear whole or not at all."""
+"""Files: how they are read, and written so that they appear whole or not at all."""
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vae_client.errors import UnreadableFile
 
 SUFFIX = ".unfinished"
+
+
+def read(path: Path) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        UnreadableFile: It is empty.
+        OSError: It cannot be read.
+    """
+    content = path.read_bytes()
+    if not content:
+        raise UnreadableFile(f"{path} is empty; it was perhaps not written to its end")
+    return content
+
+
+def load(path: Path) -> NDArray[Any] | dict[str, NDArray[Any]]:
+    """The array of an .npy file, or the arrays of an .npz file by name.
+
+    Raises:
+        UnreadableFile: It is neither.
+        OSError: It cannot be read.
+    """
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return loaded
+        with loaded:
+            return dict(loaded)
+    except (ValueError, EOFError, MemoryError, BadZipFile, zlib.error) as error:  # what numpy raises for broken files
+        raise UnreadableFile(f"{path} is no .npy or .npz file of numbers, or is cut short") from error
 
 
 def write(path: Path, content: bytes) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vae_client.errors import InvalidRequest
+from vae_client.files import read
 
 Array: TypeAlias = NDArray[Any]
 
@@ -59,6 +60,7 @@ def files_of(images: Images) -> list[File]:
 
     Raises:
         InvalidRequest: There are none, or something is no image.
+        UnreadableFile: A file is empty.
         OSError: A file cannot be read.
     """
     if isinstance(images, list | tuple) and not (images and all(isinstance(one, int | float) for one in _flat(images))):
@@ -83,17 +85,23 @@ def _file(image: Any) -> File:
     """The file of one image."""
     if isinstance(image, str | os.PathLike):
         path = Path(image)
-        return File(path.name, path.read_bytes())
+        return File(path.name, read(path))
     if isinstance(image, bytes | bytearray | memoryview):
-        return File("image", bytes(image))
+        return _held("image", bytes(image))
     if hasattr(image, "read"):
         content = image.read()
         if not isinstance(content, bytes):
             raise InvalidRequest("the file is open as text; open it with mode 'rb'")
-        return File(Path(str(getattr(image, "name", "image"))).name, content)
+        return _held(Path(str(getattr(image, "name", "image"))).name, content)
     if is_pillow(image):
         return _pillow_file(image)
     return _array_file(np.asarray(image))
+
+
+def _held(name: str, content: bytes) -> File:
+    if not content:
+        raise InvalidRequest(f"{name} holds no bytes; was the file read to its end before, or never written?")
+    return File(name, content)
 
 
 def is_pillow(image: object) -> TypeGuard[PillowImage]:

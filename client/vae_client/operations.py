@@ -76,8 +76,7 @@ class Operations(ABC, Generic[T]):
             level: Its level likewise; auto estimates it.
             **common: See `Common`.
         """
-        options = {"draws": draws, "seed": seed, "fit": fit, "scale": scale, "noise": noise, "level": level}
-        return self._ask("encode", options, common, images)
+        return self._ask("encode", locals())
 
     def decode(
         self, latents: Latents, *, channels: int | None = None, fingerprint: str | None = None, **common: Unpack[Common]
@@ -90,8 +89,7 @@ class Operations(ABC, Generic[T]):
             fingerprint: Fingerprint of the model that encoded the latents; another model refuses them.
             **common: See `Common`.
         """
-        options = {"channels": channels, "fingerprint": fingerprint}
-        return self._ask("decode", options, common, latents=latents)
+        return self._ask("decode", locals())
 
     def reconstruct(
         self,
@@ -113,7 +111,7 @@ class Operations(ABC, Generic[T]):
             scale: Black and white of picture files, as in 0,4095; auto is the least and the largest number.
             **common: See `Common`.
         """
-        return self._ask("reconstruct", {"draws": draws, "seed": seed, "fit": fit, "scale": scale}, common, images)
+        return self._ask("reconstruct", locals())
 
     def denoise(
         self,
@@ -151,20 +149,7 @@ class Operations(ABC, Generic[T]):
             scale: Black and white of picture files, as in 0,4095; auto is the least and the largest number.
             **common: See `Common`.
         """
-        options = {
-            "noise": noise,
-            "level": level,
-            "blur": blur,
-            "quality": quality,
-            "draws": draws,
-            "seed": seed,
-            "uncertainty": uncertainty,
-            "completions": completions,
-            "preview": preview,
-            "fit": fit,
-            "scale": scale,
-        }
-        return self._ask("denoise", options, common, images, mask)
+        return self._ask("denoise", locals())
 
     def inpaint(
         self,
@@ -202,20 +187,7 @@ class Operations(ABC, Generic[T]):
             scale: Black and white of picture files, as in 0,4095; auto is the least and the largest number.
             **common: See `Common`.
         """
-        options = {
-            "noise": noise,
-            "level": level,
-            "blur": blur,
-            "quality": quality,
-            "draws": draws,
-            "seed": seed,
-            "uncertainty": uncertainty,
-            "completions": completions,
-            "preview": preview,
-            "fit": fit,
-            "scale": scale,
-        }
-        return self._ask("inpaint", options, common, images, mask)
+        return self._ask("inpaint", locals())
 
     def super_resolve(
         self,
@@ -251,19 +223,7 @@ class Operations(ABC, Generic[T]):
             scale: Black and white of picture files, as in 0,4095; auto is the least and the largest number.
             **common: See `Common`.
         """
-        options = {
-            "factor": factor,
-            "level": level,
-            "quality": quality,
-            "draws": draws,
-            "seed": seed,
-            "uncertainty": uncertainty,
-            "completions": completions,
-            "preview": preview,
-            "fit": fit,
-            "scale": scale,
-        }
-        return self._ask("super-resolve", options, common, images, mask)
+        return self._ask("super-resolve", locals())
 
     def score(
         self,
@@ -291,16 +251,7 @@ class Operations(ABC, Generic[T]):
             scale: Black and white of picture files, as in 0,4095; auto is the least and the largest number.
             **common: See `Common`.
         """
-        options = {
-            "draws": draws,
-            "seed": seed,
-            "quality": quality,
-            "binarise": binarise,
-            "error": error,
-            "fit": fit,
-            "scale": scale,
-        }
-        return self._ask("score", options, common, images)
+        return self._ask("score", locals())
 
     def sample(
         self,
@@ -326,16 +277,7 @@ class Operations(ABC, Generic[T]):
             latents: Whether the answer has the latents too.
             **common: See `Common`.
         """
-        options = {
-            "count": count,
-            "height": height,
-            "width": width,
-            "channels": channels,
-            "seed": seed,
-            "temperature": temperature,
-            "latents": latents,
-        }
-        return self._ask("sample", options, common)
+        return self._ask("sample", locals())
 
     def interpolate(
         self,
@@ -367,16 +309,7 @@ class Operations(ABC, Generic[T]):
         """
         if (images is None) == (between is None):
             raise InvalidRequest("interpolate takes two images or, with between, two latents; name one of them")
-        options = {
-            "steps": steps,
-            "path": path,
-            "latent_walk": latent_walk,
-            "fit": fit,
-            "scale": scale,
-            "channels": channels,
-            "fingerprint": fingerprint,
-        }
-        return self._ask("interpolate", options, common, images, latents=between)
+        return self._ask("interpolate", locals())
 
     def traverse(
         self,
@@ -402,37 +335,34 @@ class Operations(ABC, Generic[T]):
             latents: Whether the answer has the latents too.
             **common: See `Common`.
         """
-        options = {
-            "axes": axes,
-            "size": size,
-            "height": height,
-            "width": width,
-            "channels": channels,
-            "seed": seed,
-            "latents": latents,
-        }
-        return self._ask("traverse", options, common)
+        return self._ask("traverse", locals())
 
-    def _ask(
-        self,
-        operation: str,
-        options: dict[str, Any],
-        common: Common,
-        images: Images | None = None,
-        mask: Images | None = None,
-        latents: Latents | None = None,
-    ) -> T:
-        """Make the request and send it. Options that have their default are the service's to choose."""
-        array = None
-        if latents is not None:
-            array = latents.mean if isinstance(latents, Answer) else np.asarray(latents)
-            if isinstance(latents, Answer):
-                options["fingerprint"] = options["fingerprint"] or latents.fingerprint
-                if common.get("model") is None:
-                    common = {**common, "model": latents.model, "version": latents.version}
-        usual = options_of(operation)
-        chosen = {name: value for name, value in options.items() if value != usual[name].default}
-        files, masks = ([] if given is None else files_of(given) for given in (images, mask))
+    def _ask(self, operation: str, given: Mapping[str, Any]) -> T:
+        """Make the request of a method and send it. Options that have their default are the service's to choose.
+
+        Args:
+            operation: Name of the operation.
+            given: All arguments of its method, as `locals()` has them.
+
+        Raises:
+            InvalidRequest: One of them is neither an option nor in `Common`.
+        """
+        usual, common = options_of(operation), given["common"]
+        unknown = common.keys() - Common.__annotations__
+        if unknown:
+            known = ", ".join([*usual, *Common.__annotations__])
+            raise InvalidRequest(f"{operation} has no option {', '.join(sorted(unknown))}; it has {known}")
+        chosen = {name: given[name] for name, option in usual.items() if given[name] != option.default}
+        inputs = {name: value for name, value in given.items() if name not in usual and value is not None}
+        array = latents = inputs.get("latents", inputs.get("between"))
+        if isinstance(latents, Answer):
+            array = latents.mean
+            chosen.setdefault("fingerprint", latents.fingerprint)
+            if common.get("model") is None:
+                common = {**common, "model": latents.model, "version": latents.version}
+        elif latents is not None:
+            array = np.asarray(latents)
+        files, masks = (files_of(inputs[name]) if name in inputs else [] for name in ("images", "mask"))
         return self.perform(operation_call(operation, chosen, common, files, masks, array))
 
 

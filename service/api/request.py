@@ -48,7 +48,10 @@ class Limit(NamedTuple):
 
 def body_limits(settings: Settings) -> tuple[Limit, Limit]:
     """The limit of bodies in general, and that of JSON, whose parsing delays every other request."""
-    advice = "send arrays as application/x-npy or application/octet-stream and pictures as files, or raise it"
+    advice = (
+        "send arrays as application/x-npy or application/octet-stream and pictures as files, on /v2 tensors as binary "
+        "data, or raise it"
+    )
     most, most_json = settings.max_body_bytes, settings.max_json_bytes
     limit = Limit(most, "VAE_MAX_BODY_BYTES", "send fewer rows, or raise it")
     return limit, min(limit, Limit(most_json, "VAE_MAX_JSON_BYTES", advice), key=lambda one: one.size)

@@ -264,8 +264,10 @@ def _of_bytes(one: Described, rest: memoryview, intake: Intake) -> NDArray[Any]:
 def _shape(name: str, entry: Mapping[str, Any]) -> tuple[int, ...]:
     value = entry.get("shape")
     axes: list[Any] = [*value] if isinstance(value, simdjson.Array) and len(value) <= MOST_AXES else [None]
-    if not all(type(axis) is int and axis >= 0 for axis in axes):
-        raise InvalidShape(f"the shape of {quoted(name)} must be a list of at most {MOST_AXES} whole numbers")
+    if not all(type(axis) is int and axis > 0 for axis in axes):
+        raise InvalidShape(
+            f"the shape of {quoted(name)} must be a list of at most {MOST_AXES} whole numbers, 1 or more each"
+        )
     return tuple(axes)
 
 

@@ -42,6 +42,8 @@ SPARE_S = 1.0
 """How long a connection above the limits may take to send a health check."""
 FRAMING = frozenset((b"host", b"transfer-encoding"))
 """Headers that decide which host a request is for and where it ends. The parser checks Content-Length itself."""
+HEALTH = ("/health/", "/v2/health/")
+"""Beginnings of paths that are answered when all connections are taken."""
 SLASH, HASH = b"/"[0], b"#"
 VERSIONS = ("1.0", "1.1")
 LARGEST_PORT = 65535
@@ -253,7 +255,7 @@ class Protocol(HttpToolsProtocol):
     def _check_excess(self) -> None:
         """Raise TooManyConnections, except for a health check."""
         assert self._excess is not None
-        if self.parser.get_method() not in (b"GET", b"HEAD") or not self._path().startswith("/health/"):
+        if self.parser.get_method() not in (b"GET", b"HEAD") or not self._path().startswith(HEALTH):
             raise self._excess
         self._limits.release(self)
 

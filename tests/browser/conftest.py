@@ -77,14 +77,6 @@ def url() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def small_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model repository of `mnist-2d` alone, which opens quickly."""
-    folder = tmp_path_factory.mktemp("small")
-    (folder / "mnist-2d").symlink_to(ROOT / "models" / "mnist-2d")
-    return folder
-
-
-@pytest.fixture(scope="session")
 def locked(small_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A service that asks for keys: one that infers, and one with both rights."""
     path = tmp_path_factory.mktemp("keys") / "keys"

@@ -502,6 +502,18 @@ def test_the_calls_give_the_same_answers(room: Room, expect: Expect, photo: str,
         run(snippet(page, place, language), language, tmp_path)
 
 
+@pytest.mark.parametrize("language", ["curl", "Python", "JavaScript"])
+def test_a_call_quotes_any_name_of_a_file(room: Room, expect: Expect, language: str, tmp_path: Path) -> None:
+    """Shells, curl and both languages have characters of their own."""
+    page = room("restore").page
+    file = tmp_path / 'it\'s; a "scan", $HOME \\ 2.png'
+    shutil.copy(EXAMPLES / "noisy.png", file)
+    page.set_input_files("#file", file)
+    restored(page, expect)
+    run(snippet(page, "#restore-call", language), language, tmp_path)
+    assert (tmp_path / "restored.png").read_bytes() == saved_by(page, "#save-png")[1]
+
+
 def test_the_copy_button_copies(room: Room, expect: Expect, url: str) -> None:
     """The clipboard holds the call."""
     found = room("explore", permissions=["clipboard-read", "clipboard-write"])

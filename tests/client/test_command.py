@@ -192,6 +192,12 @@ def test_ctrl_c_ends_cleanly(counted: tuple[Counted, str], folder: Path, tmp_pat
         (["denoise", NOISY, "-o", "x.png", "--level", "much"], command.USAGE, "'much' is no number"),
         (["compare", DIGIT, ROOT / "examples" / "astronaut.png"], command.USAGE, "differ in size"),
         (["compare", DIGIT, "nowhere.png"], command.REFUSED, "nowhere.png: No such file"),
+        (["compare", DIGIT, ROOT / "README.md"], command.REFUSED, "README.md is no picture"),
+        (["denoise", NOISY, "-o", "no/where/x.png", "--url", "http://127.0.0.1:1"], command.USAGE, "no/where.*create"),
+        (["denoise", "nowhere/", "-o", "x", "--url", "http://127.0.0.1:1"], command.REFUSED, "nowhere: No such file"),
+        (["denoise", NOISY, "-", "-o", "x", "--url", "http://127.0.0.1:1"], command.USAGE, "one picture; leave - out"),
+        (["models", "--url", "http://127.0.0.1:1", "--timeout", "inf"], command.USAGE, "at most 999999999"),
+        (["models", "--url", "http://127.0.0.1:1", "--timeout", "1e9"], command.USAGE, "at most 999999999"),
     ],
 )
 def test_an_error_is_one_line_that_names_the_fix(words: list[str], status: int, says: str) -> None:
@@ -207,7 +213,6 @@ def test_an_error_is_one_line_that_names_the_fix(words: list[str], status: int, 
     [
         (["denoise", "nowhere.png", "-o", "x.png"], command.REFUSED, "nowhere.png: No such file"),
         (["denoise", NOISY, "-o", "x.bmp"], command.USAGE, r"\.png, \.tif"),
-        (["denoise", NOISY, "-o", "no/where/x.png"], command.REFUSED, "No such file"),
         (["denoise", NOISY, "-o", "x.png", "--level", "7"], command.REFUSED, "level.*invalid_option"),
         (["denoise", NOISY, "-o", "x.png", "--uncertainty"], command.REFUSED, "not_acceptable"),
         (["denoise", NOISY, "-o", "x.png", "--timeout", "0.001"], command.TIMED_OUT, "the option is --timeout"),
@@ -228,6 +233,52 @@ def test_a_refusal_is_one_line_too(words: list[str], status: int, says: str, add
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "name", ["empty.npy", "text.npy", "cut.npy", "huge.npy", "text.npz", "cut.npz", "cut.png", "empty.png"]
+)
+def test_a_broken_file_is_named(name: str, tmp_path: Path) -> None:
+    """Not as a traceback, and not as a picture of no name; no service need be there."""
+    content = io.BytesIO()
+    np.savez(content, mean=np.ones((1, 40), np.float32), fingerprint=np.array("x"))
+    array = io.BytesIO()
+    np.save(array, np.ones((1, 40), np.float32))
+    broken = {
+        "text": b"text",
+        "empty": b"",
+        "cut.npy": array.getvalue()[:-9],
+        "huge": array.getvalue().replace(b"(1, 40)", b"(9999999999, 40)".ljust(7))[:128],
+        "cut.npz": content.getvalue()[:200],
+        "cut.png": NOISY.read_bytes()[:300],
+    }
+    (tmp_path / name).write_bytes(broken.get(name) or broken.get(name.partition(".")[0], b""))
+    asked = [["compare", name, name]]
+    if not name.endswith(".png"):
+        asked.append(["decode", name, "-o", "x.png", "--url", "http://127.0.0.1:1"])
+    for words in asked:
+        done = vae(*words, cwd=tmp_path)
+        assert (done.status, done.err.count("\n")) == (command.REFUSED, 1), done.err
+        assert re.search(f"vae: {name} is (empty|no .npy|no picture|broken)", done.err), done.err
+
+
+def test_endings_may_be_capitals(address: str, tmp_path: Path) -> None:
+    """As cameras and old systems write them."""
+    for name in ("a.NPZ", "a.NPY", "a.PNG"):
+        done = vae("sample", "--seed", "1", "-o", name, url=address, cwd=tmp_path)
+        assert done.status == 0, done.err
+    assert vae("compare", "a.NPY", "a.PNG", cwd=tmp_path).status == 0
+
+
+def test_latents_of_many_files_go_round(address: str, folder: Path, tmp_path: Path) -> None:
+    """What `encode` wrote of a folder is what `decode` reads, and the model is the one that encoded."""
+    assert vae("encode", folder, "-o", "latents", url=address, cwd=tmp_path).status == 0
+    done = vae("decode", "latents", "-o", "back", url=address, cwd=tmp_path)
+    assert (done.status, len([*(tmp_path / "back").rglob("*.npz")])) == (0, 10), done.err
+    assert vae("decode", "latents/0.npz", "latents/1.npz", "-o", "two", url=address, cwd=tmp_path).status == 0
+    other = vae("decode", "latents", "-o", "other", "--model", "mnist-2d", url=address, cwd=tmp_path)
+    assert other.status != 0
+    assert "fingerprint" in other.err
+
+
 def test_an_overloaded_service_has_its_status() -> None:
     """So that a script can try again later."""
     refused = answer(503, b"{}", "application/problem+json", retry_after="100")
@@ -242,6 +293,10 @@ def test_the_key_comes_from_the_environment() -> None:
     with answering([answer(200, b'{"models": []}')]) as server:
         vae("models", url=server.url, VAE_CLIENT_KEY="secret")
         assert server.seen[0][2]["authorization"] == "Bearer secret"
+        vae("models", url=server.url, VAE_CLIENT_KEY="schlüssel")
+        assert server.seen[1][2]["authorization"].encode("latin-1") == "Bearer schlüssel".encode()
+    done = vae("models", "--url", "http://127.0.0.1:1", VAE_CLIENT_KEY="two\nlines")
+    assert (done.status, done.err.count("\n")) == (command.USAGE, 1), done.err
     assert "--key" not in vae("models", "--help").out
     problem = b'{"status": 401, "code": "unauthenticated", "detail": "an API key is needed"}'
     with answering([answer(401, problem, "application/problem+json")]) as server:

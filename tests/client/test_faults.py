@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
@@ -56,6 +57,16 @@ def test_retry_after_is_waited_for(kind: str, status: int, code: str) -> None:
         assert ask(kind, server.url, lambda client: client.live(), retries=QUICK) == {"live": True}
     (first, *_), (second, *_) = server.seen
     assert 1.0 <= second - first < 2.0
+
+
+def test_retry_after_may_be_a_date() -> None:
+    """As proxies in front of a service send it; a date that has passed asks for no wait."""
+    for seconds, least, most in ((3, 1.5, 3.0), (-100, 0.0, 0.0)):
+        told = errors.seconds_of(formatdate(time.time() + seconds, usegmt=True))
+        assert told is not None
+        assert least <= told <= most
+    assert errors.seconds_of("soon") is None
+    assert errors.seconds_of("²") is None
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -329,9 +329,11 @@ def test_latents_are_decoded_in_parts(client: Client, noisy: np.ndarray, tmp_pat
         ("sample", "pictures", "out", "map runs"),
         ("denoise", "pictures", "pictures", "holds the images themselves"),
         ("denoise", "nowhere", "out", "is no folder"),
-        ("denoise", "empty", "out", "no images"),
+        ("denoise", "empty", "out", "holds none of the files that this reads: .avif"),
         ("denoise", "twins", "out", "would both become"),
         ("denoise", np.zeros((3, 28, 28)), "out", "one file"),
+        ("denoise", np.zeros((0, 28, 28)), "out.npz", "has 0 rows"),
+        ("denoise", [], "out", "list of files is empty"),
     ],
 )
 def test_what_is_no_run_is_refused(

@@ -239,6 +239,9 @@ def test_a_refusal_is_the_exception_of_its_code(
         ("RGB", lambda client: client.encode(Image.new("CMYK", (28, 28)))),
         ("name one of them", lambda client: client.interpolate()),
         ("above 0", lambda client: client.sample(timeout_s=0)),
+        ("sample has no option sead; it has count", lambda client: client.sample(sead=7)),
+        ("read to its end", lambda client: client.encode(io.BytesIO())),
+        ("holds no bytes", lambda client: client.encode(b"")),
     ],
 )
 def test_what_makes_no_request_is_not_sent(client: Client, says: str, call: Any) -> None:

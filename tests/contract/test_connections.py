@@ -17,7 +17,6 @@ import pytest
 from tests.faults.conftest import connections, eventually
 from training.evaluation.served import started
 
-MODELS = Path(__file__).parents[2] / "models"
 TIMEOUT_S = 0.5
 KEEP_ALIVE_S = 3.0  # long enough for a slow machine to come back to a connection
 CONNECTIONS = 12
@@ -29,12 +28,10 @@ WHOLE = DECODE + b"content-length: 8\r\n\r\n" + ROW
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def service(small_models: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A process with short timeouts, and health and metrics on a port of their own."""
-    models = tmp_path_factory.mktemp("models")
-    (models / "mnist-2d").symlink_to(MODELS / "mnist-2d")
     settings = {
-        "VAE_MODELS": models,
+        "VAE_MODELS": small_models,
         "VAE_THREADS": 1,
         "VAE_OPS_PORT": 0,
         "VAE_HEAD_TIMEOUT_S": TIMEOUT_S,

@@ -34,17 +34,10 @@ UPGRADES = [b"h2c", b"websocket", b"TLS/1.0", b"anything", b"h2c, websocket"]
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    (folder / "mnist-2d").symlink_to(ROOT / "models" / "mnist-2d")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def url(models: Path) -> Iterator[str]:
+def url(small_models: Path) -> Iterator[str]:
     """A service that accepts every host name."""
     settings = {"VAE_THREADS": "1", "VAE_MAX_BODY_BYTES": str(2**22), "VAE_ALLOWED_HOSTS": "*"}
-    with started(VAE_MODELS=str(models), **settings) as (_, url):
+    with started(VAE_MODELS=str(small_models), **settings) as (_, url):
         yield url
 
 
@@ -342,12 +335,14 @@ def test_a_refusal_of_a_body_under_way_is_read(url: str, close: bytes) -> None:
     assert statuses(answers) == ([404] if close else [404, 200])
 
 
-def test_health_is_answered_when_the_service_is_full(start_service: Start, models: Path) -> None:
+def test_health_is_answered_when_the_service_is_full(start_service: Start, small_models: Path) -> None:
     """Health is answered even when all connections are taken; other requests are refused."""
-    settings = {"VAE_MODELS": str(models), "VAE_THREADS": "1", "VAE_MAX_CONNECTIONS": "5", "VAE_ALLOWED_HOSTS": "*"}
+    settings = {
+        "VAE_MODELS": str(small_models), "VAE_THREADS": "1", "VAE_MAX_CONNECTIONS": "5", "VAE_ALLOWED_HOSTS": "*",
+    }  # fmt: skip
     with start_service(**settings) as (_, url), ExitStack() as stack:
         held = [stack.enter_context(socket.create_connection(address(url), timeout=10)) for _ in range(5)]
-        for path in ("/health/live", "/health/ready"):
+        for path in ("/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready"):
             assert httpx.get(url + path).status_code == httpx.head(url + path).status_code == 200
         refused = httpx.post(f"{url}/v1/sample")
         assert (refused.status_code, refused.json()["code"]) == (503, "too_many_connections")
@@ -376,10 +371,10 @@ def served(url: str, source: str) -> tuple[socket.socket, int]:
     return connection, statuses(connection.recv(65536))[0]
 
 
-def test_an_address_has_no_more_connections_than_it_may(start_service: Start, models: Path) -> None:
+def test_an_address_has_no_more_connections_than_it_may(start_service: Start, small_models: Path) -> None:
     """The limit by address holds over all workers; a killed worker's count is dropped."""
     settings = {
-        "VAE_MODELS": str(models), "VAE_THREADS": "1", "VAE_WORKERS": "2", "VAE_KEEP_ALIVE_S": "60",
+        "VAE_MODELS": str(small_models), "VAE_THREADS": "1", "VAE_WORKERS": "2", "VAE_KEEP_ALIVE_S": "60",
         "VAE_MAX_CONNECTIONS_PER_ADDRESS": "6",
     }  # fmt: skip
     with start_service(**settings) as (process, url), ExitStack() as stack:
@@ -409,9 +404,11 @@ def test_an_address_has_no_more_connections_than_it_may(start_service: Start, mo
         assert eventually(free)
 
 
-def test_a_trusted_proxy_is_not_counted(start_service: Start, models: Path) -> None:
+def test_a_trusted_proxy_is_not_counted(start_service: Start, small_models: Path) -> None:
     """The limit by address does not apply to a trusted proxy."""
-    settings = {"VAE_MODELS": str(models), "VAE_MAX_CONNECTIONS_PER_ADDRESS": "1", "VAE_TRUSTED_PROXIES": "127.0.0.2"}
+    settings = {
+        "VAE_MODELS": str(small_models), "VAE_MAX_CONNECTIONS_PER_ADDRESS": "1", "VAE_TRUSTED_PROXIES": "127.0.0.2",
+    }  # fmt: skip
     with start_service(**settings) as (_, url), ExitStack() as stack:
         for source, expected in (("127.0.0.2", [200, 200, 200]), ("127.0.0.3", [200, 503])):
             answers = [served(url, source) for _ in expected]

@@ -50,13 +50,11 @@ SETTINGS = {"set": {"VAE_ROOT_PATH": "/vae"}, "told": {"VAE_TRUSTED_PROXIES": "1
 
 
 @pytest.fixture(scope="module")
-def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def services(small_models: Path) -> Iterator[dict[str, str]]:
     """One service with the path as a setting, and one that trusts its proxy's header."""
-    models = tmp_path_factory.mktemp("models")
-    (models / "mnist-2d").symlink_to(ROOT / "models" / "mnist-2d")
     with ExitStack() as stack:
         yield {
-            name: stack.enter_context(started(VAE_MODELS=str(models), VAE_THREADS="1", **settings))[1]
+            name: stack.enter_context(started(VAE_MODELS=str(small_models), VAE_THREADS="1", **settings))[1]
             for name, settings in SETTINGS.items()
         }
 

@@ -160,15 +160,11 @@ def test_sigterm_ends_it_although_a_worker_hangs() -> None:
         assert not lives(worker)
 
 
-def test_every_worker_takes_the_default_model_that_the_first_one_took(tmp_path: Path) -> None:
+def test_every_worker_takes_the_default_model_that_the_first_one_took(flat_models: Path) -> None:
     """A model that comes later under an earlier name changes nothing for a worker that is started later."""
-    models = tmp_path / "models"
-    models.mkdir()
-    (models / "mnist-2d").symlink_to(ROOT / "models" / "mnist-2d")
-    with started(VAE_MODELS=str(models)) as (process, url):
+    with started(VAE_MODELS=str(flat_models)) as (process, url):
         eventually(lambda: answers(url))
-        (models / "a-model").mkdir()
-        (models / "a-model" / "1").mkdir()
+        (flat_models / "a-model" / "1").mkdir(parents=True)
         (worker,) = workers_of(process.pid)
         os.kill(worker, signal.SIGKILL)
         eventually(lambda: not lives(worker))

@@ -68,22 +68,15 @@ class Service(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def small_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the repository with the model of two latents alone, which starts fast."""
-    folder = tmp_path_factory.mktemp("small") / "models"
-    shutil.copytree(ROOT / "models" / "mnist-2d", folder / "mnist-2d")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def service(small_models: Path) -> Iterator[Service]:
-    """One service for all tests of a module."""
+def service(small_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """One service for all tests of a module, whose models they may spoil."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < OPEN_FILES:
         pytest.skip(f"needs {OPEN_FILES} open files, the limit is {hard}")
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, OPEN_FILES), hard))
-    with started(VAE_MODELS=str(small_models), VAE_THREADS="1") as (process, url):
-        one = Service(process, url, small_models)
+    models = shutil.copytree(small_models, tmp_path_factory.mktemp("own") / "models")
+    with started(VAE_MODELS=str(models), VAE_THREADS="1") as (process, url):
+        one = Service(process, url, models)
         eventually(lambda: answers(url))
         yield one
 

@@ -78,14 +78,6 @@ def model(digits_models: Path) -> Model:
 
 
 @pytest.fixture(scope="session")
-def small_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model repository with the smallest model that comes with the project, where any model will do."""
-    folder = tmp_path_factory.mktemp("small")
-    (folder / "mnist-2d").symlink_to(Path(__file__).parents[2] / "models" / "mnist-2d")
-    return folder
-
-
-@pytest.fixture(scope="session")
 def small(small_models: Path) -> Repository:
     """The same, opened."""
     return Repository.open(small_models, "", "CPUExecutionProvider", 1, 8)

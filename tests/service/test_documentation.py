@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tomllib
 from base64 import b64encode
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from hashlib import sha256
 from pathlib import Path
@@ -181,6 +181,30 @@ def test_a_root_path_is_a_plain_path(root_path: str) -> None:
     """Others would be read in two ways, or hide what the service serves."""
     with pytest.raises(ValueError, match="root path"):
         Settings(root_path=root_path)
+
+
+def paths_of(routes: Iterable[Any]) -> Iterator[str]:
+    """The paths of routes, and of those in routers among them."""
+    for route in routes:
+        router = getattr(route, "original_router", None)
+        yield from [route.path] if router is None else paths_of(router.routes)
+
+
+def test_no_root_path_hides_a_path_of_the_service() -> None:
+    """Of any face: what is below the root path would be served without it, and so not at all."""
+    paths = {*paths_of(create_app(Settings(), Repository({}, "")).routes)}
+    assert {"/v2", "/v1/sample", "/diffusers/{model}/decode"} <= paths
+    for first in {path.split("/")[1] for path in paths} - {""}:
+        with pytest.raises(ValueError, match="root path"):
+            Settings(root_path=f"/{first}")
+
+
+def test_the_document_names_the_faces_that_it_leaves_out() -> None:
+    """So that who looks for them in /docs learns where they are described."""
+    document = create_app(Settings(), Repository({}, "")).openapi()
+    assert not [path for path in document["paths"] if path.startswith(("/v2", "/diffusers"))]
+    for name in ("/v2", "/diffusers", "docs/clients.md"):
+        assert name in document["info"]["description"]
 
 
 def check_make(words: list[str]) -> None:

@@ -417,6 +417,11 @@ def test_the_index_lists_whole_models_and_their_operations(app: FastAPI) -> None
     assert found["free.encode"] == {"name": "free.encode", "version": "2", "state": "READY", "reason": ""}
     assert "photo.sample" not in found
     assert "ladder.interpolate" not in found
+    compressed = {"content": gzip.compress(b'{"ready": 1}'), "headers": {"content-encoding": "gzip"}}
+    other = {"content": b"{}", "headers": {"content-encoding": "br"}}
+    read, refused = asked(app, ("/v2/repository/index", compressed), ("/v2/repository/index", other))
+    assert "ready must be true or false" in told(read, 422)
+    assert "gzip, deflate" in told(refused, 415)
 
 
 def test_models_are_loaded_and_unloaded_as_a_whole(flat_models: Path) -> None:
@@ -515,6 +520,7 @@ BAD: Mapping[str, tuple[dict[str, Any], int, str]] = {
     "parts in shape": (spoilt(shape=[3.0, 2]), 422, "whole numbers"),
     "long shape": (spoilt(shape=[1] * 9), 422, "at most 8"),
     "huge shape": (spoilt(shape=[2**40, 2**40]), 422, "its shape is"),
+    "empty and huge": (spoilt(shape=[0, 2**62, 2**62], data=[]), 422, "1 or more each"),
     "other shape": (spoilt(shape=[2, 2]), 422, "its shape is [2, 2]"),
     "other nesting": (spoilt(shape=[2, 3]), 422, "its shape is [2, 3]"),
     "wrong width": (spoilt(shape=[2, 3], data=[0.0] * 6), 422, "(n, 2)"),
@@ -579,6 +585,15 @@ def test_raw_requests_need_a_shape(app: FastAPI) -> None:
     for name in ("free.encode", "free.decode", "mnist-2d.sample"):
         (answer,) = asked(app, (f"/v2/models/{name}/infer", {"content": bytes(192), "headers": {HEAD: "0"}}))
         assert "send a JSON object" in told(answer, 422)
+
+
+def test_images_and_latents_exclude_each_other(app: FastAPI) -> None:
+    """The message does not name both as what is taken."""
+    images, latents = np.zeros((2, 1, 28, 28), np.float32), np.zeros((2, 2), np.float32)
+    (answer,) = asked(
+        app, ("/v2/models/mnist-2d.interpolate/infer", binary(("images", images, "FP32"), ("latents", latents, "FP32")))
+    )
+    assert "images or latents; leave one of them out" in told(answer, 422)
 
 
 def test_names_are_explained(app: FastAPI) -> None:
@@ -650,7 +665,7 @@ def test_limits_hold(repository: Repository) -> None:
     cases = {
         "VAE_MAX_BODY_BYTES": {"content": bytes(40_001), "headers": {HEAD: "10"}},
         "VAE_MAX_JSON_BYTES (2000)": {"json": long},
-        "VAE_MAX_JSON_BYTES": {"content": text + Z.tobytes(), "headers": {HEAD: str(len(text))}},
+        "on /v2 tensors as binary data": {"content": text + Z.tobytes(), "headers": {HEAD: str(len(text))}},
         "VAE_MAX_BODY_BYTES (40000)": bomb,
         "VAE_MAX_REQUEST_ROWS": binary(("latents", rows, "FP32")),
         "VAE_MEMORY_BYTES": binary(("latents", rows[:95], "FP32")),

@@ -214,6 +214,7 @@ def client(
 
 Z = np.zeros((1, 2, 2, 2), "<f4")
 SHAPE = {"shape": [*Z.shape], "dtype": "float32"}
+HALF, WHOLE = ({"shape": [1, 1, 28, 28], "dtype": kind} for kind in ("float16", "float32"))
 PACKED = {"shape": [1, 1, 8], "dtype": "float32", "output_type": "pt"}
 BAD: dict[str, tuple[str, dict[str, Any], bytes, int, str]] = {
     "no shape": ("free/decode", {}, Z.tobytes(), 422, "send its shape and dtype"),
@@ -231,6 +232,12 @@ BAD: dict[str, tuple[str, dict[str, Any], bytes, int, str]] = {
     "no scale": ("free/decode", {**SHAPE, "scaling_factor": 0}, Z.tobytes(), 422, "scaling_factor"),
     "no number": ("free/decode", {**SHAPE, "shift_factor": "nan"}, Z.tobytes(), 422, "shift_factor"),
     "a film": ("free/decode", {**SHAPE, "output_type": "mp4"}, Z.tobytes(), 422, "output_type"),
+    "a scale below float32": ("free/decode", {**SHAPE, "scaling_factor": 1e-320}, (Z + 1).tobytes(), 422, "finite"),
+    "a shift above float32": ("free/decode", {**SHAPE, "shift_factor": 1e300}, Z.tobytes(), 422, "finite"),
+    "a large scale": ("mnist-2d/encode", {**HALF, "scaling_factor": 1e9}, bytes(2 * 784), 422, "float16 cannot hold"),
+    "a huge scale": ("mnist-2d/encode", {**WHOLE, "scaling_factor": 1e300}, bytes(4 * 784), 422, "float32 cannot hold"),
+    "another size": ("mnist-2d/encode", {**WHOLE, "shape": [1, 1, 7, 7]}, bytes(4 * 49), 422, "fit=resize"),
+    "an unknown fit": ("mnist-2d/encode", {**WHOLE, "fit": "tile"}, bytes(4 * 784), 422, "resize"),
     "NaN": ("free/decode", SHAPE, (Z + np.nan).tobytes(), 422, "finite"),
     "other channels": ("free/decode", {**SHAPE, "shape": [1, 4, 1, 2]}, Z.tobytes(), 422, "(n, 2, any, any)"),
     "packed without a size": ("free/decode", PACKED, Z.tobytes(), 422, "any"),
@@ -252,6 +259,19 @@ def test_what_is_wrong_is_named(client: httpx.Client, case: str) -> None:
     answer = client.post(f"/{path}", params=query, content=body)
     assert (answer.status_code, answer.headers["content-type"]) == (status, "application/problem+json")
     assert says in answer.json()["detail"], answer.text
+
+
+def test_another_size_is_fitted_where_the_address_says_so(client: httpx.Client) -> None:
+    """As an error advises: callers of `remote_encode` choose the address, and with it the query string."""
+    image = np.zeros((1, 1, 56, 56), "<f4")
+    small, large = (
+        client.post(
+            "/mnist-2d/encode", params={**WHOLE, **further}, content=image[:, :, : 28 * side, : 28 * side].tobytes()
+        )
+        for side, further in ((1, {}), (2, {"shape": [*image.shape], "fit": "resize"}))
+    )
+    assert (small.status_code, large.status_code) == (200, 200), large.text
+    np.testing.assert_allclose(np.frombuffer(small.content, "<f4"), np.frombuffer(large.content, "<f4"), atol=1e-5)
 
 
 def test_limits_hold_and_memory_comes_back(client: httpx.Client) -> None:

@@ -11,7 +11,7 @@ import orjson
 from numpy.typing import NDArray
 from starlette.types import Receive, Scope
 
-from service.api.diffusers.options import DecodeOptions, TensorOptions, options_of
+from service.api.diffusers.options import DecodeOptions, EncodeOptions, TensorOptions, options_of
 from service.api.face import Face
 from service.api.invoke import LOOP_BINARY_BYTES, Caller, Context, Invocation, admitted, invoke, prepare, written_by
 from service.api.memory import Share
@@ -78,6 +78,10 @@ class RemoteVAE(Face):
         super().__init__(context)
         self._limit, _ = body_limits(context.settings)
 
+    def chosen(self, _options: Any) -> Any:
+        """Options of the operation."""
+        return self.operation.defaults
+
     @abstractmethod
     def payload(self, model: Model, options: Any, body: Body, intake: Intake) -> Payload:
         """Read a body. Runs in the event loop or in a thread."""
@@ -119,7 +123,7 @@ class RemoteVAE(Face):
         model, options, body, coding, fingerprint, caller = received
         if coding != IDENTITY:
             body = inflated(body, coding, self._limit, meter)
-        chosen = self.operation.defaults
+        chosen = self.chosen(options)
         intake = intake_of(self.operation, model, chosen, meter, self.context.settings.tile_pixels)
         payload = self.payload(model, options, body, intake)
         return admitted(self.context, self.operation, model, payload, chosen, caller, intake, fingerprint), None
@@ -146,8 +150,9 @@ class RemoteDecode(RemoteVAE):
             scale, shift = model.manifest.scaling_factor, model.manifest.shift_factor
         found = latents.astype(np.float32)
         if (scale, shift) != (1.0, 0.0):
-            found /= np.float32(scale)
-            found += np.float32(shift)
+            with np.errstate(all="ignore"):  # what is not finite is refused with all else
+                found /= np.float32(scale)
+                found += np.float32(shift)
         return Payload(found, raw=True)
 
     def written(self, _model: Model, options: DecodeOptions, accept: str, answer: Answer) -> Written:
@@ -167,9 +172,13 @@ class RemoteDecode(RemoteVAE):
 class RemoteEncode(RemoteVAE):
     """`remote_encode`: a picture or a tensor to the mean of its latents."""
 
-    operation, kind = encode, TensorOptions
+    operation, kind = encode, EncodeOptions
 
-    def payload(self, _model: Model, options: TensorOptions, body: Body, intake: Intake) -> Payload:
+    def chosen(self, options: EncodeOptions) -> Any:
+        """As in `RemoteVAE`."""
+        return encode.defaults.model_copy(update={"fit": options.fit})
+
+    def payload(self, _model: Model, options: EncodeOptions, body: Body, intake: Intake) -> Payload:
         """The images: a tensor in [-1, 1], levels as uint8, or a picture file.
 
         Raises:
@@ -184,11 +193,23 @@ class RemoteEncode(RemoteVAE):
             raise InvalidShape(f"images have shape (n, channels, height, width), not {[*options.shape]}")
         return Payload((images.astype(np.float32) + np.float32(1.0)) / np.float32(2.0), raw=True)
 
-    def written(self, _model: Model, options: TensorOptions, _accept: str, answer: Answer) -> Written:
-        """The mean, scaled, of the type of the tensor that was sent."""
+    def written(self, _model: Model, options: EncodeOptions, _accept: str, answer: Answer) -> Written:
+        """The mean, scaled, of the type of the tensor that was sent.
+
+        Raises:
+            InvalidOption: The factors give numbers that this type cannot hold.
+        """
         scale, shift = options.factors
-        mean = (answer.outputs["mean"] - np.float32(shift)) * np.float32(scale)
-        return _tensor(mean, "float32" if options.dtype in (None, "uint8") else options.dtype)
+        dtype = "float32" if options.dtype in (None, "uint8") else options.dtype
+        with np.errstate(all="ignore"):
+            mean = (answer.outputs["mean"] - np.float32(shift)) * np.float32(scale)
+        largest = np.abs(mean).max()
+        if not largest <= np.finfo(np.float16 if dtype == "float16" else np.float32).max:
+            raise InvalidOption(
+                f"the scaled latents are as large as {largest:.3g}, which {dtype} cannot hold; choose scaling_factor "
+                "and shift_factor nearer to 1 and 0"
+            )
+        return _tensor(mean, dtype)
 
 
 FUNCTIONS: dict[str, type[RemoteVAE]] = {"decode": RemoteDecode, "encode": RemoteEncode}

@@ -7,6 +7,7 @@ from urllib.parse import parse_qs
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from service.contract.images import Fit
 from service.errors import InvalidOption, quoted
 
 MOST_AXES = 4
@@ -32,6 +33,16 @@ class TensorOptions(BaseModel):
     def factors(self) -> tuple[float, float]:
         """(scale, shift): latents on the wire are (latents of the model - shift) * scale."""
         return self.scaling_factor or 1.0, self.shift_factor
+
+
+class EncodeOptions(TensorOptions):
+    """Those of encoding. Clients do not send `fit`, but their caller may write it behind the path.
+
+    Attributes:
+        fit: How images of another size are brought to the model's.
+    """
+
+    fit: Fit | None = None
 
 
 class DecodeOptions(TensorOptions):

@@ -153,7 +153,7 @@ def _payload(operation: Operation, request: Request, options: Any) -> Payload:
     """The inputs of a request as an operation takes them.
 
     Raises:
-        InvalidShape: It has none of that name.
+        InvalidShape: It has none of that name, or does not take both.
     """
     arrays = dict(request.arrays)
     array, mask = arrays.pop(operation.takes or "", None), arrays.pop("mask", None) if operation.observed else None
@@ -161,6 +161,8 @@ def _payload(operation: Operation, request: Request, options: Any) -> Payload:
     if latents:
         array = arrays.pop("latents")
     if arrays:
+        if operation.or_latents and "latents" in arrays:
+            raise InvalidShape(f"{operation.name} takes {operation.takes} or latents; leave one of them out")
         takes = ", ".join(tensor.name for tensor in operation.inputs) or "no inputs"
         raise InvalidShape(f"no input {quoted(min(arrays))}; {operation.name} takes {takes}")
     return Payload(array, mask, options, latents)

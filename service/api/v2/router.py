@@ -14,7 +14,7 @@ from service.api.admin.health import check_ready
 from service.api.admin.models import ready
 from service.api.invoke import Context
 from service.api.memory import Share
-from service.api.request import body_limits, fields, read_body
+from service.api.request import IDENTITY, body_limits, coding_of, fields, inflated, read_body
 from service.api.v2.models import config, index, metadata, offers, parted, statistics
 from service.codecs.open_inference import read_fields
 from service.codecs.payload import Meter
@@ -164,10 +164,12 @@ async def _sent(context: Context, request: Request) -> dict[str, Any]:
     share = Share(context.memory)
     try:
         _, limit = body_limits(context.settings)
-        body = await read_body(request.receive, fields(request.scope["headers"]), limit, share)
+        headers, meter = fields(request.scope["headers"]), Meter(reserve=share.reserve)
+        coding = coding_of(headers)
+        body = await read_body(request.receive, headers, limit, share)
         if body is None:
             raise Malformed("the connection was closed before the whole request had arrived")
-        return read_fields(body, Meter(reserve=share.reserve))
+        return read_fields(body if coding == IDENTITY else inflated(body, coding, limit, meter), meter)
     finally:
         share.give_back()
 

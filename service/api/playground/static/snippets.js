@@ -52,10 +52,13 @@ export function callPanel(place, name) {
 
 const quoted = (text) => `'${String(text).replaceAll("'", "'\\''")}'`;
 
+/** The name of a file as curl's -F reads it, where `;` and `,` part further arguments. */
+const formName = (name) => /[;,"\\]/.test(name) ? `"${name.replace(/["\\]/g, "\\$&")}"` : name;
+
 function curl(call) {
   const words = ["curl -sSf"];
   if (method(call) !== "GET" && !call.files && !call.json) words.push("-X POST");
-  for (const { field, name } of call.files ?? []) words.push(`-F ${quoted(`${field}=@${name}`)}`);
+  for (const { field, name } of call.files ?? []) words.push(`-F ${quoted(`${field}=@${formName(name)}`)}`);
   if (call.json) words.push("-H 'Content-Type: application/json'", `-d ${quoted(JSON.stringify(call.json))}`);
   if (call.accept) words.push(`-H ${quoted(`Accept: ${call.accept}`)}`);
   if (hasKey()) words.push('-H "Authorization: Bearer $KEY"');
