@@ -56,6 +56,7 @@ CLAIMS = [
     faster("JSON, 64 connections", "mlp-json-64", "litserve", 16.0),
     faster("JSON, 64 connections", "mlp-json-64", "ray", 40.0),
     faster("binary, 64 connections", "mlp-binary-64", "triton", 4.5),
+    faster("Open Inference Protocol, binary, 64 connections", "mlp-binary-64", "triton", 2.5, mine="oip"),
     faster("binary, 64 connections", "mlp-binary-64", "bare", 1.5),
     faster("binary, 64 connections, two workers", "mlp-binary-64", "ours", 1.4, mine="ours2"),
     faster("conv, binary, 64 connections", "conv-binary-64", "bare", 1.3),
