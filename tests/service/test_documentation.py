@@ -26,6 +26,7 @@ import yaml
 from fastapi import FastAPI
 from torch.distributed.run import get_args_parser
 
+from benchmarks.capacity import parser as capacity_parser
 from experiments.__main__ import _parser as experiments_parser
 from service.api.admin.metrics import KEEP_S, RENDERS, Exposition
 from service.app import create_app
@@ -194,7 +195,8 @@ def check_python(words: list[str]) -> None:
     elif words[2] == "service":
         read_settings(words[3:])
     else:
-        parser = {"training": _parser, "experiments": experiments_parser}[words[2]]()
+        parsers = {"training": _parser, "experiments": experiments_parser, "benchmarks.capacity": capacity_parser}
+        parser = parsers[words[2]]()
         options = parser.parse_args(words[3:])
         config = getattr(options, "config", None)
         if config is not None and (ROOT / config).parent != ROOT:  # others are written by the reader
