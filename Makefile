@@ -7,7 +7,7 @@ CONFIG ?= training/configs/mnist.toml
 DOCS := .venv-docs
 MERMAID := 12.3.0
 
-.PHONY: setup serve train test client-test browser-test container-test docs docs-test lint bench bench-against bench-sizes bench-photographs bench-training bench-beside house attack fuzz soak clean
+.PHONY: setup serve train test client-test browser-test container-test docs docs-test lint bench bench-against bench-sizes bench-photographs bench-training bench-beside bench-capacity house attack fuzz soak clean
 
 serve: $(VENV)/.serve
 	$(PYTHON) -m service
@@ -62,6 +62,10 @@ bench-training: $(VENV)/.test
 
 bench-beside: $(VENV)/.test
 	$(PYTHON) -m benchmarks.beside
+
+# Predicted against measured throughput and latency of 1, 2 and 4 replicas, in about five minutes: docs/results/capacity.md.
+bench-capacity: $(VENV)/.test
+	$(PYTHON) -m benchmarks.capacity measure $(if $(SECONDS),--seconds $(SECONDS))
 
 # Size and shape of the source tree, each figure beside its aim; nothing fails.
 house: $(VENV)/.test

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,33 +20,42 @@ SHORT_S = 2e-5
 """A request that is due within this time is sent at once."""
 
 
-def run(port: int, body: Body, rate: float, seconds: float) -> Measure:
-    """Offer `rate` requests a second; latency counts from when a request was due, not from when it could be sent."""
+def run(ports: int | Sequence[int], body: Body, rate: float, seconds: float) -> Measure:
+    """Offer `rate` requests a second; latency counts from when a request was due, not from when it could be sent.
+
+    Args:
+        ports: Of the server; of several replicas, each request goes to one of them at random.
+        body: The request.
+        rate: Requests a second, of all replicas together.
+        seconds: Duration.
+    """
     told = body._replace(headers={**body.headers, "x-timeout-ms": str(round(DEADLINE_S * 1000))})
-    return uvloop.run(_Load(port, told.wire(), rate, seconds).run())
+    return uvloop.run(_Load([ports] if isinstance(ports, int) else ports, told.wire(), rate, seconds).run())
 
 
 class _Load:
-    def __init__(self, port: int, wire: bytes, rate: float, seconds: float) -> None:
-        self.port, self.wire, self.seconds = port, wire, seconds
-        gaps = np.random.default_rng(0).exponential(1.0 / rate, max(1, int(rate * seconds)))
+    def __init__(self, ports: Sequence[int], wire: bytes, rate: float, seconds: float) -> None:
+        self.wire, self.seconds = wire, seconds
+        generator = np.random.default_rng(0)
+        gaps = generator.exponential(1.0 / rate, max(1, int(rate * seconds)))
         self.due = (np.cumsum(gaps) * (len(gaps) / rate / gaps.sum())).tolist()  # at that rate exactly
+        self.ports = generator.choice(ports, len(gaps)).tolist()
         self.alarm = asyncio.Event()
-        self.idle: list[_Connection] = []
+        self.idle: dict[int, list[_Connection]] = {port: [] for port in ports}
         self.connections: list[_Connection] = []
         self.answers: list[tuple[int, float, float]] = []
 
     async def run(self) -> Measure:
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGALRM, self.alarm.set)
-        for _ in range(64):
-            await self._open()
+        for k in range(64):
+            await self._open(list(self.idle)[k % len(self.idle)])
         started = loop.time() + 0.05
         self.end = started + self.due[-1]
-        for offset in self.due:
+        for offset, port in zip(self.due, self.ports, strict=True):
             await asyncio.sleep(0)
             await self._until(started + offset)
-            await self._send(started + offset)
+            await self._send(started + offset, port)
         await asyncio.sleep(DEADLINE_S)
         for connection in self.connections:
             connection.transport.abort()
@@ -59,17 +69,18 @@ class _Load:
             signal.setitimer(signal.ITIMER_REAL, wait)
             await self.alarm.wait()
 
-    async def _send(self, due: float) -> None:
-        if not self.idle and len(self.connections) < MAX_CONNECTIONS:
-            await self._open()
-        if self.idle:
-            self.idle.pop().send(due)
+    async def _send(self, due: float, port: int) -> None:
+        idle = self.idle[port]
+        if not idle and len(self.connections) < MAX_CONNECTIONS:
+            await self._open(port)
+        if idle:
+            idle.pop().send(due)
 
-    async def _open(self) -> None:
-        loop = asyncio.get_running_loop()
-        _, connection = await loop.create_connection(lambda: _Connection(self), "127.0.0.1", self.port)
+    async def _open(self, port: int) -> None:
+        loop, idle = asyncio.get_running_loop(), self.idle[port]
+        _, connection = await loop.create_connection(lambda: _Connection(self, idle), "127.0.0.1", port)
         self.connections.append(connection)
-        self.idle.append(connection)
+        idle.append(connection)
 
     def _measure(self) -> Measure:
         good = [late for status, late, _ in self.answers if status == 200 and late <= DEADLINE_S]
@@ -96,8 +107,8 @@ def percentile_ms(seconds: list[float], percent: float) -> float:
 class _Connection(asyncio.Protocol):
     """A connection with one request at a time; it counts answers without parsing them."""
 
-    def __init__(self, load: _Load) -> None:
-        self.load, self.due, self.missing, self.head = load, 0.0, 0, b""
+    def __init__(self, load: _Load, idle: list[_Connection]) -> None:
+        self.load, self.idle, self.due, self.missing, self.head = load, idle, 0.0, 0, b""
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
@@ -119,4 +130,4 @@ class _Connection(asyncio.Protocol):
         if self.missing == 0:
             now = asyncio.get_running_loop().time()
             self.load.answers.append((int(self.head[9:12]), now - self.due, now))
-            self.load.idle.append(self)
+            self.idle.append(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
@@ -70,9 +71,38 @@ def training(found: dict[str, Any]) -> Any:
     return figure
 
 
+def capacity(found: dict[str, Any]) -> Any:
+    """Plot latency over the rate: measured as points, predicted as lines; one panel a model and number of replicas."""
+    points = [one for one in found["points"] if one["rate"]]
+    names = list(dict.fromkeys(one["model"] for one in points))
+    numbers = sorted({one["replicas"] for one in points})
+    size = (3.4 * len(numbers), 2.8 * len(names))
+    figure, axes = plt.subplots(len(names), len(numbers), figsize=size, squeeze=False)
+    for axis, (name, number) in zip(axes.flat, itertools.product(names, numbers), strict=True):
+        mine = [one for one in points if (one["model"], one["replicas"]) == (name, number)]
+        rates = [one["rate"] for one in mine]
+        for percent, colour in (("p50", OURS), ("p99", OTHERS)):
+            axis.plot(
+                rates, [one[f"predicted_{percent}_ms"] for one in mine], color=colour, label=f"{percent}, predicted"
+            )
+            measured = [one["measured"][f"{percent}_ms"] for one in mine]
+            axis.plot(rates, measured, "o", color=colour, label=f"{percent}, measured")
+        axis.set_title(f"{name}, {number} replica{'s' if number > 1 else ''}", fontsize=10)
+        axis.set_yscale("log")
+        axis.set_xlim(left=0.0)
+    axes[0, 0].legend(fontsize=7, frameon=False)
+    for axis in axes[-1]:
+        axis.set_xlabel("requests/s")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("ms")
+    return figure
+
+
 def main(kind: str, raw: str, out: str) -> None:
     """Draw one kind of plot from the raw findings."""
-    figure = {"serving": serving, "soak": soak, "training": training}[kind](json.loads(Path(raw).read_text()))
+    figure = {"capacity": capacity, "serving": serving, "soak": soak, "training": training}[kind](
+        json.loads(Path(raw).read_text())
+    )
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from fastapi import Depends, FastAPI, Request, Response
@@ -54,9 +54,6 @@ from service.security.security_headers import SecurityHeaders
 from service.server.application import Application
 from service.server.methods import Methods, RootPath
 from service.settings import Settings
-
-if TYPE_CHECKING:
-    from opentelemetry.sdk.trace import TracerProvider
 
 NOT_FOUND = 404
 OTHER_FACES = (
@@ -119,7 +116,7 @@ def create_app(
         version=__version__,
         summary="Variational auto-encoders over HTTP: encode, decode, reconstruct, restore, sample.",
         description=OTHER_FACES,
-        lifespan=lifespan_of(settings, engine, control, offload, provider),
+        lifespan=lifespan_of(settings, engine, control, offload, partial(finish, provider) if provider else None),
         openapi_url=None,  # ours is in api/admin/docs.py
         redirect_slashes=False,  # FastAPI's redirects go to the host that the Host header names
         dependencies=[Depends(HTTPBearer(auto_error=False))] if settings.api_keys else [],  # for OpenAPI
@@ -163,7 +160,7 @@ def make_engine(settings: Settings, telemetry: Telemetry, on_failure: Callable[[
 
 
 def lifespan_of(
-    settings: Settings, engine: Engine, control: Control, offload: Offload, provider: TracerProvider | None
+    settings: Settings, engine: Engine, control: Control, offload: Offload, last: Callable[[], None] | None
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     """Make what surrounds the time in which an application serves: preparations before it, and an end of all work.
 
@@ -172,7 +169,7 @@ def lifespan_of(
         engine: Its batchers.
         control: Follows orders to load and unload.
         offload: Its threads.
-        provider: Its tracing; None without.
+        last: Called in a thread at the end of all work.
     """
 
     @asynccontextmanager
@@ -184,8 +181,8 @@ def lifespan_of(
             yield
         await engine.close()
         offload.close()
-        if provider:
-            await asyncio.to_thread(finish, provider)
+        if last:
+            await asyncio.to_thread(last)
 
     return lifespan
 

@@ -32,7 +32,7 @@ EXTRAS = {
 """The extras that a file or package may import, besides the dependencies that are always installed."""
 ELSEWHERE = {
     "benchmarks/peers", "benchmarks/trainers", "docs/build.py", "tests/browser", "tests/clients/kserve",
-    "tests/clients/python", "tests/clients/triton",
+    "tests/clients/kserve_storage", "tests/clients/kubernetes", "tests/clients/python", "tests/clients/triton",
 }  # fmt: skip
 """Files, and folders with them, that run in environments of their own."""
 KNOWS = {
