@@ -39,10 +39,14 @@ from service.observability.request_ids import RequestIds
 from service.observability.tracing import Named, finish, traced, tracer_provider
 from service.operations.operation import Operation
 from service.operations.registry import OPERATIONS
-from service.repository.overrides import SharedState
+from service.repository.overrides import Overrides, SharedState
 from service.repository.reload import Control
-from service.repository.repository import Repository, open_repository
+from service.repository.remote import local_copy
+from service.repository.repository import Repository
+from service.repository.selection import Selection
+from service.repository.version import LoadRules
 from service.runtime.scheduler import Engine
+from service.runtime.session import execution_provider
 from service.security.middleware import add_access_control
 from service.security.proxies import Proxies
 from service.security.security_headers import SecurityHeaders
@@ -53,6 +57,21 @@ from service.settings import Settings
 NOT_FOUND = 404
 MAX_QUOTED = 100
 """Characters of a path that an error repeats."""
+
+
+def open_repository(settings: Settings, overrides: Overrides = Overrides()) -> Repository:  # noqa: B008  # a tuple
+    """Fetch, check, open and warm up the models that the settings and the overrides select.
+
+    Raises:
+        StartError: A model cannot be fetched or served.
+    """
+    provider = execution_provider(settings.execution_provider)
+    threads = settings.threads or max(1, cpu_count() // settings.workers)
+    models, selection = local_copy(settings), Selection(settings.versions)
+    rules = LoadRules(settings.load_limit_s, settings.load_memory_bytes, settings.model_public_keys)
+    return Repository.open(
+        models, settings.default_model, provider, threads, settings.max_rows, selection, overrides, rules
+    )
 
 
 def create_app(

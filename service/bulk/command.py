@@ -10,8 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from service.bulk import processes
 from service.bulk.operator import operations
-from service.bulk.run import Pool, Report, run
+from service.bulk.run import Pool, Report, Request, run
 from service.bulk.target import ERRORS
 from service.errors import ServiceError, one_line
 from service.settings import Settings, read_settings
@@ -24,23 +25,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     options = parser().parse_args(arguments)
     try:
-        report = run(
-            _settings(options),
-            options.operation,
-            options.source,
-            options.target,
-            _chosen(options),
-            model=options.model,
-            version=options.version,
-            form=options.to,
-            rows=options.rows,
-            column=options.column,
-            source_options=options.source_options,
-            target_options=options.target_options,
-            workers=options.workers,
-            pool=_pool(options.ray),
-            progress=False if options.no_progress else None,
-        )
+        request = Request(
+            options.operation, options.source, options.target, _chosen(options), options.model, options.version,
+            options.to, options.rows, options.column, options.source_options, options.target_options,
+        )  # fmt: skip
+        progress = False if options.no_progress else None
+        report = run(_settings(options), request, workers=options.workers, pool=_pool(options.ray), progress=progress)
     except (ServiceError, OSError) as error:
         print(f"vae-bulk: {one_line(error)}", file=sys.stderr)
         return REFUSED
@@ -130,13 +120,11 @@ def _pool(address: str | None) -> Pool:
     Raises:
         StartError: Ray is wanted and not installed.
     """
-    from service.bulk import processes  # noqa: PLC0415
-
     if address is None:
         return processes.run
-    from service.bulk import cluster  # noqa: PLC0415  # Ray is an extra
+    from service.bulk.cluster import Cluster  # noqa: PLC0415  # Ray is an extra
 
-    return cluster.pool(address)
+    return Cluster(address)
 
 
 def _told(report: Report, as_json: bool) -> str:

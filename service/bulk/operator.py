@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from hashlib import blake2b
 from itertools import groupby
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,12 +39,13 @@ from service.operations.inference.latent import BLOCK_ROWS
 from service.operations.inference.vae import Result
 from service.operations.operation import Inputs, Operation
 from service.operations.registry import OPERATIONS
-from service.repository.defaults import default_models, model_names
+from service.repository.defaults import default_models, is_visible, model_names
 from service.repository.remote import local_copy
-from service.repository.repository import Repository, open_repository
-from service.repository.selection import LATEST, Selection
+from service.repository.selection import Selection, version_key
+from service.repository.version import LoadRules, Tried, open_tried, tried
 from service.runtime.model import Model
 from service.runtime.scheduler import Engine
+from service.runtime.session import execution_provider
 from service.settings import Settings
 
 BATCH_BYTES, PART_BYTES = 2**26, 2**28
@@ -65,7 +67,7 @@ class Job(NamedTuple):
         options: Its options, the seed among them, as JSON values.
         model: Name of the model.
         version: Its version.
-        fingerprint: Its fingerprint.
+        tried: What its trial has found; other files under that name are refused.
         source: Folder of the files that are read.
         kind: Their kind.
         source_options: Options of its file system.
@@ -81,7 +83,7 @@ class Job(NamedTuple):
     options: Mapping[str, Any]
     model: str
     version: str
-    fingerprint: str
+    tried: Tried
     source: str
     kind: Kind
     source_options: dict[str, Any]
@@ -148,8 +150,8 @@ def operations() -> dict[str, Operation]:
     return {one.name: one for one in OPERATIONS if one.row_wise and one.takes == "images" and not one.masked}
 
 
-def opened(settings: Settings, operation: str, model: str, version: str) -> tuple[Settings, Repository]:
-    """Open one version of a model.
+def version_folder(settings: Settings, operation: str, model: str, version: str) -> Path:
+    """The folder of one version of a model.
 
     Args:
         settings: Of the service.
@@ -157,20 +159,29 @@ def opened(settings: Settings, operation: str, model: str, version: str) -> tupl
         model: Name of the model; empty is the default one.
         version: Its version; empty is the latest.
 
-    Returns:
-        Settings that select it, and a repository whose default it is.
-
     Raises:
-        StartError: There is none, or it cannot be used.
+        StartError: There is none.
     """
     folder = local_copy(settings)
-    model = model or default_models(folder, Selection(), settings.default_model).of(operation)
+    name = model or default_models(folder, Selection(), settings.default_model).of(operation)
     known = model_names(folder)
-    if model not in known:
-        raise StartError(f"no model {quoted(model)} in {folder}; name one of {', '.join(known)} with --model")
-    chosen = {"versions": f"{model}:{version or LATEST}", "default_model": model, "threads": settings.threads or 1}
-    settings = settings.model_copy(update=chosen)
-    return settings, open_repository(settings)
+    if name not in known:
+        raise StartError(f"no model {quoted(name)} in {folder}; name one of {', '.join(known)} with --model")
+    versions = sorted((path.name for path in (folder / name).glob("*/") if is_visible(path)), key=version_key)
+    if version and version not in versions:
+        raise StartError(f"model {name} has no version {quoted(version)}; its folder holds {', '.join(versions)}")
+    return folder / name / (version or versions[-1])
+
+
+def trial(settings: Settings, folder: Path) -> Tried:
+    """Try a version, as the service does before it serves it.
+
+    Raises:
+        StartError: It cannot be used.
+    """
+    rules = LoadRules(settings.load_limit_s, settings.load_memory_bytes, settings.model_public_keys)
+    provider = execution_provider(settings.execution_provider)
+    return tried(folder, provider, settings.threads or 1, settings.max_rows, rules)
 
 
 def rows_of_part(model: Model, options: Any) -> int:
@@ -189,34 +200,29 @@ class Operator:
 
     Args:
         job: What is to be done.
-        repository: Holds the model; None opens it.
 
     Raises:
         StartError: The model cannot be opened here, or is another one.
     """
 
-    def __init__(self, job: Job, repository: Repository | None = None) -> None:
+    def __init__(self, job: Job) -> None:
         began = time.monotonic()
-        self.job = job
+        self.job, self.settings = job, job.settings
         self.operation = operations()[job.operation]
-        self.settings = job.settings
         self.options = options_of(self.operation, job.options, self.settings.max_draws)
-        repository = repository or open_repository(job.settings)
-        self.model = repository.find(job.model, job.version)
-        if self.model.manifest.fingerprint != job.fingerprint:
-            raise StartError(
-                f"model {job.model} version {job.version} has fingerprint {self.model.manifest.fingerprint} here and "
-                f"{job.fingerprint} where the run began; give all machines the same models"
-            )
-        self._repository = repository
+        folder = version_folder(self.settings, job.operation, job.model, job.version)
+        provider, threads = execution_provider(self.settings.execution_provider), self.settings.threads or 1
+        self.model = open_tried(folder, provider, threads, self.settings.max_rows, job.tried)
+        self._served = {job.model: {job.version: self.model}}
         self.source = Source(Folder(job.source, job.source_options), job.kind, job.rows, job.column)
         about = {
-            "model": job.model, "version": job.version, "fingerprint": job.fingerprint, "operation": job.operation,
+            "model": job.model, "version": job.version, "fingerprint": self.model.manifest.fingerprint,
+            "operation": job.operation,
             "options": self.options.model_dump_json(exclude_defaults=True),
         }  # fmt: skip
         fixed = self.model.free is None and not self.model.others and self.options.resizing != "tile"
-        folder = Folder(job.target, job.target_options)
-        self.target = Target(folder, job.form, about, fixed=fixed, keyed=job.kind == "tar")
+        into = Folder(job.target, job.target_options)
+        self.target = Target(into, job.form, about, fixed=fixed, keyed=job.kind == "tar")
         self._engine = Engine(
             max_rows=self.settings.max_rows, queue_rows=sys.maxsize, inline_s=math.inf,
             tile_pixels=self.settings.tile_pixels,
@@ -233,7 +239,7 @@ class Operator:
         Raises:
             ServiceError: The model cannot do what the options ask, or none of the first images can be used.
         """
-        self.operation.check_offered(self.model, self._repository.models, self.options)
+        self.operation.check_offered(self.model, self._served, self.options)
         for name, value in OF_REQUEST.items():
             if getattr(self.options, name, None) == value:
                 raise InvalidOption(f"{name}={value} is of all rows of a request; use {name}=true")
@@ -245,9 +251,12 @@ class Operator:
                 "the images in uint8 are levels of 0 to 255, but their highest is 1; store black and white as bool, or "
                 "as 0 and 255"
             )
-        found = list(self._admitted(block))
-        if all(isinstance(one, Failure) for one in found):
-            raise InvalidShape(f"none of the first {len(found)} images can be used: {found[0].path}: {found[0].error}")
+        failed = []
+        for found in self._admitted(block):
+            if not isinstance(found, Failure):
+                return
+            failed.append(found)
+        raise InvalidShape(f"none of the first {len(failed)} images can be used: {failed[0].path}: {failed[0].error}")
 
     def __call__(self, task: Task, known: bool) -> Outcome:
         """Work off a task.
@@ -358,7 +367,7 @@ class Operator:
             ServiceError: They cannot be computed.
         """
         model = variant_of(self.operation, self.model, payload, self.options)
-        self.operation.check_offered(model, self._repository.models, self.options)
+        self.operation.check_offered(model, self._served, self.options)
         large = None if model.free is None else self.settings.tile_pixels
         inputs = admit(self.operation, model, payload, self.options, sys.maxsize, lambda *_: None, large)
         images = inputs.tiling.images if inputs.tiling else len(inputs.rows)

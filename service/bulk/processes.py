@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Sequence
 from contextlib import suppress
 from itertools import islice
 from multiprocessing.connection import Connection, wait
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from service import process
 from service.bulk.operator import Job, Operator, Outcome
 from service.bulk.source import Task
+from service.contract.cores import cpu_count
 from service.errors import StartError
 
 MOST_DEATHS = 3
@@ -27,13 +28,13 @@ class Worker(NamedTuple):
     pipe: Connection
 
 
-def run(job: Job, tasks: Iterable[tuple[Task, bool]], count: int) -> Iterator[Outcome]:
+def run(job: Job, tasks: Sequence[tuple[Task, bool]], count: int | None) -> Generator[Outcome]:
     """Work off tasks in processes, one at a time each; outcomes come as they are ready.
 
     Args:
         job: What is to be done.
         tasks: The tasks, and whether some of each may be done already.
-        count: Number of processes.
+        count: Number of processes; None is one a core.
 
     Raises:
         StartError: A task has ended several processes.
@@ -51,7 +52,7 @@ def run(job: Job, tasks: Iterable[tuple[Task, bool]], count: int) -> Iterator[Ou
             worker.pipe.send(task)
 
     try:
-        for task in islice(waiting, count):
+        for task in islice(waiting, count or cpu_count()):
             give(_started(job), task)
         while busy:
             for pipe in wait(list(busy)):

@@ -3,29 +3,73 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from service.api.validation import options_of
 from service.bulk import processes
 from service.bulk.files import Folder
-from service.bulk.operator import Job, Operator, Outcome, opened, operations, rows_of_part
-from service.bulk.source import Task, find
+from service.bulk.operator import Job, Operator, Outcome, operations, rows_of_part, trial, version_folder
+from service.bulk.source import Source, Task, find
 from service.bulk.target import PARTS, Failure, Form, begin, check_pictures, continued, write_errors
-from service.contract.cores import cpu_count
 from service.errors import InferenceFailed, InvalidOption, StartError, quoted
-from service.operations.inference.latent import fresh_seed
+from service.operations.inference.latent import BLOCK_ROWS, fresh_seed
 from service.operations.operation import MEANS, Operation
 from service.settings import Settings
 
-MODEL = ("model", "version", "fingerprint")
-"""What names a model."""
-Pool = Callable[[Job, Iterable[tuple[Task, bool]], int], Generator[Outcome]]
-"""(job, tasks, number of processes or actors) -> outcomes, as they are ready."""
+Pool = Callable[[Job, Sequence[tuple[Task, bool]], int | None], Generator[Outcome]]
+"""(job, tasks and whether some of each may be done, processes or actors) -> outcomes, as they are ready."""
+
+
+class Request(NamedTuple):
+    """What is asked of a run.
+
+    Attributes:
+        operation: Name of the operation.
+        source: A folder, a glob, a file, or a URL of one of these.
+        target: The folder of the results, or its URL.
+        options: Options of the operation.
+        model: Name of the model; empty is the default one of the operation.
+        version: Its version; empty is the latest.
+        form: What is written; None is pictures where the answer is images alone, else Parquet.
+        rows: Rows of a part; None is as many as go well into memory.
+        column: Column of the images in tables; empty takes the only one that may hold them.
+        source_options: Options of the source's file system, as fsspec takes them.
+        target_options: Options of the target's.
+    """
+
+    operation: str
+    source: str
+    target: str
+    options: Mapping[str, Any] = MappingProxyType({})
+    model: str = ""
+    version: str = ""
+    form: Form | None = None
+    rows: int | None = None
+    column: str = ""
+    source_options: Mapping[str, Any] = MappingProxyType({})
+    target_options: Mapping[str, Any] = MappingProxyType({})
+
+
+class Plan(NamedTuple):
+    """What a run does.
+
+    Attributes:
+        job: What all processes are told.
+        tasks: The tasks, and whether some of each may be done already.
+        rows: Rows of the source; None of shards, whose rows are not counted.
+        report: What is known at the beginning.
+    """
+
+    job: Job
+    tasks: list[tuple[Task, bool]]
+    rows: int | None
+    report: Report
 
 
 @dataclass
@@ -66,18 +110,8 @@ class Report:
 
 def run(
     settings: Settings,
-    operation: str,
-    source: str,
-    target: str,
-    options: Mapping[str, Any] | None = None,
+    request: Request,
     *,
-    model: str = "",
-    version: str = "",
-    form: Form | None = None,
-    rows: int | None = None,
-    column: str = "",
-    source_options: dict[str, Any] | None = None,
-    target_options: dict[str, Any] | None = None,
     workers: int | None = None,
     pool: Pool = processes.run,
     progress: bool | None = None,
@@ -86,99 +120,91 @@ def run(
 
     Args:
         settings: Of the service: where the models are, and limits.
-        operation: Name of the operation.
-        source: A folder, a glob, a file, or a URL of one of these.
-        target: The folder of the results, or its URL.
-        options: Options of the operation.
-        model: Name of the model; empty is the default one of the operation.
-        version: Its version; empty is the latest.
-        form: What is written; None is pictures where the answer is images alone, else Parquet.
-        rows: Rows of a part; None is as many as go well into memory.
-        column: Column of the images in tables; empty takes the only one that may hold them.
-        source_options: Options of the source's file system, as fsspec takes them.
-        target_options: Options of the target's.
+        request: What is asked.
         workers: Processes, or actors of Ray; None is one a core.
         pool: Runs the tasks.
         progress: Whether to show a progress bar; None shows it on a terminal.
 
     Raises:
         ServiceError: The run cannot begin or go on; the message names the fix.
+        OSError: A table or a shard cannot be read, or the results cannot be written.
     """
     began = time.monotonic()
-    if operation not in operations():
-        raise InvalidOption(f"a bulk run does {', '.join(operations())}, not {quoted(operation)}")
-    into = Folder(target, target_options)
-    found = find(source, source_options or {}, into.root)
-    given = options_of(operations()[operation], options or {}, settings.max_draws)
-    settings, repository = opened(settings, operation, model, version)
-    chosen = repository.find(None, None)
-    manifest = chosen.manifest
-    form = form or _form(operations()[operation], given)
-    record = {
-        "operation": operation,
-        "options": given.model_dump(mode="json", exclude_defaults=True, exclude={"seed"}),
-        "seed": getattr(given, "seed", None),
-        "model": manifest.name,
-        "version": manifest.version,
-        "fingerprint": manifest.fingerprint,
-        "form": form,
-        "kind": found.kind,
-        "column": column,
-        "rows": rows or rows_of_part(chosen, given),
-    }
-    record = continued(into, record)
-    if record["seed"] is None and "seed" in type(given).model_fields:
-        record["seed"] = fresh_seed()
-    drawn = {} if record["seed"] is None else {"seed": record["seed"]}
-    job = Job(
-        settings,
-        operation,
-        {**record["options"], **drawn},
-        *(record[name] for name in MODEL),
-        found.url,
-        found.kind,
-        source_options or {},
-        column,
-        target,
-        target_options or {},
-        form,
-        record["rows"],
-    )
-    operator = Operator(job, repository)
-    tasks = operator.source.tasks(found.names)
-    total = None if found.kind == "tar" else sum(task.rows or 0 for task in tasks)
-    if not tasks:
-        raise StartError(f"{source} holds no rows")
-    operator.check(tasks[0])
-    if form == "images" and found.kind == "pictures":
-        check_pictures(found.names)
-    begin(into, record, total)
-    report = Report(target, *(record[name] for name in MODEL), drawn.get("seed"), found.ignored)
-    known = {name.removesuffix(".json").partition("-")[0] for name in into.below(PARTS).names()}
-    del operator, repository, chosen  # their memory is the processes'
-    pairs, missing = [(task, task.name in known) for task in tasks], len(tasks)
+    job, tasks, rows, report = planned(settings, request)
+    missing = len(tasks)
+    bar = tqdm(total=rows, desc=job.operation, unit="row", disable=None if progress is None else not progress)
     try:
-        with (
-            closing(pool(job, pairs, min(workers or cpu_count(), len(pairs)))) as outcomes,
-            tqdm(total=total, desc=operation, unit="row", disable=None if progress is None else not progress) as bar,
-        ):
+        with bar, closing(pool(job, tasks, workers)) as outcomes:
             for outcome in outcomes:
-                if not report.start_s:
-                    report.start_s = time.monotonic() - outcome.busy_s - began
+                report.start_s = report.start_s or time.monotonic() - outcome.busy_s - began
                 report.add(outcome)
                 missing -= 1
                 bar.update(outcome.done + outcome.before + len(outcome.failed))
                 bar.set_postfix(failed=len(report.failed), refresh=False)
     finally:
         report.busy_s = time.monotonic() - began - report.start_s
-        write_errors(into, report.failed)
+        write_errors(Folder(job.target, job.target_options), report.failed)
     if missing:
         raise InferenceFailed(f"{missing} of {len(tasks)} parts have no results; run the same command again")
     return report
 
 
+def planned(settings: Settings, request: Request) -> Plan:
+    """Check a request, and write of which run the results are.
+
+    Raises:
+        ServiceError: The run cannot begin; the message names the fix.
+    """
+    name, column = request.operation, request.column
+    if name not in operations():
+        raise InvalidOption(f"a bulk run does {', '.join(operations())}, not {quoted(name)}")
+    operation, into = operations()[name], Folder(request.target, request.target_options)
+    found = find(request.source, request.source_options, into.root)
+    options = options_of(operation, request.options, settings.max_draws)
+    form = request.form or _form(operation, options)
+    if form == "images" and found.kind == "pictures":
+        check_pictures(found.names)
+    folder = version_folder(settings, name, request.model, request.version)
+    job = Job(
+        settings, name, options.model_dump(mode="json", exclude_defaults=True), folder.parent.name, folder.name,
+        trial(settings, folder), found.url, found.kind, dict(request.source_options), column, request.target,
+        dict(request.target_options), form, request.rows or BLOCK_ROWS,
+    )  # fmt: skip
+    operator = Operator(job)
+    manifest = operator.model.manifest
+    record = continued(
+        into,
+        {
+            "operation": name,
+            "options": {option: value for option, value in job.options.items() if option != "seed"},
+            "seed": job.options.get("seed"),
+            "model": manifest.name,
+            "version": manifest.version,
+            "fingerprint": manifest.fingerprint,
+            "form": form,
+            "kind": found.kind,
+            "column": column,
+            "rows": request.rows or rows_of_part(operator.model, options),
+        },
+    )
+    if "seed" in operation.options.model_fields:
+        record["seed"] = fresh_seed() if record["seed"] is None else record["seed"]
+        job = job._replace(options={**job.options, "seed": record["seed"]})
+    job = job._replace(rows=record["rows"])
+    tasks = Source(Folder(found.url, request.source_options), found.kind, job.rows, column).tasks(found.names)
+    if not tasks:
+        raise StartError(f"{request.source} holds no rows")
+    operator.check(tasks[0])
+    rows = None if found.kind == "tar" else sum(task.rows or 0 for task in tasks)
+    begin(into, record, rows)
+    known = {path.removesuffix(".json").partition("-")[0] for path in into.below(PARTS).names()}
+    report = Report(
+        request.target, manifest.name, manifest.version, manifest.fingerprint, record["seed"], found.ignored
+    )
+    return Plan(job, [(task, task.name in known) for task in tasks], rows, report)
+
+
 def _form(operation: Operation, options: Any) -> Form:
     """Pictures where the answer is images alone, else Parquet."""
-    return (
-        "images" if MEANS.name in [tensor.name for tensor in operation.outputs] and options.images_alone else "parquet"
-    )
+    gives_images = MEANS.name in [tensor.name for tensor in operation.outputs]
+    return "images" if gives_images and options.images_alone else "parquet"

@@ -124,7 +124,7 @@ class PartWriter(AbstractContextManager["PartWriter"]):
         """
         raise NotImplementedError
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *raised: object) -> None:
         """Write nothing more."""
 
 
@@ -218,11 +218,11 @@ class TableWriter(PartWriter):
             self._writer = parquet.ParquetWriter(pa.PythonFile(self._hashed, "w"), table.schema)
         self._writer.write_table(table)
 
-    def __exit__(self, kind: object, *others: object) -> None:
+    def __exit__(self, *raised: object) -> None:
         """Write what waits, and the end of the file; a part without any results has none."""
-        if kind is None and self._waiting:
+        if raised[0] is None and self._waiting:
             self._flush()
-        if kind is None and self._writer is not None and self._hashed is not None:
+        if raised[0] is None and self._writer is not None and self._hashed is not None:
             self._writer.close()
             self._open.close()
             self.outputs[self._name] = self._hashed.digest()

@@ -9,18 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from service.contract.cores import cpu_count
 from service.contract.files import check_files
 from service.errors import NotReady, StartError, UnknownModel, quoted
 from service.repository.defaults import Defaults, default_models, is_visible, model_names
 from service.repository.overrides import WHOLE, Overrides
 from service.repository.progress import Tell, logged
-from service.repository.remote import local_copy
 from service.repository.selection import Selection, version_key
 from service.repository.version import LoadRules, open_model, read_manifest, start_errors
 from service.runtime.model import Model
-from service.runtime.session import execution_provider
-from service.settings import Settings
 
 State = Literal["ready", "loading", "unloaded", "failed"]
 Stamp = tuple[tuple[str, int, int], ...]
@@ -319,18 +315,3 @@ class Repository:
         if name not in self.conditions:
             return UnknownModel(f"no model {quoted(name)}; the models are {', '.join(self.models)}")
         return NotReady(f"no version of model {name} is served; /v1/models/{name} says why")
-
-
-def open_repository(settings: Settings, overrides: Overrides = Overrides()) -> Repository:  # noqa: B008  # a tuple
-    """Fetch, check, open and warm up the models that the settings and the overrides select.
-
-    Raises:
-        StartError: A model cannot be fetched or served.
-    """
-    provider = execution_provider(settings.execution_provider)
-    threads = settings.threads or max(1, cpu_count() // settings.workers)
-    models, selection = local_copy(settings), Selection(settings.versions)
-    rules = LoadRules(settings.load_limit_s, settings.load_memory_bytes, settings.model_public_keys)
-    return Repository.open(
-        models, settings.default_model, provider, threads, settings.max_rows, selection, overrides, rules
-    )

@@ -24,9 +24,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.app import create_app
+from service.app import create_app, open_repository
 from service.repository.progress import logged
-from service.repository.repository import ModelFolder, Repository, open_repository
+from service.repository.repository import ModelFolder, Repository
 from service.repository.selection import Selection
 from service.repository.version import open_model
 from service.runtime.model import Model
