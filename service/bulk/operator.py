@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from hashlib import blake2b
 from itertools import groupby
 from pathlib import Path
@@ -25,6 +26,7 @@ from service.codecs import npy
 from service.codecs.image import read as read_picture
 from service.codecs.payload import Meter, Payload, scaled
 from service.codecs.source import Source as Kept
+from service.contract.manifest import digest
 from service.errors import (
     InvalidOption,
     InvalidShape,
@@ -42,7 +44,7 @@ from service.operations.registry import OPERATIONS
 from service.repository.defaults import default_models, is_visible, model_names
 from service.repository.remote import local_copy
 from service.repository.selection import Selection, version_key
-from service.repository.version import LoadRules, Tried, open_tried, tried
+from service.repository.version import LoadRules, Tried, open_tried, read_manifest, tried
 from service.runtime.model import Model
 from service.runtime.scheduler import Engine
 from service.runtime.session import execution_provider
@@ -174,14 +176,21 @@ def version_folder(settings: Settings, operation: str, model: str, version: str)
 
 
 def trial(settings: Settings, folder: Path) -> Tried:
-    """Try a version, as the service does before it serves it.
+    """Try a version, as the service does before it serves it; once for several runs of a process.
 
     Raises:
         StartError: It cannot be used.
     """
     rules = LoadRules(settings.load_limit_s, settings.load_memory_bytes, settings.model_public_keys)
     provider = execution_provider(settings.execution_provider)
-    return tried(folder, provider, settings.threads or 1, settings.max_rows, rules)
+    text, _ = read_manifest(folder, rules.public_keys)
+    return _trial(folder, digest(text), provider, settings.threads or 1, settings.max_rows, rules)
+
+
+@lru_cache
+def _trial(folder: Path, _digest: str, provider: str, threads: int, max_rows: int, rules: LoadRules) -> Tried:
+    """Try a version whose manifest has a digest; it covers all of its files."""
+    return tried(folder, provider, threads, max_rows, rules)
 
 
 def rows_of_part(model: Model, options: Any) -> int:
@@ -230,6 +239,12 @@ class Operator:
         self._loop = asyncio.Runner()
         self.open_s = time.monotonic() - began
 
+    def close(self) -> None:
+        """End its engine and its event loop, and close its table."""
+        self._loop.run(self._engine.close())
+        self._loop.close()
+        self.source.close()
+
     def check(self, task: Task) -> None:
         """Check the options, and that some of the first images can be computed.
 
@@ -254,6 +269,7 @@ class Operator:
         failed = []
         for found in self._admitted(block):
             if not isinstance(found, Failure):
+                list(self._computed(iter([found.part(0, 1) if len(found.rows) > 1 else found])))
                 return
             failed.append(found)
         raise InvalidShape(f"none of the first {len(failed)} images can be used: {failed[0].path}: {failed[0].error}")

@@ -170,31 +170,31 @@ def planned(settings: Settings, request: Request) -> Plan:
         trial(settings, folder), found.url, found.kind, dict(request.source_options), column, request.target,
         dict(request.target_options), form, request.rows or BLOCK_ROWS,
     )  # fmt: skip
-    operator = Operator(job)
-    manifest = operator.model.manifest
-    record = continued(
-        into,
-        {
-            "operation": name,
-            "options": {option: value for option, value in job.options.items() if option != "seed"},
-            "seed": job.options.get("seed"),
-            "model": manifest.name,
-            "version": manifest.version,
-            "fingerprint": manifest.fingerprint,
-            "form": form,
-            "kind": found.kind,
-            "column": column,
-            "rows": request.rows or rows_of_part(operator.model, options),
-        },
-    )
-    if "seed" in operation.options.model_fields:
-        record["seed"] = fresh_seed() if record["seed"] is None else record["seed"]
-        job = job._replace(options={**job.options, "seed": record["seed"]})
-    job = job._replace(rows=record["rows"])
-    tasks = Source(Folder(found.url, request.source_options), found.kind, job.rows, column).tasks(found.names)
-    if not tasks:
-        raise StartError(f"{request.source} holds no rows")
-    operator.check(tasks[0])
+    with closing(Operator(job)) as operator:
+        manifest = operator.model.manifest
+        record = continued(
+            into,
+            {
+                "operation": name,
+                "options": {option: value for option, value in job.options.items() if option != "seed"},
+                "seed": job.options.get("seed"),
+                "model": manifest.name,
+                "version": manifest.version,
+                "fingerprint": manifest.fingerprint,
+                "form": form,
+                "kind": found.kind,
+                "column": column,
+                "rows": request.rows or rows_of_part(operator.model, options),
+            },
+        )
+        if "seed" in operation.options.model_fields:
+            record["seed"] = fresh_seed() if record["seed"] is None else record["seed"]
+            job = job._replace(options={**job.options, "seed": record["seed"]})
+        job = job._replace(rows=record["rows"])
+        tasks = Source(Folder(found.url, request.source_options), found.kind, job.rows, column).tasks(found.names)
+        if not tasks:
+            raise StartError(f"{request.source} holds no rows")
+        operator.check(tasks[0])
     rows = None if found.kind == "tar" else sum(task.rows or 0 for task in tasks)
     begin(into, record, rows)
     known = {path.removesuffix(".json").partition("-")[0] for path in into.below(PARTS).names()}

@@ -10,6 +10,7 @@ import math
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from itertools import chain, groupby
 from typing import Any, Literal, NamedTuple
 
@@ -178,11 +179,18 @@ class Source:
         tasks: list[Task] = []
         first = 0
         for name in names:
-            rows = _Table(self.folder, name, self._column).rows
+            with closing(_Table(self.folder, name, self._column)) as table:
+                rows = table.rows
             for at in range(0, rows, size):
                 tasks.append(Task(f"{len(tasks):08d}", (name,), first + at, at, min(size, rows - at)))
             first += rows
         return tasks
+
+    def close(self) -> None:
+        """Close the table that is open."""
+        if self._table is not None:
+            self._table.close()
+            self._table = None
 
     def read(self, task: Task) -> Iterator[Block]:
         """The rows of a task. A failed read is the value of its row.
@@ -236,6 +244,7 @@ class Source:
         (name,) = task.paths
         assert task.rows is not None
         if self._table is None or self._table.name != name or self._table.at > task.start:
+            self.close()
             self._table = _Table(self.folder, name, self._column)
         table, at = self._table, task.start
         arrays = table.read(at, task.rows, self._rows)
@@ -288,7 +297,8 @@ class _Table:
     def __init__(self, folder: Folder, name: str, column: str) -> None:
         self.name = name
         try:
-            self._file = parquet.ParquetFile(folder.files.open(folder.path(name), "rb"))
+            self._opened = folder.files.open(folder.path(name), "rb")
+            self._file = parquet.ParquetFile(self._opened)
         except (OSError, pa.ArrowException) as error:
             raise StartError(f"{name} is no Parquet file that can be read: {one_line(error)}") from error
         schema = self._file.schema_arrow
@@ -310,6 +320,11 @@ class _Table:
         self._batches: Iterator[pa.RecordBatch] = iter(())
         self._left: pa.Array | None = None
         self._begun = False
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+        self._opened.close()
 
     def read(self, start: int, count: int, most: int) -> Iterator[pa.Array]:
         """The column from a row on.

@@ -189,7 +189,7 @@ class TableWriter(PartWriter):
             fields.append(pa.field(name, array.type, metadata=metadata))
             columns.append(array)
 
-        put("path", pa.array([row.path for row in rows]).dictionary_encode())
+        put("path", pa.array([row.path for row in rows]))
         put("row", pa.array([row.row for row in rows], pa.int64()))
         if self.target.keyed:
             put("key", pa.array([row.key for row in rows]))
@@ -211,7 +211,7 @@ class TableWriter(PartWriter):
         return pa.table(columns, schema=pa.schema(fields, metadata=self.target.about))
 
     def _flush(self) -> None:
-        table = pa.concat_tables(self._waiting).combine_chunks().unify_dictionaries()
+        table = pa.concat_tables(self._waiting).combine_chunks()
         self._waiting = []
         if self._writer is None:
             self._hashed = Hashed(self._open.enter_context(self.target.folder.written(self._name)))
