@@ -35,6 +35,11 @@ ROOT = HERE.parent
 BATCHES = (64, 128, 256, 1024)
 LEAST = {"processes": 0.85, "ray": 0.9}
 """Wanted: processes beside onnxruntime, and actors beside processes."""
+COSTS = (
+    "Every process decodes the whole row group, which takes about half a second of a core here; checking and writing "
+    "take as much again. So the cheaper the model, the lower the ratio. Processor seconds are those of the whole "
+    "command, start included; those of `--ray` leave out Ray's daemons and actors, which are no children of it."
+)
 RAY = ROOT / "tests" / "ray" / "requirements.txt"
 
 
@@ -84,10 +89,10 @@ def measured(
     model: str, source: Path, home: Path, workers: int, ray: str | None, turn: int
 ) -> dict[str, dict[str, float]]:
     """Rates, seconds of start, and processor seconds of one round."""
+    asked = model, str(source), str(home / "out"), str(workers)
     runs = {"onnxruntime": lambda: bare(model, source, workers), "processes": lambda: bulk(sys.executable, *asked)}
     if ray is not None:
-        runs["ray"] = lambda: bulk(str(ray), *asked, "--ray", "local")
-    asked = [model, str(source), str(home / "out"), str(workers)]
+        runs["ray"] = lambda: bulk(ray, *asked, "--ray", "local")
     names = list(runs)
     found = {}
     for name in names[turn % len(names) :] + names[: turn % len(names)]:
@@ -119,7 +124,7 @@ def bare(model: str, source: Path, workers: int) -> dict[str, float]:
     """onnxruntime in plain processes, which begin together."""
     context = multiprocessing.get_context("spawn")
     barrier, answers = context.Barrier(workers + 1), context.SimpleQueue()
-    file = sorted((ROOT / "models" / model).iterdir())[-1]
+    file = max((ROOT / "models" / model).iterdir())
     graph = file / json.loads((file / "manifest.json").read_text())["graphs"]["encoder"]["file"]
     began = time.monotonic()
     running = [
@@ -171,14 +176,17 @@ def told(found: dict[str, dict[str, float]]) -> str:
 
 def page(found: dict[str, list[dict[str, dict[str, float]]]], options: argparse.Namespace) -> str:
     """The page of results."""
+    about = (
+        f"`vae-bulk encode` of {options.rows:,} images of 28 x 28 (MNIST, repeated) from one Parquet file of one row "
+        f"group, with {options.workers} processes, and with {options.workers} Ray actors, beside onnxruntime in "
+        f"{options.workers} plain processes that read arrays in memory. Each process has one thread; rates leave out "
+        f"the start, which stands beside them. Medians of {options.rounds} rounds, whose order changes; ratios are of "
+        f"the same round. {machine()}. `make bench-bulk` makes this page."
+    )
     lines = [
         "# Bulk runs",
         "",
-        f"`vae-bulk encode` of {options.rows:,} images of 28 x 28 (MNIST, repeated) from one Parquet file of one row "
-        f"group, with {options.workers} processes, and with {options.workers} Ray actors, beside onnxruntime in "
-        f"{options.workers} plain processes that read arrays in memory. Every run has one thread a process; rates leave "
-        "out the start, which stands beside them. Medians of the rounds, whose order changes; ratios are of the same "
-        f"round. {machine()}. `make bench-bulk` makes this page.",
+        about,
         "",
         "| model | run | rows/s | ratio | from, to | start, s | processor seconds |",
         "|---|---|--:|--:|--:|--:|--:|",
@@ -210,9 +218,7 @@ def page(found: dict[str, list[dict[str, dict[str, float]]]], options: argparse.
             else "; Ray could not be installed."
         ),
         "",
-        "Every process decodes the whole row group, which takes about half a second of a core here, and checking and "
-        "writing take as much again. So the cheaper the model, the lower the ratio. Processor seconds are those of the "
-        "whole command, start included; those of `--ray` leave out Ray's daemons and actors, which are not its children.",
+        COSTS,
         "",
     ]
     return "\n".join(lines)

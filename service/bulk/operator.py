@@ -165,8 +165,10 @@ def version_folder(settings: Settings, operation: str, model: str, version: str)
         StartError: There is none.
     """
     folder = local_copy(settings)
-    name = model or default_models(folder, Selection(), settings.default_model).of(operation)
     known = model_names(folder)
+    if not known:
+        raise StartError(f"{folder} holds no models; name the model repository with --models or VAE_MODELS")
+    name = model or default_models(folder, Selection(), settings.default_model).of(operation)
     if name not in known:
         raise StartError(f"no model {quoted(name)} in {folder}; name one of {', '.join(known)} with --model")
     versions = sorted((path.name for path in (folder / name).glob("*/") if is_visible(path)), key=version_key)

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 from pyarrow import dataset, parquet
 
+from service.bulk.run import Request, run
 from service.errors import ServiceError, StartError
 from service.operations.operation import Inputs
 from service.operations.registry import OPERATIONS
@@ -23,6 +24,7 @@ from service.repository.repository import Repository
 from service.repository.selection import Selection
 from service.runtime.model import Model
 from service.runtime.scheduler import Engine
+from service.settings import Settings
 from tests.bulk.conftest import MODELS, Levels, bulk, png
 
 ERRORS = "_vae-bulk/errors.parquet"
@@ -279,6 +281,8 @@ def test_a_folder_of_others_is_left_alone(folder: Path, tmp_path: Path) -> None:
     """Results never go among other files, nor two pictures into one file."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.doc").write_text("x")
+    with pytest.raises(StartError, match="holds no models; name the model repository with --models"):
+        run(Settings(models=folder / "0"), Request("encode", str(folder), str(tmp_path / "none")), progress=False)
     with pytest.raises(StartError, match="holds other files"):
         bulk("encode", folder, tmp_path / "out")
     (folder / "0" / "001.bmp").write_bytes((folder / "0" / "001.png").read_bytes())
