@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
+import warnings
 from collections.abc import Generator, Sequence
 from typing import Any
 
@@ -28,6 +30,8 @@ except ImportError as error:
 
 RETRIES = 2
 """How often a task is done again whose actor has died."""
+REACH_S = 10.0
+"""Time in which the address of a cluster must answer."""
 
 
 class Actor:
@@ -68,6 +72,8 @@ class Cluster:
         Raises:
             StartError: There is no such cluster, or an actor cannot go on.
         """
+        # Options of actors have no other way before Ray 2.61, which the extra's bound keeps out.
+        warnings.filterwarnings("ignore", "`ray_remote_args_fn` is deprecated")
         logging.getLogger("ray.data").setLevel(logging.ERROR)  # it tells of its plans and files
         self._connect(count or cpu_count())
         try:
@@ -96,14 +102,13 @@ class Cluster:
             StartError: There is none.
         """
         here = {"num_cpus": cores, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        further = here if self._address == "local" else {}
+        host, colon, port = self._address.rpartition(":")
         try:
-            ray.init(
-                self._address,
-                log_to_driver=False,
-                logging_level="WARNING",
-                **(here if self._address == "local" else {}),
-            )
-        except (ConnectionError, RayError, ValueError) as error:
+            if colon and port.isdigit() and "://" not in host:  # Ray itself would ask for minutes
+                socket.create_connection((host.strip("[]"), int(port)), REACH_S).close()
+            ray.init(self._address, log_to_driver=False, logging_level="WARNING", **further)
+        except (OSError, RayError, ValueError) as error:
             raise StartError(
                 f"no Ray cluster at {self._address}: {one_line(error)}; start one with `ray start --head`, or say "
                 "--ray local"
