@@ -105,7 +105,7 @@ class Outcome(NamedTuple):
         before: Rows whose results an earlier run had written.
         failed: Rows without results.
         busy_s: Seconds that it took.
-        open_s: Seconds that opening the model took this process.
+        processor_s: Seconds of a core that it took.
     """
 
     task: str
@@ -113,7 +113,7 @@ class Outcome(NamedTuple):
     before: int
     failed: list[Failure]
     busy_s: float
-    open_s: float
+    processor_s: float
 
 
 class Batch(NamedTuple):
@@ -217,13 +217,15 @@ class Operator:
     """
 
     def __init__(self, job: Job) -> None:
-        began = time.monotonic()
         self.job, self.settings = job, job.settings
         self.operation = operations()[job.operation]
         self.options = options_of(self.operation, job.options, self.settings.max_draws)
         folder = version_folder(self.settings, job.operation, job.model, job.version)
         provider, threads = execution_provider(self.settings.execution_provider), self.settings.threads or 1
         self.model = open_tried(folder, provider, threads, self.settings.max_rows, job.tried)
+        for variant in self.model.variants.values():
+            for program in variant.programs.values():
+                program.timing = None  # nobody waits for a batch, so all are of `max_rows`, whatever was measured
         self._served = {job.model: {job.version: self.model}}
         self.source = Source(Folder(job.source, job.source_options), job.kind, job.rows, job.column)
         about = {
@@ -239,7 +241,6 @@ class Operator:
             tile_pixels=self.settings.tile_pixels,
         )  # fmt: skip
         self._loop = asyncio.Runner()
-        self.open_s = time.monotonic() - began
 
     def close(self) -> None:
         """End its engine and its event loop, and close its table."""
@@ -287,7 +288,7 @@ class Operator:
             OSError: A table or a shard cannot be read, or the results cannot be written.
             ServiceError: No row can be computed.
         """
-        began = time.monotonic()
+        began, used = time.monotonic(), time.process_time()
         done = self._done(task) if known else {}
         records = list(done.values())
         for part, blocks in groupby(self.source.read(task), lambda block: block.part):
@@ -295,7 +296,8 @@ class Operator:
                 records.append(self._write_part(part, blocks))
         every, before = (sum(record.rows for record in some) for some in (records, done.values()))
         failed = [failure for record in records for failure in record.failed]
-        return Outcome(task.name, every - before, before, failed, time.monotonic() - began, self.open_s)
+        busy_s, processor_s = time.monotonic() - began, time.process_time() - used
+        return Outcome(task.name, every - before, before, failed, busy_s, processor_s)
 
     def _done(self, task: Task) -> dict[str, PartRecord]:
         """The parts of a task whose content is as it was when they were done, and whose results are."""

@@ -99,7 +99,6 @@ def _work(job: Job, pipe: Connection, parent: int) -> None:
     """Open the model, then work off what comes through the pipe until it is closed."""
     process.end_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
-    process.fix_mmap_threshold()
     operator: Operator | None = None
     with suppress(EOFError, OSError):
         while True:

@@ -88,6 +88,7 @@ class Report:
         failed: Rows without results.
         start_s: Seconds until the first process began to compute.
         busy_s: Seconds from then on.
+        processor_s: Seconds of a core that all tasks took together.
     """
 
     target: str
@@ -101,11 +102,13 @@ class Report:
     failed: list[Failure] = field(default_factory=list)
     start_s: float = 0.0
     busy_s: float = 0.0
+    processor_s: float = 0.0
 
     def add(self, outcome: Outcome) -> None:
         """Count what came of a task."""
         self.done, self.before = self.done + outcome.done, self.before + outcome.before
         self.failed += outcome.failed
+        self.processor_s += outcome.processor_s
 
 
 def run(
