@@ -335,10 +335,9 @@ class Operator:
     def _admitted(self, block: Block) -> Iterator[Batch | Failure]:
         """The rows of a block that can be computed, and why others cannot."""
         keys = block.keys or [""] * len(block.paths)
-        rows = [
-            Row(block.first + k, block.row + k, path, key)
-            for k, (path, key) in enumerate(zip(block.paths, keys, strict=True))
-        ]
+        count = len(block.paths)
+        places, numbers = range(block.first, block.first + count), range(block.row, block.row + count)
+        rows = list(map(Row, places, numbers, block.paths, keys))
         if isinstance(block.values, np.ndarray):
             with suppress(ServiceError):  # of one row or more: each is tried by itself
                 yield self._batch(rows, Payload(self._shaped(block.values)))
@@ -458,8 +457,7 @@ def _failure(row: Row, error: ServiceError) -> Failure:
 
 def _update(content: Any, block: Block) -> None:
     """Add the rows of a block to the digest of a part: their names, and what was read."""
-    for name in (*block.paths, *block.keys):
-        content.update(f"{name}\n".encode())
+    content.update("\n".join((*block.paths, *block.keys, "")).encode())
     for value in [block.values] if isinstance(block.values, np.ndarray) else block.values:
         if isinstance(value, np.ndarray):
             content.update(f"{value.dtype}{value.shape}\n".encode())

@@ -215,7 +215,9 @@ class TableWriter(PartWriter):
         self._waiting = []
         if self._writer is None:
             self._hashed = Hashed(self._open.enter_context(self.target.folder.written(self._name)))
-            self._writer = parquet.ParquetWriter(pa.PythonFile(self._hashed, "w"), table.schema)
+            self._writer = parquet.ParquetWriter(
+                pa.PythonFile(self._hashed, "w"), table.schema, use_dictionary=["path", "notes"]
+            )  # numbers hardly repeat
         self._writer.write_table(table)
 
     def __exit__(self, *raised: object) -> None:
