@@ -7,7 +7,7 @@ CONFIG ?= training/configs/mnist.toml
 DOCS := .venv-docs
 MERMAID := 12.3.0
 
-.PHONY: setup serve train test client-test browser-test container-test docs docs-test lint bench bench-against bench-sizes bench-photographs bench-training bench-beside bench-capacity house attack fuzz soak clean
+.PHONY: setup serve train test client-test browser-test container-test ray-test docs docs-test lint bench bench-against bench-bulk bench-capacity bench-overhead bench-sizes bench-photographs bench-training bench-beside house attack fuzz soak clean
 
 serve: $(VENV)/.serve
 	$(PYTHON) -m service
@@ -34,6 +34,10 @@ container-test: $(VENV)/.test
 docs: $(DOCS)/.ready
 	$(DOCS)/bin/python docs/build.py
 
+# Everything that needs Ray, in an environment of its own below .bench/; a Ray of this machine starts and ends with it.
+ray-test: $(VENV)/.test
+	$(PYTHON) -m pytest -m ray tests/ray
+
 docs-test: $(VENV)/.test
 	$(PYTHON) -m pytest -m site tests/site
 
@@ -50,6 +54,10 @@ bench-against: $(VENV)/.test
 	$(PYTHON) -m benchmarks.against $(REF) $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SECONDS),--seconds $(SECONDS)) \
 	  $(if $(LOADS),--loads $(LOADS))
 
+# Rows a second of vae-bulk beside onnxruntime alone, without Ray and on it: docs/results/bulk.md.
+bench-bulk: $(VENV)/.test
+	$(PYTHON) -m benchmarks.bulk --data $(DATA) $(if $(ROUNDS),--rounds $(ROUNDS))
+
 bench-sizes: $(VENV)/.test
 	$(PYTHON) -m benchmarks.sizes $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SECONDS),--seconds $(SECONDS))
 
@@ -62,6 +70,9 @@ bench-training: $(VENV)/.test
 
 bench-beside: $(VENV)/.test
 	$(PYTHON) -m benchmarks.beside
+
+bench-overhead: $(VENV)/.test
+	$(PYTHON) -m benchmarks.overhead
 
 # Predicted against measured throughput and latency of 1, 2 and 4 replicas, in about five minutes: docs/results/capacity.md.
 bench-capacity: $(VENV)/.test

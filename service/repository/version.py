@@ -72,6 +72,20 @@ class LoadRules(NamedTuple):
     public_keys: str = ""
 
 
+class Tried(NamedTuple):
+    """What the trial of a version has found.
+
+    Attributes:
+        digest: Digest of its manifest, which covers all of its files.
+        timings: Timings of its programs; empty where they are for this process to measure.
+        public_keys: As in `LoadRules`.
+    """
+
+    digest: str
+    timings: list[Timing]
+    public_keys: str = ""
+
+
 class Trial(NamedTuple):
     """The argument of `python -m service.repository.trial`.
 
@@ -113,17 +127,34 @@ def open_model(
     Raises:
         StartError: It cannot be served; the message names the file and the fix.
     """
-    on_cpu = provider == PROVIDERS["cpu"]
-    trial = Trial(str(folder), threads, max_rows, rules.memory_bytes, on_cpu, rules.public_keys)
-    digest, timings = _try(trial, rules.time_s, tell)
+    known = tried(folder, provider, threads, max_rows, rules, tell)
+    return open_tried(folder, provider, threads, max_rows, known, tell)
+
+
+def open_tried(
+    folder: Path, provider: str, threads: int, max_rows: int, known: Tried, tell: Tell = tell_nobody
+) -> Model:
+    """Open and replay a version that has been tried, here or on another machine, and take or measure its timings.
+
+    Args:
+        folder: Folder of the version.
+        provider: onnxruntime's name of the execution provider.
+        threads: Threads of a graph.
+        max_rows: Rows of a batch, for the warm-up.
+        known: What the trial has found.
+        tell: Takes each step.
+
+    Raises:
+        StartError: It is another version than was tried, or cannot be served; the message names the file and the fix.
+    """
     tell("reading")
     try:
-        with open_version(folder, rules.public_keys) as version:
-            if version.digest != digest:
-                raise StartError(f"{folder} was changed while it was opened; load it again")
+        with open_version(folder, known.public_keys) as version:
+            if version.digest != known.digest:
+                raise StartError(f"{folder} is not as it was when it was tried; load it again")
             model = assemble(version, provider, threads, tell)
-        if on_cpu:
-            take_timings(model, version.golden, max_rows, timings)
+        if known.timings:
+            take_timings(model, version.golden, max_rows, known.timings)
         else:
             tell("warming up")
             warm(model, version.golden, max_rows)
@@ -251,23 +282,32 @@ def start_errors(prefix: str = "") -> Iterator[None]:
         raise StartError(f"{prefix}{error}") from error
 
 
-def _try(trial: Trial, limit_s: float, tell: Tell) -> tuple[str, list[Timing]]:
-    """Run the trial of a version; returns its manifest's digest and the timings of its programs.
+def tried(
+    folder: Path,
+    provider: str,
+    threads: int,
+    max_rows: int,
+    rules: LoadRules = LoadRules(),  # noqa: B008  # a tuple
+    tell: Tell = tell_nobody,
+) -> Tried:
+    """Try a version in a process of its own. The arguments are those of `open_model`.
 
     Raises:
         StartError: It has failed.
     """
+    on_cpu = provider == PROVIDERS["cpu"]
+    trial = Trial(str(folder), threads, max_rows, rules.memory_bytes, on_cpu, rules.public_keys)
 
     def heard(line: bytes) -> None:
         tell(f"trial: {one_line(line.decode(errors='replace'))}")
 
     tell("trial: starting")
     try:
-        answer = json.loads(run_module("service.repository.trial", json.dumps(trial), limit_s, heard))
+        answer = json.loads(run_module("service.repository.trial", json.dumps(trial), rules.time_s, heard))
     except TookTooLong as error:
         raise StartError(
-            f"{trial.folder} was not opened and replayed within the {limit_s:g} s of VAE_LOAD_LIMIT_S; raise it, or "
-            "export the model again"
+            f"{trial.folder} was not opened and replayed within the {rules.time_s:g} s of VAE_LOAD_LIMIT_S; raise it, "
+            "or export the model again"
         ) from error
     except Killed as error:
         raise StartError(
@@ -276,4 +316,5 @@ def _try(trial: Trial, limit_s: float, tell: Tell) -> tuple[str, list[Timing]]:
         ) from error
     if "refused" in answer:
         raise StartError(answer["refused"])
-    return answer["digest"], [dict(map(tuple, timing)) for timing in answer["timings"]]
+    timings = [dict(map(tuple, timing)) for timing in answer["timings"]]
+    return Tried(answer["digest"], timings, rules.public_keys)

@@ -20,6 +20,11 @@ OURS = {"service", "training", "experiments", "benchmarks", "tests", "docs", "va
 ABSENT = "no_such_package"
 """A package that a test imports because it does not exist."""
 EXTRAS = {
+    "service/bulk/cluster.py": ["ray"],
+    "service/bulk/files.py": ["bulk"],
+    "service/bulk/run.py": ["bulk"],
+    "service/bulk/source.py": ["bulk"],
+    "service/bulk/target.py": ["bulk"],
     "service/codecs/container.py": ["heic"],
     "service/repository/remote.py": ["remote"],
     "service/observability/tracing.py": ["tracing"],
@@ -45,6 +50,7 @@ KNOWS = {
     "observability": {"contract"},
     "api": {"contract", "runtime", "operations", "repository", "codecs", "observability"},
     "server": {"security", "observability"},
+    "bulk": {"contract", "runtime", "operations", "repository", "codecs", "api"},
 }
 """Which rooms of the service a room may import. The application and the command line may import every room."""
 BASE = {path.stem for path in (ROOT / "service").glob("*.py")} - {"__init__", "__main__", "app"}
@@ -172,9 +178,9 @@ def test_the_client_needs_httpx_and_numpy_alone() -> None:
     assert not loaded & {"service", "training", *CLIENT_EXTRAS}
 
 
-@pytest.mark.parametrize("room", ["contract", "runtime", "operations", "errors.py", "invoke.py", "progress.py"])
+@pytest.mark.parametrize("room", ["contract", "runtime", "operations", "bulk", "errors.py", "invoke.py", "progress.py"])
 def test_inner_rooms_know_no_http(room: str) -> None:
-    """Operations, what lies below them, and `invoke` work without a web framework."""
+    """Operations, what lies below them, `invoke` and bulk runs work without a web framework."""
     for path in (one for one in sources("service") if room in one.relative_to(ROOT / "service").parts):
         assert not roots(path) & {"fastapi", "starlette", "uvicorn", "httpx"}, name_of(path)
 

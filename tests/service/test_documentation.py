@@ -30,6 +30,7 @@ from benchmarks.capacity import parser as capacity_parser
 from experiments.__main__ import _parser as experiments_parser
 from service.api.admin.metrics import KEEP_S, RENDERS, Exposition
 from service.app import create_app
+from service.bulk.command import parser as bulk_parser
 from service.contract.manifest import Manifest
 from service.observability.metrics import Telemetry
 from service.operations.registry import OPERATIONS
@@ -50,8 +51,9 @@ SIGNATURES = {".png": b"\x89PNG\r\n\x1a\n", ".npy": b"\x93NUMPY", ".json": b"{"}
 ASSIGNMENT = re.compile(r"([A-Z_]+)=(.*)", re.DOTALL)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
-VAE = f'vae() {{ {sys.executable} -m vae_client "$@"; }}'
-"""The client's command, where it is not on the path."""
+VAE = f"""vae() {{ {sys.executable} -m vae_client "$@"; }}
+vae-bulk() {{ {sys.executable} -m service.bulk "$@"; }}"""
+"""The project's commands, where they are not on the path."""
 BLOCKS = [block for path in PAGES if path.name not in OWN_TEST for block in blocks(path)]
 RUN = [block for block in BLOCKS if block.language in ("sh", "python") and not block.reason and block.page not in WALKS]
 NOT_RUN = [command for block in BLOCKS if block.language == "sh" and block.reason for command in block.commands]
@@ -246,6 +248,10 @@ def check_vae(words: list[str]) -> None:
     make_parser().parse_args(words[1:])
 
 
+def check_bulk(words: list[str]) -> None:
+    bulk_parser().parse_args(words[1:])
+
+
 def check_serve(words: list[str]) -> None:
     read_settings(words[1:])
 
@@ -288,6 +294,7 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
     "torchrun": check_torchrun,
     "pip": check_pip,
     "vae": check_vae,
+    "vae-bulk": check_bulk,
     "vae-serve": check_serve,
     "openssl": check_openssl,
     "docker": check_docker,
@@ -350,7 +357,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
 def test_blocks_do_what_they_say(block: Block, address: str, folders: Mapping[str, Path]) -> None:
     """As written, but for the port and the environment: no error, no refusal, and files are what they are named."""
     folder = folders[block.page]
-    if " models/" in block.text and not (folder / "models").exists():
+    if re.search(" models[/ ]", block.text) and not (folder / "models").exists():
         shutil.copytree(ROOT / "models", folder / "models")
     text = block.text.replace(DOCUMENTED, address).replace(".venv/bin/python", sys.executable)
     program = [sys.executable, "-c"] if block.language == "python" else ["bash", "-euo", "pipefail", "-c"]

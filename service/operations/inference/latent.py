@@ -31,7 +31,7 @@ def standard_normal(
     """Draws of N(0, I) for the rows from `first` on: a function of seed, stream and row alone.
 
     Philox is counter-based, keyed by the seed, the stream and the block of rows; within a block, rows are filled in
-    order. So more rows never change the first ones, and later rows can be drawn without them.
+    order. So more rows never change the first ones, and later blocks can be drawn without them.
 
     Args:
         seed: The seed.
@@ -42,9 +42,6 @@ def standard_normal(
 
     Returns:
         Noise, (rows, *shape).
-
-    Raises:
-        ValueError: `first` is not a multiple of BLOCK_ROWS.
     """
     return _drawn(Generator.standard_normal, seed, rows, shape, first, stream)
 
@@ -57,13 +54,12 @@ def uniform(seed: int, rows: int, shape: tuple[int, ...], first: int = 0, stream
 def _drawn(
     fill: Callable[..., Any], seed: int, rows: int, shape: tuple[int, ...], first: int, stream: int
 ) -> NDArray[np.float32]:
-    if first % BLOCK_ROWS:
-        raise ValueError(f"rows are drawn from a multiple of {BLOCK_ROWS} on, not from {first}")
-    draws = np.empty((rows, *shape), np.float32)
-    for start in range(0, rows, BLOCK_ROWS):
-        key = np.array([seed, (stream << STREAM_BITS) + (first + start) // BLOCK_ROWS], np.uint64)
+    block, before = divmod(first, BLOCK_ROWS)  # rows of the block that lie before the first one are drawn and dropped
+    draws = np.empty((before + rows, *shape), np.float32)
+    for start in range(0, len(draws), BLOCK_ROWS):
+        key = np.array([seed, (stream << STREAM_BITS) + block + start // BLOCK_ROWS], np.uint64)
         fill(Generator(Philox(key=key)), dtype=np.float32, out=draws[start : start + BLOCK_ROWS])
-    return draws
+    return draws[before:]
 
 
 class Noise(NamedTuple):

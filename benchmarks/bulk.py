@@ -1,0 +1,226 @@
+"""Rows a second of `vae-bulk encode` beside onnxruntime alone: `make bench-bulk`.
+
+MNIST, repeated to 100,000 rows of levels in one Parquet file of one row group. Each round runs, one after the other and
+in turn first: onnxruntime in as many plain processes, on the same rows as arrays in memory; `vae-bulk` with processes;
+`vae-bulk --ray local` with as many actors. Starting is left out of all rates and told beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pyarrow as pa
+from pyarrow import parquet
+
+from benchmarks.environments import HERE, InstallFailed, ignored_home, prepare
+from benchmarks.pages import machine
+from training.data.mnist import read_images
+
+ROOT = HERE.parent
+BATCHES = (64, 128, 256, 1024)
+KEYS = ("rate", "of_core")
+LEAST = {"processes": 0.85, "ray": 0.9}
+"""Wanted: processes beside onnxruntime, and actors beside processes."""
+COSTS = (
+    "Every process decodes the whole row group, which takes about half a second of a core here; checking and writing "
+    "take as much again. So the cheaper the model, the lower the ratio. Rows a core-second are rows over the processor "
+    "time of the computing processes: other work on the machine changes rows/s more than these. Those of `--ray` leave "
+    "out Ray's daemons; rows/s do not."
+)
+RAY = ROOT / "tests" / "ray" / "requirements.txt"
+
+
+def main() -> int:
+    """Measure and write the page; the exit status is 1 if a ratio of the first model is below what is wanted."""
+    parser = argparse.ArgumentParser(prog="make bench-bulk", description=__doc__)
+    parser.add_argument("--data", type=Path, default=Path("data"))
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--models", default="mnist,mnist-2d")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/bulk.md"))
+    options = parser.parse_args()
+    ignored_home()
+    try:
+        ray: str | None = prepare("ray-test", RAY)
+    except InstallFailed as error:
+        print(f"without Ray: {error}", file=sys.stderr)
+        ray = None
+    found: dict[str, list[dict[str, dict[str, float]]]] = {}
+    with tempfile.TemporaryDirectory(dir=".bench") as home:
+        source = Path(home) / "images.parquet"
+        write(source, levels(options.data, options.rows))
+        for model in options.models.split(","):
+            for turn in range(options.rounds):
+                one = measured(model, source, Path(home), options.workers, ray, turn)
+                found.setdefault(model, []).append(one)
+                print(f"{model} {turn + 1}: " + told(one), flush=True)
+    options.out.write_text(page(found, options))
+    print(f"wrote {options.out}")
+    first = next(iter(found.values()))
+    return int(ratio(first, "processes", "onnxruntime") < LEAST["processes"])
+
+
+def levels(data: Path, rows: int) -> Any:
+    """Images (rows, 784) of MNIST, repeated."""
+    return np.resize(read_images(data, "train-images-idx3-ubyte").numpy().reshape(-1, 784), (rows, 784))
+
+
+def write(path: Path, images: Any) -> None:
+    """One file of one row group."""
+    lists = pa.FixedSizeListArray.from_arrays(pa.array(images.ravel()), images.shape[1])
+    parquet.write_table(pa.table({"image": lists}), path)
+
+
+def measured(
+    model: str, source: Path, home: Path, workers: int, ray: str | None, turn: int
+) -> dict[str, dict[str, float]]:
+    """Rates, seconds of start, and processor seconds of one round."""
+    asked = model, str(source), str(home / "out"), str(workers)
+    runs = {"onnxruntime": lambda: bare(model, source, workers), "processes": lambda: bulk(sys.executable, *asked)}
+    if ray is not None:
+        runs["ray"] = lambda: bulk(ray, *asked, "--ray", "local")
+    names = list(runs)
+    found = {}
+    for name in names[turn % len(names) :] + names[: turn % len(names)]:
+        shutil.rmtree(home / "out", ignore_errors=True)
+        found[name] = runs[name]()
+    return found
+
+
+def bulk(python: str, model: str, source: str, out: str, workers: str, *further: str) -> dict[str, float]:
+    """One run of the command."""
+    command = [python, "-m", "service.bulk", "encode", source, out, "--model", model, "--workers", workers]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [*command, "--json", "--no-progress", *further], check=True, capture_output=True, text=True, env=environment
+    )
+    report = json.loads(run.stdout.splitlines()[-1])
+    rate, of_core = (report["done"] / report[seconds] for seconds in ("busy_s", "processor_s"))
+    return {"rate": rate, "of_core": of_core, "start_s": report["start_s"]}
+
+
+def bare(model: str, source: Path, workers: int) -> dict[str, float]:
+    """onnxruntime in plain processes, which begin together."""
+    context = multiprocessing.get_context("spawn")
+    barrier, answers = context.Barrier(workers + 1), context.SimpleQueue()
+    file = max((ROOT / "models" / model).iterdir())
+    graph = file / json.loads((file / "manifest.json").read_text())["graphs"]["encoder"]["file"]
+    began = time.monotonic()
+    running = [
+        context.Process(target=alone, args=(graph, source, k, workers, barrier, answers)) for k in range(workers)
+    ]
+    for one in running:
+        one.start()
+    barrier.wait()
+    start = time.monotonic()
+    found = [answers.get() for _ in running]
+    ended = time.monotonic()
+    rows, used = (sum(one) for one in zip(*found, strict=True))
+    for one in running:
+        one.join()
+    return {"rate": rows / (ended - start), "of_core": rows / used, "start_s": start - began}
+
+
+def alone(graph: Path, source: Path, place: int, workers: int, barrier: Any, answers: Any) -> None:
+    """Compute every `workers`-th row from memory, in batches of the size that is quickest here."""
+    column = parquet.read_table(source).column("image").combine_chunks()
+    images = column.flatten().to_numpy().reshape(-1, 1, 28, 28)[place::workers]
+    rows = np.divide(images, np.float32(255.0), dtype=np.float32)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(graph.read_bytes(), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    size = min(BATCHES, key=lambda size: min(timed(session, name, rows[:size]) for _ in range(5)) / size)
+    barrier.wait()
+    used = time.process_time()
+    for at in range(0, len(rows), size):
+        session.run(None, {name: rows[at : at + size]})
+    answers.put((len(rows), time.process_time() - used))
+
+
+def timed(session: Any, name: str, rows: Any) -> float:
+    """Seconds of one batch."""
+    began = time.monotonic()
+    session.run(None, {name: rows})
+    return time.monotonic() - began
+
+
+def ratio(rounds: Sequence[dict[str, dict[str, float]]], one: str, other: str, key: str = "of_core") -> float:
+    """The median of the ratios of each round."""
+    return median(found[one][key] / found[other][key] for found in rounds)
+
+
+def told(found: dict[str, dict[str, float]]) -> str:
+    """One round in a line."""
+    return ", ".join(
+        f"{name} {one['rate']:.0f}/s, {one['of_core']:.0f} a core-second, after {one['start_s']:.1f} s"
+        for name, one in found.items()
+    )
+
+
+def page(found: dict[str, list[dict[str, dict[str, float]]]], options: argparse.Namespace) -> str:
+    """The page of results."""
+    about = (
+        f"`vae-bulk encode` of {options.rows:,} images of 28 x 28 (MNIST, repeated) from one Parquet file of one row "
+        f"group, with {options.workers} processes, and with {options.workers} Ray actors, beside onnxruntime in "
+        f"{options.workers} plain processes that read arrays in memory. Each process has one thread; rates leave out "
+        f"the start, which stands beside them. Medians of {options.rounds} rounds, whose order changes; ratios are of "
+        f"the same round. {machine()}. `make bench-bulk` makes this page."
+    )
+    lines = [
+        "# Bulk runs",
+        "",
+        about,
+        "",
+        "| model | run | rows/s | ratio | rows a core-second | ratio | start, s |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    names = {
+        "onnxruntime": ("onnxruntime alone", ""),
+        "processes": ("`vae-bulk`", "onnxruntime"),
+        "ray": ("`vae-bulk --ray local`", "processes"),
+    }
+    for model, rounds in found.items():
+        for name, (title, beside) in names.items():
+            if name not in rounds[0]:
+                continue
+            rate, of_core, start = (median(one[name][key] for one in rounds) for key in ("rate", "of_core", "start_s"))
+            wall, core = (
+                f"{ratio(rounds, name, beside, key):.2f} of {names[beside][0]}" if beside else "" for key in KEYS
+            )
+            lines.append(f"| {model} | {title} | {rate:,.0f} | {wall} | {of_core:,.0f} | {core} | {start:.1f} |")
+    first = next(iter(found.values()))
+    reached = ratio(first, "processes", "onnxruntime")
+    lines += [
+        "",
+        f"**`{next(iter(found))}`: {reached:.2f} of onnxruntime's rows a core-second** "
+        f"(at least {LEAST['processes']} wanted)"
+        + (
+            f", **actors {ratio(first, 'ray', 'processes'):.2f} of processes** (at least {LEAST['ray']} wanted)."
+            if "ray" in first[0]
+            else "; Ray could not be installed."
+        ),
+        "",
+        COSTS,
+        "",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

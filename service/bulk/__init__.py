@@ -1,0 +1,1 @@
+"""Many images without HTTP: an operation over folders and tables, on this machine's processes or on Ray."""

@@ -1,0 +1,111 @@
+"""Tasks on the processes of this machine. A process that dies is replaced, and its task done again."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Generator, Sequence
+from contextlib import suppress
+from itertools import islice
+from multiprocessing.connection import Connection, wait
+from typing import Any, NamedTuple
+
+from service import process
+from service.bulk.operator import Job, Operator, Outcome
+from service.bulk.source import Task
+from service.contract.cores import cpu_count
+from service.errors import StartError
+
+MOST_DEATHS = 3
+"""Processes that one task may end."""
+
+
+class Worker(NamedTuple):
+    """A process, and this side of the pipe to it."""
+
+    process: Any
+    pipe: Connection
+
+
+def run(job: Job, tasks: Sequence[tuple[Task, bool]], count: int | None) -> Generator[Outcome]:
+    """Work off tasks in processes, one at a time each; outcomes come as they are ready.
+
+    Args:
+        job: What is to be done.
+        tasks: The tasks, and whether some of each may be done already.
+        count: Number of processes; None is one a core.
+
+    Raises:
+        StartError: A task has ended several processes.
+        ServiceError: What a process raises.
+        OSError: Likewise.
+    """
+    waiting, busy = iter(tasks), dict[Connection, tuple[Worker, tuple[Task, bool], int]]()
+
+    def give(worker: Worker, task: tuple[Task, bool] | None, deaths: int = 0) -> None:
+        if task is None:
+            worker.pipe.close()  # it ends
+            return
+        busy[worker.pipe] = worker, task, deaths
+        with suppress(OSError):  # it has died already, which is seen below
+            worker.pipe.send(task)
+
+    try:
+        for task in islice(waiting, count or cpu_count()):
+            give(_started(job), task)
+        while busy:
+            for pipe in wait(list(busy)):
+                assert isinstance(pipe, Connection)
+                worker, task, deaths = busy.pop(pipe)
+                try:
+                    found = pipe.recv()
+                except (EOFError, OSError):
+                    worker.process.join()
+                    if deaths + 1 == MOST_DEATHS:
+                        raise _fatal(task[0], worker.process.exitcode) from None
+                    give(_started(job), task, deaths + 1)
+                    continue
+                if isinstance(found, Exception):
+                    raise found
+                give(worker, next(waiting, None))
+                yield found
+    finally:
+        for worker, _, _ in busy.values():
+            worker.process.kill()
+            worker.process.join()
+
+
+def _fatal(task: Task, status: int | None) -> StartError:
+    how = f"by {signal.Signals(-status).name}" if status is not None and status < 0 else f"with exit status {status}"
+    first = f"{task.paths[0]}{f' and {len(task.paths) - 1} more files' if len(task.paths) > 1 else ''}"
+    return StartError(
+        f"part {task.name} ({first}, from row {task.start}) has ended {MOST_DEATHS} processes, the last {how}; give "
+        "the run more memory or fewer processes (--workers), or take the files out"
+    )
+
+
+def _started(job: Job) -> Worker:
+    # A fresh interpreter: a forked one would have the threads of onnxruntime, and no loop of its own.
+    context = multiprocessing.get_context("spawn")
+    ours, its = context.Pipe()
+    started = context.Process(target=_work, args=(job, its, os.getpid()), daemon=True)
+    started.start()
+    its.close()
+    return Worker(started, ours)
+
+
+def _work(job: Job, pipe: Connection, parent: int) -> None:
+    """Open the model, then work off what comes through the pipe until it is closed."""
+    process.end_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    operator: Operator | None = None
+    with suppress(EOFError, OSError):
+        while True:
+            task, known = pipe.recv()
+            try:
+                operator = operator or Operator(job)
+                found: Any = operator(task, known)
+            except Exception as error:  # noqa: BLE001  # the parent raises it
+                found = error
+            pipe.send(found)
