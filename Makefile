@@ -7,7 +7,7 @@ CONFIG ?= training/configs/mnist.toml
 DOCS := .venv-docs
 MERMAID := 12.3.0
 
-.PHONY: setup serve train test client-test browser-test container-test docs docs-test lint bench bench-against bench-sizes bench-photographs bench-training bench-beside house attack fuzz soak clean
+.PHONY: setup serve train test client-test browser-test container-test ray-test docs docs-test lint bench bench-against bench-sizes bench-photographs bench-training bench-beside house attack fuzz soak clean
 
 serve: $(VENV)/.serve
 	$(PYTHON) -m service
@@ -29,6 +29,10 @@ browser-test: $(VENV)/.test
 
 container-test: $(VENV)/.test
 	$(PYTHON) -m pytest -m container tests/container
+
+# On a real cluster on this machine; about two minutes, and once the time to install Ray.
+ray-test: $(VENV)/.test
+	$(PYTHON) -m pytest -m ray tests/ray
 
 # The documentation as one site, in .site/html; `python3 -m http.server -d .site/html` shows it.
 docs: $(DOCS)/.ready

@@ -140,7 +140,7 @@ def create_app(
             "logs": False,
         },
     )
-    app.state.repository, app.state.stopping = repository, False
+    app.state.repository, app.state.engine, app.state.stopping = repository, engine, False
     offload = Offload(cpu_count())
     context = Context(settings, repository, submit, telemetry, Memory(settings.memory_bytes), offload)
     by_name = {operation.name: operation for operation in OPERATIONS}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -113,11 +114,15 @@ def test_kubernetes_runs_it_as_compose_does() -> None:
     assert [*selectors, MANIFEST["Service"]["spec"]["selector"]] == [labels] * 3
 
 
+def default(name: str) -> str:
+    """A setting of the compose file, where the environment does not set it."""
+    return re.findall(r":-([^}]+)", COMPOSE["vae"]["environment"][name])[0]
+
+
 def test_what_is_deployed_answers_to_its_names() -> None:
     """The allowed hosts include the names that other containers and pods use."""
-    line = next(line for line in COMPOSE["vae"]["environment"] if line.startswith("VAE_ALLOWED_HOSTS="))
-    hosts = Hosts(split(re.findall(r":-([^}]+)", line)[0]))
-    assert all(hosts.allow(f"{name}:8000".encode()) for name in ("vae", "vae-gpu"))
+    hosts = Hosts(split(default("VAE_ALLOWED_HOSTS")))
+    assert all(hosts.allow(f"{name}:8000".encode()) for name in ("vae", "vae-gpu", "ray-head"))
     (container,) = POD["containers"]
     variables = {one["name"]: one for one in container["env"]}
     assert variables["POD_NAMESPACE"]["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.namespace"
@@ -129,9 +134,7 @@ def test_what_is_deployed_answers_to_its_names() -> None:
 
 
 def compose_timeout_s() -> float:
-    """VAE_TIMEOUT_S of the compose file, where the environment does not set it."""
-    (line,) = [line for line in COMPOSE["vae"]["environment"] if line.startswith("VAE_TIMEOUT_S=")]
-    return float(re.findall(r":-([^}]+)", line)[0])
+    return float(default("VAE_TIMEOUT_S"))
 
 
 def test_compose_stops_no_service_that_may_still_answer() -> None:
@@ -139,6 +142,20 @@ def test_compose_stops_no_service_that_may_still_answer() -> None:
     least = Settings.model_fields["drain_s"].default + compose_timeout_s()
     grace = [float(COMPOSE[name]["stop_grace_period"].rstrip("s")) for name in ("vae", "balancer")]
     assert least < grace[0] < grace[1]
+
+
+def test_ray_s_nodes_are_closed() -> None:
+    """Both need the token and report nothing; of their ports only that of the service is published."""
+    lines = (DEPLOY / "ray.env").read_text().splitlines()
+    variables = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+    assert (variables["RAY_AUTH_MODE"], variables["RAY_USAGE_STATS_ENABLED"]) == ("token", "0")
+    module, _, name = variables["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"].partition(":")
+    assert callable(getattr(import_module(module), name))
+    nodes = [COMPOSE["ray-head"], COMPOSE["ray-worker"]]
+    assert [node["env_file"] for node in nodes] == [["deploy/ray.env"]] * 2
+    assert [node["networks"] for node in nodes] == [["ray"]] * 2
+    assert [re.sub(r"\$\{.*\}", "", port) for node in nodes for port in node["ports"]] == ["127.0.0.1::8000"]
+    assert "--include-dashboard=false" in COMPOSE["ray-head"]["command"][-1]
 
 
 def test_kubernetes_loses_no_request() -> None:
