@@ -21,7 +21,7 @@ import pytest
 
 from service.app import create_app
 from service.settings import Settings
-from tests.support.load import HEADERS, Load
+from tests.support.load import HEADERS, Load, check_failures
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]
@@ -37,8 +37,6 @@ SETTINGS = {
 PATIENCE_S = 90.0
 """Longest wait for something that must come; a busy machine needs much of it."""
 TRIES = 3
-FAILS_WITHIN_S = 5.0
-"""Within which a request fails whose replica is gone."""
 
 
 class Process(NamedTuple):
@@ -174,6 +172,66 @@ def until(true: Callable[[], bool], seconds: float = PATIENCE_S) -> float:
     return time.monotonic() - began
 
 
+REFUSALS = """
+import asyncio, os
+from deploy.ray_serve import Behind, app
+from service.errors import StartError
+from service.settings import Settings
+
+for variable, arguments in (
+    ("VAE_WORKERS=2", {}), ("VAE_TLS_KEY=key.pem", {}), ("VAE_MODEL_CONTROL=true", {}), ("VAE_MODLES=x", {}),
+    ("VAE_API_KEYS=/nowhere", {}), ("VAE_THREADS=1", {"replicas": "3"}), ("VAE_THREADS=1", {"cpus": "none"}),
+):
+    name, _, value = variable.partition("=")
+    os.environ[name] = value
+    try:
+        app(arguments)
+    except StartError as error:
+        print(error)
+    del os.environ[name]
+
+async def status(host, **settings):
+    sent = []
+    async def served(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+    async def send(message):
+        sent.append(message)
+    scope = {"type": "http", "path": "/v1/models", "server": (host, 8000), "client": ("10.0.0.7", 5), "headers": []}
+    await Behind(served, Settings(**settings))(scope, None, send)
+    return sent[0]["status"]
+
+for host, settings in (
+    ("127.0.0.1", {}), ("10.0.0.1", {}), ("10.0.0.1", {"allow_anonymous": True}), ("10.0.0.1", {"api_keys": "keys"}),
+):
+    print(asyncio.run(status(host, **settings)))
+"""
+
+
+def test_what_cannot_be_meant_is_refused(ray_python: Path) -> None:
+    """Settings without effect, misspelt names and arguments, each with the fix; strangers where no key is required."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("VAE_")}
+    done = subprocess.run(
+        [ray_python, "-c", REFUSALS], env={**environment, "PYTHONPATH": str(ROOT)}, cwd=ROOT,
+        capture_output=True, text=True, timeout=PATIENCE_S, check=True,
+    )  # fmt: skip
+    *lines, loopback, stranger, anonymous, keys = done.stdout.splitlines()
+    for line, says in zip(
+        lines,
+        (
+            "max_replicas=4",
+            "http_options",
+            "VAE_POLL_S",
+            "did you mean VAE_MODELS?",
+            "/nowhere",
+            "min_replicas",
+            "cpus",
+        ),
+        strict=True,
+    ):
+        assert says in line
+    assert (loopback, stranger, anonymous, keys) == ("200", "403", "200", "200")
+
+
 @pytest.fixture(scope="module")
 def cluster(ray_python: Path) -> Iterator[Cluster]:
     """The cluster, with one replica ready."""
@@ -235,6 +293,7 @@ def test_the_limits_of_the_service_hold(cluster: Cluster) -> None:
     assert refused(cluster, content=chunks(0, 11)) == (413, "too_large")
     assert refused(cluster, f"/v1/encode?{'x' * 1000}") == (414, "url_too_long")
     assert refused(cluster, headers={f"x-{number}": "y" for number in range(50)}) == (431, "headers_too_large")
+    assert refused(cluster, headers={"host": "evil.example"}) == (421, "unknown_host")
     assert httpx.get(f"{cluster.url}/metrics", timeout=30).json()["code"] == "not_found"
     began = time.monotonic()
     assert refused(cluster, content=chunks(1.5, 3)) == (408, "slow_request")
@@ -258,18 +317,6 @@ def test_a_driver_without_the_token_is_refused(cluster: Cluster, ray_python: Pat
         assert "oken" in said
 
 
-def alone_failed(load: Load, killed: float) -> None:
-    """Only requests under way when something was killed have failed, soon and by 503 or a closed connection."""
-    assert load.failures, "nothing was under way: the test shows nothing"
-    for failure in load.failures:
-        assert failure.sent < killed + 1.0, failure
-        assert failure.ended - killed < FAILS_WITHIN_S, failure
-        assert failure.said.startswith(("503 ", "RemoteProtocolError", "ReadError")), failure
-        assert failure.again == "ok", failure
-    callers = [failure.caller for failure in load.failures]
-    assert len(callers) == len(set(callers)), load.failures
-
-
 def serving(cluster: Cluster) -> bool:
     """Whether two replicas have opened their models; until then the title of a process says so."""
     return len([one for one in cluster.replicas() if "initialize" not in one.title]) == 2
@@ -283,7 +330,7 @@ def test_replicas_come_and_go_with_the_load(cluster: Cluster, figure: Callable[[
         until(lambda: serving(cluster))
     with Load(cluster.url, WORK, 1, pause_s=0.2) as light:
         down_s = until(lambda: len(cluster.replicas()) == 1)
-    figure(f"a second replica after {up_s:.1f} s of load, gone {down_s:.1f} s after it")
+    figure(f"Ray Serve: a second replica after {up_s:.1f} s of load, gone {down_s:.1f} s after it")
     assert list(load.outcomes) == list(light.outcomes) == ["ok"]
 
 
@@ -296,9 +343,7 @@ def test_a_killed_replica_costs_its_own_requests_alone(cluster: Cluster, figure:
         killed = time.monotonic()
         kill(victim.pid)
         until(lambda: serving(cluster) and victim not in cluster.replicas())
-    worst = max((failure.ended - killed for failure in load.failures), default=0.0)
-    figure(f"a replica killed: {len(load.failures)} of {load.outcomes.total()} requests failed, within {worst:.1f} s")
-    alone_failed(load, killed)
+    figure(f"a Ray Serve replica killed: {check_failures(load, killed)}")
 
 
 def test_a_killed_node_costs_its_own_requests_alone(cluster: Cluster, figure: Callable[[str], None]) -> None:
@@ -308,8 +353,6 @@ def test_a_killed_node_costs_its_own_requests_alone(cluster: Cluster, figure: Ca
         time.sleep(3)  # until the proxies know both
         killed = time.monotonic()
         cluster.kill_node_of(cluster.replicas()[0])
-        time.sleep(2 * FAILS_WITHIN_S)
-    worst = max((failure.ended - killed for failure in load.failures), default=0.0)
-    figure(f"a node killed: {len(load.failures)} of {load.outcomes.total()} requests failed, within {worst:.1f} s")
-    alone_failed(load, killed)
+        time.sleep(10)  # twice as long as its requests may take to fail
+    figure(f"a Ray Serve node killed: {check_failures(load, killed)}")
     assert ready(cluster.url)

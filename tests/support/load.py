@@ -73,3 +73,28 @@ def outcome(client: httpx.Client, path: str, content: bytes) -> str:
     except httpx.HTTPError as error:
         return repr(error)
     return "ok" if answer.status_code == httpx.codes.OK else f"{answer.status_code} {answer.text[:200]}"
+
+
+def check_failures(load: Load, killed: float, within_s: float = 5.0) -> str:
+    """Check that a kill cost only the requests under way, and those not for long.
+
+    Each has failed with 503 or a closed connection and succeeded when it was sent again.
+
+    Args:
+        load: Clients that have ended.
+        killed: When something was killed, by time.monotonic.
+        within_s: Seconds within which its requests must fail.
+
+    Returns:
+        A line for the summary.
+    """
+    assert load.failures, "nothing was under way: the test shows nothing"
+    for failure in load.failures:
+        assert failure.sent < killed + 1.0, failure
+        assert failure.ended < killed + within_s, failure
+        assert failure.said.startswith(("503 ", "RemoteProtocolError", "ReadError")), failure
+        assert failure.again == "ok", failure
+    callers = [failure.caller for failure in load.failures]
+    assert len(callers) == len(set(callers)), load.failures
+    worst = max(failure.ended for failure in load.failures) - killed
+    return f"{len(load.failures)} of {load.outcomes.total()} requests failed, within {worst:.1f} s"
