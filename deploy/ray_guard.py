@@ -77,10 +77,10 @@ class Guard:
         finally:
             self._held -= exchange.taken
         if not exchange.started and not exchange.gone:
-            error = exchange.refusal or NotReady(
+            why = exchange.refusal or NotReady(
                 "the replica ended while it computed the answer; send the request again"
             )
-            await problems.respond(error, scope["path"])(scope, receive, send)
+            await problems.respond(why, scope["path"])(scope, receive, send)
 
     def _check_head(self, scope: Scope) -> None:
         """Raise UrlTooLong or HeadersTooLarge."""
