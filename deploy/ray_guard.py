@@ -77,9 +77,7 @@ class Guard:
         finally:
             self._held -= exchange.taken
         if not exchange.started and not exchange.gone:
-            why = exchange.refusal or NotReady(
-                "the replica ended while it computed the answer; send the request again"
-            )
+            why = exchange.refusal or NotReady("the replica ended while it computed the answer; send the request again")
             await problems.respond(why, scope["path"])(scope, receive, send)
 
     def _check_head(self, scope: Scope) -> None:
