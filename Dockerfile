@@ -24,7 +24,7 @@ service = project["dependencies"] + [line for name in os.environ["EXTRAS"].split
 pin = next(line for line in pathlib.Path("constraints.txt").read_text().split() if line.startswith("onnxruntime=="))
 gpu = [line for line in service if line != "onnxruntime"] + [pin.replace("==", "-gpu[cuda,cudnn]==")]
 for name, lines in {
-    "service": service, "train": service + extras["train"], "gpu": gpu, "ray": extras["ray"],
+    "service": service, "train": service + extras["train"], "gpu": gpu, "ray": extras["ray-serve"],
 }.items():
     pathlib.Path(name + ".txt").write_text("\n".join(lines) + "\n")
 EOF

@@ -30,13 +30,13 @@ browser-test: $(VENV)/.test
 container-test: $(VENV)/.test
 	$(PYTHON) -m pytest -m container tests/container
 
-# On a real cluster on this machine; about two minutes, and once the time to install Ray.
-ray-test: $(VENV)/.test
-	$(PYTHON) -m pytest -m ray tests/ray
-
 # The documentation as one site, in .site/html; `python3 -m http.server -d .site/html` shows it.
 docs: $(DOCS)/.ready
 	$(DOCS)/bin/python docs/build.py
+
+# Everything that needs Ray, in an environment of its own below .bench/; a Ray of this machine starts and ends with it.
+ray-test: $(VENV)/.test
+	$(PYTHON) -m pytest -m ray tests/ray
 
 docs-test: $(VENV)/.test
 	$(PYTHON) -m pytest -m site tests/site

@@ -207,7 +207,7 @@ for host, settings in (
 """
 
 
-def test_what_cannot_be_meant_is_refused(ray_python: Path) -> None:
+def test_what_cannot_be_meant_is_refused(ray_python: str) -> None:
     """Settings without effect, misspelt names and arguments, each with the fix; strangers where no key is required."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("VAE_")}
     done = subprocess.run(
@@ -233,9 +233,9 @@ def test_what_cannot_be_meant_is_refused(ray_python: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def cluster(ray_python: Path) -> Iterator[Cluster]:
+def cluster(ray_python: str) -> Iterator[Cluster]:
     """The cluster, with one replica ready."""
-    cluster = Cluster(ray_python.parent)
+    cluster = Cluster(Path(ray_python).parent)
     try:
         try:
             cluster.start()
@@ -300,7 +300,7 @@ def test_the_limits_of_the_service_hold(cluster: Cluster) -> None:
     assert time.monotonic() - began < 10
 
 
-def test_a_driver_without_the_token_is_refused(cluster: Cluster, ray_python: Path) -> None:
+def test_a_driver_without_the_token_is_refused(cluster: Cluster, ray_python: str) -> None:
     """Who reaches Ray's ports but has no token, or another, runs nothing."""
     script = f"import ray; ray.init('{cluster.address}'); print('let in')"
     tried = [
