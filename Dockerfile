@@ -1,4 +1,5 @@
-# Targets: `service` (the default, no torch), `train` and `gpu` (gigabytes each, built only when asked for).
+# Targets: `service` (the default, no torch), `ray` (the same with Ray Serve), `train` and `gpu` (gigabytes each). All but
+# the default are built only when asked for.
 # Needs BuildKit, which skips the stages that a target does not use.
 
 FROM python:3.11-slim AS build
@@ -22,7 +23,9 @@ service = project["dependencies"] + [line for name in os.environ["EXTRAS"].split
 # The CUDA build takes the place of onnxruntime, at its version, and brings CUDA's libraries.
 pin = next(line for line in pathlib.Path("constraints.txt").read_text().split() if line.startswith("onnxruntime=="))
 gpu = [line for line in service if line != "onnxruntime"] + [pin.replace("==", "-gpu[cuda,cudnn]==")]
-for name, lines in {"service": service, "train": service + extras["train"], "gpu": gpu}.items():
+for name, lines in {
+    "service": service, "train": service + extras["train"], "gpu": gpu, "ray": extras["ray-serve"],
+}.items():
     pathlib.Path(name + ".txt").write_text("\n".join(lines) + "\n")
 EOF
 # The image has no compiler: a package without a wheel is told as such.
@@ -54,6 +57,12 @@ RUN cd /venv/lib/python3.11/site-packages && find . -type d -name tests -prune -
 # Of imagecodecs' hundred formats the service uses PNG and the compressions of TIFF: an eighth of 80 MB.
 RUN cd /venv/lib/python3.11/site-packages && find imagecodecs imagecodecs.libs -name '*.so*' | grep -vE \
     '/(_deflate|_imcd|_lzma|_png|_shared|_shared_cython|_zlib|_zstd)\.|/lib(deflate|lzma|png16|zstd|z|zlib)[-.]' | xargs rm
+RUN --mount=from=bill,source=/bill,target=/bill /bill/bin/$BILL
+
+# Ray beside the service, which stays as it is in its own image.
+FROM service-venv AS ray-venv
+RUN $INSTALL --requirement ray.txt
+COPY deploy/__init__.py deploy/ray_guard.py deploy/ray_serve.py deploy/ray.env /app/deploy/
 RUN --mount=from=bill,source=/bill,target=/bill /bill/bin/$BILL
 
 FROM build AS gpu-venv
@@ -118,6 +127,16 @@ RUN find /venv -type d -path '*/nvidia/*/lib' > /etc/ld.so.conf.d/nvidia.conf &&
 RUN python -c "import http.client, service.__main__"
 ENV PYTHONDONTWRITEBYTECODE=1 VAE_EXECUTION_PROVIDER=cuda
 USER 10001:10001
+
+FROM serving AS ray
+COPY --from=ray-venv /venv /venv
+COPY --from=ray-venv /app /app
+RUN python -c "import http.client, service.__main__, ray.serve"
+# Ray asks for the user's name, and starts Python for every actor.
+ENV PYTHONPATH=/app USER=ray RAY_SERVE_DEFAULT_HTTP_HOST=0.0.0.0 RAY_TMPDIR=/tmp PYTHONDONTWRITEBYTECODE=1
+WORKDIR /app
+USER 10001:10001
+CMD ["ray", "--help"]
 
 FROM serving AS service
 COPY --from=service-venv /venv /venv

@@ -129,7 +129,7 @@ def create_app(
             "logs": False,
         },
     )
-    app.state.repository, app.state.stopping = repository, False
+    app.state.repository, app.state.engine, app.state.stopping = repository, engine, False
     by_name = {operation.name: operation for operation in OPERATIONS}
     add_direct_routes(app, by_name, context)
     add_routers(app, by_name, context, engine, control)

@@ -44,6 +44,7 @@ ENDLESS = {
     "opened": f"{HEAD} start = Constant <value = float {{1.0}}> () {LOOP}",
     "run": f"{HEAD} start = ReduceSum <keepdims = 0> (z) {LOOP}",
 }
+FIGURES: list[str] = []
 # Threads of small operations wait for each other by spinning: on cores that have other work, fifteen times slower.
 torch.set_num_threads(1)
 # A busy machine takes longer over an example than hypothesis allows by itself.
@@ -65,6 +66,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     needing = dict.fromkeys(item.path for item in items if "digits_models" in getattr(item, "fixturenames", ()))
     first = next(iter(needing), None)
     items.sort(key=lambda item: (item.path != first, item.path in needing))
+
+
+@pytest.fixture(scope="session")
+def figure() -> Callable[[str], None]:
+    """A function that records a line for the summary of the run."""
+    return FIGURES.append
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the recorded figures."""
+    for line in FIGURES:
+        terminalreporter.write_line(f"measured: {line}")
 
 
 @pytest.fixture

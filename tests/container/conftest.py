@@ -13,19 +13,6 @@ from tests.container.engine import Stack, docker, run
 STAND_IN = Path(__file__).with_name("stand-in.Dockerfile")
 OTHERS = ("nginx:1.28", "prom/prometheus:v3.5.0")
 REPLICAS = 3
-FIGURES: list[str] = []
-
-
-@pytest.fixture(scope="session")
-def figure() -> Callable[[str], None]:
-    """A function that records a line for the summary of the run."""
-    return FIGURES.append
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the recorded figures."""
-    for line in FIGURES:
-        terminalreporter.write_line(f"container: {line}")
 
 
 @pytest.fixture(scope="session")
@@ -36,14 +23,15 @@ def image() -> str:
 
 
 @pytest.fixture(scope="session")
-def others() -> None:
+def others(figure: Callable[[str], None]) -> None:
     """Other images: the real ones if present or pullable, else the same programs from Debian."""
     missing = [image for image in OTHERS if run("image", "inspect", image).returncode and run("pull", image).returncode]
     if missing:
         tags = [word for image in missing for word in ("--tag", image)]
         docker("build", *tags, "--label", "stand-in=debian", "-", input=STAND_IN.read_text())
     standing = [image for image in OTHERS if docker("image", "ls", "--quiet", "--filter", "label=stand-in", image)]
-    FIGURES.extend(f"Debian's own program stands in for {image}" for image in standing)
+    for image in standing:
+        figure(f"Debian's own program stands in for {image}")
 
 
 @pytest.fixture(scope="session")

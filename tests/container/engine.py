@@ -56,16 +56,22 @@ def published(container: str, port: int) -> str:
 
 
 class Stack:
-    """The compose file as shipped, as a project of its own on free ports of loopback."""
+    """The compose file as shipped, as a project of its own on free ports of loopback.
 
-    def __init__(self, name: str) -> None:
+    Args:
+        name: Name of the project.
+        **variables: Variables that the compose file takes.
+    """
+
+    def __init__(self, name: str, **variables: str) -> None:
         self.name = name
-        kept = {key: value for key, value in os.environ.items() if not key.startswith("VAE_")}
-        self._environment = {**kept, "VAE_PORT": "0", "BALANCER_PORT": "0", "PROMETHEUS_PORT": "0"}
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(("VAE_", "RAY_"))}
+        ports = dict.fromkeys(("VAE_PORT", "BALANCER_PORT", "PROMETHEUS_PORT", "RAY_SERVE_PORT"), "0")
+        self._environment = {**kept, **ports, **variables}
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """`docker compose ...`, whatever comes of it."""
-        profiles = ("--profile", "balanced", "--profile", "monitoring")
+        profiles = ("--profile", "balanced", "--profile", "monitoring", "--profile", "ray")
         return run("compose", "-p", self.name, *profiles, *arguments, env=self._environment)
 
     def compose(self, *arguments: str) -> str:

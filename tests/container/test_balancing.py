@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import NamedTuple, Self
 
 import httpx
 import numpy as np
@@ -14,16 +12,15 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.container.engine import Stack, docker, inspect, published, ready, until
+from tests.support.load import HEADERS, Load, outcome
 
 pytestmark = pytest.mark.container
-CALLERS = 4
 PIXELS = np.random.default_rng(3).random((2, 1, 28, 28), np.float32).tobytes()
 REQUESTS: tuple[tuple[str, bytes], ...] = (
     ("/v1/reconstruct", PIXELS),
     ("/v1/sample?count=256&seed=7", b""),
     ("/v1/encode", PIXELS),
 )
-HEADERS = {"content-type": "application/octet-stream", "accept": "application/octet-stream"}
 
 
 @pytest.fixture(scope="module")
@@ -37,57 +34,6 @@ def answered(container: str) -> float:
     text = httpx.get(f"{published(container, 8000)}/metrics", timeout=10).text
     families = text_string_to_metric_families(text)  # none of that name before the first request
     return sum(sample.value for family in families if family.name == "vae_requests" for sample in family.samples)
-
-
-class Failure(NamedTuple):
-    """A request that was not answered with 200."""
-
-    caller: int
-    sent: float
-    """By time.monotonic."""
-    said: str
-
-
-class Load:
-    """Clients that send one request after the other on kept connections, for a `with` block."""
-
-    def __init__(self, url: str) -> None:
-        self.outcomes: Counter[str] = Counter()
-        self.failures: list[Failure] = []
-        self._url = url
-        self._done = threading.Event()
-        self._threads = [threading.Thread(target=self._call, args=(number,)) for number in range(CALLERS)]
-
-    def __enter__(self) -> Self:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        for thread in self._threads:
-            thread.join()
-
-    def _call(self, caller: int) -> None:
-        number = caller
-        with httpx.Client(base_url=self._url, headers=HEADERS, timeout=60) as client:
-            while not self._done.is_set():
-                path, content = REQUESTS[number % len(REQUESTS)]
-                sent = time.monotonic()
-                said = outcome(client, path, content)
-                self.outcomes[said] += 1
-                if said != "ok":
-                    self.failures.append(Failure(caller, sent, said))
-                number += 1
-
-
-def outcome(client: httpx.Client, path: str, content: bytes) -> str:
-    """How one request ended."""
-    try:
-        answer = client.post(path, content=content)
-    except httpx.HTTPError as error:
-        return repr(error)
-    return "ok" if answer.status_code == httpx.codes.OK else f"{answer.status_code} {answer.text[:200]}"
 
 
 def test_every_replica_gets_work(stack: Stack, balancer: str) -> None:
@@ -105,7 +51,7 @@ def test_every_replica_gets_work(stack: Stack, balancer: str) -> None:
 
 def test_a_rolling_restart_loses_no_request(stack: Stack, balancer: str, figure: Callable[[str], None]) -> None:
     """Under load replicas are restarted one by one: each drains and exits with 0, and every request is answered."""
-    with Load(balancer) as load:
+    with Load(balancer, REQUESTS) as load:
         for container in stack.containers("vae"):
             docker("stop", container)
             assert inspect(container)["State"]["ExitCode"] == 0
@@ -121,7 +67,7 @@ def test_a_rolling_restart_loses_no_request(stack: Stack, balancer: str, figure:
 def test_a_killed_replica_costs_its_own_requests_only(stack: Stack, balancer: str) -> None:
     """A killed replica costs at most one request a client, as a 502; another replica answers every later one."""
     victim = stack.containers("vae")[0]
-    with Load(balancer) as load:
+    with Load(balancer, REQUESTS) as load:
         time.sleep(1)
         docker("kill", victim)
         killed = time.monotonic()

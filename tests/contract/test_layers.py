@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 BY_NAME = {"import_module", "__import__", "find_spec", "run_module", "needed"}
-OURS = {"service", "training", "experiments", "benchmarks", "tests", "docs", "vae_client"}
+OURS = {"service", "deploy", "training", "experiments", "benchmarks", "tests", "docs", "vae_client"}
 ABSENT = "no_such_package"
 """A package that a test imports because it does not exist."""
 EXTRAS = {

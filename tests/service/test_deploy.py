@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -249,11 +250,15 @@ def test_keda_scales_the_deployment() -> None:
     assert float(metadata["threshold"]) < Settings.model_fields["max_rows"].default
 
 
+def default(name: str) -> str:
+    """A setting of the compose file, where the environment does not set it."""
+    return re.findall(r":-([^}]+)", COMPOSE["vae"]["environment"][name])[0]
+
+
 def test_what_is_deployed_answers_to_its_names() -> None:
     """The allowed hosts include the names that other containers and pods use."""
-    line = next(line for line in COMPOSE["vae"]["environment"] if line.startswith("VAE_ALLOWED_HOSTS="))
-    hosts = Hosts(split(re.findall(r":-([^}]+)", line)[0]))
-    assert all(hosts.allow(f"{name}:8000".encode()) for name in ("vae", "vae-gpu"))
+    hosts = Hosts(split(default("VAE_ALLOWED_HOSTS")))
+    assert all(hosts.allow(f"{name}:8000".encode()) for name in ("vae", "vae-gpu", "ray-head"))
     (variable,) = [one for one in container_of("base")["env"] if one["name"] == "POD_NAMESPACE"]
     assert variable["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.namespace"
     hosts = Hosts(split(settings_of("base")["VAE_ALLOWED_HOSTS"].replace("vae.vae", "vae.ours")))
@@ -279,6 +284,20 @@ def test_compose_stops_no_service_that_may_still_answer() -> None:
     least = Settings.model_fields["drain_s"].default + TIMEOUT_S
     grace = [float(COMPOSE[name]["stop_grace_period"].rstrip("s")) for name in ("vae", "balancer")]
     assert least < grace[0] < grace[1]
+
+
+def test_ray_s_nodes_are_closed() -> None:
+    """Both need the token and report nothing; of their ports only that of the service is published."""
+    lines = (DEPLOY / "ray.env").read_text().splitlines()
+    variables = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+    assert (variables["RAY_AUTH_MODE"], variables["RAY_USAGE_STATS_ENABLED"]) == ("token", "0")
+    module, _, name = variables["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"].partition(":")
+    assert callable(getattr(import_module(module), name))
+    nodes = [COMPOSE["ray-head"], COMPOSE["ray-worker"]]
+    assert [node["env_file"] for node in nodes] == [["deploy/ray.env"]] * 2
+    assert [node["networks"] for node in nodes] == [["ray"]] * 2
+    assert [re.sub(r"\$\{.*\}", "", port) for node in nodes for port in node["ports"]] == ["127.0.0.1::8000"]
+    assert "--include-dashboard=false" in COMPOSE["ray-head"]["command"][-1]
 
 
 @pytest.mark.parametrize("pod", PODS)

@@ -256,6 +256,13 @@ def check_serve(words: list[str]) -> None:
     read_settings(words[1:])
 
 
+def check_ray_serve(words: list[str]) -> None:
+    """Arguments of the application."""
+    if words[1] == "run":
+        page = (ROOT / "deploy" / "ray_serve.py").read_text()
+        assert all(f"    {word.partition('=')[0]}: " in page for word in words[2:] if re.match(r"\w+=", word))
+
+
 def check_docker(words: list[str]) -> None:
     """Profiles and services; the rest needs an engine."""
     if words[1] == "compose":
@@ -301,7 +308,8 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
     "kubectl": check_kubectl,
     "curl": check_curl,
     **dict.fromkeys(("node", "java", "go"), check_program),
-    **dict.fromkeys(("mkdir", "printf", "chmod"), lambda _: None),
+    **dict.fromkeys(("chmod", "export", "mkdir", "printf", "ray", "set"), lambda _: None),
+    "serve": check_ray_serve,
     "for": lambda _: None,
     "openapi-python-client": lambda _: None,
     "npx": lambda _: None,
