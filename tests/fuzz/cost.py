@@ -13,8 +13,11 @@ from typing import Any
 import numpy as np
 
 from service.codecs.payload import Meter, Payload
+from service.errors import TooLarge
 
 MAX_PIXELS = 2**20
+MAX_BYTES = 2**28
+"""What the Meter allows; the service's own is VAE_MEMORY_BYTES. A file may declare tiles larger than any memory."""
 BASE_S, UNIT_S = 0.25, 2e-6
 """Processor time that any body may take, and that each byte of it may take besides.
 
@@ -33,7 +36,7 @@ class Costly(Exception):
 
 
 class Ledger(Meter):
-    """A Meter that adds up what it was asked for."""
+    """A Meter that adds up what it was asked for, and refuses more than `MAX_BYTES`."""
 
     def __init__(self) -> None:
         self.bytes, self.pixels, self.pictures = 0, 0, 0
@@ -51,6 +54,8 @@ class Ledger(Meter):
         return PIXEL_UNITS * self.pixels + PICTURE_UNITS * self.pictures
 
     def _note(self, size: int) -> None:
+        if self.bytes + size > MAX_BYTES:
+            raise TooLarge(f"{self.bytes + size} bytes; at most {MAX_BYTES}")
         self.bytes += size
 
 

@@ -184,8 +184,8 @@ def test_the_service_starts_with_the_manifest_and_answers_its_probes(pod: str, t
     if pod == "kserve":
         places[environment["VAE_MODELS"]] = tmp_path
         shutil.copytree(MODELS / "mnist", tmp_path / "mnist")
-    for inside, here in places.items():
-        environment = {name: re.sub(rf"^{inside}(?=/|$)", str(here), value) for name, value in environment.items()}
+    inside = re.compile(rf"^({'|'.join(places)})(?=/|$)")
+    environment = {name: inside.sub(lambda found: str(places[found[1]]), value) for name, value in environment.items()}
     (tmp_path / "api_keys").write_text(f"ours {KEY} infer\n")
     ours = {"VAE_HOST": "127.0.0.1", "VAE_PORT": "0", "VAE_OPS_PORT": "0"}
     with started(**{**environment, **ours}) as (process, url):
