@@ -69,8 +69,8 @@ def total(layers: Iterable[Layer]) -> Total:
 def layers(model: ModelProto, inputs: Mapping[str, Sequence[int]]) -> list[Layer]:
     """Count a graph's convolutions and matrix products.
 
-    A layer between DequantizeLinear and QuantizeLinear counts as int8, because onnxruntime fuses the three. There may be
-    a ReLU where the zero point is 0, because levels below it do not exist. Weights
+    A layer between DequantizeLinear and QuantizeLinear counts as int8, because onnxruntime fuses the three. There may
+    be a ReLU where the zero point is 0, because levels below it do not exist. Weights
     that are stored in float16 count as float32, because onnxruntime converts them when it opens the graph. Element-wise
     operators are not counted: most are fused, and they have few operations.
 

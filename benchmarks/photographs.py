@@ -153,7 +153,7 @@ def service_rows(options: argparse.Namespace) -> Iterator[Row]:
                 for what, make in ((".npy, level known", request), ("PNG, level estimated", photograph))
             }
             for turn in range(options.repeats + 1):
-                for what, kind, side in list(bodies)[:: -1 if turn % 2 else 1]:
+                for what, kind, side in list(bodies)[:: 1 if turn % 2 else -1]:
                     before = server.cpu_s()
                     seconds, status = timed(server, bodies[what, kind, side])
                     used = server.cpu_s() - before
@@ -177,7 +177,7 @@ def tile_rows(options: argparse.Namespace) -> Iterator[Row]:
         with ThreadPoolExecutor(2) as pool:
             ways = tile_ways(content, described, arrays, pool)
             for turn in range(options.repeats + 1):
-                for what in list(ways)[:: -1 if turn % 2 else 1]:
+                for what in list(ways)[:: 1 if turn % 2 else -1]:
                     spent = clocked(ways[what])
                     if turn:  # the first ones warm up
                         yield {"part": "tiles", "what": what, "image": kind, "side": str(EXACT_SIDE), **spent}

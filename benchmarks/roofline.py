@@ -447,6 +447,7 @@ def page(found: Results, options: argparse.Namespace) -> str:
     lines += ["## What the core does at most", "", *peak_table(found)]
     lines += ["## What a row needs, and takes", "", counted, "", *row_table(found)]
     lines += ["## 1,024 rows over HTTP", "", parts, "", *part_table(found)]
+    lines += ["## What it means", "", *meaning(found)]
     return "\n".join(lines)
 
 
@@ -508,6 +509,32 @@ def part_table(found: Results) -> list[str]:
         shown = " | ".join(f"{cell:.2f}" for cell in cells)
         lines.append(f"| {work.name} | {shown} | {alone / ours:.2f} x | {clock:.2f} x |")
     return [*lines, ""]
+
+
+def meaning(found: Results) -> list[str]:
+    """Conclusions, with this run's figures."""
+    works = {f"{work.name} {work.rows}": work for work in found.works}
+
+    def share(key: str, name: str = ALONE) -> str:
+        return f"{found.peaks.least_s(works[key].layers)[0] / found.processor_s(works[key], name):.0%}"
+
+    large = works["mlp 1024"]
+    alone, sessions, ours = (found.processor_s(large, name) / large.rows * 1e6 for name in (ALONE, SESSIONS, OURS))
+    most = alone / (alone + found.processor_s(large, ECHO) / large.rows * 1e6)
+    return f"""
+- **Matrix products** (`mlp`, `mnist-2d`): from 64 rows on the limit is the peak in float32, and onnxruntime is at
+  {share("mlp 64")} and {share("mnist-2d 64")} of it. One row is limited by the bytes of its weights, which are read for
+  it alone; that is why batches pay.
+- **Small convolutions** (`mnist`, 24 to 48 channels on 7 x 7 to 28 x 28 pixels): {share("mnist 64")}. The rest is the
+  element-wise x * sigmoid(x) between them, which is not counted, and kernels that few channels do not fill.
+- **Photographs**: {share("photo, grey 1")} and {share("photo, colour 1")} of a limit that is nearly all operations; the
+  service over HTTP is at {share("photo, grey 1", OURS)} and {share("photo, colour 1", OURS)}. A faster photograph needs
+  fewer operations, or more of them in int8.
+- **1,024 rows of `mlp`**: {alone:.1f} us a row in onnxruntime and {ours - sessions:.1f} around it, for 3.1 kB in and
+  3.1 kB out: receiving, checking, joining and sending. Blocks of 64 rows in the service's sessions change
+  {sessions - alone:+.1f}. The bare function over HTTP would leave a ratio of {most:.2f} on one core. A dearer model
+  such as `mnist` hides all of it.
+""".strip().splitlines()
 
 
 if __name__ == "__main__":
