@@ -97,15 +97,9 @@ class Peaks(NamedTuple):
         return seconds, computing
 
 
-class Spent(NamedTuple):
-    """Seconds of a call: by the clock, and of the processor, which other work on the machine disturbs less."""
-
-    clock: float
-    processor: float
-
-
-Timer = Callable[[float], Spent]
-"""Calls something repeatedly for a number of seconds; returns the median by the clock, the mean of the processor."""
+Timer = Callable[[float], float]
+"""Calls something repeatedly for a number of seconds; returns the mean seconds of the processor, which other work on
+the machine disturbs less than the clock's."""
 
 
 class Work(NamedTuple):
@@ -130,7 +124,7 @@ class Asked:
     def __init__(self, server: Server, body: Body, cores: set[int]) -> None:
         self._server, self._body, self._cores = server, body, cores
 
-    def __call__(self, seconds: float) -> Spent:
+    def __call__(self, seconds: float) -> float:
         """Ask repeatedly.
 
         Raises:
@@ -142,8 +136,8 @@ class Asked:
         try:
             self._ask(connection)
             used = self._server.cpu_s()
-            times = repeated(lambda: self._ask(connection), seconds)
-            return Spent(median(times), (self._server.cpu_s() - used) / len(times))
+            calls = repeated(lambda: self._ask(connection), seconds)
+            return (self._server.cpu_s() - used) / calls
         finally:
             connection.close()
             os.sched_setaffinity(0, before)
@@ -163,23 +157,19 @@ class Results(NamedTuple):
         peaks: What the core does at most.
         best: Operations or bytes a second of everything that was timed for the roofs.
         works: What was computed.
-        spent: Seconds of a call, one a round, by `<name> <rows>` and by what was timed.
+        spent: Processor seconds of a call, one a round, by `<name> <rows>` and by what was timed.
         loads: Load averages, one a round.
     """
 
     peaks: Peaks
     best: dict[str, float]
     works: list[Work]
-    spent: dict[str, dict[str, list[Spent]]]
+    spent: dict[str, dict[str, list[float]]]
     loads: list[float]
 
     def processor_s(self, work: Work, name: str) -> float:
         """Median processor seconds of a call."""
-        return median(one.processor for one in self.spent[f"{work.name} {work.rows}"][name])
-
-    def clock_s(self, work: Work, name: str) -> float:
-        """Median seconds of a call."""
-        return median(one.clock for one in self.spent[f"{work.name} {work.rows}"][name])
+        return median(self.spent[f"{work.name} {work.rows}"][name])
 
 
 def main() -> None:
@@ -197,7 +187,7 @@ def main() -> None:
     if not (home / "models" / "mlp" / "1" / "manifest.json").exists():
         models.write(home / "models")
     roofs, best, loads = roof_calls(), dict[str, float](), []
-    spent: dict[str, dict[str, list[Spent]]] = {}
+    spent: dict[str, dict[str, list[float]]] = {}
     with ExitStack() as stack:
         works = workloads(home, stack, cores - core or core)
         for turn in range(options.rounds):
@@ -215,24 +205,23 @@ def main() -> None:
 # What is timed
 
 
-def repeated(call: Call, seconds: float) -> list[float]:
-    """Seconds of each of as many calls as fit, three at least."""
-    times: list[float] = []
-    while sum(times) < seconds or len(times) < FEWEST:
-        began = time.perf_counter()
+def repeated(call: Call, seconds: float) -> int:
+    """Call for so many seconds, three times at least; return how often."""
+    calls, end = 0, time.perf_counter() + seconds
+    while calls < FEWEST or time.perf_counter() < end:
         call()
-        times.append(time.perf_counter() - began)
-    return times
+        calls += 1
+    return calls
 
 
 def here(call: Call) -> Timer:
     """Timer of a call in this process."""
 
-    def timed(seconds: float) -> Spent:
+    def timed(seconds: float) -> float:
         call()
         used = time.process_time()
-        times = repeated(call, seconds)
-        return Spent(median(times), (time.process_time() - used) / len(times))
+        calls = repeated(call, seconds)
+        return (time.process_time() - used) / calls
 
     return timed
 
@@ -240,7 +229,7 @@ def here(call: Call) -> Timer:
 def fastest(call: Call) -> float:
     """The least processor seconds of a call, of several samples of many calls each."""
     call()
-    count = max(1, round(LEAST_S / here(call)(0.0).processor))
+    count = max(1, round(LEAST_S / here(call)(0.0)))
     found = []
     for _ in range(SAMPLES):
         used = time.process_time()
@@ -495,19 +484,18 @@ def part_table(found: Results) -> list[str]:
     """Table of where the time of the largest requests goes."""
     heads = [
         *("model", "onnxruntime, one call", "in blocks of 64", "in the service's sessions", "HTTP alone", "the rest"),
-        *("service", "onnxruntime / service", "by the clock"),
+        *("service", "onnxruntime / service"),
     ]
-    lines = [f"| {' | '.join(heads)} |", f"|---|{'--:|' * 8}"]
+    lines = [f"| {' | '.join(heads)} |", f"|---|{'--:|' * 7}"]
     for work in found.works:
         if work.rows <= BLOCK:
             continue
         alone, blocks, sessions, echo, ours = (
             found.processor_s(work, name) * 1e3 for name in (ALONE, BLOCKS, SESSIONS, ECHO, OURS)
         )
-        clock = found.clock_s(work, ALONE) / found.clock_s(work, OURS)
         cells = [alone, blocks, sessions, echo, ours - sessions - echo, ours]
         shown = " | ".join(f"{cell:.2f}" for cell in cells)
-        lines.append(f"| {work.name} | {shown} | {alone / ours:.2f} x | {clock:.2f} x |")
+        lines.append(f"| {work.name} | {shown} | {alone / ours:.2f} x |")
     return [*lines, ""]
 
 
