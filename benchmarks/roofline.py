@@ -436,7 +436,7 @@ def page(found: Results, options: argparse.Namespace) -> str:
     lines += ["## What the core does at most", "", *peak_table(found)]
     lines += ["## What a row needs, and takes", "", counted, "", *row_table(found)]
     lines += ["## 1,024 rows over HTTP", "", parts, "", *part_table(found)]
-    lines += ["## What it means", "", *meaning(found)]
+    lines += ["## What it means", "", *meaning(found), ""]
     return "\n".join(lines)
 
 
@@ -519,9 +519,9 @@ def meaning(found: Results) -> list[str]:
   service over HTTP is at {share("photo, grey 1", OURS)} and {share("photo, colour 1", OURS)}. A faster photograph needs
   fewer operations, or more of them in int8.
 - **1,024 rows of `mlp`**: {alone:.1f} us a row in onnxruntime and {ours - sessions:.1f} around it, for 3.1 kB in and
-  3.1 kB out: receiving, checking, joining and sending. Blocks of 64 rows in the service's sessions change
-  {sessions - alone:+.1f}. The bare function over HTTP would leave a ratio of {most:.2f} on one core. A dearer model
-  such as `mnist` hides all of it.
+  3.1 kB out: receiving, checking, joining and sending. In blocks of 64 rows and the service's sessions
+  the model takes {sessions:.1f}. The bare function over HTTP would leave a ratio of {most:.2f} on one core. A dearer
+  model such as `mnist` hides all of it.
 """.strip().splitlines()
 
 
