@@ -47,7 +47,7 @@ TILES = """
 Two tiles of 816 x 816 pixels, the largest that the service makes, on two cores, in the service's own sessions. Other
 work took a part of both cores, so the least seconds tell more than the medians.
 """
-LOAD = "Other work ran on the machine, at a lower priority; the load average during these calls was"
+LOAD = "Other work ran on the machine; the load average during these calls was"
 Row = dict[str, str]
 
 
