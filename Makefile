@@ -7,7 +7,7 @@ CONFIG ?= training/configs/mnist.toml
 DOCS := .venv-docs
 MERMAID := 12.3.0
 
-.PHONY: setup serve train test client-test browser-test container-test ray-test docs docs-test lint bench bench-against bench-bulk bench-capacity bench-overhead bench-sizes bench-photographs bench-training bench-beside house attack fuzz soak clean
+.PHONY: setup serve train test client-test browser-test container-test ray-test docs docs-test lint bench bench-against bench-bulk bench-capacity bench-overhead bench-sizes bench-photographs bench-roofline bench-training bench-beside house attack fuzz soak clean
 
 serve: $(VENV)/.serve
 	$(PYTHON) -m service
@@ -61,9 +61,13 @@ bench-bulk: $(VENV)/.test
 bench-sizes: $(VENV)/.test
 	$(PYTHON) -m benchmarks.sizes $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SECONDS),--seconds $(SECONDS))
 
-# Seconds and memory of restored photographs, on one core, beside classical methods: a table of docs/results/photographs.md.
+# Seconds, memory and megapixels a second of restored photographs: tables of docs/results/photographs.md. PARTS names some.
 bench-photographs: $(VENV)/.test
-	$(PYTHON) -m benchmarks.photographs $(if $(MODEL),--model $(MODEL))
+	$(PYTHON) -m benchmarks.photographs $(if $(MODEL),--model $(MODEL)) $(if $(PARTS),--parts $(PARTS))
+
+# How near to the limits of one core onnxruntime and the service are: docs/results/roofline.md.
+bench-roofline: $(VENV)/.test
+	$(PYTHON) -m benchmarks.roofline $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SECONDS),--seconds $(SECONDS))
 
 bench-training: $(VENV)/.test
 	$(PYTHON) -m benchmarks.training $(if $(wildcard $(DATA)/mnist),--data $(DATA))

@@ -1,7 +1,14 @@
-"""Seconds and peak memory of restored photographs on one core, beside classical methods: `make bench-photographs`.
+"""Seconds and peak memory of restored photographs on one core: `make bench-photographs`.
 
-The service runs with its default settings. Its memory is the sum of the peaks of its processes; of a classical method
-it is what a process takes more than before. `restore` of the experiments puts the table into its page.
+Four parts, each of which can be measured alone:
+
+- `cost`: the service beside classical methods, and at large pictures. The service runs with its default settings. Its
+  memory is the sum of the peaks of its processes; of a classical method it is what a process takes more than before.
+- `graphs`: onnxruntime alone, with one thread, on the version's restoration graphs and on graphs of DnCNN and DRUNet.
+- `service`: the same photographs over HTTP, as .npy with a known level and as PNG with an estimated one.
+- `tiles`: two tiles in one session of two threads, and in two sessions of one thread; on two cores.
+
+The tables go into the page of photographs.
 """
 
 from __future__ import annotations
@@ -15,7 +22,9 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -23,13 +32,19 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.bodies import NPY, PNG, Body
+from benchmarks.denoisers import CHANNELS, Denoiser, denoisers
 from benchmarks.environments import HERE
+from benchmarks.peers.model import graph
 from benchmarks.servers import Server, end_when_asked
+from experiments.photographs import speed
 from experiments.photographs.cases import gaussian
 from experiments.photographs.methods import DRAWS, rivals
-from experiments.photographs.report import COST
 from experiments.photographs.sets import Picture
+from experiments.photographs.speed import COST, SPEED, TIMED
 from service.contract.images import Pixels
+from service.contract.manifest import Graph, Manifest
+from service.runtime.session import PROVIDERS, Session
+from service.runtime.tiling import EXACT_SIDE
 from training.evaluation.served import npy
 from training.extras import needed
 
@@ -46,6 +61,10 @@ EVENTS = "application/x-ndjson"
 SETTINGS = {"total variation": 1.0, "non-local means": 0.8, "BM3D": 0.0}
 """Classical methods, and a usual setting of each."""
 FIELDS = ("what", "grey 512 x 512, s", "colour 512 x 512, s", "colour, s", "peak, MiB")
+PARTS = ("cost", "graphs", "service", "tiles")
+DEAR_GFLOP = 1000.0
+"""A call of more operations is not preceded by one that is not counted: it takes tens of seconds, of which the first
+use of memory is less than 2 %."""
 Row = dict[str, str]
 
 
@@ -53,25 +72,143 @@ def main() -> int:
     """Measure, print and write the table; the exit status is 1 if a large picture is not answered."""
     parser = argparse.ArgumentParser(prog="make bench-photographs", description=__doc__)
     parser.add_argument("--model", type=Path, default=Path("models/photo/1"), help="the version's folder (%(default)s)")
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=[*PARTS], help="what to measure; all by default")
     parser.add_argument("--repeats", type=int, default=3, help="calls behind a median (%(default)s)")
-    parser.add_argument("--large", nargs="*", choices=LARGE, default=[*LARGE], help="large pictures")
-    parser.add_argument("--methods", nargs="*", choices=SETTINGS, default=[*SETTINGS], help="classical methods")
-    parser.add_argument("--out", type=Path, default=Path("docs/results") / COST, help="the table (%(default)s)")
+    parser.add_argument("--large", nargs="*", choices=LARGE, default=[*LARGE], help="large pictures of `cost`")
+    parser.add_argument(
+        "--methods", nargs="*", choices=SETTINGS, default=[*SETTINGS], help="classical methods of `cost`"
+    )
+    parser.add_argument(
+        "--sides", nargs="*", type=int, default=[512, 1024], help="of `graphs` and `service`, in pixels"
+    )
+    parser.add_argument("--images", nargs="*", choices=CHANNELS, default=[*CHANNELS], help="of `graphs` and `service`")
+    parser.add_argument("--add", action="store_true", help="keep the figures of earlier runs, on the same machine")
+    parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of the page (%(default)s)")
     options = parser.parse_args()
     if not (options.model / "manifest.json").exists():
         raise SystemExit(f"there is no version in {options.model}; --model names its folder")
     needed("skimage")
     end_when_asked()
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # child processes inherit it
-    rows = []
-    for row in measured(options):
-        rows.append(row)
-        print(", ".join(f"{name}: {value}" for name, value in row.items()), flush=True)
-    with options.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
+    cores = os.sched_getaffinity(0)
+    complete = True
+    for part in options.parts:
+        # One core but for `tiles`; threads and child processes that begin later inherit it.
+        os.sched_setaffinity(0, cores if part == "tiles" else {max(cores)})
+        rows = []
+        for row in {"cost": measured, "graphs": graph_rows, "service": service_rows, "tiles": tile_rows}[part](options):
+            rows.append(row)
+            print(", ".join(f"{name}: {value}" for name, value in row.items()), flush=True)
+        if part == "cost":
+            complete = not any("not answered" in row.get("colour, s", "") for row in rows)
+            names = {row["what"] for row in rows}
+            before = [row for row in speed.read(options.out / COST) if options.add and row["what"] not in names]
+            write(options.out / COST, FIELDS, before + rows)
+        else:
+            before = [row for row in speed.read(options.out / SPEED) if options.add or row["part"] != part]
+            write(options.out / SPEED, TIMED, before + rows)
+    speed.renew(options.out)
+    return int(not complete)
+
+
+def write(path: Path, fields: Sequence[str], rows: Sequence[Row]) -> None:
+    """Write a table."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fields)
         writer.writeheader()
         writer.writerows(rows)
-    return int(any("not answered" in row["colour, s"] for row in rows if "colour, s" in row))
+
+
+# onnxruntime alone, the service, tiles
+
+
+def graph_rows(options: argparse.Namespace) -> Iterator[Row]:
+    """Calls of every graph at every size, in alternating order."""
+    chosen = [one for one in denoisers(options.model) if one.kind in options.images]
+    sessions = [(one, graph(str(one.path.parent), one.path.stem)) for one in chosen]
+    for side in options.sides:
+        feeds = {one.path: one.feed(side) for one, _ in sessions}
+        costs = {one.path: one.cost(side) for one, _ in sessions}
+        for one, session in sessions:
+            if costs[one.path].flop < DEAR_GFLOP * 1e9:
+                session.run(None, feeds[one.path])
+        for turn in range(options.repeats):
+            for one, session in sessions[:: -1 if turn % 2 else 1]:
+                feed, cost = feeds[one.path], costs[one.path]
+                spent = clocked(partial(session.run, None, feed))
+                known = {"gflop": f"{cost.flop / 1e9:.1f}", "eight_bits": f"{cost.eight_bits / cost.flop:.3f}"}
+                yield {"part": "graphs", "what": one.name, "image": one.kind, "side": str(side), **known, **spent}
+
+
+def service_rows(options: argparse.Namespace) -> Iterator[Row]:
+    """Calls of the service at every size, grey and colour, as arrays with a known level and as pictures without."""
+    probe = request(noisy(1, 64), options.model)
+    with tempfile.TemporaryDirectory() as home:
+        server = Server(COMMAND, options.model, probe, Path(home, "log"))
+        try:
+            bodies = {
+                (what, kind, side): make(noisy(channels, side), options.model)
+                for side in options.sides
+                for kind, channels in CHANNELS.items()
+                if kind in options.images
+                for what, make in ((".npy, level known", request), ("PNG, level estimated", photograph))
+            }
+            for turn in range(options.repeats + 1):
+                for what, kind, side in list(bodies)[:: 1 if turn % 2 else -1]:
+                    before = server.cpu_s()
+                    seconds, status = timed(server, bodies[what, kind, side])
+                    used = server.cpu_s() - before
+                    if status != 200:
+                        raise SystemExit(f"the service answered {status} to {what} of {side} x {side}")
+                    if turn:  # the first ones warm up
+                        spent = {"seconds": f"{seconds:.4f}", "processor_s": f"{used:.2f}", "load": load()}
+                        yield {"part": "service", "what": what, "image": kind, "side": str(side), **spent}
+        finally:
+            server.stop()
+
+
+def tile_rows(options: argparse.Namespace) -> Iterator[Row]:
+    """Two tiles of the service's size, one after the other and at once, in sessions as the service opens them."""
+    for view in Manifest.model_validate_json((options.model / "manifest.json").read_bytes()).views():
+        described = view.graphs["restoration"]
+        content = (options.model / described.file).read_bytes()
+        kind = "grey" if described.inputs["y"][0] == 1 else "colour"
+        feed = Denoiser("", kind, options.model / described.file).feed(EXACT_SIDE)
+        arrays = [feed[name] for name in described.inputs]
+        with ThreadPoolExecutor(2) as pool:
+            ways = tile_ways(content, described, arrays, pool)
+            for turn in range(options.repeats + 1):
+                for what in list(ways)[:: 1 if turn % 2 else -1]:
+                    spent = clocked(ways[what])
+                    if turn:  # the first ones warm up
+                        yield {"part": "tiles", "what": what, "image": kind, "side": str(EXACT_SIDE), **spent}
+
+
+def tile_ways(
+    content: bytes, described: Graph, arrays: list[Pixels], pool: Executor
+) -> dict[str, Callable[[], object]]:
+    """Calls that compute two tiles, by what they use."""
+    single, other, double = (Session(content, PROVIDERS["cpu"], threads, described) for threads in (1, 1, 2))
+    return {
+        "one session of one thread, one after the other": lambda: [single(*arrays) for _ in range(2)],
+        "one session of two threads, one after the other": lambda: [double(*arrays) for _ in range(2)],
+        "two sessions of one thread, at once": lambda: list(pool.map(lambda one: one(*arrays), (single, other))),
+    }
+
+
+def clocked(call: Callable[[], object]) -> Row:
+    """Seconds and processor seconds of a call in this process, and the load of the machine before it."""
+    before, began, used = load(), time.perf_counter(), time.process_time()
+    call()
+    seconds, used = time.perf_counter() - began, time.process_time() - used
+    return {"seconds": f"{seconds:.4f}", "processor_s": f"{used:.4f}", "load": before}
+
+
+def load() -> str:
+    """Load average of the last minute."""
+    return f"{os.getloadavg()[0]:.1f}"
+
+
+# Cost
 
 
 def measured(options: argparse.Namespace) -> Iterator[Row]:
@@ -172,6 +309,14 @@ def request(y: Pixels, model: Path, query: str = "") -> Body:
     """Denoise of an image (c, h, w) in .npy, level known."""
     path = f"/v1/models/{model.parent.name}/denoise?noise=gaussian&level={SIGMA / 255.0}"
     return Body(f"{path}&{query}" if query else path, {"content-type": NPY, "accept": NPY}, npy(y[None]))
+
+
+def photograph(y: Pixels, model: Path) -> Body:
+    """Denoise of an image (c, h, w) as PNG, answered as PNG, level unknown."""
+    file = io.BytesIO()
+    rows = np.rint(np.clip(y, 0.0, 1.0) * 255.0).astype(np.uint8)
+    Image.fromarray(rows[0] if len(rows) == 1 else rows.transpose(1, 2, 0)).save(file, "PNG", compress_level=1)
+    return Body(f"/v1/models/{model.parent.name}/denoise", {"content-type": PNG, "accept": PNG}, file.getvalue())
 
 
 def noisy(channels: int, side: int) -> Pixels:

@@ -98,11 +98,45 @@ def capacity(found: dict[str, Any]) -> Any:
     return figure
 
 
+def roofline(found: dict[str, Any]) -> Any:
+    """Plot operations a second over operations a byte, below the roofs that the core's peaks make."""
+    figure, axis = plt.subplots(figsize=(8.4, 5.0))
+    points, roofs = found["points"], found["roofs"]
+    ends = [0.5 * min(one["intensity"] for one in points), 8.0 * max(one["intensity"] for one in points)]
+    for kind, peak in roofs.items():
+        axis.plot(ends, [peak / 1e9] * 2, color="black", linewidth=1.0)
+        axis.annotate(f"{kind}, {peak / 1e9:.0f} GFLOP/s", (ends[1], peak / 1e9), (0, 3), ha="right", fontsize=8,
+                      textcoords="offset points")  # fmt: skip
+    most = max(roofs.values())
+    for (place, bandwidth), style in zip(found["bandwidth"].items(), (":", "--", "-"), strict=False):
+        corner = most / bandwidth
+        label = f"{place}, {bandwidth / 1e9:.0f} GB/s"
+        axis.plot([ends[0], corner], [bandwidth * ends[0] / 1e9, most / 1e9], style, color="black", linewidth=1.0,
+                  label=label)  # fmt: skip
+    markers = dict(zip(dict.fromkeys(one["name"] for one in points), "osD^v", strict=False))
+    sizes = dict(zip(sorted({one["rows"] for one in points}), (5, 8, 11), strict=False))
+    for one in points:
+        for key, colour in (("alone", OTHERS), ("ours", OURS)):
+            axis.plot(one["intensity"], one[key] / 1e9, markers[one["name"]], color=colour, linestyle="none",
+                      markersize=sizes[one["rows"]], markeredgecolor="white")  # fmt: skip
+    for name, marker in markers.items():
+        axis.plot([], [], marker, color="black", markerfacecolor="none", linestyle="none", label=name)
+    axis.plot([], [], "s", color=OTHERS, label="onnxruntime alone")
+    axis.plot([], [], "s", color=OURS, label="this service, over HTTP")
+    axis.plot([], [], " ", label=f"small to large: {', '.join(f'{rows:,}' for rows in sizes)} rows a call")
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xlim(*ends)
+    axis.set_xlabel("FLOP/byte")
+    axis.set_ylabel("GFLOP/s")
+    axis.legend(fontsize=8, loc="lower right", frameon=False)
+    return figure
+
+
 def main(kind: str, raw: str, out: str) -> None:
     """Draw one kind of plot from the raw findings."""
-    figure = {"capacity": capacity, "serving": serving, "soak": soak, "training": training}[kind](
-        json.loads(Path(raw).read_text())
-    )
+    plots = {"capacity": capacity, "roofline": roofline, "serving": serving, "soak": soak, "training": training}
+    figure = plots[kind](json.loads(Path(raw).read_text()))
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()

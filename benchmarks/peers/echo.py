@@ -10,12 +10,13 @@ import uvicorn
 
 async def app(_: dict[str, Any], receive: Any, send: Any) -> None:
     """Answer with what was sent."""
-    body = b""
+    parts = []
     while True:
         message = await receive()
-        body = body + message["body"] if body else message["body"]
+        parts.append(message["body"])
         if not message.get("more_body"):
             break
+    body = b"".join(parts)
     headers = [(b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": body})

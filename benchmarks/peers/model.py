@@ -52,9 +52,13 @@ class Denoiser:
 
 def graph(folder: str, name: str) -> Any:
     """Open one graph of the model."""
+    return session(Path(folder, f"{name}.onnx").read_bytes())
+
+
+def session(content: bytes) -> Any:
+    """Open a graph with one thread and otherwise onnxruntime's defaults."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
-    content = Path(folder, f"{name}.onnx").read_bytes()
     return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 

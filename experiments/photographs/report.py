@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from experiments.paper import curves
-from experiments.photographs import sets
+from experiments.photographs import sets, speed
 from experiments.photographs.camera import FULL_WELL, QUALITIES, READ_NOISE
 from experiments.photographs.cases import CAMERA, FRAME, INTERVAL_SIGMAS, JPEG, MISSING, SHRUNK, TOLD_SIGMAS
 from experiments.photographs.measure import PhotographOptions
@@ -24,8 +24,6 @@ FIELDS = (
     "uncertain_coverage", "level", "block_error", "block_drawn", "block_within", "draw_db", "mean_of_draws_db",
     "setting", "seconds_512",
 )  # fmt: skip
-COST = "photographs-cost.csv"
-"""Seconds and memory, from `python -m benchmarks.photographs`."""
 BASELINES = sets.W2S / "baselines.csv"
 QUOTED_BASELINES = {"noise2noise_fmd": "Noise2Noise, trained on FMD", "vst_bm3d": "BM3D in a stabilising transform"}
 """Columns of the data set's own figures, and their names here."""
@@ -95,10 +93,9 @@ def photographs(tables: Tables, plan: PhotographOptions, out: Path) -> list[str]
         ("JPEG", "CBSD68, `auto`, dB, by quality.", tables.real(JPEG)),
         ("Missing pixels", "PSNR in dB, of the missing pixels alone.", tables.filled(MISSING, "biharmonic")),
         ("Smaller images", "PSNR in dB of super-resolution from block means.", tables.filled(SHRUNK, "bicubic")),
-        ("Seconds and memory", "", _cost(out / COST)),
     ):
         lines += [f"## {title}", "", *([about, ""] if about else []), *found]
-    return [*lines, "## How", HOW]
+    return [*lines, *speed.sections(out), speed.NEXT, HOW]
 
 
 def micrographs(tables: Tables, plan: PhotographOptions) -> list[str]:
@@ -154,14 +151,6 @@ def _baselines(path: Path) -> dict[str, dict[str, float]]:
     with path.open() as file:
         rows = list(csv.DictReader(file))
     return {key: {row["image"]: float(row[key]) for row in rows} for key in QUOTED_BASELINES}
-
-
-def _cost(path: Path) -> list[str]:
-    if not path.exists():
-        return ["Not measured yet: `python -m benchmarks.photographs`.", ""]
-    with path.open() as file:
-        head, *rows = csv.reader(file)
-    return table([head[0].replace("what", ""), *head[1:]], rows)
 
 
 def _summary(tables: Tables, place: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from experiments.__main__ import main
 from experiments.comparisons.methods import Method, Restored
-from experiments.photographs import camera, sets
+from experiments.photographs import camera, sets, speed
 from experiments.photographs.cases import CAMERA, JPEG, MISSING, gaussian, shrunk
 from experiments.photographs.figures import affine_psnr, blocks, detail, intervals
 from experiments.photographs.masks import MASKS
@@ -237,6 +237,40 @@ def test_tables_leave_out_what_was_not_measured() -> None:
     lines = table(["", "a", "b"], [["x", "1", ""], ["y", "", ""]])
     assert lines == ["|  | a |", "|---|--:|", "| x | 1 |", ""]
     assert table(["", "a"], [["x", ""]]) == ["Not measured yet.", ""]
+
+
+def timed(part: str, what: str, seconds: float, processor_s: float) -> dict[str, str]:
+    """A call for a grey image of 1000 x 1000 pixels and 500 GFLOP, a fifth of them in int8."""
+    known = {"part": part, "what": what, "image": "grey", "side": "1000", "gflop": "500", "eight_bits": "0.2"}
+    return {**known, "seconds": f"{seconds}", "processor_s": f"{processor_s}", "load": "1.5"}
+
+
+def test_the_page_gets_the_tables_of_speed(tmp_path: Path) -> None:
+    """Rates of graphs are of the median processor time; what stands around the sections stays."""
+    page = tmp_path / "photographs.md"
+    page.write_text("# Page\n\n## Seconds and memory\n\nNot measured yet.\n\n## How\n\n- So.\n")
+    calls = [timed("graphs", "DnCNN, 17 layers", 9.0, seconds) for seconds in (4.0, 5.0, 90.0)]
+    calls += [timed("tiles", "two sessions", seconds, 3.0) for seconds in (1.25, 2.5, 4.0)]
+    with (tmp_path / speed.SPEED).open("w", newline="") as file:
+        writer = csv.DictWriter(file, speed.TIMED)
+        writer.writeheader()
+        writer.writerows(calls)
+    speed.renew(tmp_path)
+    speed.renew(tmp_path)
+    text = page.read_text()
+    assert text.startswith("# Page\n\n## Seconds and memory\n\nNot measured yet")
+    assert text.endswith("## How\n\n- So.\n")
+    assert text.count("## Megapixels a second") == text.count("## How") == 1
+    # 1 megapixel and 500 GFLOP in 5 s; the PSNR is the paper's.
+    assert "| DnCNN, 17 layers | grey | 29.23 | 500 | 20% | 5.00 | 0.200 | 100 |" in text
+    assert "| two sessions | grey | 1.25 | 2.50 | 3.00 |" in text
+
+
+def test_a_page_without_the_headings_is_an_error(tmp_path: Path) -> None:
+    """It names the command that makes the page."""
+    (tmp_path / "photographs.md").write_text("# Page\n")
+    with pytest.raises(ValueError, match="experiments restore"):
+        speed.renew(tmp_path)
 
 
 def test_a_set_that_is_absent_is_named(tmp_path: Path) -> None:
