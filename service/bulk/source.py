@@ -306,7 +306,7 @@ class _Table:
         self.name = name
         try:
             self._opened = folder.files.open(folder.path(name), "rb")
-            self._file = parquet.ParquetFile(self._opened, buffer_size=READ_BYTES)
+            self._file = parquet.ParquetFile(self._opened, buffer_size=READ_BYTES, pre_buffer=False)
         except (OSError, pa.ArrowException) as error:
             raise StartError(f"{name} is no Parquet file that can be read: {one_line(error)}") from error
         schema = self._file.schema_arrow

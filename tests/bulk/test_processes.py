@@ -23,7 +23,7 @@ from service.bulk.source import Task
 from service.errors import StartError
 from tests.bulk.conftest import MODELS, Levels, bulk
 
-ROWS, PART = 6000, 64
+ROWS, PART = 4000, 64
 COMMAND = [sys.executable, "-m", "service.bulk", "encode"]
 ASKED = ["--models", str(MODELS), "--model", "mnist-2d", "--draws", "4", "--seed", "9", "--rows", str(PART)]
 
