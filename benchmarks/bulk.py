@@ -38,8 +38,8 @@ KEYS = ("rate", "of_core")
 LEAST = {"processes": 0.85, "ray": 0.9}
 """Wanted: processes beside onnxruntime, and actors beside processes."""
 COSTS = (
-    "Decoding the file once takes {decoding:.2f} s of a core, {most} onnxruntime's time for the model. A process that "
-    "begins in the middle of a row group decodes what lies before, too. The rest is the digest of what is read, "
+    "Decoding the file once takes {decoding:.2f} s of a core, {most} onnxruntime's time for the model. Each process "
+    "decodes the whole row group. The rest is the digest of what is read, "
     "checking, and writing. Rows a core-second are rows over the processor time of the computing processes: other "
     "work on the machine changes rows/s more than these. Those of `--ray` leave out Ray's daemons; rows/s do not."
 )

@@ -72,11 +72,11 @@ def children(of: int) -> list[int]:
 
 
 def wait_for(true: Callable[[], object]) -> None:
-    """Wait for a minute at most."""
-    end = time.monotonic() + 60.0
+    """Wait for a few minutes at most: other tests may have the cores."""
+    end = time.monotonic() + 200.0
     while not true():
         assert time.monotonic() < end
-        time.sleep(0.005)
+        time.sleep(0.03)
 
 
 def done(out: Path) -> list[Path]:
@@ -85,9 +85,9 @@ def done(out: Path) -> list[Path]:
 
 
 def test_any_number_of_processes(source: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
-    """Three, of which one is killed, write the same bytes as one."""
+    """Two, of which one is killed, write the same bytes as one."""
     out = tmp_path / "killed"
-    with started(source, out, 3) as run:
+    with started(source, out) as run:
         wait_for(lambda: len(done(out)) > 5)
         os.kill(children(run.pid)[0], signal.SIGKILL)
         said, problem = run.communicate(timeout=300)
@@ -98,15 +98,12 @@ def test_any_number_of_processes(source: Path, whole: dict[str, bytes], tmp_path
 
 
 def test_processes_have_runs_of_parts() -> None:
-    """Each reads forward, and takes half of what the slowest has before it when its own are done."""
-    tasks = [Task(f"{k:08d}", ("x.parquet",), k) for k in range(11)]
-    shares = processes.shared(tasks, 3)
-    assert [len(share) for share in shares] == [3, 4, 4]
-    assert list(chain(*shares)) == tasks
-    assert processes.shared(tasks[:2], 3) == [[tasks[0]], [tasks[1]]]
-    assert processes.rest_of(shares) == tasks[5:7]
-    assert shares[1] == tasks[3:5]
-    assert processes.rest_of([[tasks[0]], [tasks[1]]]) == processes.rest_of([]) == []
+    """Long ones first, whose row groups one process decodes; short ones at the end, when others wait."""
+    tasks = [Task(f"{k:08d}", ("x.parquet",), k) for k in range(40)]
+    found = list(processes.runs(tasks, 2))
+    assert list(chain(*found)) == tasks
+    assert [len(run) for run in found] == [10, 7, 5, 4, 3, 2, 2, 1, 1, 1, 1, 1, 1, 1]
+    assert list(processes.runs(tasks[:2], 3)) == [[tasks[0]], [tasks[1]]]
 
 
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT])
@@ -147,7 +144,7 @@ def test_what_ends_every_process_ends_the_run(source: Path, tmp_path: Path) -> N
         while run.poll() is None:
             for pid in children(run.pid) if alive(run.pid) else ():
                 os.kill(pid, signal.SIGKILL)
-            time.sleep(0.01)
+            time.sleep(0.05)
         _, problem = run.communicate()
     assert run.returncode == 1
     assert problem.startswith(f"vae-bulk: part 00000000 (images.parquet, from row 0) has ended {processes.MOST_DEATHS}")
