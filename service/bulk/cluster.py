@@ -30,12 +30,14 @@ except ImportError as error:
 
 RETRIES = 2
 """How often a task is done again whose actor has died."""
+BLOCKS = 8
+"""Runs of consecutive parts of tables that an actor does: longer ones decode less twice, shorter ones end together."""
 REACH_S = 10.0
 """Time in which the address of a cluster must answer."""
 
 
 class Actor:
-    """The operator in an actor: batches of one task in JSON become batches of one outcome.
+    """The operator in an actor: batches of tasks in JSON become batches of outcomes.
 
     Args:
         job: What is to be done.
@@ -46,14 +48,15 @@ class Actor:
         self._operator: Operator | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Work off a task. The driver raises an error that it meets; Ray would do the task again."""
-        name, paths, first, start, rows, known = json.loads(batch["task"].item())
+        """Work off tasks. The driver raises an error that they meet; Ray would do them again."""
+        found: list[Any] = []
         try:
             self._operator = self._operator or Operator(self._job)
-            found: Any = self._operator(Task(name, tuple(paths), first, start, rows), known)
+            for name, paths, first, start, rows in map(json.loads, batch["task"]):
+                found.append(self._operator(Task(name, tuple(paths), first, start, rows)))
         except (ServiceError, OSError) as error:
-            found = {"error": str(error)}
-        return {"outcome": np.array([json.dumps(found)])}
+            found.append({"error": str(error)})
+        return {"outcome": np.array([json.dumps(one) for one in found])}
 
 
 class Cluster:
@@ -66,7 +69,7 @@ class Cluster:
     def __init__(self, address: str) -> None:
         self._address = address
 
-    def __call__(self, job: Job, tasks: Sequence[tuple[Task, bool]], count: int | None) -> Generator[Outcome]:
+    def __call__(self, job: Job, tasks: Sequence[Task], count: int | None) -> Generator[Outcome]:
         """Work off tasks; see `processes.run`. `count` None is an actor a core of the cluster.
 
         Raises:
@@ -80,9 +83,10 @@ class Cluster:
             actors = min(count or int(ray.cluster_resources().get("CPU", 1)), len(tasks))
             context = data.DataContext.get_current()
             context.enable_progress_bars = False
-            rows = [{"task": json.dumps([*task, known])} for task, known in tasks]
-            found = data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-                Actor, fn_constructor_args=(job,), batch_size=1, compute=data.ActorPoolStrategy(size=actors),
+            rows = [{"task": json.dumps(task)} for task in tasks]
+            blocks = min(len(rows), BLOCKS * actors if job.kind == "parquet" else len(rows))
+            found = data.from_items(rows, override_num_blocks=blocks).map_batches(
+                Actor, fn_constructor_args=(job,), batch_size=None, compute=data.ActorPoolStrategy(size=actors),
                 num_cpus=1, ray_remote_args_fn=_retries,
             )  # fmt: skip
             for row in found.iter_rows():

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.to, options.rows, options.column, options.source_options, options.target_options,
         )  # fmt: skip
         progress = False if options.no_progress else None
-        report = run(_settings(options), request, workers=options.workers, pool=_pool(options.ray), progress=progress)
+        with _stdout_kept():
+            report = run(
+                _settings(options), request, workers=options.workers, pool=_pool(options.ray), progress=progress
+            )
     except (ServiceError, OSError) as error:
         print(f"vae-bulk: {one_line(error)}", file=sys.stderr)
         return REFUSED
@@ -39,6 +44,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     print(_told(report, options.json))
     return SOME_FAILED if report.failed else 0
+
+
+@contextmanager
+def _stdout_kept() -> Iterator[None]:
+    """Send what anything else writes to standard output, as Ray does, to standard error: the report is alone there."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def parser() -> argparse.ArgumentParser:

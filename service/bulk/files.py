@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from uuid import uuid4
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from service.errors import StartError, one_line
 
-UNFINISHED = ".unfinished"
-"""Ending of a local file while it is written."""
+HOME = "_vae-bulk"
+"""Folder of what a run keeps below its results. Readers of Parquet data sets pass over names that begin so."""
+DRAFTS, LOCK = f"{HOME}/drafts", f"{HOME}/lock"
+"""Local files while they are written, and the file that one run at a time has locked."""
 
 
 class Folder:
@@ -55,6 +61,11 @@ class Folder:
     def local(self) -> bool:
         """Whether it lies on this machine."""
         return isinstance(self.files, LocalFileSystem)
+
+    @property
+    def absolute(self) -> str:
+        """Its name in any working directory, as processes on Ray have others."""
+        return self.root if self.local else self.url
 
     def path(self, name: str) -> str:
         """The path of a file below it."""
@@ -101,21 +112,49 @@ class Folder:
 
     @contextmanager
     def written(self, name: str) -> Iterator[Any]:
-        """Open a file for writing that is there as a whole or not at all, whenever the process is killed.
+        """Open a file for writing that is there as a whole or not at all, whatever is raised or killed.
 
-        Object stores show an object when its upload ends. A local file is written under another name and renamed.
+        It is written under a name of its own, as a process of an earlier run may still be ending. Then a local file is
+        renamed, and another one uploaded: to close a remote file would upload a part of it, too.
         """
-        path = self.path(name)
+        with nullcontext(self.path(DRAFTS)) if self.local else TemporaryDirectory() as drafts:
+            draft, path = Path(drafts, uuid4().hex), Path(self.path(name))
+            draft.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with draft.open("wb") as file:
+                    yield file
+                if self.local:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    draft.replace(path)
+                else:
+                    self.files.put_file(str(draft), self.path(name))
+            finally:
+                draft.unlink(missing_ok=True)
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+        with suppress(FileNotFoundError):
+            self.files.rm_file(self.path(name))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold a local folder for one run, and remove what killed ones have left; a remote one has no lock.
+
+        Raises:
+            StartError: Another run writes there.
+        """
         if not self.local:
-            with self.files.open(path, "wb") as file:
-                yield file
+            yield
             return
-        place = Path(path)
-        draft = place.with_name(f".{place.name}{UNFINISHED}")
-        draft.parent.mkdir(parents=True, exist_ok=True)
-        with draft.open("wb") as file:
-            yield file
-        draft.replace(place)
+        path = Path(self.path(LOCK))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise StartError(f"another run writes to {self.url}; wait for its end, or stop it") from None
+            shutil.rmtree(self.path(DRAFTS), ignore_errors=True)
+            yield
 
 
 class Hashed:

@@ -240,11 +240,12 @@ class Operator:
             max_rows=self.settings.max_rows, queue_rows=sys.maxsize, inline_s=math.inf,
             tile_pixels=self.settings.tile_pixels,
         )  # fmt: skip
-        self._loop = asyncio.Runner()
+        # No `asyncio.Runner`: on Python 3.11 each of its runs prints the result into an error that it drops.
+        self._loop = asyncio.new_event_loop()
 
     def close(self) -> None:
         """End its engine and its event loop, and close its table."""
-        self._loop.run(self._engine.close())
+        self._loop.run_until_complete(self._engine.close())
         self._loop.close()
         self.source.close()
 
@@ -264,7 +265,7 @@ class Operator:
         block = next(self.source.read(task), None)
         if block is None:
             return
-        if isinstance(block.values, np.ndarray) and block.values.dtype == np.uint8 and block.values.max() == 1:
+        if isinstance(block.values, np.ndarray) and block.values.dtype == np.uint8 and block.values.max(initial=0) == 1:
             raise InvalidOption(
                 "the images in uint8 are levels of 0 to 255, but their highest is 1; store black and white as bool, or "
                 "as 0 and 255"
@@ -277,39 +278,34 @@ class Operator:
             failed.append(found)
         raise InvalidShape(f"none of the first {len(failed)} images can be used: {failed[0].path}: {failed[0].error}")
 
-    def __call__(self, task: Task, known: bool) -> Outcome:
-        """Work off a task.
-
-        Args:
-            task: The task.
-            known: Whether some of it may be done already.
+    def __call__(self, task: Task) -> Outcome:
+        """Compute what is missing of a task.
 
         Raises:
             OSError: A table or a shard cannot be read, or the results cannot be written.
             ServiceError: No row can be computed.
         """
         began, used = time.monotonic(), time.process_time()
-        done = self._done(task) if known else {}
-        records = list(done.values())
-        for part, blocks in groupby(self.source.read(task), lambda block: block.part):
-            if part not in done:
-                records.append(self._write_part(part, blocks))
-        every, before = (sum(record.rows for record in some) for some in (records, done.values()))
-        failed = [failure for record in records for failure in record.failed]
-        busy_s, processor_s = time.monotonic() - began, time.process_time() - used
-        return Outcome(task.name, every - before, before, failed, busy_s, processor_s)
+        before, written, changed = list[PartRecord](), list[PartRecord](), set[str]()
+        for part, blocks in self._parts(task):
+            record = self.target.record_of(part)
+            if record is None:
+                written.append(self._write_part(part, blocks))
+            elif record.content == _content(blocks) and self.target.is_whole(record):
+                before.append(record)
+            else:
+                changed.add(part)  # its blocks have been read: a second pass computes it
+        if changed:
+            written += [self._write_part(part, blocks) for part, blocks in self._parts(task) if part in changed]
+        if self.job.kind == "tar":  # samples have been taken out of the shard
+            self.target.remove_from(task.name, len(before) + len(written))
+        failed = [failure for record in before + written for failure in record.failed]
+        done, earlier = (sum(record.rows for record in records) for records in (written, before))
+        return Outcome(task.name, done, earlier, failed, time.monotonic() - began, time.process_time() - used)
 
-    def _done(self, task: Task) -> dict[str, PartRecord]:
-        """The parts of a task whose content is as it was when they were done, and whose results are."""
-        contents: dict[str, Any] = {}
-        for block in self.source.read(task):
-            _update(contents.setdefault(block.part, blake2b(digest_size=16)), block)
-        found = {part: self.target.record_of(part) for part in contents}
-        return {
-            part: record
-            for part, record in found.items()
-            if record is not None and record.content == contents[part].hexdigest() and self.target.is_whole(record)
-        }
+    def _parts(self, task: Task) -> Iterator[tuple[str, Iterator[Block]]]:
+        """The parts of a task, by name, with their blocks."""
+        return groupby(self.source.read(task), lambda block: block.part)
 
     def _write_part(self, part: str, blocks: Iterator[Block]) -> PartRecord:
         """Compute a part, and write its results and then its record."""
@@ -324,6 +320,7 @@ class Operator:
             for found in self._computed(self._batches(admitted())):
                 if isinstance(found, Failure):
                     failed.append(found)
+                    writer.leave_out(found)
                 else:
                     batch, result = found
                     writer.add(batch.rows, result, batch.kept)
@@ -430,7 +427,9 @@ class Operator:
                 continue
             inputs = batch.inputs._replace(first=batch.rows[0].place)
             try:
-                result = self._loop.run(self.operation.perform(batch.model, self._engine.submit, inputs, self.options))
+                result = self._loop.run_until_complete(
+                    self.operation.perform(batch.model, self._engine.submit, inputs, self.options)
+                )
             except OF_RUN:
                 raise
             except ServiceError as error:
@@ -452,7 +451,15 @@ def _joined(batches: Sequence[Batch]) -> Batch:
 
 
 def _failure(row: Row, error: ServiceError) -> Failure:
-    return Failure(row.row, row.path, row.key, error.code, str(error))
+    return Failure(*row, error.code, str(error))
+
+
+def _content(blocks: Iterator[Block]) -> str:
+    """The digest of the blocks of a part."""
+    content = blake2b(digest_size=16)
+    for block in blocks:
+        _update(content, block)
+    return content.hexdigest()
 
 
 def _update(content: Any, block: Block) -> None:

@@ -16,14 +16,14 @@ from service.bulk import processes
 from service.bulk.files import Folder
 from service.bulk.operator import Job, Operator, Outcome, operations, rows_of_part, trial, version_folder
 from service.bulk.source import Source, Task, find
-from service.bulk.target import PARTS, Failure, Form, begin, check_pictures, continued, write_errors
+from service.bulk.target import Failure, Form, begin, check_pictures, continued, write_errors
 from service.errors import InferenceFailed, InvalidOption, StartError, quoted
 from service.operations.inference.latent import BLOCK_ROWS, fresh_seed
 from service.operations.operation import MEANS, Operation
 from service.settings import Settings
 
-Pool = Callable[[Job, Sequence[tuple[Task, bool]], int | None], Generator[Outcome]]
-"""(job, tasks and whether some of each may be done, processes or actors) -> outcomes, as they are ready."""
+Pool = Callable[[Job, Sequence[Task], int | None], Generator[Outcome]]
+"""(job, tasks, processes or actors) -> outcomes, as they are ready."""
 
 
 class Request(NamedTuple):
@@ -61,13 +61,15 @@ class Plan(NamedTuple):
 
     Attributes:
         job: What all processes are told.
-        tasks: The tasks, and whether some of each may be done already.
+        record: What is written of the run.
+        tasks: The tasks, in the order of the rows.
         rows: Rows of the source; None of shards, whose rows are not counted.
         report: What is known at the beginning.
     """
 
     job: Job
-    tasks: list[tuple[Task, bool]]
+    record: dict[str, Any]
+    tasks: list[Task]
     rows: int | None
     report: Report
 
@@ -133,27 +135,30 @@ def run(
         OSError: A table or a shard cannot be read, or the results cannot be written.
     """
     began = time.monotonic()
-    job, tasks, rows, report = planned(settings, request)
+    job, record, tasks, rows, report = planned(settings, request)
+    into = Folder(job.target, job.target_options)
     missing = len(tasks)
     bar = tqdm(total=rows, desc=job.operation, unit="row", disable=None if progress is None else not progress)
-    try:
-        with bar, closing(pool(job, tasks, workers)) as outcomes:
-            for outcome in outcomes:
-                report.start_s = report.start_s or time.monotonic() - outcome.busy_s - began
-                report.add(outcome)
-                missing -= 1
-                bar.update(outcome.done + outcome.before + len(outcome.failed))
-                bar.set_postfix(failed=len(report.failed), refresh=False)
-    finally:
-        report.busy_s = time.monotonic() - began - report.start_s
-        write_errors(Folder(job.target, job.target_options), report.failed)
+    with into.locked():
+        begin(into, record, rows)
+        try:
+            with bar, closing(pool(job, tasks, workers)) as outcomes:
+                for outcome in outcomes:
+                    report.start_s = report.start_s or time.monotonic() - outcome.busy_s - began
+                    report.add(outcome)
+                    missing -= 1
+                    bar.update(outcome.done + outcome.before + len(outcome.failed))
+                    bar.set_postfix(failed=len(report.failed), refresh=False)
+        finally:
+            report.busy_s = time.monotonic() - began - report.start_s
+            write_errors(into, report.failed)
     if missing:
         raise InferenceFailed(f"{missing} of {len(tasks)} parts have no results; run the same command again")
     return report
 
 
 def planned(settings: Settings, request: Request) -> Plan:
-    """Check a request, and write of which run the results are.
+    """Check a request; nothing is written.
 
     Raises:
         ServiceError: The run cannot begin; the message names the fix.
@@ -165,12 +170,12 @@ def planned(settings: Settings, request: Request) -> Plan:
     found = find(request.source, request.source_options, into.root)
     options = options_of(operation, request.options, settings.max_draws)
     form = request.form or _form(operation, options)
-    if form == "images" and found.kind == "pictures":
+    if form == "images" and found.kind != "parquet":
         check_pictures(found.names)
     folder = version_folder(settings, name, request.model, request.version)
     job = Job(
         settings, name, options.model_dump(mode="json", exclude_defaults=True), folder.parent.name, folder.name,
-        trial(settings, folder), found.url, found.kind, dict(request.source_options), column, request.target,
+        trial(settings, folder), found.url, found.kind, dict(request.source_options), column, into.absolute,
         dict(request.target_options), form, request.rows or BLOCK_ROWS,
     )  # fmt: skip
     with closing(Operator(job)) as operator:
@@ -185,6 +190,7 @@ def planned(settings: Settings, request: Request) -> Plan:
                 "version": manifest.version,
                 "fingerprint": manifest.fingerprint,
                 "form": form,
+                "source": found.url,
                 "kind": found.kind,
                 "column": column,
                 "rows": request.rows or rows_of_part(operator.model, options),
@@ -199,12 +205,10 @@ def planned(settings: Settings, request: Request) -> Plan:
             raise StartError(f"{request.source} holds no rows")
         operator.check(tasks[0])
     rows = None if found.kind == "tar" else sum(task.rows or 0 for task in tasks)
-    begin(into, record, rows)
-    known = {path.removesuffix(".json").partition("-")[0] for path in into.below(PARTS).names()}
     report = Report(
         request.target, manifest.name, manifest.version, manifest.fingerprint, record["seed"], found.ignored
     )
-    return Plan(job, [(task, task.name in known) for task in tasks], rows, report)
+    return Plan(job, record, tasks, rows, report)
 
 
 def _form(operation: Operation, options: Any) -> Form:

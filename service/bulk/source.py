@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import chain, groupby
+from pathlib import PurePosixPath
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -37,6 +38,8 @@ AHEAD = 8
 """Remote files that are fetched at a time."""
 BODIES = 16
 """Pictures in memory at a time, as files."""
+READ_BYTES = 2**20
+"""Bytes of a table that are read at a time; without this, pyarrow reads the column of a whole row group."""
 SHARD_ROWS = 2**24
 """Places of the rows of one shard: that many lie between the first rows of two, so that none need be counted."""
 
@@ -121,7 +124,7 @@ def find(url: str, options: Mapping[str, Any], apart: str) -> Found:
         )
     (kind,) = kinds
     images = [name for name in names if name.lower().endswith(ENDINGS[kind])]
-    return Found(folder.url, kind, images, len(names) - len(images))
+    return Found(folder.absolute, kind, images, len(names) - len(images))
 
 
 def _listed(url: str, options: Mapping[str, Any], apart: str) -> tuple[Folder, list[str]]:
@@ -224,10 +227,14 @@ class Source:
     def _samples(self, task: Task) -> Iterator[Block]:
         """The pictures of a shard: of each sample the first member whose ending is that of one."""
         (name,) = task.paths
-        found: list[tuple[str, bytes]] = []
+        found: list[tuple[str, Value]] = []
+        known: set[str] = set()
         at = 0
         for key, body in _members(self.folder, name):
-            found.append((key, body))
+            problem = "its name occurs before" if key in known else "its name leads out of the shard"
+            wrong = key in known or ".." in key.split("/")
+            found.append((key, InvalidValue(f"{key}: {problem}; rename the sample") if wrong else body))
+            known.add(key)
             full = len(found) == BODIES or (at + len(found)) % self._rows == 0
             if full:
                 yield self._of_shard(task, at, found)
@@ -235,7 +242,7 @@ class Source:
         if found:
             yield self._of_shard(task, at, found)
 
-    def _of_shard(self, task: Task, at: int, found: Sequence[tuple[str, bytes]]) -> Block:
+    def _of_shard(self, task: Task, at: int, found: Sequence[tuple[str, Value]]) -> Block:
         keys, bodies = [key for key, _ in found], [body for _, body in found]
         part = f"{task.name}-{at // self._rows:05d}"
         return Block(part, task.first + at, at, task.paths * len(found), keys, [*bodies])
@@ -263,7 +270,8 @@ def _members(folder: Folder, name: str) -> Iterator[tuple[str, bytes]]:
     with folder.files.open(folder.path(name), "rb") as file:
         try:
             with tarfile.open(fileobj=file, mode="r|*") as shard:
-                for key, members in groupby((one for one in shard if one.isfile()), _key):
+                files = (one for one in shard if one.isfile() and not PurePosixPath(one.name).name.startswith("."))
+                for key, members in groupby(files, _key):
                     body = None
                     for member in members:
                         if body is None and member.name.lower().endswith(PICTURES):
@@ -298,7 +306,7 @@ class _Table:
         self.name = name
         try:
             self._opened = folder.files.open(folder.path(name), "rb")
-            self._file = parquet.ParquetFile(self._opened)
+            self._file = parquet.ParquetFile(self._opened, buffer_size=READ_BYTES, pre_buffer=False)
         except (OSError, pa.ArrowException) as error:
             raise StartError(f"{name} is no Parquet file that can be read: {one_line(error)}") from error
         schema = self._file.schema_arrow

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
-from service.bulk.files import Folder, Hashed
+from service.bulk.files import HOME, Folder, Hashed, digest_of
 from service.codecs.image import PNG, TIFF
 from service.codecs.payload import Answer
 from service.codecs.source import Source as Kept
@@ -20,8 +20,6 @@ from service.errors import StartError
 from service.operations.inference.vae import Result
 
 Form = Literal["parquet", "images"]
-HOME = "_vae-bulk"
-"""Folder of the records, below the results. Readers of Parquet data sets pass over names that begin so."""
 RECORD, ERRORS, PARTS = f"{HOME}/run.json", f"{HOME}/errors.parquet", f"{HOME}/parts"
 GROUP_BYTES = 2**25
 """Bytes of the numbers of a row group."""
@@ -47,8 +45,9 @@ class Row(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """A row that has no result, and why."""
+    """A row that has no result, and why; see `Row`."""
 
+    place: int
     row: int
     path: str
     key: str
@@ -102,6 +101,13 @@ class Target:
         """Write the record of a part, after everything else of it."""
         self.folder.write(f"{PARTS}/{part}.json", json.dumps(record._asdict()).encode())
 
+    def remove_from(self, task: str, count: int) -> None:
+        """Remove the parts of a shard after its first ones, which an earlier run has written of more samples."""
+        while (record := self.record_of(part := f"{task}-{count:05d}")) is not None:
+            for name in (*record.outputs, f"{PARTS}/{part}.json"):
+                self.folder.remove(name)
+            count += 1
+
     def writer(self, part: str) -> PartWriter:
         """A writer of the results of a part."""
         return (TableWriter if self.form == "parquet" else ImageWriter)(self, part)
@@ -124,6 +130,9 @@ class PartWriter(AbstractContextManager["PartWriter"]):
         """
         raise NotImplementedError
 
+    def leave_out(self, failure: Failure) -> None:
+        """Remove the result that an earlier run may have written of a row."""
+
     def __exit__(self, *raised: object) -> None:
         """Write nothing more."""
 
@@ -140,10 +149,15 @@ class ImageWriter(PartWriter):
             assert codec.write is not None
             content = codec.write(answer)
             assert content is not None
-            with self.target.folder.written(name) as file:
-                hashed = Hashed(file)
-                hashed.write(content)
-            self.outputs[name] = hashed.digest()
+            content = bytes(content)
+            self.target.folder.write(name, content)
+            self.outputs[name] = digest_of(content)
+
+    def leave_out(self, failure: Failure) -> None:
+        """Remove its picture, if this part has written it."""
+        name, earlier = picture_of(Row(*failure[:4]), self.part), self.target.record_of(self.part)
+        if earlier is not None and name in earlier.outputs and name not in self.outputs:
+            self.target.folder.remove(name)
 
 
 def picture_of(row: Row, part: str) -> str:
@@ -215,18 +229,23 @@ class TableWriter(PartWriter):
         self._waiting = []
         if self._writer is None:
             self._hashed = Hashed(self._open.enter_context(self.target.folder.written(self._name)))
-            self._writer = parquet.ParquetWriter(
+            writer = parquet.ParquetWriter(
                 pa.PythonFile(self._hashed, "w"), table.schema, use_dictionary=["path", "notes"]
             )  # numbers hardly repeat
+            self._writer = self._open.enter_context(writer)
         self._writer.write_table(table)
 
     def __exit__(self, *raised: object) -> None:
         """Write what waits, and the end of the file; a part without any results has none."""
-        if raised[0] is None and self._waiting:
-            self._flush()
-        if raised[0] is None and self._writer is not None and self._hashed is not None:
-            self._writer.close()
-            self._open.close()
+        if raised[0] is not None:
+            self._open.__exit__(*raised)  # type: ignore[arg-type]  # nothing is left of the file
+            return
+        with self._open:
+            if self._waiting:
+                self._flush()
+        if self._hashed is None:
+            self.target.folder.remove(self._name)
+        else:
             self.outputs[self._name] = self._hashed.digest()
 
 
@@ -245,8 +264,7 @@ def _notes(rows: Sequence[Row], result: Result) -> list[str | None]:
 
 def write_errors(folder: Folder, failures: Iterable[Failure]) -> None:
     """Write the table of the rows without results."""
-    found = sorted(failures, key=lambda failure: (failure.path, failure.row))
-    table = pa.Table.from_pylist([failure._asdict() for failure in found], ERROR_COLUMNS)
+    table = pa.Table.from_pylist([failure._asdict() for failure in sorted(failures)], ERROR_COLUMNS)
     with folder.written(ERRORS) as file:
         parquet.write_table(table, pa.PythonFile(file, "w"))
 
@@ -260,8 +278,9 @@ def begin(folder: Folder, record: Mapping[str, Any], rows: int | None) -> None:
         rows: Rows of the source; None of shards, whose rows are not counted.
 
     Raises:
-        StartError: The results that are there are of more rows.
+        StartError: The results that are there are of more rows, or of another run.
     """
+    continued(folder, dict(record))
     before = (folder.read_json(RECORD) or {}).get("rows_of_source")
     if before is not None and rows is not None and rows < before:
         raise StartError(
@@ -286,7 +305,7 @@ def continued(folder: Folder, record: dict[str, Any]) -> dict[str, Any]:
     """
     earlier = folder.read_json(RECORD)
     if earlier is None:
-        if folder.names():
+        if any(not name.startswith(f"{HOME}/") for name in folder.names()):
             raise StartError(f"{folder.url} holds other files; name a new or an empty folder for the results")
         earlier = {}
     if record["seed"] is None:
@@ -301,14 +320,14 @@ def continued(folder: Folder, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_pictures(names: Sequence[str]) -> None:
-    """Refuse picture files whose results would become one file.
+    """Refuse picture files whose results would become one file, and shards whose results would be in one folder.
 
     Raises:
         StartError: The message names two of them.
     """
     found: dict[str, str] = {}
     for name in names:
-        picture = picture_of(Row(0, 0, name, ""), "")
+        picture = _stem(name) if _stem(name) != name else picture_of(Row(0, 0, name, ""), "")
         other = found.setdefault(picture, name)
         if other != name:
             raise StartError(f"{other} and {name} would both become {picture}; rename one")

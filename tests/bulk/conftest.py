@@ -23,11 +23,10 @@ MODELS = Path(__file__).parents[2] / "models"
 Levels = NDArray[np.uint8]
 
 
-def here(job: Job, tasks: Sequence[tuple[Task, bool]], _count: int | None) -> Generator[Outcome]:
+def here(job: Job, tasks: Sequence[Task], _count: int | None) -> Generator[Outcome]:
     """Work off tasks in this process."""
     with closing(Operator(job)) as operator:
-        for task, known in tasks:
-            yield operator(task, known)
+        yield from map(operator, tasks)
 
 
 def bulk(operation: str, source: Path | str, target: Path, **asked: Any) -> Report:

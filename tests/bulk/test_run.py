@@ -16,7 +16,9 @@ import pytest
 from PIL import Image
 from pyarrow import dataset, parquet
 
-from service.bulk.run import Request, run
+from service.bulk.files import DRAFTS, Folder
+from service.bulk.run import Request, planned, run
+from service.bulk.target import begin
 from service.errors import ServiceError, StartError
 from service.operations.operation import Inputs
 from service.operations.registry import OPERATIONS
@@ -288,3 +290,75 @@ def test_a_folder_of_others_is_left_alone(folder: Path, tmp_path: Path) -> None:
     (folder / "0" / "001.bmp").write_bytes((folder / "0" / "001.png").read_bytes())
     with pytest.raises(StartError, match=r"0/001.bmp and 0/001.png would both become 0/001.png"):
         bulk("reconstruct", folder, tmp_path / "others")
+
+
+def test_results_of_what_has_become_bad_go(folder: Path, tmp_path: Path) -> None:
+    """A picture that can be read no more has none, and a part without any good row no table."""
+    pictures, table = tmp_path / "restored", tmp_path / "table"
+    for form, out in (("images", pictures), ("parquet", table)):
+        bulk("reconstruct", folder, out, form=form, rows=20)
+    for k in range(20, 40):
+        (folder / "0" / f"{k:03d}.png").write_bytes(b"no picture")
+    for form, out in (("images", pictures), ("parquet", table)):
+        report = bulk("reconstruct", folder, out, form=form, rows=20)
+        assert (report.before, len(report.failed)) == (50, 20)
+    assert sorted(path.stem for path in pictures.rglob("*.png")) == [f"{k:03d}" for k in (*range(20), *range(40, 70))]
+    assert table_of(table).column("row").to_pylist() == [*range(20), *range(40, 70)]
+
+
+def test_one_run_at_a_time(folder: Path, tmp_path: Path) -> None:
+    """Another one would choose another seed. What a killed one was writing is removed, and is nobody's file."""
+    out = Folder(str(tmp_path / "out"))
+    with out.locked(), pytest.raises(StartError, match=r"another run writes to .*out; wait for its end"):
+        bulk("encode", folder, tmp_path / "out", options={"draws": 1})
+    draft = tmp_path / "out" / DRAFTS / "0"
+    draft.parent.mkdir()
+    draft.write_bytes(b"PAR1")
+    assert bulk("encode", folder, tmp_path / "out", options={"draws": 1}).done == 70
+    assert not draft.exists()
+
+
+def test_a_seed_that_came_between(folder: Path, tmp_path: Path) -> None:
+    """A run that began while this one was planned has chosen the seed."""
+    out = tmp_path / "out"
+    asked = Request("encode", str(folder), str(out), {"draws": "1"}, "mnist-2d")
+    plan = planned(Settings(models=MODELS), asked)
+    first = bulk("encode", folder, out, options={"draws": 1})
+    with pytest.raises(StartError, match=f"whose seed is {first.seed}"):
+        begin(Folder(str(out)), plan.record, plan.rows)
+
+
+def test_another_source_needs_another_place(folder: Path, tmp_path: Path) -> None:
+    """Even if it has as many images: pictures of both would lie side by side."""
+    bulk("reconstruct", folder / "0", tmp_path / "out")
+    with pytest.raises(StartError, match=r"whose source is .*pictures/0, not .*pictures"):
+        bulk("reconstruct", folder, tmp_path / "out")
+
+
+def test_processes_elsewhere_find_the_files(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative paths are those of the process that begins the run."""
+    monkeypatch.chdir(tmp_path)
+    job = planned(Settings(models=MODELS), Request("encode", folder.name, "out", model="mnist-2d")).job
+    assert (job.source, job.target) == (str(folder), str(tmp_path / "out"))
+
+
+def test_names_of_all_kinds(tmp_path: Path, levels: Levels) -> None:
+    """Spaces, other alphabets, and characters that mean something in a URL or a glob; with and without a folder."""
+    names = ["ä b.png", "100%25.png", "a#b?c.png", "[1].png", "中/文.tif", "x.tar.png", "c::d.png", "-v.png"]
+    home = tmp_path / "my scans [2] ü"
+    for name, image in zip(names, levels, strict=False):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(home / name)
+    assert bulk("reconstruct", home, tmp_path / "out [#] ö").done == len(names)
+    found = {str(path.relative_to(tmp_path / "out [#] ö")) for path in (tmp_path / "out [#] ö").rglob("*.*")}
+    assert {name for name in found if not name.startswith("_")} == set(names)
+
+
+@pytest.mark.parametrize("url", ["memory://out", "{tmp_path}/out"])
+def test_a_file_is_whole_or_not_there(url: str, tmp_path: Path) -> None:
+    """Also where its writing fails; closing a remote file would upload its beginning."""
+    folder = Folder(url.format(tmp_path=tmp_path))
+    with pytest.raises(OSError, match="full"), folder.written("part") as file:  # noqa: PT012  # it is what is tested
+        file.write(b"PAR1")
+        raise OSError("full")
+    assert folder.names() == []

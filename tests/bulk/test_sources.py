@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import tarfile
+import tracemalloc
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ import pytest
 from moto.server import ThreadedMotoServer
 from pyarrow import dataset, parquet
 
+from service.bulk.files import Folder
+from service.bulk.source import Source
 from service.errors import StartError
 from tests.bulk.conftest import Levels, bulk, png
 
@@ -126,6 +130,52 @@ def test_draws_of_a_shard_are_those_of_its_place(tmp_path: Path, levels: Levels)
     first = parquet.read_table(tmp_path / "one" / "part-00000-00000.parquet")
     assert first.column("mean").equals(one.column("mean"))
     assert not first.column("latents").equals(one.column("latents"))
+
+
+def test_a_shard_that_was_cut(tmp_path: Path, levels: Levels) -> None:
+    """The rows that it has no more are no results either."""
+    home = tmp_path / "shards"
+    home.mkdir()
+    shard(home / "a.tar", levels[:40], 0)
+    bulk("encode", home, tmp_path / "out", rows=16)
+    shard(home / "a.tar", levels[:16], 0)
+    report = bulk("encode", home, tmp_path / "out", rows=16)
+    assert (report.done, report.before) == (0, 16)
+    assert dataset.dataset(tmp_path / "out").to_table().num_rows == 16
+
+
+def test_samples_of_bad_names(tmp_path: Path, levels: Levels) -> None:
+    """None writes outside the results, none over another; hidden files are left out, as in folders."""
+    home = tmp_path / "shards"
+    home.mkdir()
+    with tarfile.open(home / "a.tar", "w") as tar:
+        for name in ("a.png", "../../../evil.png", "b/._c.png", "b/c.png", "a.png"):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content := png(levels[0]))
+            tar.addfile(entry, io.BytesIO(content))
+    report = bulk("reconstruct", home, tmp_path / "out" / "deep")
+    assert report.done == 2
+    assert [(one.row, one.code, one.error) for one in report.failed] == [
+        (1, "invalid_value", "../../../evil: its name leads out of the shard; rename the sample"),
+        (3, "invalid_value", "a: its name occurs before; rename the sample"),
+    ]
+    assert {path.name for path in tmp_path.rglob("*.png")} == {"a.png", "c.png"}
+    (home / "a.tgz").write_bytes((home / "a.tar").read_bytes())
+    with pytest.raises(StartError, match=r"a.tar and a.tgz would both become a; rename one"):
+        bulk("reconstruct", home, tmp_path / "both")
+
+
+def test_a_large_row_group_is_read_bit_by_bit(written: Callable[..., Path]) -> None:
+    """The memory of the first rows does not grow with their row group."""
+    noise = np.random.default_rng(0).integers(0, 256, (4000, 4096), np.uint8)
+    path = written(pa.table({"image": [one.tobytes() for one in noise]}))
+    source = Source(Folder(str(path.parent)), "parquet", 64)
+    tracemalloc.start()
+    with closing(source):
+        next(source.read(source.tasks([path.name])[0]))
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert most < 2**23 < path.stat().st_size / 1.9
 
 
 def test_a_glob_and_one_file(folder: Path, tmp_path: Path, expected: Any) -> None:
