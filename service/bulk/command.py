@@ -73,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
         for option, field in operation.options.model_fields.items():
             about = (field.description or "").replace("\n", " ").replace("%", "%%")
             flag: dict[str, Any] = {"nargs": "?", "const": "true"} if field.default is False else {}
+            flag["metavar"] = option.upper()
             group.add_argument(f"--{option.replace('_', '-')}", dest=f"option_{option}", help=about, **flag)
     return whole
 
