@@ -100,7 +100,7 @@ class Cluster:
             ray.shutdown()
 
     def _connect(self, cores: int) -> None:
-        """Connect to the cluster, or start one of this machine that nobody else reaches.
+        """Connect to the cluster, or start one that listens on the loopback interface of this machine alone.
 
         Raises:
             StartError: There is none.

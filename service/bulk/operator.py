@@ -61,7 +61,7 @@ OF_REQUEST = {"uncertainty": "map"}
 
 
 class Job(NamedTuple):
-    """What all processes of a run are told.
+    """The work of a run, as every process receives it.
 
     Attributes:
         settings: Of the service, with the folder of the models.
@@ -225,7 +225,7 @@ class Operator:
         self.model = open_tried(folder, provider, threads, self.settings.max_rows, job.tried)
         for variant in self.model.variants.values():
             for program in variant.programs.values():
-                program.timing = None  # nobody waits for a batch, so all are of `max_rows`, whatever was measured
+                program.timing = None  # throughput counts here, not latency: every batch has `max_rows`
         self._served = {job.model: {job.version: self.model}}
         self.source = Source(Folder(job.source, job.source_options), job.kind, job.rows, job.column)
         about = {

@@ -1,4 +1,4 @@
-"""A bulk run: from its source and options to its results, and what is told of it."""
+"""A bulk run: plans the parts of a source, has them computed, and reports."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Plan(NamedTuple):
     """What a run does.
 
     Attributes:
-        job: What all processes are told.
+        job: What every process receives.
         record: What is written of the run.
         tasks: The tasks, in the order of the rows.
         rows: Rows of the source; None of shards, whose rows are not counted.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import PurePosixPath
@@ -120,6 +121,7 @@ class PartWriter(AbstractContextManager["PartWriter"]):
         self.target, self.part = target, part
         self.outputs: dict[str, str] = {}
 
+    @abstractmethod
     def add(self, rows: Sequence[Row], result: Result, kept: Sequence[Kept | None]) -> None:
         """Write the results of some rows.
 
@@ -128,7 +130,6 @@ class PartWriter(AbstractContextManager["PartWriter"]):
             result: Their results.
             kept: What a picture keeps of the one that was read, by row.
         """
-        raise NotImplementedError
 
     def leave_out(self, failure: Failure) -> None:
         """Remove the result that an earlier run may have written of a row."""

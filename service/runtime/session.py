@@ -91,7 +91,7 @@ class Session:
         # What `check_graph` has looked through is ONNX; onnxruntime's own format is read in other ways.
         options.add_session_config_entry("session.load_model_format", "ONNX")
         self._free = provider == PROVIDERS["cpu"] and any(map(_size_axes, described.inputs.values()))
-        # An arena keeps the largest batch's memory until it is told to shrink; malloc gives it back.
+        # An arena keeps the memory of the largest batch until it is shrunk; malloc returns it to the system.
         options.enable_cpu_mem_arena = self._free
         if self._free:
             _make_arena()
@@ -157,7 +157,7 @@ class Session:
 
 
 def _size_axes(axes: Sequence[Axis]) -> list[tuple[int, str, int]]:
-    """The axes that are a part of height or width: (place, `height` or `width`, what it is divided by)."""
+    """(index, `height` or `width`, divisor) of each axis whose length is height or width, or a fraction of it."""
     found = [(place, fraction_of(axis)) for place, axis in enumerate(axes) if isinstance(axis, str)]
     return [(place, *fraction) for place, fraction in found if fraction is not None]
 
