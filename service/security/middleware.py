@@ -27,8 +27,8 @@ Respond = Callable[[ServiceError, str], ASGIApp]
 """Gives the response for an error in a request for a path."""
 
 OPS = re.compile(r"/health(/.*)?|/metrics")
-OPEN = re.compile(r"(/v2)?/health(/.*)?|(?P<counted>/|/page/[0-9a-f]+/[a-z.-]+|/docs(/.*)?|/openapi\.json|/metrics)")
-"""Paths that need no key; `counted` are those with a rate limit."""
+OPEN = re.compile(r"(/v2)?/health(/.*)?|/page/[0-9a-f]+/[a-z.-]+|(?P<counted>/|/docs(/.*)?|/openapi\.json|/metrics)")
+"""Paths that need no key; `counted` are those with a rate limit. Not the files of the page: it asks for all at once."""
 OPERATIONS = ("/v1/", "/v2/models/", "/diffusers/")
 """Beginnings of paths that are never open, which saves most requests the pattern above."""
 INDEX = "/v2/repository/index"

@@ -72,7 +72,7 @@ def browser(playwright: Any) -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def url() -> Iterator[str]:
     """The shipped models, served in a process of their own; every caller may load and unload."""
-    with started(VAE_MODELS=str(MODELS), VAE_MODEL_CONTROL="anonymous", VAE_OPEN_RATE="") as (_, url):
+    with started(VAE_MODELS=str(MODELS), VAE_MODEL_CONTROL="anonymous") as (_, url):
         yield url
 
 
@@ -82,7 +82,7 @@ def locked(small_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     path = tmp_path_factory.mktemp("keys") / "keys"
     path.write_text(f"alice {INFER} infer\nops {CONTROL} infer,control\nreader reader-0123456789abcdef control\n")
     path.chmod(0o600)
-    settings = {"VAE_API_KEYS": str(path), "VAE_MODEL_CONTROL": "true", "VAE_OPEN_RATE": ""}
+    settings = {"VAE_API_KEYS": str(path), "VAE_MODEL_CONTROL": "true"}
     with started(VAE_MODELS=str(small_models), **settings) as (_, url):
         yield url
 

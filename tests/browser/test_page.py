@@ -563,7 +563,7 @@ def test_models_are_loaded_and_unloaded(room: Room, expect: Expect, url: str) ->
 
 def test_metrics_may_be_elsewhere(opened: Open, expect: Expect, small_models: Path) -> None:
     """With a port of their own for metrics, the page says that it cannot see them, and asks no more."""
-    settings = {"VAE_OPS_PORT": "0", "VAE_OPEN_RATE": ""}
+    settings = {"VAE_OPS_PORT": "0"}
     with started(VAE_MODELS=str(small_models), **settings) as (_, url), opened(f"{url}/#operate") as found:
         expect(found.page.locator("#metrics-problem")).to_contain_text("VAE_OPS_PORT")
         expect(found.page.locator("#may")).to_contain_text("VAE_MODEL_CONTROL")
@@ -641,7 +641,7 @@ def test_errors_show_what_the_api_said(opened: Open, expect: Expect, url: str, t
 
 def test_a_service_that_is_gone_is_told(opened: Open, expect: Expect, small_models: Path) -> None:
     """Each room says that nothing answers and where; once it is back, the page works again."""
-    with started(VAE_MODELS=str(small_models), VAE_OPEN_RATE="") as (process, url), opened(f"{url}/#explore") as found:
+    with started(VAE_MODELS=str(small_models)) as (process, url), opened(f"{url}/#explore") as found:
         page = found.page
         expect(page.locator("#wall canvas")).to_have_attribute("width", "168")
         os.kill(process.pid, signal.SIGKILL)
@@ -803,7 +803,7 @@ def test_wishes_of_the_person_are_followed(room: Room, expect: Expect) -> None:
 
 def test_below_a_path_the_page_works(opened: Open, expect: Expect, small_models: Path) -> None:
     """With and without the slash; all calls stay below the path."""
-    settings = {"VAE_ROOT_PATH": "/apps/vae", "VAE_OPEN_RATE": ""}
+    settings = {"VAE_ROOT_PATH": "/apps/vae"}
     with started(VAE_MODELS=str(small_models), **settings) as (_, url), opened(f"{url}/apps/vae#explore") as found:
         expect(found.page.locator("#wall canvas")).to_have_attribute("width", "168")
         assert found.page.url == f"{url}/apps/vae/#explore"

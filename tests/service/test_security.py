@@ -196,7 +196,7 @@ OPENED = ("/openapi.json", "/metrics", "/docs")
 
 
 def test_what_is_open_is_open_at_a_rate() -> None:
-    """For each address without a key; never health, nor operations."""
+    """For each address without a key; never health, the page's files, nor operations."""
     app = empty(open_rate="3/day")
 
     async def often(client: httpx.AsyncClient) -> None:
@@ -204,7 +204,7 @@ def test_what_is_open_is_open_at_a_rate() -> None:
         refused = await client.head("/metrics")
         assert refused.status_code == 429
         assert int(refused.headers["retry-after"]) >= 1
-        for path, status in (("/health/live", 200), ("/v1/models", 200), ("/nowhere", 404)):
+        for path, status in (("/health/live", 200), ("/page/01ab/app.js", 404), ("/v1/models", 200), ("/no", 404)):
             assert [(await client.get(path)).status_code for _ in range(5)] == [status] * 5
 
     asked(app, often, "192.0.2.1")
