@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 from service.api.memory import Memory, Share, answer_bytes
 from service.api.offload import Offload
 from service.api.progress import Event, watched
-from service.api.validation import admit, check_fingerprint, variant_of
+from service.api.validation import admit, check_fingerprint, terms_of, variant_of
 from service.codecs.payload import Answer, Intake, Meter, Payload, scaled
 from service.codecs.source import Source
 from service.errors import CallerGone, DeadlinePassed, Deferred, ReaderFault, ServiceError
@@ -198,24 +198,32 @@ def admitted(
     Raises:
         ServiceError: A check refuses the request.
     """
-    payload = scaled(payload, options.scaling, intake.meter)
-    model = variant_of(operation, model, payload, options)
-    operation.check_offered(model, context.repository.models, options)
+    if payload.source is not None or options.scaling is not None:
+        payload = scaled(payload, options.scaling, intake.meter)
+    terms = terms_of(operation, model, options)
+    if model.others or not terms.offered:
+        model = variant_of(operation, model, payload, options)
+        terms = terms_of(operation, model, options)
+        operation.check_offered(model, context.repository.models, options)
+        terms.offered = True
     check_fingerprint(model, fingerprint, options)
     share, source = caller.share, payload.source
     if intake.float_pixels is not None and payload.array is not None and intake.keeps_levels(payload.array):
         kept = 2 * (payload.array.nbytes + (0 if payload.mask is None else payload.mask.nbytes))  # padded too
         share.keep(kept + (source.nbytes if source else 0))
-    row_bytes, levels = 0, None
+    row_bytes, levels = terms.row_bytes or 0, None
 
     def room(rows: int, size: tuple[int, int] | None) -> None:
         nonlocal row_bytes, levels
-        levels = None if size is None or levels_of is None else levels_of(model, source, size)
-        row_bytes = answer_bytes(model, options, 1, size, levels=levels)
+        if size is not None:
+            levels = None if levels_of is None else levels_of(model, source, size)
+            row_bytes = answer_bytes(model, options, 1, size, levels=levels)
         share.need((min(rows, 2 * PART_ROWS) if in_parts else rows) * row_bytes)
 
     most = context.settings.max_request_rows
-    inputs = admit(operation, model, payload, options, most, room, intake.float_pixels)._replace(levels=levels)
+    inputs = admit(operation, model, payload, options, most, room, intake.float_pixels)
+    if levels is not None:
+        inputs = inputs._replace(levels=levels)
     if operation.check is not None:
         operation.check(model, inputs, options)
     if source is not None and options.resizing in ("pad", "crop"):

@@ -9,7 +9,7 @@ from functools import lru_cache
 from traceback import clear_frames
 from typing import Any, NamedTuple
 
-from starlette.types import Send
+from starlette.types import Message, Send
 
 from service.api import problems
 from service.api.progress import Event
@@ -26,6 +26,8 @@ ONE_WRITE = 2**16
 """Most bytes of an answer that are joined to its head."""
 HEADER_NUMBERS = 16
 """Longer lists are not repeated in a header."""
+IDENTIFYING = ("model", "version", "fingerprint")
+"""Fields of every answer."""
 NAMED = ("seed", "binarisation", "std_scale")
 """Fields of an answer that have a header of their own."""
 
@@ -75,9 +77,10 @@ class Reply(NamedTuple):
         """
         length = len(self.content) if self.parts is None else self.length
         head = self.headers if length is None else [*self.headers, (b"content-length", b"%d" % length)]
-        start = {"type": "http.response.start", "status": self.status, "headers": head}
+        start: Message = {"type": "http.response.start", "status": self.status, "headers": head}
         if whole and self.parts is None and len(self.content) <= ONE_WRITE:
-            await send({**start, "content": self.content})
+            start["content"] = self.content
+            await send(start)
             return self.outcome
         await send(start)
         if self.parts is None:
@@ -185,8 +188,10 @@ def headers_of(media_type: str, answer: Answer, inference_s: float | None) -> He
         inference_s: Seconds in the model, where all of it has run.
     """
     about = answer.about
-    named = _described(media_type, about["model"], about["version"], about["fingerprint"], *answer.outputs)
+    named = _described(media_type, *map(about.__getitem__, IDENTIFYING), *answer.outputs)
     head = [*named, (b"server-timing", server_timing(answer.queue_s, inference_s).encode())]
+    if len(about) == len(IDENTIFYING):  # the usual case
+        return head
     head += [(b"x-" + name.replace("_", "-").encode(), str(about[name]).encode()) for name in NAMED if name in about]
     if "notes" in about:
         head.append((b"x-note", ", ".join(map(_noted, about["notes"])).encode("ascii", "replace")))

@@ -74,8 +74,8 @@ def fields(headers: list[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
     return found
 
 
-def deadline_of(headers: dict[bytes, bytes], timeout_s: float) -> float:
-    """The request's deadline by time.monotonic(): X-Timeout-Ms from now, at most `timeout_s`.
+def timeout_of(headers: dict[bytes, bytes], most_s: float) -> float:
+    """Seconds that a request may take: X-Timeout-Ms, at most `most_s`.
 
     Raises:
         InvalidOption: X-Timeout-Ms is not a positive whole number.
@@ -84,8 +84,13 @@ def deadline_of(headers: dict[bytes, bytes], timeout_s: float) -> float:
     if wished is not None:
         if not wished.isdigit() or len(wished) > LONGEST_TIMEOUT or int(wished) == 0:
             raise InvalidOption("X-Timeout-Ms must be a whole number of milliseconds, from 1 to 12 digits long")
-        timeout_s = min(timeout_s, int(wished) / 1000.0)
-    return time.monotonic() + timeout_s
+        return min(most_s, int(wished) / 1000.0)
+    return most_s
+
+
+def deadline_of(headers: dict[bytes, bytes], most_s: float) -> float:
+    """The request's deadline by time.monotonic(), with `timeout_of` from now."""
+    return time.monotonic() + timeout_of(headers, most_s)
 
 
 async def read_body(receive: Receive, headers: dict[bytes, bytes], limit: Limit, share: Share) -> Body | None:
@@ -139,7 +144,9 @@ def coding_of(headers: dict[bytes, bytes]) -> bytes:
     Raises:
         UnsupportedMediaType: It is neither gzip nor deflate nor identity, or there are several.
     """
-    coding = headers.get(b"content-encoding", IDENTITY).strip().lower() or IDENTITY
+    if b"content-encoding" not in headers:
+        return IDENTITY
+    coding = headers[b"content-encoding"].strip().lower() or IDENTITY
     if coding != IDENTITY and coding not in WINDOW_BITS:
         raise UnsupportedMediaType("Content-Encoding must be gzip, deflate or identity, one of them alone")
     return coding

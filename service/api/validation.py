@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from service.api.memory import answer_bytes
 from service.codecs.payload import Intake, Meter, Payload, as_images, as_rows, channels_of, fits, viewed, within
 from service.contract.graphs import fraction_of
-from service.contract.images import FIT_ADVICE, fit
+from service.contract.images import FIT_ADVICE, Fit, fit
 from service.errors import InvalidOption, InvalidShape, InvalidValue, TooLarge, WrongModel, quoted
 from service.operations.inference.tiling import Tiling, tiling
 from service.operations.operation import Inputs, LatentOptions, Operation, Rows
@@ -23,8 +24,52 @@ OBSERVED_MARGIN = 10.0
 """How far a noisy value may lie outside [0, 1]."""
 
 
+MOST_TERMS = 256
+"""Bounds the terms that a model keeps, because options come from the client."""
+
 Room = Callable[[int, tuple[int, int] | None], None]
 """Reserves memory for a number of rows, of the height and width of the graphs' images where they are free."""
+
+
+class Terms:
+    """What requests for an operation of a variant of a model with the same options have in common.
+
+    Worked out once, because it takes longer than all that differs between two small requests.
+
+    Attributes:
+        shape: Shape of one row in the request.
+        resizing: How images of another size are adapted; as in `Options`.
+        multiplicity: Rows that one row of the request becomes.
+        scaling: As in `Options`.
+        row_bytes: Estimated memory of answering one row; None where images are of free size.
+        bounds: Range of the numbers of a request that is neither latents in place of images nor raw.
+        offered: Whether the variant is known to have what operation and options need.
+        checked: Whether the options are known to suit the variant, whose images have one size.
+    """
+
+    __slots__ = (
+        "_kept", "bounds", "checked", "multiplicity", "offered", "resizing", "row_bytes", "scaling", "shape",
+    )  # fmt: skip
+
+    def __init__(self, operation: Operation, model: Model, options: Any) -> None:
+        """Work out the terms. They do not refer to the model, which refers to them."""
+        self._kept = operation, options  # so that no others get their ids
+        self.shape = operation.row_shape(model, options)
+        self.resizing, self.multiplicity, self.scaling = options.resizing, options.multiplicity, options.scaling
+        self.row_bytes = answer_bytes(model, options, 1) if model.free is None else None
+        self.bounds = _bounds(operation, operation.takes, raw=False)
+        self.offered = self.checked = False
+
+
+def terms_of(operation: Operation, model: Model, options: Any) -> Terms:
+    """Return the terms of an operation, a variant of a model and options; the same object for the same objects."""
+    key = id(operation), id(options)
+    known: Terms | None = model.terms.get(key)
+    if known is None:
+        if len(model.terms) >= MOST_TERMS:
+            model.terms.clear()
+        known = model.terms[key] = Terms(operation, model, options)
+    return known
 
 
 def options_of(operation: Operation, named: Mapping[str, Any], max_draws: int) -> Any:
@@ -60,15 +105,16 @@ def intake_of(operation: Operation, model: Model, options: Any, meter: Meter, ti
         meter: Limits on reading.
         tile_pixels: Pixels above which images of free size keep integer levels (VAE_TILE_PIXELS).
     """
-    variants = model.variants
-    shape = operation.row_shape(model, options)
-    keeps_alpha = operation.observed and not operation.masked
-    intake = Intake(operation.takes or "", shape, meter, operation.masked, operation.or_latents)
-    intake = intake._replace(keeps_alpha=keeps_alpha)
-    if model.free is None and len(variants) == 1:
-        return intake
-    float_pixels = None if model.free is None else tile_pixels
-    return intake._replace(variants=tuple(variants) if len(variants) > 1 else (), float_pixels=float_pixels)
+    return Intake(
+        operation.takes or "",
+        terms_of(operation, model, options).shape,
+        meter,
+        operation.masked,
+        operation.or_latents,
+        tuple(model.variants) if model.others else (),
+        None if model.free is None else tile_pixels,
+        operation.observed and not operation.masked,
+    )
 
 
 def check_fingerprint(model: Model, header: bytes | None, options: Any) -> None:
@@ -140,28 +186,33 @@ def admit(
         TooLarge: There are too many rows, or `room` raises it.
         Overloaded: `room` raises it.
     """
+    terms = terms_of(operation, model, options)
     if operation.takes is None:
         return _admit_count(model, options, max_rows, room)
     if payload.array is None:
         raise InvalidShape(f'the body lacks "{operation.takes}"')
     if model.free is not None:
         return _admit_free(operation, model, payload, options, max_rows, room, float_pixels)
-    options.check(model)
-    shape, name = operation.row_shape(model, options), operation.takes
+    if not terms.checked:
+        options.check(model)
+        terms.checked = True
+    shape, name, bounds = terms.shape, operation.takes, terms.bounds
     if payload.latents:
         shape, name = model.latent_shape, "latents"
+    if payload.latents or payload.raw:
+        bounds = _bounds(operation, name, raw=payload.raw)
     tiles = None
-    if options.resizing == "tile":
+    if terms.resizing == "tile":
         images = as_images(payload.array, shape, name)
         tiles = tiling(len(images), (images.shape[2], images.shape[3]), (shape[1], shape[2]))
-        check_tiles(tiles, options.multiplicity, max_rows)
+        check_tiles(tiles, terms.multiplicity, max_rows)
         shape = images.shape[1:]
-    larger = _larger(payload.array, model, shape, options, max_rows) if name == "images" else ""
-    rows = _shaped(payload.array, shape, name, options, max_rows, room, larger)
+    larger = "" if payload.array.shape[1:] == shape else _larger(payload.array, model, shape, name, options, max_rows)
+    rows = _shaped(payload.array, shape, name, terms.resizing, max_rows, room, larger)
     count = tiles.rows if tiles else len(rows)
-    check_count(count * options.multiplicity, max_rows)
+    check_count(count * terms.multiplicity, max_rows)
     room(count, None)
-    rows = in_range(rows, *_bounds(operation, name, payload), name)
+    rows = in_range(rows, *bounds, name)
     mask = None
     if operation.masked or payload.mask is not None:
         mask = _mask(operation, payload, shape, options, len(rows), room).astype(np.float32)
@@ -207,7 +258,7 @@ def _admit_free(
     check_count(len(images) * options.multiplicity, max_rows)
     room(len(images), (height, width))
     if images.dtype.kind == "f":  # levels are in the range
-        images = in_range(images, *_bounds(operation, "images", payload), "images")
+        images = in_range(images, *_bounds(operation, "images", raw=payload.raw), "images")
     rows, mask = _reflected(images, height // options.enlargement, width // options.enlargement), None
     if operation.masked or payload.mask is not None:
         mask = _mask(operation, payload, shape, options, len(images), room)
@@ -266,9 +317,9 @@ def _reflected(images: NDArray[Any], height: int, width: int) -> NDArray[Any]:
     return np.pad(images, ((0, 0), (0, 0), (0, below), (0, right)), "reflect")
 
 
-def _larger(array: NDArray[Any], model: Model, shape: tuple[int, ...], options: Any, max_rows: int) -> str:
+def _larger(array: NDArray[Any], model: Model, shape: tuple[int, ...], name: str, options: Any, max_rows: int) -> str:
     """Advice for an error message: `fit=tile`, if operation, model and images allow it, else nothing."""
-    if array.shape[1:] == shape or not (options.tiles and model.manifest.tileable):
+    if name != "images" or not (options.tiles and model.manifest.tileable):
         return ""
     images = viewed(array, shape, "images")
     if images is None or images.shape[2] < shape[1] or images.shape[3] < shape[2]:
@@ -282,14 +333,13 @@ def _shaped(
     array: NDArray[Any],
     shape: tuple[int, ...],
     name: str,
-    options: Any,
+    how: Fit | Literal["tile"] | None,
     max_rows: int,
     room: Room,
     larger: str = "",
 ) -> Rows:
     """Rows of a shape, resized if the options have a `fit`."""
-    how = options.resizing
-    if how in (None, "tile") or name == "latents":
+    if how is None or how == "tile" or name == "latents":
         return as_rows(array, shape, name, larger)
     images = as_images(array, shape, name)
     check_count(len(images), max_rows)
@@ -314,7 +364,7 @@ def _mask(
         )
     if not operation.observed:
         raise InvalidOption(f"{operation.name} takes no mask")
-    mask = _shaped(payload.mask, (1, *shape[1:]), "mask", options, rows, room)
+    mask = _shaped(payload.mask, (1, *shape[1:]), "mask", options.resizing, rows, room)
     mask = in_range(mask, 0.0, 1.0, "mask")
     if len(mask) not in (1, rows):
         raise InvalidShape(f"{len(mask)} masks for {rows} images; send one, or one an image")
@@ -322,8 +372,9 @@ def _mask(
     return found
 
 
-def _bounds(operation: Operation, name: str, payload: Payload) -> tuple[float, float]:
-    if name == "latents" or payload.raw:
+def _bounds(operation: Operation, name: str | None, *, raw: bool) -> tuple[float, float]:
+    """Range of the numbers of a request."""
+    if name == "latents" or raw:
         return -np.inf, np.inf
     margin = OBSERVED_MARGIN if operation.observed else 0.0
     return 0.0 - margin, 1.0 + margin

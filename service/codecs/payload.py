@@ -257,6 +257,8 @@ def as_rows(array: NDArray[Any], shape: tuple[int, ...], name: str, larger: str 
         InvalidValue: It holds integers of unknown scale.
     """
     found = array.shape
+    if found[1:] == shape and array.dtype == FLOAT and array.flags.c_contiguous and found[0]:
+        return array  # the usual case
     if 0 in shape and (like := next((end for end in (found[1:], found) if fits(end, shape)), None)):
         shape = like
     if found[1:] == shape or found == shape:

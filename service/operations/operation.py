@@ -422,12 +422,8 @@ class Operation:
             }
             result = result._replace(outputs=cut)
         images = result.outputs.get("images")
-        beyond = model.manifest.value_range[0] < 0.0 and not inputs.raw
-        if beyond and images is not None and images.dtype.kind == "f":
+        if images is not None and images.dtype.kind == "f" and model.manifest.value_range[0] < 0.0 and not inputs.raw:
             result = result._replace(outputs={**result.outputs, "images": np.clip(images, 0, 1)})
-        return self._finite(result, model, inputs)
-
-    def _finite(self, result: Result, model: Model, inputs: Inputs) -> Result:
         for found in (result.outputs, result.about):
             for name, array in found.items():
                 if isinstance(array, np.ndarray) and not is_finite(array):

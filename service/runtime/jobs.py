@@ -12,8 +12,9 @@ import numpy as np
 from service.errors import CallerGone, DeadlinePassed, Overloaded, ServiceError
 from service.runtime.program import Arrays, Program, Trip
 
-PROBE_AFTER_S = 0.005
-"""Before a job that has waited longer is computed, it is checked that its caller is still connected."""
+PROBE_AFTER_S = 0.02
+"""Before a job that has waited longer is computed, it is checked that its caller is still connected. The check costs
+several microseconds, and with many callers every small job waits some milliseconds."""
 
 
 @dataclass(slots=True, eq=False)

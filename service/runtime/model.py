@@ -36,6 +36,7 @@ class Model:
         others: Further variants of the version by their channels. The first variant alone knows the others, because
             models in a cycle would not be freed when they are replaced.
         card: The files of the version's model card, by name; empty without a card.
+        terms: What requests with the same options have in common; see `validation.terms_of`.
     """
 
     manifest: Manifest
@@ -43,6 +44,7 @@ class Model:
     programs: dict[tuple[Any, ...], ModelProgram] = field(default_factory=dict)
     others: Mapping[int, Model] = field(default_factory=dict)
     card: Mapping[str, bytes] = field(default_factory=dict)
+    terms: dict[tuple[int, int], Any] = field(default_factory=dict)
 
     @property
     def variants(self) -> dict[int, Model]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Awaitable
 from typing import Any
 
 from service.runtime.batcher import Batcher
@@ -12,6 +13,8 @@ from service.runtime.tiling import run_tiled
 
 TILE_PIXELS = 2**20
 """Default of VAE_TILE_PIXELS."""
+OF_TILES = {"levels", "watch"}
+"""Arguments of `submit` for work in tiles alone."""
 
 
 class Engine:
@@ -43,7 +46,7 @@ class Engine:
         """Batches that run in threads."""
         return self._interactive.running + self._iterative.running
 
-    async def submit(self, program: Program, arrays: Arrays, **known: Any) -> Trip:
+    def submit(self, program: Program, arrays: Arrays, **known: Any) -> Awaitable[Trip]:
         """Run a program; see `Batcher.submit`. Programs of more than one round count as iterative work.
 
         Images of free size share batches with others of their size, and those too large for one run are worked off in
@@ -57,11 +60,11 @@ class Engine:
         if program.free is not None:
             assert isinstance(program, ModelProgram)
             if math.prod(program.image_size(arrays)) > self._tile_pixels:
-                return await run_tiled(self.submit, program, arrays, self._tile_pixels, **known)
+                return run_tiled(self.submit, program, arrays, self._tile_pixels, **known)
             program = program.sized(arrays, self._tile_pixels)
-        for of_tiles in ("levels", "watch"):
-            known.pop(of_tiles, None)
-        return await (self._iterative if program.rounds > 1 else self._interactive).submit(program, arrays, **known)
+        for of_tiles in OF_TILES & known.keys():
+            del known[of_tiles]
+        return (self._iterative if program.rounds > 1 else self._interactive).submit(program, arrays, **known)
 
     async def close(self) -> None:
         """Close both batchers; see `Batcher.close`."""

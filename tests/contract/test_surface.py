@@ -119,7 +119,7 @@ INHERITED = {
         "response_started", "transport", "waiting_for_100_continue",
     },
     Server: {"config", "server_state", "servers", "should_exit"},
-    Application: {"openapi_schema", "router", "user_middleware"},
+    Application: {"middleware_stack", "openapi_schema", "router", "user_middleware"},
 }  # fmt: skip
 """Attributes that a class of ours uses and does not define, so that its foreign base must."""
 

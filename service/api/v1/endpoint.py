@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
@@ -30,11 +31,11 @@ from service.api.request import (
     IDENTITY,
     body_limits,
     coding_of,
-    deadline_of,
     disconnected,
     fields,
     inflated,
     read_body,
+    timeout_of,
 )
 from service.api.validation import intake_of, options_of
 from service.codecs import JSON
@@ -49,46 +50,45 @@ from service.operations.operation import Operation
 from service.runtime.model import Model
 from service.runtime.tiling import Levels
 
-REMEMBERED = 256
-"""Longest query string, in bytes, whose options are cached."""
+REMEMBERED = 512
+"""Longest query string and headers, in bytes, of a head that is kept."""
+MOST_HEADS = 1024
+"""Heads that an operation keeps."""
+TELLING = (
+    b"content-type", b"content-encoding", b"transfer-encoding", b"accept", b"x-fingerprint", b"x-timeout-ms",
+)  # fmt: skip
+"""Headers that a head is read from."""
 
 
-class Request(NamedTuple):
-    """One request, received and not yet decoded.
+class Head(NamedTuple):
+    """What the query string and the headers of a request say. Clients repeat it, so it is read once and kept.
 
     Attributes:
-        model: The version that the path names.
         query: The query string.
-        options: The options in the query string.
+        options: The options in it.
         fingerprint: The header X-Fingerprint.
         content_type: The header Content-Type.
         codec: Reads the body; None without a body.
         coding: The content coding of the body.
-        body: The body, still encoded.
         accept: The header Accept.
         accepted: The codecs that may write the answer, best first.
-        caller: Deadline, connection and memory of the request.
+        timeout_s: Seconds from the arrival of the body to the deadline.
+        array: Whether the body is one binary array of the model's shape, which needs no parsing and no resizing.
     """
 
-    model: Model
     query: bytes
     options: Any
     fingerprint: bytes | None
     content_type: str
     codec: Codec | None
     coding: bytes
-    body: Body
     accept: str
     accepted: tuple[Codec, ...]
-    caller: Caller
+    timeout_s: float
+    array: bool
 
-    @property
-    def best(self) -> Codec:
-        """The first of the accepted codecs."""
-        return self.accepted[0]
-
-    def answered_as(self, source: Source | None) -> Request:
-        """The request with the codecs for a picture file that was sent by itself or in a form.
+    def answered_as(self, source: Source | None) -> Head:
+        """The head with the codecs for a picture file that was sent by itself or in a form.
 
         Its first bytes decide its format, and only then the format of an answer that Accept leaves open.
         """
@@ -108,19 +108,15 @@ class OperationApp(Face):
     def __init__(self, operation: Operation, context: Context) -> None:
         super().__init__(context)
         self.operation = operation
-        self._remembered = lru_cache(1024)(lambda query: self._options(_pairs(query)))
+        self._heads: dict[tuple[Any, ...], Head] = {}
+        self._remembered = lru_cache(MOST_HEADS)(lambda query: self._options(_pairs(query)))
         self._limit, self._json_limit = body_limits(context.settings)
 
     async def reply(self, scope: Scope, receive: Receive, share: Share, served: dict[str, Any]) -> Reply | None:
         """As in `Face`."""
-        path = scope["path_params"]
-        model = self.find(self.operation, path.get("model"), path.get("version"), served)
-        request = await self._received(model, scope, receive, share)
-        return None if request is None else await self._reply(request)
-
-    async def _received(self, model: Model, scope: Scope, receive: Receive, share: Share) -> Request | None:
-        """Receive the whole request; None if the caller disconnects first."""
-        headers, query, operation = fields(scope["headers"]), scope["query_string"], self.operation
+        path, operation = scope["path_params"], self.operation
+        model = self.find(operation, path.get("model"), path.get("version"), served)
+        headers, query = fields(scope["headers"]), scope["query_string"]
         content_type = headers.get(b"content-type", b"").decode("latin-1")
         codec = named(content_type)
         if b"expect" in headers:
@@ -128,15 +124,30 @@ class OperationApp(Face):
         body = await read_body(receive, headers, self._json_limit if codec is JSON else self._limit, share)
         if body is None:
             return None
-        codec = reader(codec, content_type, body, operation.name, operation.takes)
-        options = self.options_of_query(query)
-        coding = coding_of(headers) if b"content-encoding" in headers else IDENTITY
-        fingerprint, accept = headers.get(b"x-fingerprint"), headers.get(b"accept", b"*/*").decode("latin-1")
+        key = (bool(body), query, *map(headers.get, TELLING))
+        head = self._heads.get(key)
+        if head is None:
+            head = self._head(headers, query, reader(codec, content_type, body, operation.name, operation.takes))
+            if sum(len(told) for told in key[1:] if told) <= REMEMBERED:
+                if len(self._heads) >= MOST_HEADS:
+                    self._heads.clear()
+                self._heads[key] = head
+        caller = Caller(time.monotonic() + head.timeout_s, partial(disconnected, receive), share)
+        return await self._reply(model, head, body, caller)
+
+    def _head(self, headers: dict[bytes, bytes], query: bytes, codec: Codec | None) -> Head:
+        """Read the query string and the headers of a request whose body this codec reads.
+
+        Raises:
+            ServiceError: One of them is invalid.
+        """
+        settings, content_type = self.context.settings, headers.get(b"content-type", b"").decode("latin-1")
+        options, coding = self.options_of_query(query), coding_of(headers)
+        accept = headers.get(b"accept", b"*/*").decode("latin-1")
         accepted = acceptable(accept, codec)
-        settings = self.context.settings
-        timeout_s = settings.timeout_s if accepted[0].events is None else settings.long_timeout_s
-        caller = Caller(deadline_of(headers, timeout_s), partial(disconnected, receive), share)
-        return Request(model, query, options, fingerprint, content_type, codec, coding, body, accept, accepted, caller)
+        timeout_s = timeout_of(headers, settings.timeout_s if accepted[0].events is None else settings.long_timeout_s)
+        fingerprint, array = headers.get(b"x-fingerprint"), _is_array(codec, options)
+        return Head(query, options, fingerprint, content_type, codec, coding, accept, accepted, timeout_s, array)
 
     def _check_early(self, codec: Codec | None, content_type: str, headers: dict[bytes, bytes], query: bytes) -> None:
         """Check the headers and the query string before a caller that waits for 100 Continue sends the body.
@@ -150,17 +161,16 @@ class OperationApp(Face):
         coding_of(headers)
         self.options_of_query(query)
 
-    async def _reply(self, request: Request) -> Reply:
+    async def _reply(self, model: Model, head: Head, body: Body, caller: Caller) -> Reply:
         """Decode the body, run the operation, and write the answer in the best accepted format that can hold it."""
-        context, codec, caller, size = self.context, request.codec, request.caller, len(request.body)
-        binary = request.model.manifest.size is None and _is_array(codec, request.options)
-        small = size <= LOOP_BYTES or (size <= LOOP_BINARY_BYTES and binary)
-        read, what = partial(self._invocation, request), (codec or JSON).media_type
-        in_loop = small and request.coding == IDENTITY
-        invocation, request = await prepare(context, read, caller, what, in_loop=in_loop)
-        rows, best = len(invocation.inputs.rows), request.best
+        context, size = self.context, len(body)
+        small = size <= LOOP_BYTES or (size <= LOOP_BINARY_BYTES and head.array and model.free is None)
+        read, what = partial(self._invocation, model, head, body, caller), (head.codec or JSON).media_type
+        in_loop = small and head.coding == IDENTITY
+        invocation, head = await prepare(context, read, caller, what, in_loop=in_loop)
+        rows, best = len(invocation.inputs.rows), head.accepted[0]
         if best.events is not None:
-            return await events_reply(best, request.model, invoke_events(context.submit, invocation), rows)
+            return await events_reply(best, model, invoke_events(context.submit, invocation), rows)
         parts = best.header is not None and self.operation.row_wise and invocation.inputs.tiling is None
         if parts and rows > PART_ROWS:
             reply = await parts_reply(best, invoke_parts(context.submit, invocation, PART_ROWS), rows)
@@ -168,32 +178,35 @@ class OperationApp(Face):
                 return reply
             caller.share.need(rows * invocation.row_bytes)
         answer = await invoke(context.submit, invocation)
-        work = partial(write, answer, request.accepted, request.accept)
+        work = partial(write, answer, head.accepted, head.accept)
         written, content = await written_by(context, work, answer, caller, in_loop=best is not TIFF)
         return whole_reply(written.media_type, answer, content, rows)
 
-    def _invocation(self, request: Request, meter: Meter) -> tuple[Invocation, Request]:
+    def _invocation(
+        self, model: Model, head: Head, body: Body, caller: Caller, meter: Meter
+    ) -> tuple[Invocation, Head]:
         """Decompress, decode and check the body. Runs in the event loop or in a thread.
 
         Raises:
             ServiceError: The codec or a check refuses the body.
         """
-        model, operation, codec, options = request.model, self.operation, request.codec, request.options
-        body, context = request.body, self.context
-        if request.coding != IDENTITY:
-            body = inflated(body, request.coding, self._json_limit if codec is JSON else self._limit, meter)
+        operation, context, codec, options = self.operation, self.context, head.codec, head.options
+        if head.coding != IDENTITY:
+            body = inflated(body, head.coding, self._json_limit if codec is JSON else self._limit, meter)
         intake = intake_of(operation, model, options, meter, context.settings.tile_pixels)
-        payload = codec.read(body, request.content_type, intake) if codec and codec.read else Payload(None)
+        payload = codec.read(body, head.content_type, intake) if codec and codec.read else Payload(None)
         if payload.options:
-            options = self._options({**_pairs(request.query), **payload.options})
-        request = request.answered_as(payload.source)
-        in_parts = operation.row_wise and _is_array(request.best, options)
-        levels = partial(self._levels, request.best, options)
+            options = self._options({**_pairs(head.query), **payload.options})
+        if payload.source is not None:
+            head = head.answered_as(payload.source)
+        best = head.accepted[0]
+        in_parts = operation.row_wise and _is_array(best, options)
+        levels = None if model.free is None else partial(self._levels, best, options)
         invocation = admitted(
-            context, operation, model, payload, options, request.caller, intake, request.fingerprint,
-            in_parts=in_parts, levels_of=levels,
+            context, operation, model, payload, options, caller, intake, head.fingerprint, in_parts=in_parts,
+            levels_of=levels,
         )  # fmt: skip
-        return invocation, request
+        return invocation, head
 
     def _levels(
         self, best: Codec, options: Any, model: Model, source: Source | None, size: tuple[int, int]
