@@ -46,8 +46,9 @@ lint: $(VENV)/.test
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 
+# Beside other servers, in about 80 minutes: docs/results/serving.md. RESUME=1 continues after the last complete round.
 bench: $(VENV)/.test
-	$(PYTHON) -m benchmarks.serving
+	$(PYTHON) -m benchmarks.serving $(if $(RESUME),--resume)
 
 # Compares this working tree with the commit REF, both with this environment's packages.
 bench-against: $(VENV)/.test

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from statistics import median
+from typing import Self
 
 from benchmarks.measure import Measure
 
@@ -21,6 +24,20 @@ class Findings:
     start_s: dict[str, list[float]] = field(default_factory=dict)
     memory_mib: dict[str, list[float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """What `write` has written."""
+        known = json.loads(path.read_text())
+        known["measures"] = {
+            workload: {name: [Measure(**one) for one in rounds] for name, rounds in named.items()}
+            for workload, named in known["measures"].items()
+        }
+        return cls(**known)
+
+    def write(self, path: Path) -> None:
+        """Write everything as JSON."""
+        path.write_text(json.dumps(asdict(self)))
 
     def add(self, workload: str, name: str, measure: Measure) -> None:
         """Add one round of a load."""

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
-from dataclasses import asdict
 from fnmatch import fnmatch
 from http.client import HTTPException
 from itertools import product
@@ -26,24 +24,27 @@ WARM_S = 1
 
 
 def main() -> None:
-    """Install, measure, write docs/results/serving.md and .png."""
+    """Install, measure, write docs/results/serving.md and .png; complete rounds outlast an interruption."""
     options = parse()
     end_when_asked()
     closed.check()
     home = ignored_home()
     models.write(home / "models")
-    found = Findings(settings={"rounds": options.rounds, "seconds": options.seconds})
+    raw = home / "serving.json"
+    found = Findings.read(raw) if options.resume else Findings(settings={"rounds": 0, "seconds": options.seconds})
     pythons = environments(options.peers, found)
     chosen = [one for one in WORKLOADS if any(fnmatch(one.name, pattern) for pattern in options.workloads)]
-    for turn in range(options.rounds):
+    for turn in range(found.settings["rounds"], options.rounds):
         for model in dict.fromkeys(one.model for one in chosen):
             mine = [one for one in chosen if one.model == model]
-            alone(home / "models" / model / "1", mine, options.seconds, found)
+            alone(home / "models" / model / "1", mine, found)
             # Another order every round, so that nobody is always behind the same neighbour.
             for name in rotated([name for name in pythons if able(name, mine)], turn):
-                measure(name, pythons[name], home / "models" / model / "1", mine, options.seconds, found)
-    (home / "serving.json").write_text(json.dumps(asdict(found)))
-    report.write(found, home / "serving.json", options.out)
+                measure(name, pythons[name], home / "models" / model / "1", mine, found)
+        found.settings["rounds"] = turn + 1
+        found.write(raw)
+        print(f"round {turn + 1} of {options.rounds} is kept; `--resume` continues after it", flush=True)
+    report.write(found, raw, options.out)
 
 
 def parse() -> argparse.Namespace:
@@ -53,6 +54,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--workloads", type=commas, default=["*"], help="patterns such as mlp-*-64,conv-binary-*")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=int, default=5, help="of one load")
+    parser.add_argument("--resume", action="store_true", help="continue after the rounds that the last run completed")
     parser.add_argument("--out", type=Path, default=Path("docs/results/serving.md"))
     options = parser.parse_args()
     if unknown := set(options.peers) - PEERS.keys():
@@ -91,7 +93,7 @@ def environments(names: list[str], found: Findings) -> dict[str, str]:
     return pythons
 
 
-def measure(name: str, python: str, folder: Path, chosen: list[Workload], seconds: int, found: Findings) -> None:
+def measure(name: str, python: str, folder: Path, chosen: list[Workload], found: Findings) -> None:
     """Run one server through its loads; a failure becomes a note."""
     peer, home = PEERS[name], ignored_home()
     command = [python, "-m", f"benchmarks.peers.{peer.program or name}"]
@@ -105,7 +107,7 @@ def measure(name: str, python: str, folder: Path, chosen: list[Workload], second
         closed.run(server.port, make(peer, "json"), 64, WARM_S)
         capacity: dict[str, float] = {}
         for workload in sound(server, peer, folder, [one for one in chosen if peer.takes(one)], found):
-            one = load(server, peer, workload, seconds, capacity)
+            one = load(server, peer, workload, found.settings["seconds"], capacity)
             found.add(workload.name, name, one)
             print(f"{peer.title:36} {workload.title:32} {one.rate:9.1f}/s {one.p50_ms:8.2f} ms", flush=True)
         found.memory_mib.setdefault(name, []).append(server.memory_mib())
@@ -145,8 +147,9 @@ def make(peer: Peer, body: str) -> Body:
     return peer.forms[body].ask(bodies.images(ROWS[body]))
 
 
-def alone(folder: Path, chosen: list[Workload], seconds: int, found: Findings) -> None:
+def alone(folder: Path, chosen: list[Workload], found: Findings) -> None:
     """Measure onnxruntime without a server, for bodies of many rows: an upper bound."""
+    seconds = found.settings["seconds"]
     for workload, rows in product(chosen, (256, 1024)):
         if workload.body in (f"rows{rows}", f"npy{rows}") and workload.load == "1":
             command = [sys.executable, "-m", "benchmarks.peers.model", str(folder), str(rows), str(seconds)]
