@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class Measure:
     """Correct answers a second, their latencies in milliseconds, and the number of wrong or missing answers.
 
-    Of an open loop also: requests offered a second, those refused with 503, and the 99th percentile of the refusals.
+    Of an open loop also: requests offered a second, those refused with 503, the 99th percentile of the refusals, and
+    the latencies without the client: from when a request was sent to when the kernel received its answer.
     """
 
     rate: float
@@ -19,3 +20,5 @@ class Measure:
     offered: float = 0.0
     refused: int = 0
     refused_p99_ms: float = 0.0
+    served_p50_ms: float = 0.0
+    served_p99_ms: float = 0.0

@@ -85,7 +85,7 @@ def capacity(found: dict[str, Any]) -> Any:
             axis.plot(
                 rates, [one[f"predicted_{percent}_ms"] for one in mine], color=colour, label=f"{percent}, predicted"
             )
-            measured = [one["measured"][f"{percent}_ms"] for one in mine]
+            measured = [one["measured"][f"served_{percent}_ms"] for one in mine]
             axis.plot(rates, measured, "o", color=colour, label=f"{percent}, measured")
         axis.set_title(f"{name}, {number} replica{'s' if number > 1 else ''}", fontsize=10)
         axis.set_yscale("log")

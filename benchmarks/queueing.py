@@ -5,8 +5,14 @@ A batch of k requests takes s(k) = a + c k seconds. The next one begins when the
 M/D^[1,b]/1: Bailey's bulk queue under Neuts' general bulk service rule with a threshold of one, where the time of a
 batch depends on its size. For b = 1 it is M/D/1.
 
+The first batch after an idle time t takes w (1 - exp(-t / tau)) longer, because caches lose a process that does not
+run: the exceptional first service of a busy period (Welch), with warm lines that are evicted at a constant rate. Idle
+times of a Poisson process are exponential, whatever came before, so the chain of the bulk queue needs no further state.
+
 Source: N. T. J. Bailey, On queueing processes with bulk service, J. R. Statist. Soc. B 16 (1954) 80-87;
-M. F. Neuts, A general class of bulk queues with Poisson input, Ann. Math. Statist. 38 (1967) 759-770.
+M. F. Neuts, A general class of bulk queues with Poisson input, Ann. Math. Statist. 38 (1967) 759-770;
+P. D. Welch, On a generalized M/G/1 queuing process in which the first customer of each busy period receives
+exceptional service, Oper. Res. 12 (1964) 736-752.
 """
 
 from __future__ import annotations
@@ -24,7 +30,7 @@ MOST_WAITING = 8
 """The chain knows of at most so many full batches that wait, and of at least LEAST_STATES requests."""
 LEAST_STATES = 200
 MOMENTS = 16
-"""Moments of arrival within a batch, over which waiting times are integrated."""
+"""Moments of arrival within a batch, over which waiting times are integrated; also quantiles of the idle time."""
 RARE, IMPROBABLE = 1e-7, 1e-9
 """States and times that are less probable are left out."""
 MOST_UTILISATION = 0.95
@@ -44,13 +50,18 @@ class Replica:
         setup_s: Seconds of a batch beside those of its requests, a.
         row_s: Seconds of each request in a batch, HTTP included, c.
         max_rows: Most requests of a batch, b.
-        path_s: Seconds of a request beside the replica's work: network, balancer, client.
+        path_s: Seconds of a request beside the replica's work: network and balancer. Below 0 where the replica still
+            works after its answer.
+        cold_s: Seconds that a batch takes longer after a long idle time, w.
+        cool_s: Time constant of that, tau: after an idle time as long, it takes 63 % of `cold_s` longer.
     """
 
     setup_s: float
     row_s: float
     max_rows: int
     path_s: float = 0.0
+    cold_s: float = 0.0
+    cool_s: float = 1.0
 
     def batch_s(self, rows: int) -> float:
         """Seconds of a batch."""
@@ -61,9 +72,14 @@ class Replica:
         """Most requests a second."""
         return self.max_rows / self.batch_s(self.max_rows)
 
+    @property
+    def lone_s(self) -> float:
+        """Seconds from request to answer, of a request after a long idle time."""
+        return self.path_s + self.cold_s + self.batch_s(1)
+
     def slower(self, factor: float) -> Replica:
         """The replica where its core has other work, so that everything takes `factor` as long."""
-        return replace(self, setup_s=factor * self.setup_s, row_s=factor * self.row_s)
+        return replace(self, setup_s=factor * self.setup_s, row_s=factor * self.row_s, cold_s=factor * self.cold_s)
 
 
 @dataclass(frozen=True)
@@ -90,6 +106,12 @@ class Load:
             )
 
     @cached_property
+    def first_s(self) -> Floats:
+        """Seconds of a batch that begins after an idle time: quantiles, equally probable."""
+        left = (np.arange(MOMENTS) + 0.5) / MOMENTS  # exp(-rate t) is uniform
+        return self.replica.batch_s(1) + self.replica.cold_s * (1.0 - left ** (1.0 / (self.rate * self.replica.cool_s)))
+
+    @cached_property
     def waiting(self) -> Floats:
         """Probabilities of 0, 1, 2... requests that wait when a batch has ended."""
         most = self.replica.max_rows
@@ -98,7 +120,8 @@ class Load:
         for n in range(states):
             taken = min(max(n, 1), most)
             left = max(n, 1) - taken
-            arrived = poisson(np.arange(states - left), self.rate * self.replica.batch_s(taken))
+            batch_s = np.atleast_1d(self.replica.batch_s(taken) if n else self.first_s)
+            arrived = poisson(np.arange(states - left), self.rate * batch_s[:, None]).mean(0)
             step[n, left:] = arrived
             step[n, -1] += max(0.0, 1.0 - arrived.sum())
         balance = step.T - np.eye(states)
@@ -109,16 +132,17 @@ class Load:
         return found / found.sum()
 
     @cached_property
-    def batches(self) -> list[tuple[float, int, int]]:
-        """(probability, requests that it serves, requests that wait on) of a batch."""
-        most, chances = self.replica.max_rows, self.waiting.copy()
-        chances[1] += chances[0]  # an idle replica serves the next request alone
-        return [(chance, min(n, most), n - min(n, most)) for n, chance in enumerate(chances) if n and chance > RARE]
+    def batches(self) -> list[tuple[float, float, int]]:
+        """(probability, seconds, requests that wait on) of a batch."""
+        most, chances = self.replica.max_rows, self.waiting
+        first = [(float(chances[0]) / MOMENTS, float(batch_s), 0) for batch_s in self.first_s]
+        others = [(chance, self.replica.batch_s(min(n, most)), n - min(n, most)) for n, chance in enumerate(chances)]
+        return [one for one in (*first, *others[1:]) if one[0] > RARE]
 
     @property
     def busy_s(self) -> float:
         """Mean seconds of a batch."""
-        return sum(chance * self.replica.batch_s(taken) for chance, taken, _ in self.batches)
+        return sum(chance * batch_s for chance, batch_s, _ in self.batches)
 
     @property
     def utilisation(self) -> float:
@@ -142,10 +166,8 @@ class Load:
         replica, most = self.replica, self.replica.max_rows
         full_s = replica.batch_s(most)
         parts: list[tuple[Floats, Floats, Floats]] = []
-        alone = np.array([replica.batch_s(1)])
-        parts.append((alone, np.array([self.waiting[0]]), alone))
-        for chance, taken, left in self.batches:
-            batch_s = replica.batch_s(taken)
+        parts.append((self.first_s, np.full(MOMENTS, self.waiting[0] / MOMENTS), self.first_s))
+        for chance, batch_s, left in self.batches:
             moment = (np.arange(MOMENTS)[:, None] + 0.5) / MOMENTS * batch_s
             expected = self.rate * moment
             earlier = np.arange(int(expected[-1, 0] + 6.0 * math.sqrt(expected[-1, 0])) + 6)
@@ -187,10 +209,10 @@ def rate_within(replica: Replica, limit_s: float, percent: float = 99.0) -> floa
     Raises:
         OverloadError: Not even a lone request is.
     """
-    lone_s = replica.path_s + replica.batch_s(1)
-    if limit_s < lone_s:
+    if limit_s < replica.lone_s:
         raise OverloadError(
-            f"no number of replicas answers within {1e3 * limit_s:.3g} ms: a lone request takes {1e3 * lone_s:.3g} ms"
+            f"no number of replicas answers within {1e3 * limit_s:.3g} ms: a lone request takes "
+            f"{1e3 * replica.lone_s:.3g} ms"
         )
     low, high = 0.0, MOST_UTILISATION * replica.capacity
     if Load(replica, high).percentile_s(percent) <= limit_s:
@@ -227,6 +249,7 @@ def sharing(replica: Replica, rate: float, replicas: int, cores: int, client_s: 
 
     Returns:
         The replica, slower: by the client's share of each core, and by the other replicas that are at work on its core.
+        A request to one of these also takes the caches from it.
 
     Raises:
         OverloadError: The cores cannot serve this rate.
@@ -236,22 +259,29 @@ def sharing(replica: Replica, rate: float, replicas: int, cores: int, client_s: 
     free = 1.0 - rate * client_s / cores
     if free <= 0.0:
         raise OverloadError(f"the client alone needs {rate * client_s:.2f} of {cores} cores")
-    slowed, others = replica.slower(1.0 / free), replicas / cores - 1.0
+    others = replicas / cores - 1.0
+    cooler = replace(replica, cool_s=1.0 / (1.0 / replica.cool_s + others * rate / replicas))
+    slowed = cooler.slower(1.0 / free)
     found = slowed
     for _ in range(8 if others else 0):  # how busy the others are depends on how slow they are
         found = slowed.slower(1.0 + others * Load(found, rate / replicas).utilisation)
     return found
 
 
-def throughput(replica: Replica, replicas: int, cores: int, client_s: float) -> float:
+def throughput(replica: Replica, replicas: int, cores: int, client_s: float, slice_s: float = math.inf) -> float:
     """Most requests a second of several replicas that share the cores of a machine with the client.
+
+    Replicas that share a core take turns on it, and each finds the caches full of another's data: of each turn,
+    `cold_s` is lost.
 
     Args:
         replica: The replica, alone on a core.
         replicas: Their number.
         cores: Cores of the machine.
         client_s: Processor seconds of the client for each request.
+        slice_s: Seconds that the system gives a busy process before another one's turn.
     """
     if replicas < cores:
         return min(replicas * replica.capacity, (cores - replicas) / client_s if client_s else math.inf)
-    return cores / (1.0 / replica.capacity + client_s)
+    useful = 1.0 - min(1.0, replica.cold_s / slice_s) if replicas > cores else 1.0
+    return cores * useful / (1.0 / replica.capacity + useful * client_s)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -59,19 +60,46 @@ def test_alone_it_takes_the_time_of_one_request() -> None:
     assert Load(replica, 0.01).queued == pytest.approx(0.0, abs=1e-6)
 
 
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_the_first_of_a_busy_period_takes_longer(share: float) -> None:
+    """Welch 1964: E[W] = rate E[S^2] / (2 (1 - rho)) + rate (E[S0^2] - E[S^2]) / (2 (1 - rho + rho0)) for M/G/1."""
+    service_s, first_s = 0.002, 0.005
+    replica = Replica(0.0, service_s, 1, cold_s=first_s - service_s, cool_s=1e-9)
+    load = Load(replica, share / service_s)
+    busy = 1 - share + load.rate * first_s
+    wait_s = load.rate * (service_s**2 / (1 - share) + (first_s**2 - service_s**2) / busy) / 2
+    first = (1 - share) / busy
+    assert load.mean_s == pytest.approx(service_s + first * (first_s - service_s) + wait_s, rel=3e-3)
+    assert load.queued == pytest.approx(load.rate * wait_s, rel=5e-3)
+    assert load.utilisation == pytest.approx(1 - first, rel=1e-3)
+
+
+def test_a_lone_request_takes_longer_the_longer_the_replica_was_idle() -> None:
+    """After an idle time t by cold (1 - exp(-t / cool)): the median of t at a rate is ln 2 / rate."""
+    replica = Replica(0.0, 1e-9, 1, cold_s=1e-3, cool_s=0.01)
+    assert Load(replica, 0.01).percentile_s(50.0) == pytest.approx(1e-3, rel=1e-2)
+    assert Load(replica, 100.0).percentile_s(50.0) == pytest.approx(0.5e-3, rel=0.07)
+    assert replica.lone_s == pytest.approx(1e-3, rel=1e-3)
+    with pytest.raises(OverloadError, match="a lone request takes 1 ms"):
+        rate_within(replica, 0.9e-3)
+
+
 def simulated(replica: Replica, rate: float, requests: int, seed: int) -> tuple[np.ndarray, float, float]:
     """Seconds of each request, mean rows of a batch, and the share of busy time: event by event."""
     arrivals = np.cumsum(np.random.default_rng(seed).exponential(1 / rate, requests))
     took, queue, clock, came = np.empty(requests), deque[int](), 0.0, 0
     batches, busy_s = 0, 0.0
     while came < requests or queue:
+        idle_s = 0.0
         if not queue:
-            clock = max(clock, arrivals[came])
+            idle_s = max(0.0, arrivals[came] - clock)
+            clock += idle_s
         while came < requests and arrivals[came] <= clock:
             queue.append(came)
             came += 1
         batch = [queue.popleft() for _ in range(min(len(queue), replica.max_rows))]
         service_s = replica.setup_s + replica.row_s * len(batch)
+        service_s += replica.cold_s * (1.0 - math.exp(-idle_s / replica.cool_s))
         clock += service_s
         busy_s += service_s
         batches += 1
@@ -88,6 +116,8 @@ def simulated(replica: Replica, rate: float, requests: int, seed: int) -> tuple[
         (Replica(2e-3, 1e-4, 4, path_s=5e-4), 0.85),
         (Replica(0.0, 1e-3, 1), 0.8),
         (Replica(1e-3, 5e-5, 64), 0.7),
+        (Replica(150e-6, 135e-6, 64, cold_s=1e-3, cool_s=4e-3), 0.05),
+        (Replica(150e-6, 135e-6, 64, cold_s=1e-3, cool_s=4e-3), 0.5),
     ],
     ids=str,
 )
@@ -134,6 +164,10 @@ def test_cores_bound_what_replicas_do_together() -> None:
     assert throughput(BATCHING, 1, 2, 2 / one) == pytest.approx(one / 2)
     assert sharing(BATCHING, one, 1, 2, 1.0) == BATCHING
     assert sharing(BATCHING, one, 2, 2, 1 / one).row_s == pytest.approx(2 * BATCHING.row_s)
+    assert throughput(replace(BATCHING, cold_s=1e-3), 4, 2, 0.0, slice_s=4e-3) == pytest.approx(2 * 0.75 * one)
+    assert throughput(replace(BATCHING, cold_s=1e-3), 2, 2, 0.0, slice_s=4e-3) == pytest.approx(2 * one)
+    cold = sharing(replace(BATCHING, cold_s=1e-3, cool_s=4e-3), 1000.0, 4, 2, 0.0)
+    assert 1.0 / cold.cool_s == pytest.approx(1.0 / 4e-3 + 250.0)
     both = sharing(BATCHING, 0.5 * one, 4, 2, 0.0)
     busy = Load(both, 0.125 * one).utilisation
     assert both.row_s == pytest.approx((1 + busy) * BATCHING.row_s, rel=1e-3)
