@@ -106,7 +106,7 @@ class Outcome(NamedTuple):
         done: Rows that were computed.
         before: Rows whose results an earlier run had written.
         failed: Rows without results.
-        busy_s: Seconds that it took.
+        since_s: Seconds since it began, when this is handed over.
         processor_s: Seconds of a core that it took.
     """
 
@@ -114,7 +114,7 @@ class Outcome(NamedTuple):
     done: int
     before: int
     failed: list[Failure]
-    busy_s: float
+    since_s: float
     processor_s: float
 
 

@@ -145,7 +145,7 @@ def run(
         try:
             with bar, closing(pool(job, tasks, workers)) as outcomes:
                 for outcome in outcomes:
-                    report.start_s = report.start_s or time.monotonic() - outcome.busy_s - began
+                    report.start_s = report.start_s or time.monotonic() - outcome.since_s - began
                     report.busy_s = time.monotonic() - began - report.start_s
                     report.add(outcome)
                     missing -= 1
