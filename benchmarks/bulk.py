@@ -1,8 +1,9 @@
 """Rows a second of `vae-bulk encode` beside onnxruntime alone: `make bench-bulk`.
 
 MNIST, repeated to 100,000 rows of levels in one Parquet file of one row group. Each round runs, one after the other and
-in turn first: onnxruntime in as many plain processes, on the same rows as arrays in memory; `vae-bulk` with processes;
-`vae-bulk --ray local` with as many actors. Starting is left out of all rates and told beside them.
+in turn first: onnxruntime in as many plain processes, on the same rows as arrays in memory; the same with pyarrow, by
+which each process reads the file; `vae-bulk` with processes; `vae-bulk --ray local` with as many actors. All rates
+leave out starting, which is told beside them, and the end of Ray.
 """
 
 from __future__ import annotations
@@ -38,10 +39,11 @@ KEYS = ("rate", "of_core")
 LEAST = {"processes": 0.85, "ray": 0.9}
 """Wanted: processes beside onnxruntime, and actors beside processes."""
 COSTS = (
-    "Decoding the file once takes {decoding:.2f} s of a core, {most} onnxruntime's time for the model. Each process "
-    "decodes the whole row group. The rest is the digest of what is read, "
-    "checking, and writing. Rows a core-second are rows over the processor time of the computing processes: other "
-    "work on the machine changes rows/s more than these. Those of `--ray` leave out Ray's daemons; rows/s do not."
+    "Decoding the file once takes {decoding:.2f} s of a core, {most} onnxruntime's time for the model. `vae-bulk` "
+    "decodes it once for all its processes; the rest is the digest of what is read, checking, and writing. Onnxruntime "
+    "with pyarrow decodes it in each process, and neither checks nor writes: beside that `vae-bulk` has {beside}. "
+    "Rows a core-second are rows over the processor time of the computing processes: other work on the machine changes "
+    "rows/s more than these. Those of `--ray` leave out Ray's daemons; rows/s do not."
 )
 RAY = ROOT / "tests" / "ray" / "requirements.txt"
 
@@ -94,7 +96,11 @@ def measured(
 ) -> dict[str, dict[str, float]]:
     """Rates, seconds of start, and processor seconds of one round."""
     asked = model, str(source), str(home / "out"), str(workers)
-    runs = {"onnxruntime": lambda: bare(model, source, workers), "processes": lambda: bulk(sys.executable, *asked)}
+    runs = {
+        "onnxruntime": lambda: bare(model, source, workers),
+        "pyarrow": lambda: bare(model, source, workers, reads=True),
+        "processes": lambda: bulk(sys.executable, *asked),
+    }
     if ray is not None:
         runs["ray"] = lambda: bulk(ray, *asked, "--ray", "local")
     names = list(runs)
@@ -117,15 +123,15 @@ def bulk(python: str, model: str, source: str, out: str, workers: str, *further:
     return {"rate": rate, "of_core": of_core, "start_s": report["start_s"]}
 
 
-def bare(model: str, source: Path, workers: int) -> dict[str, float]:
-    """onnxruntime in plain processes, which begin together."""
+def bare(model: str, source: Path, workers: int, *, reads: bool = False) -> dict[str, float]:
+    """onnxruntime in plain processes, which begin together; with `reads` each reads the file."""
     context = multiprocessing.get_context("spawn")
     barrier, answers = context.Barrier(workers + 1), context.SimpleQueue()
     file = max((ROOT / "models" / model).iterdir())
     graph = file / json.loads((file / "manifest.json").read_text())["graphs"]["encoder"]["file"]
     began = time.monotonic()
     running = [
-        context.Process(target=alone, args=(graph, source, k, workers, barrier, answers)) for k in range(workers)
+        context.Process(target=alone, args=(graph, source, k, workers, barrier, answers, reads)) for k in range(workers)
     ]
     for one in running:
         one.start()
@@ -139,11 +145,9 @@ def bare(model: str, source: Path, workers: int) -> dict[str, float]:
     return {"rate": rows / (ended - start), "of_core": rows / used, "start_s": start - began}
 
 
-def alone(graph: Path, source: Path, place: int, workers: int, barrier: Any, answers: Any) -> None:
-    """Compute every `workers`-th row from memory, in batches of the size that is quickest here."""
-    column = parquet.read_table(source).column("image").combine_chunks()
-    images = column.flatten().to_numpy().reshape(-1, 1, 28, 28)[place::workers]
-    rows = np.divide(images, np.float32(255.0), dtype=np.float32)
+def alone(graph: Path, source: Path, place: int, workers: int, barrier: Any, answers: Any, reads: bool) -> None:
+    """Compute one row of `workers`, from memory or from the file, in batches of the size that is quickest here."""
+    rows = floats(parquet.read_table(source).column("image").combine_chunks())[place::workers]
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     session = ort.InferenceSession(graph.read_bytes(), options, providers=["CPUExecutionProvider"])
@@ -151,9 +155,28 @@ def alone(graph: Path, source: Path, place: int, workers: int, barrier: Any, ans
     size = min(BATCHES, key=lambda size: min(timed(session, name, rows[:size]) for _ in range(5)) / size)
     barrier.wait()
     used = time.process_time()
-    for at in range(0, len(rows), size):
-        session.run(None, {name: rows[at : at + size]})
-    answers.put((len(rows), time.process_time() - used))
+    count = 0
+    for batch in its_batches(source, place, workers, size) if reads else cut(rows, size):
+        session.run(None, {name: batch})
+        count += len(batch)
+    answers.put((count, time.process_time() - used))
+
+
+def cut(rows: Any, size: int) -> Iterator[Any]:
+    """Batches of rows in memory."""
+    return (rows[at : at + size] for at in range(0, len(rows), size))
+
+
+def its_batches(source: Path, place: int, workers: int, size: int) -> Iterator[Any]:
+    """Every `workers`-th batch of the file; the others are decoded too."""
+    for k, batch in enumerate(parquet.ParquetFile(source).iter_batches(size, use_threads=False)):
+        if k % workers == place:
+            yield floats(batch.column("image"))
+
+
+def floats(lists: Any) -> Any:
+    """Images as the model takes them."""
+    return np.divide(lists.flatten().to_numpy().reshape(-1, 1, 28, 28), np.float32(255.0), dtype=np.float32)
 
 
 def timed(session: Any, name: str, rows: Any) -> float:
@@ -198,9 +221,10 @@ def page(found: dict[str, list[dict[str, dict[str, float]]]], options: argparse.
     about = (
         f"`vae-bulk encode` of {options.rows:,} images of 28 x 28 (MNIST, repeated) from one Parquet file of one row "
         f"group, with {options.workers} processes, and with {options.workers} Ray actors, beside onnxruntime in "
-        f"{options.workers} plain processes that read arrays in memory. Each process has one thread; rates leave out "
-        f"the start, which stands beside them. Medians of {options.rounds} rounds, whose order changes; ratios are of "
-        f"the same round. {machine()}. `make bench-bulk` makes this page."
+        f"{options.workers} plain processes: on arrays in memory, and with pyarrow, by which each reads the file. Each "
+        f"process has one thread; rates leave out the start, which stands beside them, and the end of Ray. Medians of "
+        f"{options.rounds} rounds, whose order changes; ratios are of the same round. {machine()}. `make bench-bulk` "
+        "makes this page."
     )
     lines = [
         "# Bulk runs",
@@ -212,6 +236,7 @@ def page(found: dict[str, list[dict[str, dict[str, float]]]], options: argparse.
     ]
     names = {
         "onnxruntime": ("onnxruntime alone", ""),
+        "pyarrow": ("onnxruntime with pyarrow", "onnxruntime"),
         "processes": ("`vae-bulk`", "onnxruntime"),
         "ray": ("`vae-bulk --ray local`", "processes"),
     }
@@ -236,7 +261,14 @@ def page(found: dict[str, list[dict[str, dict[str, float]]]], options: argparse.
             else "; Ray could not be installed."
         ),
         "",
-        COSTS.format(decoding=decoding, most=" and ".join(beside_decoding(found, decoding, options.rows))),
+        COSTS.format(
+            decoding=decoding,
+            most=" and ".join(beside_decoding(found, decoding, options.rows)),
+            beside=" and ".join(
+                f"{ratio(rounds, 'processes', 'pyarrow'):.2f} of the rows a core-second for `{model}`"
+                for model, rounds in found.items()
+            ),
+        ),
         "",
     ]
     return "\n".join(lines)

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cached_property
-from hashlib import blake2b
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,7 +22,7 @@ from service.errors import StartError, one_line
 HOME = "_vae-bulk"
 """Folder of what a run keeps below its results. Readers of Parquet data sets pass over names that begin so."""
 DRAFTS, LOCK = f"{HOME}/drafts", f"{HOME}/lock"
-"""Local files while they are written, and the file that one run at a time has locked."""
+"""Local files while they are written or while a run needs them, and the file that one run at a time has locked."""
 
 
 class Folder:
@@ -138,7 +138,7 @@ class Folder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold a local folder for one run, and remove what killed ones have left; a remote one has no lock.
+        """Hold a local folder for one run, and remove the drafts before and after it; a remote one has no lock.
 
         Raises:
             StartError: Another run writes there.
@@ -153,15 +153,18 @@ class Folder:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise StartError(f"another run writes to {self.url}; wait for its end, or stop it") from None
-            shutil.rmtree(self.path(DRAFTS), ignore_errors=True)
-            yield
+            shutil.rmtree(self.path(DRAFTS), ignore_errors=True)  # a run that was killed has left them
+            try:
+                yield
+            finally:
+                shutil.rmtree(self.path(DRAFTS), ignore_errors=True)
 
 
 class Hashed:
     """A file for writing that keeps a digest of what is written."""
 
     def __init__(self, file: Any) -> None:
-        self._file, self._hash, self.closed = file, blake2b(digest_size=16), False
+        self._file, self._hash, self.closed = file, sha256(), False
 
     def write(self, content: Any) -> int:
         """Write some bytes."""
@@ -185,7 +188,7 @@ class Hashed:
 
 def digest_of(*parts: str | bytes | memoryview) -> str:
     """A digest of texts and bytes."""
-    found = blake2b(digest_size=16)
+    found = sha256()
     for part in parts:
         found.update(part.encode() if isinstance(part, str) else part)
     return found.hexdigest()

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
-from hashlib import blake2b
+from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,6 +78,7 @@ class Job(NamedTuple):
         target_options: Options of its file system.
         form: What is written.
         rows: Rows of a part.
+        shared: Whether several processes work, which share large row groups if the results are on this machine.
     """
 
     settings: Settings
@@ -94,6 +95,7 @@ class Job(NamedTuple):
     target_options: dict[str, Any]
     form: Form
     rows: int
+    shared: bool = False
 
 
 class Outcome(NamedTuple):
@@ -104,7 +106,7 @@ class Outcome(NamedTuple):
         done: Rows that were computed.
         before: Rows whose results an earlier run had written.
         failed: Rows without results.
-        busy_s: Seconds that it took.
+        since_s: Seconds since it began, when this is handed over.
         processor_s: Seconds of a core that it took.
     """
 
@@ -112,7 +114,7 @@ class Outcome(NamedTuple):
     done: int
     before: int
     failed: list[Failure]
-    busy_s: float
+    since_s: float
     processor_s: float
 
 
@@ -227,14 +229,14 @@ class Operator:
             for program in variant.programs.values():
                 program.timing = None  # throughput counts here, not latency: every batch has `max_rows`
         self._served = {job.model: {job.version: self.model}}
-        self.source = Source(Folder(job.source, job.source_options), job.kind, job.rows, job.column)
         about = {
             "model": job.model, "version": job.version, "fingerprint": self.model.manifest.fingerprint,
             "operation": job.operation,
             "options": self.options.model_dump_json(exclude_defaults=True),
         }  # fmt: skip
         fixed = self.model.free is None and not self.model.others and self.options.resizing != "tile"
-        into = Folder(job.target, job.target_options)
+        into, source = Folder(job.target, job.target_options), Folder(job.source, job.source_options)
+        self.source = Source(source, job.kind, job.rows, job.column, into if job.shared and into.local else None)
         self.target = Target(into, job.form, about, fixed=fixed, keyed=job.kind == "tar")
         self._engine = Engine(
             max_rows=self.settings.max_rows, queue_rows=sys.maxsize, inline_s=math.inf,
@@ -309,7 +311,7 @@ class Operator:
 
     def _write_part(self, part: str, blocks: Iterator[Block]) -> PartRecord:
         """Compute a part, and write its results and then its record."""
-        content, failed, count = blake2b(digest_size=16), list[Failure](), 0
+        content, failed, count = sha256(), list[Failure](), 0
 
         def admitted() -> Iterator[Batch | Failure]:
             for block in blocks:
@@ -456,7 +458,7 @@ def _failure(row: Row, error: ServiceError) -> Failure:
 
 def _content(blocks: Iterator[Block]) -> str:
     """The digest of the blocks of a part."""
-    content = blake2b(digest_size=16)
+    content = sha256()
     for block in blocks:
         _update(content, block)
     return content.hexdigest()

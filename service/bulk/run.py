@@ -89,7 +89,7 @@ class Report:
         before: Rows whose results an earlier run had written.
         failed: Rows without results.
         start_s: Seconds until the first process began to compute.
-        busy_s: Seconds from then on.
+        busy_s: Seconds from then until the last part was done.
         processor_s: Seconds of a core that all tasks took together.
     """
 
@@ -137,6 +137,7 @@ def run(
     began = time.monotonic()
     job, record, tasks, rows, report = planned(settings, request)
     into = Folder(job.target, job.target_options)
+    job = job._replace(shared=workers != 1)  # after the check of the plan, which reads the first rows alone
     missing = len(tasks)
     bar = tqdm(total=rows, desc=job.operation, unit="row", disable=None if progress is None else not progress)
     with into.locked():
@@ -144,13 +145,13 @@ def run(
         try:
             with bar, closing(pool(job, tasks, workers)) as outcomes:
                 for outcome in outcomes:
-                    report.start_s = report.start_s or time.monotonic() - outcome.busy_s - began
+                    report.start_s = report.start_s or time.monotonic() - outcome.since_s - began
+                    report.busy_s = time.monotonic() - began - report.start_s
                     report.add(outcome)
                     missing -= 1
                     bar.update(outcome.done + outcome.before + len(outcome.failed))
                     bar.set_postfix(failed=len(report.failed), refresh=False)
         finally:
-            report.busy_s = time.monotonic() - began - report.start_s
             write_errors(into, report.failed)
     if missing:
         raise InferenceFailed(f"{missing} of {len(tasks)} parts have no results; run the same command again")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import chain, groupby
@@ -21,7 +21,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pyarrow import parquet
 
-from service.bulk.files import Folder
+from service.bulk.files import Folder, digest_of
+from service.bulk.shared import SharedArrays
 from service.errors import InvalidShape, InvalidValue, ServiceError, StartError, Unreadable, one_line
 
 Kind = Literal["pictures", "parquet", "tar"]
@@ -40,6 +41,8 @@ BODIES = 16
 """Pictures in memory at a time, as files."""
 READ_BYTES = 2**20
 """Bytes of a table that are read at a time; without this, pyarrow reads the column of a whole row group."""
+SHARED_PARTS, SHARED_BYTES = 4, 2**30
+"""Parts that a row group must have, and bytes of numbers that it may have, to be decoded once for all processes."""
 SHARD_ROWS = 2**24
 """Places of the rows of one shard: that many lie between the first rows of two, so that none need be counted."""
 
@@ -160,11 +163,13 @@ class Source:
         kind: Their kind.
         rows: Rows of a part.
         column: Column of the images of a table; empty takes the only one that may hold them.
+        shared: Local folder of the results, through which processes share row groups; None where each decodes for
+            itself.
     """
 
-    def __init__(self, folder: Folder, kind: Kind, rows: int, column: str = "") -> None:
+    def __init__(self, folder: Folder, kind: Kind, rows: int, column: str = "", shared: Folder | None = None) -> None:
         self.folder, self.kind = folder, kind
-        self._rows, self._column = rows, column
+        self._rows, self._column, self._shared = rows, column, shared
         self._table: _Table | None = None
 
     def tasks(self, names: Sequence[str]) -> list[Task]:
@@ -182,7 +187,7 @@ class Source:
         tasks: list[Task] = []
         first = 0
         for name in names:
-            with closing(_Table(self.folder, name, self._column)) as table:
+            with closing(_Table(self.folder, name, self._column, size)) as table:
                 rows = table.rows
             for at in range(0, rows, size):
                 tasks.append(Task(f"{len(tasks):08d}", (name,), first + at, at, min(size, rows - at)))
@@ -250,12 +255,12 @@ class Source:
     def _numbers(self, task: Task) -> Iterator[Block]:
         (name,) = task.paths
         assert task.rows is not None
-        if self._table is None or self._table.name != name or self._table.at > task.start:
+        if self._table is None or self._table.name != name:
             self.close()
-            self._table = _Table(self.folder, name, self._column)
+            self._table = _Table(self.folder, name, self._column, self._rows, self._shared)
         table, at = self._table, task.start
-        arrays = table.read(at, task.rows, self._rows)
-        for array in arrays if table.encoded else [pa.concat_arrays(list(arrays))]:
+        arrays = table.bodies(at, task.rows) if table.encoded else [table.numbers(at, task.rows)]
+        for array in arrays:
             paths = [name] * len(array)
             yield Block(task.name, task.first + at - task.start, at, paths, (), values_of(array, table.shape))
             at += len(array)
@@ -291,10 +296,18 @@ def _key(member: tarfile.TarInfo) -> str:
 class _Table:
     """A Parquet file that is read forward: rows that are passed over are decoded, unless they fill row groups.
 
+    Large row groups of numbers are shared with other processes, as their decoding can take longer than a model.
+
+    Args:
+        folder: The folder of the file.
+        name: Its name.
+        column: Column of the images; empty takes the only one that may hold them.
+        part: Rows of a part.
+        shared: See `Source`.
+
     Attributes:
         name: Its name.
         rows: Number of rows.
-        at: The row that is read next.
         shape: Shape of an image as the metadata of its column says; None where it says nothing.
         encoded: Whether the column holds picture files, not numbers.
 
@@ -302,8 +315,8 @@ class _Table:
         StartError: It is no Parquet file, or has no column of images.
     """
 
-    def __init__(self, folder: Folder, name: str, column: str) -> None:
-        self.name = name
+    def __init__(self, folder: Folder, name: str, column: str, part: int, shared: Folder | None = None) -> None:
+        self.name, self._part, self._target = name, part, shared
         try:
             self._opened = folder.files.open(folder.path(name), "rb")
             self._file = parquet.ParquetFile(self._opened, buffer_size=READ_BYTES, pre_buffer=False)
@@ -320,58 +333,135 @@ class _Table:
         elif b"shape" in (field.metadata or {}):
             self.shape = tuple(json.loads(field.metadata[b"shape"]))
         self.encoded = not _is_numbers(field.type)
+        self._number_bits = 0 if self.encoded else _number_bits(field.type)
         metadata = self._file.metadata
         ends = np.cumsum([metadata.row_group(k).num_rows for k in range(metadata.num_row_groups)])
         self._ends: list[int] = [int(end) for end in ends]
         self.rows = metadata.num_rows
-        self.at = 0
+        self._at = 0
         self._batches: Iterator[pa.RecordBatch] = iter(())
         self._left: pa.Array | None = None
         self._begun = False
+        self._shared: tuple[int, SharedArrays] | None = None
 
     def close(self) -> None:
         """Close the file."""
+        self._leave_shared()
         self._file.close()
         self._opened.close()
 
-    def read(self, start: int, count: int, most: int) -> Iterator[pa.Array]:
-        """The column from a row on.
+    def bodies(self, start: int, count: int) -> Iterator[pa.Array]:
+        """The picture files from a row on, a few at a time.
 
         Args:
-            start: The first row, not before `at`.
+            start: The first row.
             count: Number of rows.
-            most: Rows of one array at most.
 
         Raises:
             OSError: The file is broken.
         """
         try:
-            self._seek(start, most)
-            while count:
-                array = self._next(min(count, most))
-                count -= len(array)
-                yield array
-        except (pa.ArrowException, StopIteration) as error:
+            yield from self._read(start, count)
+        except pa.ArrowException as error:
             raise OSError(f"{self.name} is broken: {one_line(error)}") from error
 
-    def _seek(self, start: int, most: int) -> None:
-        group = next(k for k, end in enumerate(self._ends) if start < end)
-        begin = self._ends[group - 1] if group else 0
-        if not self._begun or begin > self.at:
+    def numbers(self, start: int, count: int) -> pa.Array:
+        """The numbers of a part.
+
+        Args:
+            start: Its first row.
+            count: Number of its rows.
+
+        Raises:
+            OSError: The file is broken, or a shared row group cannot be written.
+        """
+        try:
+            return _one(self._piece(*span) for span in self._spans(start, count))
+        except pa.ArrowException as error:
+            raise OSError(f"{self.name} is broken: {one_line(error)}") from error
+
+    def _spans(self, start: int, count: int) -> Iterator[tuple[int, int, int]]:
+        """The row groups of some rows: (group, first row, number of rows)."""
+        end = start + count
+        while start < end:
+            group = self._group_of(start)
+            rows = min(end, self._ends[group]) - start
+            yield group, start, rows
+            start += rows
+
+    def _piece(self, group: int, start: int, count: int) -> pa.Array:
+        """The rows of one part that are in one row group."""
+        if self._target is None or not self._is_large(group):
+            return _one(self._read(start, count))
+        if self._shared is None or self._shared[0] != group:
+            self._leave_shared()
+            name = f"{digest_of(self.name)}-{group}"
+            self._shared = group, SharedArrays(self._target, name, self._pieces(group))
+        return self._shared[1][start // self._part - self._begin(group) // self._part]
+
+    def _pieces(self, group: int) -> Iterator[pa.Array]:
+        """All rows of a row group, by part."""
+        begin, end = self._begin(group), self._ends[group]
+        for at in range(begin // self._part * self._part, end, self._part):
+            first = max(at, begin)
+            yield _one(self._read(first, min(at + self._part, end) - first))
+
+    def _is_large(self, group: int) -> bool:
+        """Whether it pays to share a row group; not where its numbers would fill a disk."""
+        if self._ends[group] - self._begin(group) <= SHARED_PARTS * self._part:
+            return False
+        known = self._file.metadata.row_group(group)
+        columns = (known.column(k) for k in range(known.num_columns))
+        numbers = sum(one.num_values for one in columns if one.path_in_schema.startswith(f"{self._column}."))
+        return numbers * self._number_bits // 8 <= SHARED_BYTES
+
+    def _leave_shared(self) -> None:
+        if self._shared is not None:
+            self._shared[1].close()
+            self._shared = None
+
+    def _group_of(self, row: int) -> int:
+        return next(k for k, end in enumerate(self._ends) if row < end)
+
+    def _begin(self, group: int) -> int:
+        """The first row of a row group."""
+        return self._ends[group - 1] if group else 0
+
+    def _read(self, start: int, count: int) -> Iterator[pa.Array]:
+        """The column from a row on, a part or a few files at a time."""
+        self._seek(start)
+        while count:
+            array = self._next(count)
+            count -= len(array)
+            yield array
+
+    def _seek(self, start: int) -> None:
+        group = self._group_of(start)
+        begin = self._begin(group)
+        if not self._begun or not begin <= self._at <= start:
             groups = range(group, len(self._ends))
-            size = min(most, BODIES) if self.encoded else most
+            size = min(self._part, BODIES) if self.encoded else self._part
             self._batches = self._file.iter_batches(size, groups, [self._column], use_threads=False)
-            self._begun, self._left, self.at = True, None, begin
-        while self.at < start:
-            self._next(start - self.at)
+            self._begun, self._left, self._at = True, None, begin
+        while self._at < start:
+            self._next(start - self._at)
 
     def _next(self, most: int) -> pa.Array:
         if self._left is None:
-            self._left = next(self._batches).column(0)
+            batch = next(self._batches, None)
+            if batch is None:
+                raise pa.ArrowInvalid("it has fewer rows than its footer says")
+            self._left = batch.column(0)
         array, rest = self._left[:most], self._left[most:]
         self._left = rest if len(rest) else None
-        self.at += len(array)
+        self._at += len(array)
         return array
+
+
+def _one(arrays: Iterable[pa.Array]) -> pa.Array:
+    """Consecutive arrays as one, without a copy of a single one."""
+    found = list(arrays)
+    return found[0] if len(found) == 1 else pa.concat_arrays(found)
 
 
 def _only_column(schema: pa.Schema, name: str) -> str:
@@ -396,6 +486,12 @@ def _is_numbers(kind: pa.DataType) -> bool:
         return False
     inner = kind.value_type
     return pa.types.is_integer(inner) or pa.types.is_floating(inner) or pa.types.is_boolean(inner) or _is_numbers(inner)
+
+
+def _number_bits(kind: pa.DataType) -> int:
+    """Bits of a number of a list of numbers, of any depth."""
+    kind = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
+    return int(kind.bit_width) if pa.types.is_primitive(kind) else _number_bits(kind.value_type)
 
 
 def _bytes_in(kind: pa.DataType) -> tuple[()] | tuple[str] | None:

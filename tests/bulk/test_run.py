@@ -6,7 +6,8 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from PIL import Image
 from pyarrow import dataset, parquet
 
 from service.bulk.files import DRAFTS, Folder
+from service.bulk.operator import Outcome
 from service.bulk.run import Request, planned, run
 from service.bulk.target import begin
 from service.errors import ServiceError, StartError
@@ -27,7 +29,7 @@ from service.repository.selection import Selection
 from service.runtime.model import Model
 from service.runtime.scheduler import Engine
 from service.settings import Settings
-from tests.bulk.conftest import MODELS, Levels, bulk, png
+from tests.bulk.conftest import MODELS, Levels, bulk, here, png
 
 ERRORS = "_vae-bulk/errors.parquet"
 
@@ -308,14 +310,33 @@ def test_results_of_what_has_become_bad_go(folder: Path, tmp_path: Path) -> None
 
 def test_one_run_at_a_time(folder: Path, tmp_path: Path) -> None:
     """Another one would choose another seed. What a killed one was writing is removed, and is nobody's file."""
-    out = Folder(str(tmp_path / "out"))
-    with out.locked(), pytest.raises(StartError, match=r"another run writes to .*out; wait for its end"):
-        bulk("encode", folder, tmp_path / "out", options={"draws": 1})
-    draft = tmp_path / "out" / DRAFTS / "0"
+    out, draft = Folder(str(tmp_path / "out")), tmp_path / "out" / DRAFTS / "0"
+    with out.locked():
+        draft.parent.mkdir()
+        draft.write_bytes(b"of a process that was killed")
+        with pytest.raises(StartError, match=r"another run writes to .*out; wait for its end"):
+            bulk("encode", folder, tmp_path / "out", options={"draws": 1})
+    assert not draft.exists()
     draft.parent.mkdir()
     draft.write_bytes(b"PAR1")
     assert bulk("encode", folder, tmp_path / "out", options={"draws": 1}).done == 70
     assert not draft.exists()
+
+
+def test_the_time_of_computing(folder: Path, tmp_path: Path) -> None:
+    """It begins with the first part, though Ray tells of several at once, and ends with the last, before Ray does."""
+
+    def as_ray(*given: Any) -> Iterator[Outcome]:
+        began = time.monotonic()
+        first, *others = here(*given)
+        time.sleep(0.2)
+        yield first._replace(since_s=time.monotonic() - began)
+        yield from others
+        time.sleep(0.3)
+
+    began = time.monotonic()
+    report = bulk("encode", folder, tmp_path / "out", pool=as_ray, rows=35)
+    assert 0.2 < report.busy_s < report.start_s + report.busy_s < time.monotonic() - began - 0.3
 
 
 def test_a_seed_that_came_between(folder: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import tarfile
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ import pytest
 from moto.server import ThreadedMotoServer
 from pyarrow import dataset, parquet
 
-from service.bulk.files import Folder
-from service.bulk.source import Source
+from service.bulk.files import DRAFTS, Folder
+from service.bulk.shared import SharedArrays
+from service.bulk.source import Source, Task
 from service.errors import StartError
 from tests.bulk.conftest import Levels, bulk, png
 
@@ -176,6 +177,67 @@ def test_a_large_row_group_is_read_bit_by_bit(written: Callable[..., Path]) -> N
         _, most = tracemalloc.get_traced_memory()
         tracemalloc.stop()
     assert most < 2**23 < path.stat().st_size / 1.9
+
+
+@pytest.mark.parametrize("limit", [2**30, 0])
+def test_a_large_row_group_is_decoded_once(
+    written: Callable[..., Path], levels: Levels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    """Processes share it through a file, whatever order they read in; not where its numbers would fill a disk."""
+    monkeypatch.setattr("service.bulk.source.SHARED_BYTES", limit)
+    path = written(pa.table({"image": listed(levels, 784)}), row_group_size=102)
+    folder, target = Folder(str(path.parent)), Folder(str(tmp_path / "out"))
+    shared = tmp_path / "out" / DRAFTS
+    one, other = (Source(folder, "parquet", 8, shared=target) for _ in range(2))
+    tasks = one.tasks([path.name])
+
+    def values(source: Source, task: Task) -> Any:
+        (block,) = source.read(task)
+        assert (block.first, block.row) == (task.first, task.start)
+        return block.values
+
+    assert np.array_equal(values(one, tasks[1]), levels.reshape(-1, 784)[8:16])
+    assert [file.suffix for file in shared.glob("*[!k]")] == ([".arrow"] if limit else [])
+    if limit:
+        metadata = parquet.ParquetFile(path).metadata.row_group(0).column(0)
+        with path.open("r+b") as file:  # so nobody decodes it again
+            file.write(bytes(4 + metadata.total_compressed_size))
+    for source, task in [(other, tasks[11]), (one, tasks[0]), (other, tasks[4])]:
+        expected = levels.reshape(-1, 784)[task.start : task.start + 8]
+        assert np.array_equal(values(source, task), expected)
+    for task in tasks[13:]:  # of the next row group
+        for source in (other, one):
+            assert np.array_equal(values(source, task), levels.reshape(-1, 784)[task.start : task.start + 8])
+    for source in (one, other):
+        assert bool(limit) == any(shared.glob("*.arrow"))
+        source.close()
+    assert not any(shared.glob("*.arrow"))
+
+
+def test_a_row_group_over_the_edge_of_a_part(written: Callable[..., Path], levels: Levels, tmp_path: Path) -> None:
+    """The part has rows of two shared row groups; and a row group is written again for who comes late."""
+    path = written(pa.table({"image": listed(levels, 784)}), row_group_size=100)
+    source = Source(Folder(str(path.parent)), "parquet", 8, shared=Folder(str(tmp_path / "out")))
+    tasks = source.tasks([path.name])
+    for task in (tasks[12], tasks[2], tasks[24], tasks[12]):
+        (block,) = source.read(task)
+        assert np.array_equal(block.values, levels.reshape(-1, 784)[task.start : task.start + 8])
+    source.close()
+
+
+def test_a_row_group_that_was_not_written_to_its_end(tmp_path: Path) -> None:
+    """Nothing is left of it, and the next process writes it."""
+
+    def broken() -> Iterator[pa.Array]:
+        yield pa.array([1])
+        raise OSError("gone")
+
+    folder = Folder(str(tmp_path))
+    with pytest.raises(OSError, match="gone"):
+        SharedArrays(folder, "group", broken())
+    with closing(SharedArrays(folder, "group", iter([pa.array([1]), pa.array([2, 3])]))) as arrays:
+        assert [arrays[k].to_pylist() for k in (1, 0)] == [[2, 3], [1]]
+        assert [path.suffix for path in (tmp_path / DRAFTS).iterdir() if path.suffix != ".lock"] == [".arrow"]
 
 
 def test_a_glob_and_one_file(folder: Path, tmp_path: Path, expected: Any) -> None:

@@ -23,6 +23,7 @@ EXTRAS = {
     "service/bulk/cluster.py": ["ray"],
     "service/bulk/files.py": ["bulk"],
     "service/bulk/run.py": ["bulk"],
+    "service/bulk/shared.py": ["bulk"],
     "service/bulk/source.py": ["bulk"],
     "service/bulk/target.py": ["bulk"],
     "service/codecs/container.py": ["heic"],
