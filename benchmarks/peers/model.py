@@ -16,8 +16,8 @@ import numpy as np
 import onnxruntime as ort  # after the line above
 
 SHAPE = (1, 28, 28)
-NOISES, GAUSSIAN = 3, 0
-"""Columns of a noise level, and the one that Gaussian noise has."""
+GAUSSIAN = 0
+"""The column of a noise level that Gaussian noise has."""
 
 
 class Model:
@@ -38,11 +38,12 @@ class Denoiser:
     def __init__(self, folder: str) -> None:
         names = ("recognition", "decoder", "fusion")
         self._recognition, self._decoder, self._fusion = (graph(folder, name) for name in names)
+        self._noises = next(one.shape[1] for one in self._recognition.get_inputs() if one.name == "level")
 
     def __call__(self, images: Any, level: Any) -> Any:
         """Denoise images with Gaussian noise of standard deviation `level`: one number, or one a row."""
         y = as_rows(images)
-        levels = np.zeros((len(y), NOISES), np.float32)
+        levels = np.zeros((len(y), self._noises), np.float32)
         levels[:, GAUSSIAN] = level
         seen = {"y": y, "mask": np.ones_like(y), "level": levels}
         (mean,) = self._recognition.run(["mean"], seen)
