@@ -43,6 +43,8 @@ LOOP_BINARY_BYTES = 2**20
 """The same for binary arrays, which are not parsed."""
 LOOP_NUMBERS = 2**16
 """Most numbers of an answer that the event loop writes; a larger one is written in a thread."""
+LOOP_BINARY_NUMBERS = 2**18
+"""The same for binary arrays, of which the numbers are copied once at most."""
 
 Further = TypeVar("Further")
 LevelsOf = Callable[[Model, Source | None, tuple[int, int]], Levels | None]
@@ -276,7 +278,7 @@ async def prepare(
 
 
 async def written_by(
-    context: Context, work: Callable[[], Further], answer: Answer, caller: Caller, *, in_loop: bool = True
+    context: Context, work: Callable[[], Further], answer: Answer, caller: Caller, most: int = LOOP_NUMBERS
 ) -> Further:
     """Write an answer: in the event loop where that is quick, else in a thread.
 
@@ -285,7 +287,7 @@ async def written_by(
         work: Writes it.
         answer: The answer.
         caller: Whose deadline and memory bound the writing.
-        in_loop: Whether the event loop may write a small answer.
+        most: Most numbers of an answer that the event loop writes.
 
     Returns:
         What `work` gives.
@@ -293,6 +295,6 @@ async def written_by(
     Raises:
         ServiceError: What `work` raises.
     """
-    if in_loop and sum([array.size for array in answer.outputs.values()]) <= LOOP_NUMBERS:
+    if sum([array.size for array in answer.outputs.values()]) <= most:
         return work()
     return await context.offload.run(work, caller.share, caller.deadline, caller.gone)

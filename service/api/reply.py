@@ -14,7 +14,7 @@ from starlette.types import Message, Send
 from service.api import problems
 from service.api.progress import Event
 from service.codecs.codec import Codec, EventForm
-from service.codecs.payload import Answer, Body, single_array
+from service.codecs.payload import Answer, Written, single_array
 from service.errors import ServiceError
 from service.observability.metrics import server_timing
 from service.runtime.model import Model
@@ -56,7 +56,7 @@ class Reply(NamedTuple):
 
     status: int
     headers: Headers
-    content: Body
+    content: Written
     outcome: str
     rows: int
     length: int | None = None
@@ -101,7 +101,7 @@ class Reply(NamedTuple):
         return outcome
 
 
-def whole_reply(media_type: str, answer: Answer, content: Body, rows: int, further: Sequence[Header] = ()) -> Reply:
+def whole_reply(media_type: str, answer: Answer, content: Written, rows: int, further: Sequence[Header] = ()) -> Reply:
     """A whole answer.
 
     Args:

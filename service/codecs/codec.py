@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from service.codecs.payload import Answer, Body, Intake, Payload, single_array
+from service.codecs.payload import Answer, Body, Intake, Payload, Written, single_array
 
 BINARY = {"type": "string", "format": "binary"}
 """Bytes, as OpenAPI describes them."""
@@ -55,7 +55,7 @@ class Codec:
     read: Callable[[Body, str, Intake], Payload] | None = None
     """(body, whole Content-Type, intake) -> payload. Raises Unreadable, InvalidShape, InvalidValue, InvalidOption,
     TooLarge, Overloaded, DeadlinePassed and Deferred. None: the format is not read."""
-    write: Callable[[Answer], Body | None] | None = None
+    write: Callable[[Answer], Written | None] | None = None
     """Answer -> body, or None where the format cannot hold the answer. None: the format is not written."""
     arrays: bool = True
     """Whether a request in this format can carry arrays."""
@@ -81,8 +81,11 @@ def binary(
 ) -> Codec:
     """A format that is a header and then the numbers of one array."""
 
-    def write(answer: Answer) -> bytes | None:
+    def write(answer: Answer) -> Written | None:
         array = single_array(answer.outputs)
-        return None if array is None else header(array.shape) + array.tobytes()
+        if array is None:
+            return None
+        head, numbers = header(array.shape), array.reshape(-1).data.cast("B")
+        return b"".join((head, numbers)) if head else numbers
 
     return Codec(media_type, aliases, read, write, header=header)

@@ -16,7 +16,7 @@ from werkzeug.http import parse_accept_header
 from service.codecs import CODECS, JSON
 from service.codecs.codec import Codec
 from service.codecs.container import UNREAD_TYPES
-from service.codecs.payload import Answer, Body
+from service.codecs.payload import Answer, Body, Written
 from service.errors import NotAcceptable, Unreadable, UnsupportedMediaType, quoted
 
 READ = {name: codec for codec in CODECS if codec.read for name in (codec.media_type, *codec.aliases)}
@@ -165,7 +165,7 @@ def _normal(entry: str) -> str:
     return wish + _short_quality.sub(r"\g<1>0", separator + parameters) if wish in RANGES else ""
 
 
-def write(answer: Answer, accepted: tuple[Codec, ...], accept: str) -> tuple[Codec, Body]:
+def write(answer: Answer, accepted: tuple[Codec, ...], accept: str) -> tuple[Codec, Written]:
     """The answer in the first accepted format that can hold it.
 
     Args:

@@ -163,6 +163,8 @@ class Answer(NamedTuple):
 
 
 Body = bytes | bytearray
+Written = Body | memoryview
+"""The body of an answer; a view of an array is not copied."""
 
 
 def single_array(outputs: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32] | None:

@@ -496,11 +496,14 @@ class Operation:
         Raises:
             UnsupportedOperation: The message names the reason, and the models that can.
         """
+        if self.offered_by(model, options):
+            return
         check_able(model, self.needs, self.name, served)
-        need = None if options is None else lacking(model, options.needs)
-        if options is not None and need is not None:
-            option, advice = options.needs[need]
-            check_able(model, (*self.needs, *options.needs), f"{self.name} with {option}", served, advice)
+        assert options is not None
+        need = lacking(model, options.needs)
+        assert need is not None
+        option, advice = options.needs[need]
+        check_able(model, (*self.needs, *options.needs), f"{self.name} with {option}", served, advice)
 
 
 def _watched(observe: Observe, done: int, tiles: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -33,7 +33,7 @@ class Job:
         taken: How many of its rows are computed.
         queue_s: How long it waited for its first batch.
         inference_s: Time of its batches in the model.
-        pieces: Outputs of the rows that are computed.
+        outputs: Those of its rows, of which `taken` are computed; None before any is.
     """
 
     arrays: Arrays
@@ -47,7 +47,7 @@ class Job:
     taken: int = 0
     queue_s: float = 0.0
     inference_s: float = 0.0
-    pieces: list[Arrays] = field(default_factory=list)
+    outputs: Arrays | None = None
 
     def cut(self, start: int, stop: int) -> Arrays:
         """Return the inputs of some of its rows, as views."""
@@ -80,14 +80,24 @@ class Job:
             self.fail(outputs)
             return
         self.inference_s += inference_s
-        self.pieces.append(outputs)
+        try:
+            self._keep(rows, outputs)
+        except MemoryError:
+            self.fail(no_memory())
+            return
         if self.taken == self.rows:
-            try:
-                whole = outputs if len(self.pieces) == 1 else tuple(map(np.concatenate, zip(*self.pieces, strict=True)))
-            except MemoryError:
-                self.fail(no_memory())
-            else:
-                self.future.set_result(Trip(whole, self.queue_s, self.inference_s))
+            assert self.outputs is not None
+            self.future.set_result(Trip(self.outputs, self.queue_s, self.inference_s))
+
+    def _keep(self, rows: int, outputs: Arrays) -> None:
+        """Copy the outputs of some rows to their places, while caches have them; those of all rows are kept as is."""
+        if rows == self.rows:
+            self.outputs = outputs
+            return
+        if self.outputs is None:
+            self.outputs = tuple(np.empty((self.rows, *array.shape[1:]), array.dtype) for array in outputs)
+        for whole, array in zip(self.outputs, outputs, strict=True):
+            whole[self.taken - rows : self.taken] = array
 
 
 class Part(NamedTuple):

@@ -13,7 +13,9 @@ from starlette.types import Receive, Scope
 from service.api.face import Face
 from service.api.invoke import (
     LOOP_BINARY_BYTES,
+    LOOP_BINARY_NUMBERS,
     LOOP_BYTES,
+    LOOP_NUMBERS,
     PART_ROWS,
     Caller,
     Context,
@@ -42,7 +44,7 @@ from service.codecs import JSON
 from service.codecs.codec import Codec
 from service.codecs.image import PNG, TIFF
 from service.codecs.negotiation import acceptable, named, reader, write
-from service.codecs.payload import Body, Meter, Payload
+from service.codecs.payload import Answer, Body, Meter, Payload
 from service.codecs.source import LEVELS, Source
 from service.contract.images import MODES
 from service.errors import InvalidOption
@@ -179,7 +181,7 @@ class OperationApp(Face):
             caller.share.need(rows * invocation.row_bytes)
         answer = await invoke(context.submit, invocation)
         work = partial(write, answer, head.accepted, head.accept)
-        written, content = await written_by(context, work, answer, caller, in_loop=best is not TIFF)
+        written, content = await written_by(context, work, answer, caller, _most_in_loop(best, answer))
         return whole_reply(written.media_type, answer, content, rows)
 
     def _invocation(
@@ -235,6 +237,14 @@ class OperationApp(Face):
 def _is_array(codec: Codec | None, options: Any) -> bool:
     """Whether a body is one binary array of the model's shape, which needs no parsing and no resizing."""
     return codec is not None and codec.header is not None and options.resizing is None
+
+
+def _most_in_loop(codec: Codec, answer: Answer) -> int:
+    """Most numbers of an answer that the event loop writes."""
+    if codec is TIFF:
+        return 0
+    binary = codec.header is not None and len({array.shape for array in answer.outputs.values()}) == 1
+    return LOOP_BINARY_NUMBERS if binary else LOOP_NUMBERS
 
 
 def _pairs(query: bytes) -> dict[str, str]:
