@@ -324,9 +324,12 @@ def cooling(server: Server, lone_s: float, seconds: float) -> tuple[float, float
 
 
 def fitted(idle_s: Floats, took_s: Floats) -> tuple[float, float, float]:
-    """Fit `took = warm + cold (1 - exp(-idle / cool))` by least squares of relative errors: warm, cold and cool."""
+    """Fit `took = warm + cold (1 - exp(-idle / cool))` by least squares of relative errors: warm, cold and cool.
+
+    `cool` is at most half of the longest idle time: with a longer one, `cold` would be far beyond all measured times.
+    """
     best = (math.inf, float(took_s[0]), 0.0, 1.0)
-    for cool_s in np.geomspace(idle_s[idle_s > 0.0].min() / 3.0, 3.0 * idle_s.max(), 200):
+    for cool_s in np.geomspace(idle_s[idle_s > 0.0].min() / 3.0, idle_s.max() / 2.0, 200):
         matrix = np.stack([np.ones(len(idle_s)), 1.0 - np.exp(-idle_s / cool_s)], axis=1) / took_s[:, None]
         (warm_s, cold_s), *_ = np.linalg.lstsq(matrix, np.ones(len(idle_s)), rcond=None)
         error = float(((matrix @ (warm_s, cold_s) - 1.0) ** 2).sum())

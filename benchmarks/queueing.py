@@ -72,6 +72,10 @@ class Replica:
         """Most requests a second."""
         return self.max_rows / self.batch_s(self.max_rows)
 
+    def colder_s(self, idle_s: float) -> float:
+        """Seconds that a batch takes longer after an idle time."""
+        return self.cold_s * -math.expm1(-idle_s / self.cool_s)
+
     @property
     def lone_s(self) -> float:
         """Seconds from request to answer, of a request after a long idle time."""
@@ -249,7 +253,6 @@ def sharing(replica: Replica, rate: float, replicas: int, cores: int, client_s: 
 
     Returns:
         The replica, slower: by the client's share of each core, and by the other replicas that are at work on its core.
-        A request to one of these also takes the caches from it.
 
     Raises:
         OverloadError: The cores cannot serve this rate.
@@ -260,8 +263,7 @@ def sharing(replica: Replica, rate: float, replicas: int, cores: int, client_s: 
     if free <= 0.0:
         raise OverloadError(f"the client alone needs {rate * client_s:.2f} of {cores} cores")
     others = replicas / cores - 1.0
-    cooler = replace(replica, cool_s=1.0 / (1.0 / replica.cool_s + others * rate / replicas))
-    slowed = cooler.slower(1.0 / free)
+    slowed = replica.slower(1.0 / free)
     found = slowed
     for _ in range(8 if others else 0):  # how busy the others are depends on how slow they are
         found = slowed.slower(1.0 + others * Load(found, rate / replicas).utilisation)
@@ -271,8 +273,8 @@ def sharing(replica: Replica, rate: float, replicas: int, cores: int, client_s: 
 def throughput(replica: Replica, replicas: int, cores: int, client_s: float, slice_s: float = math.inf) -> float:
     """Most requests a second of several replicas that share the cores of a machine with the client.
 
-    Replicas that share a core take turns on it, and each finds the caches full of another's data: of each turn,
-    `cold_s` is lost.
+    Replicas that share a core take turns on it. While it is the others' turn a replica cools as if it were idle, so of
+    each turn `colder_s` is lost.
 
     Args:
         replica: The replica, alone on a core.
@@ -283,5 +285,7 @@ def throughput(replica: Replica, replicas: int, cores: int, client_s: float, sli
     """
     if replicas < cores:
         return min(replicas * replica.capacity, (cores - replicas) / client_s if client_s else math.inf)
-    useful = 1.0 - min(1.0, replica.cold_s / slice_s) if replicas > cores else 1.0
+    useful = 1.0
+    if replicas > cores and slice_s < math.inf:
+        useful -= min(1.0, replica.colder_s((replicas / cores - 1.0) * slice_s) / slice_s)
     return cores * useful / (1.0 / replica.capacity + useful * client_s)
