@@ -17,6 +17,7 @@ from service.codecs.codec import Codec, EventForm
 from service.codecs.payload import Answer, Written, single_array
 from service.errors import ServiceError
 from service.observability.metrics import server_timing
+from service.operations.operation import IDENTIFYING
 from service.runtime.model import Model
 
 WHOLE = "vae.whole_answer"
@@ -26,8 +27,6 @@ ONE_WRITE = 2**16
 """Most bytes of an answer that are joined to its head."""
 HEADER_NUMBERS = 16
 """Longer lists are not repeated in a header."""
-IDENTIFYING = ("model", "version", "fingerprint")
-"""Fields of every answer."""
 NAMED = ("seed", "binarisation", "std_scale")
 """Fields of an answer that have a header of their own."""
 

@@ -40,7 +40,6 @@ class Terms:
         shape: Shape of one row in the request.
         resizing: How images of another size are adapted; as in `Options`.
         multiplicity: Rows that one row of the request becomes.
-        scaling: As in `Options`.
         row_bytes: Estimated memory of answering one row; None where images are of free size.
         bounds: Range of the numbers of a request that is neither latents in place of images nor raw.
         offered: Whether the variant is known to have what operation and options need.
@@ -48,14 +47,14 @@ class Terms:
     """
 
     __slots__ = (
-        "_kept", "bounds", "checked", "multiplicity", "offered", "resizing", "row_bytes", "scaling", "shape",
+        "_kept", "bounds", "checked", "multiplicity", "offered", "resizing", "row_bytes", "shape",
     )  # fmt: skip
 
     def __init__(self, operation: Operation, model: Model, options: Any) -> None:
         """Work out the terms. They do not refer to the model, which refers to them."""
         self._kept = operation, options  # so that no others get their ids
         self.shape = operation.row_shape(model, options)
-        self.resizing, self.multiplicity, self.scaling = options.resizing, options.multiplicity, options.scaling
+        self.resizing, self.multiplicity = options.resizing, options.multiplicity
         self.row_bytes = answer_bytes(model, options, 1) if model.free is None else None
         self.bounds = _bounds(operation, operation.takes, raw=False)
         self.offered = self.checked = False

@@ -304,8 +304,10 @@ LATENTS = Tensor("latents", ("n", "latent"), "Latents, of the model's latent sha
 MASK = Tensor("mask", ("n", "1", *PIXELS[1:]), "1 where a pixel is seen, 0 where it is missing", required=False)
 MEANS = Tensor("images", ("n", *PIXELS), "Mean images")
 SEED = Tensor("seed", (), "Seed of the request's noise; the same request with it has the same answer", "int64")
-GIVEN = {"model", "version", "fingerprint", "notes"}
-"""Fields of every answer."""
+IDENTIFYING = ("model", "version", "fingerprint")
+"""Fields of every answer, which say what has given it."""
+GIVEN = {*IDENTIFYING, "notes"}
+"""Fields that any answer may have."""
 
 
 @dataclass(frozen=True)
