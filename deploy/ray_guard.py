@@ -36,12 +36,12 @@ DISCONNECT: Message = {"type": "http.disconnect"}
 
 
 def middleware() -> list[Middleware]:
-    """Give the middleware of a proxy; Serve calls it once in each. The last one is outermost.
+    """Give the middleware of a proxy; Serve calls it once in each.
 
     Raises:
         StartError: A VAE_ variable of this node is unknown or invalid.
     """
-    return [Middleware(Guard, settings=read_settings()), Middleware(RequestIds)]
+    return [Middleware(Guard, settings=read_settings())]
 
 
 class Guard:
@@ -58,12 +58,19 @@ class Guard:
         self._settings = settings
         self._grace_s = grace_s
         self._held = 0  # bytes of the bodies under way
+        self._with_id = RequestIds(self._handle)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one request. WebSockets are refused: the service has none."""
-        if scope["type"] != "http":
+        """Handle one request. WebSockets are refused: the service has none.
+
+        A coroutine, since Serve's server takes an outermost application that is none for one of ASGI 2.
+        """
+        if scope["type"] == "http":
+            await self._with_id(scope, receive, send)
+        else:
             await send({"type": "websocket.close"})
-            return
+
+    async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             self._check_head(scope)
         except ServiceError as error:

@@ -7,10 +7,13 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx
+import pytest
+import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deploy.ray_guard import Guard
-from service.observability.request_ids import RequestIds
+from deploy.ray_guard import Guard, middleware
+from service.app import create_app
+from service.repository.repository import Repository
 from service.settings import Settings
 
 START: Message = {"type": "http.response.start", "status": 200, "headers": [(b"X-Request-ID", b"of-the-proxy")]}
@@ -51,11 +54,32 @@ def ask(
     """What a question to the guarded application gives."""
 
     async def run() -> Any:
-        transport = httpx.ASGITransport(RequestIds(Guard(app, Settings(**settings), grace_s)))
+        transport = httpx.ASGITransport(Guard(app, Settings(**settings), grace_s))
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return await question(client)
 
     return asyncio.run(run())
+
+
+def guarded() -> ASGIApp:
+    """What Serve hands to the server of a proxy."""
+    app: ASGIApp = answering
+    for added in middleware():
+        app = added.cls(app, *added.args, **added.kwargs)
+    return app
+
+
+def service() -> ASGIApp:
+    """What is handed to a server that is not the service's own."""
+    return create_app(Settings(), Repository({}, ""))
+
+
+@pytest.mark.parametrize("build", [guarded, service])
+def test_another_server_takes_it_for_asgi_3(build: Callable[[], ASGIApp]) -> None:
+    """uvicorn calls an application that is no coroutine with the scope alone, and answers 500 to every request."""
+    config = uvicorn.Config(build(), log_config=None)
+    config.load()
+    assert config.interface == "asgi3"
 
 
 def test_an_answer_passes_with_one_id() -> None:
