@@ -22,7 +22,8 @@ from service.runtime.model import Model
 
 WHOLE = "vae.whole_answer"
 """ASGI extension of `protocol.Protocol`: `http.response.start` may hold the whole body as `content`, which ends the
-answer. Head and body are then one write, where two cost a small request a fifth of its time."""
+answer, and bodies may be memoryviews. Head and body are then one write, where two cost a small request a fifth of its
+time. Other servers need bytes; Ray Serve pickles them."""
 ONE_WRITE = 2**16
 """Most bytes of an answer that are joined to its head."""
 HEADER_NUMBERS = 16
@@ -82,21 +83,25 @@ class Reply(NamedTuple):
             await send(start)
             return self.outcome
         await send(start)
+
+        def body(content: Written, *, more: bool = False) -> Message:
+            return {"type": "http.response.body", "body": content if whole else bytes(content), "more_body": more}
+
         if self.parts is None:
-            await send({"type": "http.response.body", "body": self.content})
+            await send(body(self.content))
             return self.outcome
         outcome, end = self.outcome, b""
-        await send({"type": "http.response.body", "body": self.content, "more_body": True})
+        await send(body(self.content, more=True))
         try:
             async with aclosing(self.parts):
                 async for part in self.parts:
-                    await send({"type": "http.response.body", "body": part, "more_body": True})
+                    await send(body(part, more=True))
         except Exception as error:  # noqa: BLE001  # the status has been sent
             _, outcome, content, _ = problems.describe(error)
             if self.events is None:
                 return outcome
             end = self.events.frame("error", content)
-        await send({"type": "http.response.body", "body": end})
+        await send(body(end))
         return outcome
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 from numpy.typing import NDArray
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.app import create_app
 from service.contract.manifest import read
@@ -26,11 +28,24 @@ from service.settings import Settings
 Graph = Callable[..., tuple[NDArray[np.float32], ...]]
 
 
+def strict(app: ASGIApp) -> ASGIApp:
+    """The application as a server that pickles its messages takes it, as Ray Serve's replicas do."""
+
+    async def handle(scope: Scope, receive: Receive, send: Send) -> None:
+        def checked(message: Message) -> Awaitable[None]:
+            pickle.dumps(message)
+            return send(message)
+
+        await app(scope, receive, checked)
+
+    return handle
+
+
 @contextmanager
 def serving(app: FastAPI) -> Iterator[str]:
-    """Serve in a thread; gives the URL, and stops in an orderly way."""
+    """Serve in a thread by a server that is not the service's own; gives the URL, and stops in an orderly way."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(strict(app), log_level="warning"))
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:
