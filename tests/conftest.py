@@ -47,6 +47,9 @@ ENDLESS = {
 FIGURES: list[str] = []
 # Threads of small operations wait for each other by spinning: on cores that have other work, fifteen times slower.
 torch.set_num_threads(1)
+# A shell starts what runs in the background with SIGINT ignored; what a test starts would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # A busy machine takes longer over an example than hypothesis allows by itself.
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
