@@ -281,7 +281,7 @@ def test_latents_of_many_files_go_round(address: str, folder: Path, tmp_path: Pa
 
 def test_an_overloaded_service_has_its_status() -> None:
     """So that a script can try again later."""
-    refused = answer(503, b"{}", "application/problem+json", retry_after="100")
+    refused = answer(503, b"{}", "application/problem+json", retry_after="1000")
     with answering([refused]) as server:
         assert vae("models", url=server.url).status == command.UNAVAILABLE
     with answering([drop]) as server:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from service.contract import manifest
 from training.__main__ import main
 from training.config import NoisyRun, kind_of, load_as
 from training.data.noisy import Noisy, unpacked
+from training.distributions import poisson_gaussian
 from training.distributions.likelihoods.noise import NoiseSettings, UnitNoise, read_camera
 from training.distributions.poisson_gaussian import PoissonGaussian
 from training.distributions.priors.standard_normal import StandardNormal
@@ -77,12 +79,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def workshop(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> NoisyWorkshop:
+def workshop(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NoisyWorkshop]:
     """A tiny run, trained for a moment and exported."""
     root = tmp_path_factory.mktemp("run")
-    found = NoisyWorkshop.open(NoisyRun.model_validate(TABLES), folder, root / "run", CPU)
-    found.fit(root / "models")
-    return found
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(poisson_gaussian, "ROUNDS", 3)  # a graph holds every round, and exporting all 40 takes minutes
+        found = NoisyWorkshop.open(NoisyRun.model_validate(TABLES), folder, root / "run", CPU)
+        found.fit(root / "models")
+        yield found
 
 
 def test_every_channel_and_page_is_an_image_with_its_noise(folder: Path) -> None:
