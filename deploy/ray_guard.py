@@ -63,7 +63,7 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request. WebSockets are refused: the service has none.
 
-        A coroutine, since Serve's server takes an outermost application that is none for one of ASGI 2.
+        It is a coroutine function: uvicorn, which Serve uses, calls any other application as one of ASGI 2.
         """
         if scope["type"] == "http":
             await self._with_id(scope, receive, send)

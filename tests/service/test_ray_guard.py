@@ -76,7 +76,7 @@ def service() -> ASGIApp:
 
 @pytest.mark.parametrize("build", [guarded, service])
 def test_another_server_takes_it_for_asgi_3(build: Callable[[], ASGIApp]) -> None:
-    """uvicorn calls an application that is no coroutine with the scope alone, and answers 500 to every request."""
+    """uvicorn calls one of ASGI 2 with the scope alone, which here fails: every request would get 500."""
     config = uvicorn.Config(build(), log_config=None)
     config.load()
     assert config.interface == "asgi3"
