@@ -21,9 +21,7 @@ from service.operations.operation import IDENTIFYING
 from service.runtime.model import Model
 
 WHOLE = "vae.whole_answer"
-"""ASGI extension of `protocol.Protocol`: `http.response.start` may hold the whole body as `content`, which ends the
-answer, and bodies may be memoryviews. Head and body are then one write, where two cost a small request a fifth of its
-time. Other servers need bytes; Ray Serve pickles them."""
+"""ASGI extension that `server.protocol` describes. Other servers need bytes as bodies; Ray Serve pickles them."""
 ONE_WRITE = 2**16
 """Most bytes of an answer that are joined to its head."""
 HEADER_NUMBERS = 16

@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from service.api import reply
+from service.server import protocol
+
 ROOT = Path(__file__).parents[2]
 BY_NAME = {"import_module", "__import__", "find_spec", "run_module", "needed"}
 OURS = {"service", "deploy", "training", "experiments", "benchmarks", "tests", "docs", "vae_client"}
@@ -297,3 +300,8 @@ def test_importing_the_service_brings_nothing_heavy() -> None:
     loaded = set(done.stdout.split())
     assert "service" in loaded
     assert not loaded & {"torch", "training", "onnx", "onnxscript", "sklearn", "scipy", "tqdm"}
+
+
+def test_server_and_faces_name_the_same_extension() -> None:
+    """Neither room imports the other. With two names answers would be right, but sent and copied more slowly."""
+    assert {reply.WHOLE} == protocol.EXTENSIONS.keys()
