@@ -81,6 +81,8 @@ SIGNATURES = {
     # training/export/onnx_library.py, which holds torch's `from_torchlib`: an export in this process replaces it
     "torch.onnx._internal.exporter._registration:ONNXRegistry": {"__init__": "self"},
     "training.export.onnx_library:_compile": {"": "opset_version=18"},
+    # training/distributions/poisson_gaussian.py
+    "torch._higher_order_ops:scan": {"": "combine_fn, init, xs, *, dim=0, reverse=False"},
     # training/inference/refinement.py
     "torch.fx.experimental.proxy_tensor:make_fx": {
         "": "f, decomposition_table=None, tracing_mode='real', _allow_non_fake_inputs=False, *, "
@@ -102,6 +104,7 @@ BODIES = {
 
 PRIVATE = {
     "service/process.py": {"logging._srcfile"},
+    "training/distributions/poisson_gaussian.py": {"torch._higher_order_ops"},
     "training/export/onnx_library.py": {"torch.onnx._internal.exporter._registration"},
     "training/loop/optimisers.py": {"torch._foreach_lerp", "torch._foreach_lerp_"},
     "training/loop/trainer.py": {"torch._foreach_lerp_"},

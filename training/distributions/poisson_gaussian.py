@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import reduce
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._higher_order_ops import scan
 from torch.nn import functional
 
 FAMILIES = ("poisson", "gaussian")
@@ -165,9 +168,8 @@ def _low(blocks: Blocks) -> Tensor:
 
 def _line(blocks: Blocks) -> tuple[Tensor, Tensor]:
     """Slope, at least 0, and value at 0 of the line, (n, 1) each."""
-    at_zero = _low(blocks)
-    slope = torch.zeros_like(at_zero)
-    for _ in range(ROUNDS):
+
+    def fitted(slope: Tensor, at_zero: Tensor) -> tuple[Tensor, ...]:
         weights = _weights(blocks, slope * blocks.mean + at_zero)
         total = weights.sum(1, keepdim=True).clamp(min=1e-30)
         mean, variance = ((weights * part).sum(1, keepdim=True) / total for part in blocks[:2])
@@ -175,16 +177,33 @@ def _line(blocks: Blocks) -> tuple[Tensor, Tensor]:
         spread = (weights * off.square()).sum(1, keepdim=True) / total + 1e-9
         slope = ((weights * off * (blocks.variance - variance)).sum(1, keepdim=True) / total / spread).clamp(min=0.0)
         slope = slope / CONSISTENT
-        at_zero = variance / CONSISTENT - slope * mean
+        return slope, variance / CONSISTENT - slope * mean
+
+    low = _low(blocks)
+    slope, at_zero = _repeated(fitted, torch.zeros_like(low), low)
     return slope, at_zero
 
 
 def _factor(blocks: Blocks, shape: Tensor) -> Tensor:
     """The number (n, 1) by which a shape (n, blocks) is the blocks' variance."""
     scaled = Blocks(blocks.mean, blocks.variance / shape, blocks.weight)
-    found = _low(scaled)
-    for _ in range(ROUNDS):
-        weights = _weights(scaled, found)
+
+    def fitted(factor: Tensor) -> tuple[Tensor, ...]:
+        weights = _weights(scaled, factor)
         total = weights.sum(1, keepdim=True).clamp(min=1e-30)
-        found = (weights * scaled.variance).sum(1, keepdim=True) / total / CONSISTENT
+        return ((weights * scaled.variance).sum(1, keepdim=True) / total / CONSISTENT,)
+
+    (found,) = _repeated(fitted, _low(scaled))
+    return found
+
+
+def _repeated(step: Callable[..., tuple[Tensor, ...]], *start: Tensor) -> tuple[Tensor, ...]:
+    """`ROUNDS` steps from the start. In an exported graph they are one Scan: unrolled, they take minutes to export."""
+    if not torch.compiler.is_exporting():
+        return reduce(lambda found, _: step(*found), range(ROUNDS), start)
+
+    def scanned(found: tuple[Tensor, ...], number: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        return step(*found), number.clone()  # a scan may not answer with what it was given
+
+    found, _ = scan(scanned, start, torch.arange(ROUNDS))
     return found

@@ -611,7 +611,7 @@ def _traced(module: nn.Module, rows: Rows, graph: Exportable, shapes: Shapes, mu
         )
     assert program is not None
     model = program.model_proto
-    for node in model.graph.node:
+    for node in _nodes(model.graph.node):
         del node.metadata_props[:]  # they hold paths of source files on this machine
     if graph.exact is not None:
         store_as_float16(model)
