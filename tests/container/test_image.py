@@ -9,7 +9,8 @@ from importlib.metadata import distributions
 import httpx
 import pytest
 
-from tests.container.engine import ROOT, docker, inspect, published, ready, until
+from tests.client.conftest import SHIPPED
+from tests.container.engine import docker, inspect, published, ready, until
 
 pytestmark = pytest.mark.container
 LARGEST_MB = 400
@@ -24,11 +25,6 @@ print(json.dumps({each.name: each.version for each in distributions()}))
 def inside(image: str, *command: str) -> str:
     """Output of a command in a fresh container, as a user who may read everything."""
     return docker("run", "--rm", "--read-only", "--user", "0", "--network", "none", image, *command)
-
-
-def shipped() -> list[str]:
-    """Names of the models in the tree."""
-    return [place.name for place in (ROOT / "models").iterdir() if place.is_dir()]
 
 
 def cpu_time(container: str) -> float:
@@ -71,7 +67,7 @@ def test_it_starts_and_stops_in_good_order(image: str, figure: Callable[[str], N
         seconds, cpu_s = until(lambda: ready(url)), cpu_time(container)
         figure(f"ready {seconds:.1f} s after `docker run`, {cpu_s:.1f} s of them computing")
         models = httpx.get(f"{url}/v1/models", timeout=30).json()["models"]
-        assert {each["model"]: each["state"] for each in models} == dict.fromkeys(shipped(), "ready")
+        assert {each["model"]: each["state"] for each in models} == dict.fromkeys(SHIPPED, "ready")
         docker("stop", container)
         assert inspect(container)["State"]["ExitCode"] == 0
     finally:
